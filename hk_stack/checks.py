@@ -1,0 +1,260 @@
+"""What users of a stack can get wrong, and what the errors say.
+
+Each message names the stack and the layer function, says what was found and what was
+expected, and what to write instead.
+"""
+
+import contextlib
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import haiku as hk
+import jax
+
+
+def describe(name: str, f: Callable[..., Any]) -> str:
+    """How errors name a stack."""
+    return f"layer_stack {name!r} of layer function {_name_of(f)!r}"
+
+
+def _name_of(f: Callable[..., Any]) -> str:
+    return getattr(f, "__name__", None) or getattr(f, "name", None) or type(f).__name__
+
+
+def positive(num_layers: Any) -> int:
+    """`num_layers` as an int."""
+    try:
+        if isinstance(num_layers, bool):
+            raise TypeError
+        number = operator.index(num_layers)
+    except TypeError:
+        raise TypeError(
+            f"layer_stack: num_layers must be a positive int, not {num_layers!r} "
+            f"({type(num_layers).__name__}). Write the layer function in the second "
+            "call: layer_stack(num_layers)(layer_function)(x)."
+        ) from None
+    if number < 1:
+        raise ValueError(
+            f"layer_stack: num_layers must be a positive int, not {number}. A stack of "
+            "no layers is the identity: leave it out."
+        )
+    return number
+
+
+def one_of(word: Any, words: Sequence[str], argument: str) -> str:
+    """`word`, if it is one of `words`."""
+    if word not in words:
+        expected = ", ".join(f'"{w}"' for w in words)
+        raise ValueError(
+            f"layer_stack: {argument} must be one of {expected}, not {word!r}."
+        )
+    return word
+
+
+def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
+    """Checks that `f` can be stacked."""
+    if not callable(f):
+        raise TypeError(
+            f"layer_stack {name!r}: the layer function must be callable, not "
+            f"{type(f).__name__}. Write layer_stack(num_layers)(layer_function)(x)."
+        )
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except ValueError:  # Builtins have no signature.
+        return
+    starred = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    if starred and not with_per_layer_inputs:
+        raise ValueError(
+            f"{describe(name, f)}: the layer function takes *{starred[0]}, so it "
+            "cannot be known what it carries from layer to layer. Name its arguments, as in "
+            f"def {_name_of(f)}(x, y), or pass one tuple."
+        )
+
+
+def inside_transform(where: str) -> None:
+    """Checks that a Haiku transform is running."""
+    try:
+        hk.running_init()
+    except ValueError:
+        raise ValueError(
+            f"{where} was called outside of a Haiku transform. Call it inside the "
+            "function that you give to hk.transform or hk.transform_with_state."
+        ) from None
+
+
+def argument_names(f: Callable[..., Any], count: int) -> list[str]:
+    """Names of the first `count` arguments of `f`."""
+    try:
+        names = list(inspect.signature(f).parameters)
+    except ValueError:
+        names = []
+    return [names[i] if i < len(names) else f"argument {i}" for i in range(count)]
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Where each leaf of `tree` is: `linear/w`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return [_path_name(path) for path, _ in leaves]
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def per_layer_inputs(
+    per_layer: tuple[Any, ...], num_layers: int, names: Sequence[str], where: str
+) -> None:
+    """Checks that per-layer inputs are arrays `[L, ...]`."""
+    for name, tree in zip(names, per_layer, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            found = f"{where}: per-layer input `{name}`"
+            if path:
+                found += f" (at {_path_name(path)})"
+            if not hasattr(leaf, "shape"):
+                raise TypeError(
+                    f"{found} is a Python {type(leaf).__name__} ({leaf!r}); expected "
+                    f"an array with leading axis {num_layers}. Write "
+                    "jnp.asarray([...]) for a list of numbers; pass what all layers share by keyword."
+                )
+            if leaf.ndim == 0 or leaf.shape[0] != num_layers:
+                raise ValueError(
+                    f"{found} has shape {leaf.shape}; expected a leading axis of "
+                    f"{num_layers}, one entry for each layer. Pass what all layers "
+                    "share by keyword."
+                )
+
+
+def is_pair(result: Any, where: str) -> None:
+    """Checks what a layer function with per-layer inputs returned."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        found = f"a {type(result).__name__}"
+        if isinstance(result, (tuple, list)):
+            found += f" of {len(result)}"
+        raise TypeError(
+            f"{where}: with_per_layer_inputs=True, the layer function must return a "
+            f"pair (x, y), but it returned {found}. Return (x, None) if there is no "
+            "output per layer."
+        )
+
+
+def same_structure(
+    before: tuple[Any, ...], after: Any, names: Sequence[str], where: str
+) -> None:
+    """Checks that a layer returns the pytree that it was given."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        expected, found = (
+            jax.tree.structure(tree[0] if len(before) == 1 else tree)
+            for tree in (before, after)
+        )
+        raise TypeError(
+            f"{where}: the layer function must return what it takes "
+            f"({', '.join(names[: len(before)])}), as the next layer is given it: took "
+            f"{expected}, returned {found}."
+        )
+
+
+def same_carry(
+    before: tuple[Any, ...], after: Any, names: Sequence[str], where: str
+) -> None:
+    """Checks that a layer keeps the shape and dtype of each leaf of the carry."""
+    for i, name in enumerate(names[: len(before)]):
+        old = jax.tree.leaves_with_path(before[i])
+        new = jax.tree.leaves(after[i])
+        for (path, x), y in zip(old, new, strict=True):
+            if x.shape == y.shape and x.dtype == y.dtype:
+                continue
+            leaf = f"`{name}`" + (f" (at {_path_name(path)})" if path else "")
+            raise TypeError(
+                f"{where}: a layer must keep the shape and dtype of what it is given, "
+                f"but {leaf} goes from {x.dtype}{list(x.shape)} to "
+                f"{y.dtype}{list(y.shape)}. {_carry_advice(x, y)}"
+            )
+
+
+def _carry_advice(x: Any, y: Any) -> str:
+    if x.shape == y.shape:
+        return f"Cast the result with .astype(x.dtype), or the input to {y.dtype}."
+    return "Project the input to that shape before the stack."
+
+
+def depth(params: Any, state: Any, num_layers: int, where: str) -> None:
+    """Checks that parameters and state are those of `num_layers` layers."""
+    for kind, tree in (("parameter", params), ("state", state)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if leaf.ndim == 0 or leaf.shape[0] != num_layers:
+                deep = f"of {leaf.shape[0]} layers" if leaf.ndim else "of no stack"
+                raise ValueError(
+                    f"{where}: {kind} {_path_name(path)} has shape {leaf.shape}; "
+                    f"expected a leading axis of num_layers={num_layers}. If these are "
+                    f"parameters {deep}, change num_layers. If they come from a Python "
+                    "loop of layers, stack them with hk_stack.stack_params(params, "
+                    "naming_map)."
+                )
+
+
+def has_params(params: Any, expected: Any, stored: Any, where: str) -> None:
+    """Checks that `params` holds all that the layer function asks for.
+
+    Args:
+      params: The stack's parameters, `[L, ...]`.
+      expected: The shapes that the layer function asks for, without a layer axis.
+      stored: All parameters of the transform, to show what there is instead.
+      where: Names the stack.
+    """
+    for module, leaves in expected.items():
+        for name, leaf in leaves.items():
+            found = params.get(module, {}).get(name)
+            if found is None:
+                there = ", ".join(leaf_names(stored)[:8]) or "nothing"
+                raise ValueError(
+                    f"{where}: the parameters lack {module}/{name}, [L, ...] = "
+                    f"{leaf.shape} for each layer. They hold: {there}. If they come "
+                    "from a Python loop of layers, stack them with "
+                    "hk_stack.stack_params(params, naming_map), or store them per "
+                    "layer: transparent=True with a transparency_map."
+                )
+            if found.shape[1:] != leaf.shape:
+                raise ValueError(
+                    f"{where}: parameter {module}/{name} has shape {found.shape[1:]} "
+                    f"in each layer; the layer function expects {leaf.shape}."
+                )
+
+
+@contextlib.contextmanager
+def nothing_shared(
+    outside: Mapping[str, Mapping[str, Any]], where: str
+) -> Iterator[None]:
+    """Refuses parameters of a module that also has them outside of the stack.
+
+    A module that was made outside has parameters of its own in each layer, so what
+    looks shared would not be.
+    """
+    made_here: dict[int, hk.Module] = {}
+    captured: dict[str, hk.Module] = {}
+
+    def on_method(
+        next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
+    ) -> Any:
+        if context.method_name == "__init__":
+            made_here[id(context.module)] = context.module
+        elif id(context.module) not in made_here:
+            captured[context.module.module_name] = context.module
+        return next_f(*args, **kwargs)
+
+    def on_get(next_getter: Any, value: Any, context: Any) -> Any:
+        owner = context.module_name
+        comes_from = [n for n in captured if owner == n or owner.startswith(f"{n}/")]
+        if comes_from and context.name in outside.get(owner, {}):
+            raise ValueError(
+                f"{where}: module {comes_from[0]!r} was made outside of the stack and "
+                f"has the parameter {owner}/{context.name} there; inside, each layer "
+                "would silently get one of its own. To share it, read the value "
+                "outside and close over it; to have one per layer, make the module "
+                "inside the layer function."
+            )
+        return next_getter(value)
+
+    with hk.intercept_methods(on_method), hk.custom_getter(on_get):
+        yield

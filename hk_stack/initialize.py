@@ -1,0 +1,184 @@
+"""Stacked initial parameters and state, for all layers in one batch.
+
+Initial values need the initialisers only, not the forward passes of the layers. So the
+initialisation of one layer is traced, all that its initial values do not depend on is
+dropped, and what is left runs for all layers at once under `hk.vmap`. Where an initial
+value depends on the activations, the layers have to run one after the other.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from hk_stack import layout, loop, partition
+
+METHODS = ("auto", "vmap", "map", "scan")
+
+
+class Layer(NamedTuple):
+    """One layer as pure functions.
+
+    Attributes:
+      init: `(key, carry, per_layer) -> (params, state)`, before any call.
+      apply: `(params, state, key, carry, per_layer) -> ((carry, output), state)`.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+def initialize(
+    layer: Layer,
+    num_layers: int,
+    key: jax.Array | None,
+    carry: Any,
+    per_layer: Any,
+    *,
+    method: str,
+    where: str,
+) -> tuple[Any, Any]:
+    """Initial parameters and state of a stack.
+
+    Equal to this loop, with the results stacked; the `apply` calls matter, and are
+    made, only where initial values depend on the activations:
+
+    ```
+    for i in range(num_layers):
+        init_key, key, apply_key = jax.random.split(key, 3)
+        params[i], state[i] = layer.init(init_key, carry, per_layer[i])
+        (carry, _), _ = layer.apply(params[i], state[i], apply_key, carry, per_layer[i])
+    ```
+
+    Args:
+      layer: The layer.
+      num_layers: `L`.
+      key: A random key, or None if the initialisers need none.
+      carry: What the first layer is given.
+      per_layer: A pytree of arrays `[L, ...]`.
+      method: "vmap" runs the initialisers batched, "map" one layer after another,
+        "scan" the loop above. "auto" is "vmap", but "map" for keys whose random bits
+        would come out different in a batch (all but threefry), and "scan" if an initial
+        value depends on the activations.
+      where: Names the stack in errors.
+
+    Returns:
+      Parameters and state with leaves `[L, ...]`.
+
+    Raises:
+      ValueError: If "vmap" or "map" is asked for and an initial value depends on the
+        activations; it names the value.
+    """
+    if method == "scan":
+        return _one_after_another(layer, num_layers, key, carry, per_layer)
+    first = layout.abstract((key, carry, layout.drop_layers(per_layer)))
+    closed, shapes = jax.make_jaxpr(layer.init, return_shape=True)(*first)
+    num_constants = len(closed.consts)
+    num_keys, num_carry = len(jax.tree.leaves(key)), len(jax.tree.leaves(carry))
+    activations = ((1 << num_carry) - 1) << num_constants + num_keys
+
+    def mixes(reads: int) -> bool:
+        return bool(reads & activations and reads & ~activations)
+
+    flat = partition.flatten(closed, mixes)
+    values, tree = jax.tree.flatten_with_path(shapes)
+    dependent = [
+        _leaf_name(path)
+        for (path, _), out in zip(values, flat.outputs, strict=True)
+        if flat.dependencies(out) & activations
+    ]
+    if dependent and method == "auto":
+        return _one_after_another(layer, num_layers, key, carry, per_layer)
+    if dependent:
+        raise ValueError(
+            f'{where}: init="{method}" runs the initialisers without the layers, but '
+            f"the initial value of {', '.join(dependent)} depends on the activations. "
+            'Use init="scan", or init="auto", which finds this out.'
+        )
+    initialisers, reads = partition.program(flat, flat.outputs)
+    keys = None if key is None else init_keys(key, num_layers)
+    inputs = [*closed.consts, *jax.tree.leaves((keys, carry, per_layer))]
+    layered = [i >= num_constants for i in range(len(inputs))]
+    if method == "auto":
+        method = "vmap" if _is_threefry(key) else "map"
+    run = _run_batched if method == "vmap" else _run_mapped
+    given = [(inputs[i], layered[i]) for i in reads]
+    return jax.tree.unflatten(tree, run(initialisers, num_layers, given))
+
+
+def _run_batched(
+    initialisers: jex.ClosedJaxpr, num_layers: int, given: list[tuple[Any, bool]]
+) -> list[jax.Array]:
+    """Runs the initialisers of all layers at once."""
+    run = jex.jaxpr_as_fun(initialisers)
+    values = [value for value, _ in given]
+    axes = [0 if layered else None for _, layered in given]
+    # The layer's number is mapped over too: the initialisers may read nothing layered.
+    batched = hk.vmap(
+        lambda _, values: run(*values), in_axes=(0, axes), split_rng=False
+    )
+    return batched(jnp.arange(num_layers), values)
+
+
+def _run_mapped(
+    initialisers: jex.ClosedJaxpr, num_layers: int, given: list[tuple[Any, bool]]
+) -> list[jax.Array]:
+    """Runs the initialisers of one layer after another."""
+    run = jex.jaxpr_as_fun(initialisers)
+
+    def one(_: None, mapped: list[Any]) -> tuple[None, list[jax.Array]]:
+        own = iter(mapped)
+        return None, run(*(next(own) if layered else v for v, layered in given))
+
+    mapped = [value for value, layered in given if layered]
+    return loop.scan(one, None, mapped, num_layers=num_layers)[1]
+
+
+def _one_after_another(
+    layer: Layer, num_layers: int, key: jax.Array | None, carry: Any, per_layer: Any
+) -> tuple[Any, Any]:
+    """Initialises each layer on the activations that the one before it left."""
+
+    def step(before: tuple[Any, Any], own: Any) -> tuple[tuple[Any, Any], Any]:
+        carry, key = before
+        init_key, key, apply_key = _three_keys(key)
+        params, state = layer.init(init_key, carry, own)
+        (carry, _), _ = layer.apply(params, state, apply_key, carry, own)
+        return (carry, key), (params, state)
+
+    return loop.scan(step, (carry, key), per_layer, num_layers=num_layers)[1]
+
+
+def _three_keys(key: jax.Array | None) -> Any:
+    return (None, None, None) if key is None else jax.random.split(key, 3)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def init_keys(key: jax.Array, num_layers: int) -> jax.Array:
+    """The key that each layer is initialised with, `[L, ...]`.
+
+    ```
+    for i in range(num_layers):
+        keys[i], key, _ = jax.random.split(key, 3)
+    ```
+    """
+
+    def step(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        init_key, key, _ = jax.random.split(key, 3)
+        return key, init_key
+
+    return loop.scan(step, key, None, num_layers=num_layers)[1]
+
+
+def _is_threefry(key: jax.Array | None) -> bool:
+    return key is None or str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    """`linear/w` for the path of a leaf in `(params, state)`."""
+    kind = ("parameter", "state")[path[0].idx]
+    return f"{kind} {jax.tree_util.keystr(path[1:], simple=True, separator='/')}"

@@ -1,0 +1,385 @@
+"""`layer_stack`: a stack of layers inside a Haiku transform.
+
+At init the stack makes the parameters of all layers (`initialize`). Each call traces
+the layer function once, cuts it into setup and call (`partition`), runs setup for all
+layers in one batch, and loops over the calls (`loop`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from hk_stack import checks, initialize, layout, loop, partition
+
+
+def layer_stack(
+    num_layers: int,
+    with_per_layer_inputs: bool = False,
+    unroll: int = 1,
+    pass_reverse_to_layer_fn: bool = False,
+    transparent: bool = False,
+    transparency_map: hk.LayerStackTransparencyMapping | None = None,
+    name: str | None = None,
+    *,
+    setup: str = "auto",
+    init: str = "auto",
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Stacks a layer function; a drop-in for `hk.layer_stack`.
+
+    `layer_stack(L)(f)(x)` is equal to this loop, in which each `f` has parameters and
+    random keys of its own:
+
+    ```
+    for _ in range(L):
+        x = f(x)
+    ```
+
+    and, with per-layer inputs, to this one, which returns `x` and the stacked `zs`:
+
+    ```
+    for i in range(L):
+        x, zs[i] = f(x, ys[i])
+    ```
+
+    What `f` computes from its parameters alone runs for all layers in one batch before
+    the loop:
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     w = hk.get_parameter("w", [8, 8], init=hk.initializers.RandomNormal(0.1))
+    ...     return jnp.tanh(x @ jax.scipy.linalg.expm(w))  # expm(w) leaves the loop
+    >>> model = hk.transform(lambda x: hk_stack.layer_stack(6, name="layers")(layer)(x))
+    >>> x = jnp.ones([2, 8])
+    >>> params = model.init(jax.random.key(0), x)
+    >>> params["layers/~"]["w"].shape
+    (6, 8, 8)
+    >>> model.apply(params, None, x).shape
+    (2, 8)
+
+    Args:
+      num_layers: `L`, at least 1.
+      with_per_layer_inputs: Whether `f` takes per-layer inputs after `x` and returns a
+        pair. The stack then takes arrays `[L, ...]` (or pytrees of them) after `x`, and
+        returns `x` and the second results, `[L, ...]`.
+      unroll: How many layers one step of the compiled loop holds.
+      pass_reverse_to_layer_fn: Whether `f` is given the keyword `reverse` with which
+        the stack is called (`stack(f)(x, reverse=True)` runs the last layer first).
+      transparent: Whether the parameters are stored per layer, under the names that
+        `transparency_map` gives.
+      transparency_map: Names of the layers' modules; used if `transparent`.
+      name: Name of the stack in the parameter tree.
+      setup: What leaves the loop. "auto": values marked with `hoist`, and whatever else
+        depends on parameters and constants only and is worth it. "marked": only marked
+        values. "inline": nothing, as in `hk.layer_stack`.
+      init: How initial values are made. "auto": all layers in one batch, unless an
+        initial value depends on the activations or a batch would draw other random
+        numbers. "vmap", "map" (one layer after another) and "scan" (the same, with the
+        layers run in between) force one.
+
+    Returns:
+      A function that takes a layer function and returns its stack. Keyword arguments
+      of the stack (`stack(f)(x, is_training=True, mask=mask)`) go through to the layer
+      function: Python values stay static, arrays are shared by all layers.
+
+    Raises:
+      TypeError: If an argument, an input of the stack or a result of the layer function
+        is of the wrong type.
+      ValueError: If one has a wrong value, shape or dtype; if parameters are of another
+        depth; if a module is shared with the outside; if a `hoist` cannot be done.
+    """
+    options = _Options(
+        num_layers=checks.positive(num_layers),
+        with_per_layer_inputs=with_per_layer_inputs,
+        unroll=unroll,
+        pass_reverse=pass_reverse_to_layer_fn,
+        naming_map=transparency_map if transparent else None,
+        name=name or f"__layer_stack_{_KINDS[bool(with_per_layer_inputs)]}",
+        setup=checks.one_of(setup, partition.POLICIES, "setup"),
+        init=checks.one_of(init, initialize.METHODS, "init"),
+    )
+    if transparent and transparency_map is None:
+        raise ValueError(
+            "layer_stack: transparent=True needs a transparency_map, which names the "
+            "module of each layer (see hk.LayerStackTransparencyMapping)."
+        )
+
+    def stack(f: Callable[..., Any]) -> Callable[..., Any]:
+        checks.layer_function(f, options.name, with_per_layer_inputs)
+
+        @functools.wraps(f)
+        def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
+            return _call(options, f, args, kwargs, reverse)
+
+        return stacked
+
+    return stack
+
+
+_KINDS = {False: "no_per_layer", True: "with_per_layer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    num_layers: int
+    with_per_layer_inputs: bool
+    unroll: int
+    pass_reverse: bool
+    naming_map: hk.LayerStackTransparencyMapping | None
+    name: str
+    setup: str
+    init: str
+
+
+def _call(
+    options: _Options,
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reverse: bool,
+) -> Any:
+    """Runs the stack, inside a Haiku transform."""
+    num_layers = options.num_layers
+    where = checks.describe(options.name, f)
+    checks.inside_transform(where)
+    names = checks.argument_names(f, len(args))
+    if options.pass_reverse:
+        kwargs = {**kwargs, "reverse": reverse}
+    carry, per_layer = args, ()
+    if options.with_per_layer_inputs:
+        carry, per_layer = args[:1], args[1:]
+        checks.per_layer_inputs(per_layer, num_layers, names[1:], where)
+    carry, per_layer = jax.tree.map(_as_array, (carry, per_layer))
+    layer = _pure_layer(options, f, kwargs, where)
+
+    def init(key: jax.Array | None) -> tuple[Any, Any]:
+        params, state = initialize.initialize(
+            layer, num_layers, key, carry, per_layer, method=options.init, where=where
+        )
+        return _stored(options, params), _stored(options, state)
+
+    key = hk.maybe_next_rng_key()
+    # A stack that is not transparent stores its layers in a scope of its own.
+    scope = hk.name_scope(options.name)
+    with contextlib.nullcontext() if options.naming_map else scope:
+        lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
+        stored = lifted(key)
+    params, state = (_stacked(options, tree) for tree in stored)
+    checks.depth(params, state, num_layers, where)
+    key = hk.maybe_next_rng_key()
+    keys = None if key is None else jax.random.split(key, num_layers)
+
+    given = _Given(params, state, keys, carry, per_layer)
+    carry, outputs, state = _run(options, layer, given, names, reverse, where)
+    updater.update(_stored(options, state))
+    if options.with_per_layer_inputs:
+        return carry[0], outputs
+    return carry[0] if len(args) == 1 else carry
+
+
+def _stacked(options: _Options, tree: layout.Modules) -> Any:
+    """The stack's own tree `[L, ...]`, from the tree that the transform stores."""
+    return layout.stack_params(tree, options.naming_map) if options.naming_map else tree
+
+
+def _stored(options: _Options, tree: layout.Modules) -> Any:
+    """The inverse of `_stacked`."""
+    if options.naming_map is None:
+        return tree
+    return layout.unstack_params(tree, options.naming_map, options.num_layers)
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def _pure_layer(
+    options: _Options, f: Callable[..., Any], kwargs: dict[str, Any], where: str
+) -> initialize.Layer:
+    """The layer function as pure functions of its parameters, state and key."""
+    outside = {} if options.naming_map else hk.experimental.get_params()
+
+    def call(carry: tuple[Any, ...], per_layer: tuple[Any, ...]) -> tuple[Any, Any]:
+        with checks.nothing_shared(outside, where):
+            result = f(*carry, *per_layer, **kwargs)
+        if options.with_per_layer_inputs:
+            checks.is_pair(result, where)
+            return (result[0],), result[1]
+        return (result,) if len(carry) == 1 else result, None
+
+    transformed = hk.transform_with_state(call)
+
+    def init(key: Any, carry: Any, per_layer: Any) -> tuple[hk.Params, hk.State]:
+        return transformed.init(key, carry, per_layer)
+
+    def apply(params: Any, state: Any, key: Any, carry: Any, per_layer: Any) -> Any:
+        return transformed.apply(params, state, key, carry, per_layer)
+
+    return initialize.Layer(init, apply)
+
+
+class _Given(NamedTuple):
+    """What a stack is given, in the order in which a layer's `apply` takes it."""
+
+    params: Any
+    state: Any
+    keys: Any
+    carry: Any
+    per_layer: Any
+
+
+def _run(
+    options: _Options,
+    layer: initialize.Layer,
+    given: _Given,
+    names: list[str],
+    reverse: bool,
+    where: str,
+) -> tuple[Any, Any, Any]:
+    """Runs setup for all layers, then the loop; returns carry, outputs and state."""
+    closed, given, shapes = _trace(layer, given, names, where)
+    inputs = _inputs(closed.consts, given, names)
+    values = [*closed.consts, *jax.tree.leaves(given)]
+    cut = partition.cut(closed, inputs, options.setup, where)
+    derived = _run_setup(cut, inputs, values)
+
+    # What the call reads: derived values, then inputs. Some of it is per layer, some is
+    # the carry, the rest is the same for all layers.
+    reads = [*derived, *(values[i] for i in cut.call_inputs)]
+    layered = [*cut.layered, *(inputs[i].layered for i in cut.call_inputs)]
+    carry, carry_tree = jax.tree.flatten(given.carry)
+    before_carry = len(closed.consts) + len(jax.tree.leaves(given[:3]))
+    place = {before_carry + i: i for i in range(len(carry))}
+    carried = [None] * len(derived) + [place.get(i) for i in cut.call_inputs]
+    call = jex.jaxpr_as_fun(cut.call)
+
+    def step(carry: list[Any], mapped: list[Any]) -> tuple[list[Any], list[Any]]:
+        own = iter(mapped)
+        args = [
+            next(own) if is_own else value if i is None else carry[i]
+            for value, is_own, i in zip(reads, layered, carried, strict=True)
+        ]
+        results = call(*args)
+        return results[: len(carry)], results[len(carry) :]
+
+    carry, rest = loop.scan(
+        step,
+        carry,
+        [value for value, is_own in zip(reads, layered, strict=True) if is_own],
+        num_layers=options.num_layers,
+        unroll=options.unroll,
+        reverse=reverse,
+    )
+    (_, outputs), state = jax.tree.unflatten(
+        jax.tree.structure(shapes), [*carry, *rest]
+    )
+    return jax.tree.unflatten(carry_tree, carry), outputs, state
+
+
+def _trace(
+    layer: initialize.Layer, given: _Given, names: list[str], where: str
+) -> tuple[jex.ClosedJaxpr, _Given, Any]:
+    """Traces one layer; returns `given` with the carry in the types it will keep."""
+    own = layout.drop_layers((given.params, given.state, given.keys))
+    per_layer = layout.drop_layers(given.per_layer)
+    trace = jax.make_jaxpr(layer.apply, return_shape=True)
+    while True:
+        carry = given.carry
+        try:
+            closed, shapes = trace(*own, layout.abstract(carry), per_layer)
+        except ValueError:
+            # Haiku's own error for a missing parameter knows nothing of the stack.
+            key = jax.random.key(0) if given.keys is None else own[2]
+            expected = jax.eval_shape(layer.init, key, carry, per_layer)[0]
+            checks.has_params(
+                given.params, expected, hk.experimental.get_params(), where
+            )
+            raise
+        (after, _), _ = shapes
+        checks.same_structure(carry, after, names, where)
+        outs = jax.tree.unflatten(
+            jax.tree.structure(carry), closed.out_avals[: len(jax.tree.leaves(carry))]
+        )
+        promoted = jax.tree.map(_promote, carry, outs)
+        if all(map(operator.is_, jax.tree.leaves(carry), jax.tree.leaves(promoted))):
+            checks.same_carry(carry, after, names, where)
+            return closed, given, shapes
+        given = given._replace(carry=promoted)
+
+
+def _promote(leaf: jax.Array, after: Any) -> jax.Array:
+    """A weakly typed carry takes on the type that the first layer gives it."""
+    if not getattr(leaf, "weak_type", False) or after.shape != leaf.shape:
+        return leaf
+    if after.weak_type and after.dtype == leaf.dtype:
+        return leaf
+    return jax.lax.convert_element_type(leaf, after.dtype)
+
+
+def _inputs(
+    constants: list[Any], given: _Given, names: list[str]
+) -> list[partition.Input]:
+    """Describes the inputs of a traced layer for the cut."""
+    traced = any(
+        isinstance(leaf, jax.core.Tracer)
+        for leaf in jax.tree.leaves((given.carry, given.per_layer))
+    )
+    own_params = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
+
+    def closed_over(value: Any) -> partition.Input:
+        # Among traced inputs, an array that is not traced is no activation.
+        still = not isinstance(value, jax.core.Tracer)
+        known = (
+            not isinstance(value, jax.Array)
+            or value.ndim == 0
+            or (traced and still)
+            or id(value) in own_params
+        )
+        return partition.Input("an array closed over", known, True, False)
+
+    def own(tree: Any, label: str, known: bool = False) -> list[partition.Input]:
+        return [
+            partition.Input(f"{label}{name}", known, known, True)
+            for name in checks.leaf_names(tree)
+        ]
+
+    carry = [
+        partition.Input(f"argument `{name}{leaf}`", False, False, False)
+        for name, tree in zip(names, given.carry, strict=False)
+        for leaf in checks.leaf_names(tree)
+    ]
+    per_layer = [
+        entry
+        for name, tree in zip(names[len(given.carry) :], given.per_layer, strict=False)
+        for entry in own(tree, f"per-layer input `{name}`")
+    ]
+    return [
+        *map(closed_over, constants),
+        *own(given.params, "parameter ", known=True),
+        *own(given.state, "state "),
+        *own(given.keys, "a random key"),
+        *carry,
+        *per_layer,
+    ]
+
+
+def _run_setup(
+    cut: partition.Cut, inputs: list[partition.Input], values: list[Any]
+) -> list[jax.Array]:
+    """Runs setup for all layers at once."""
+    if not cut.layered:
+        return []
+    setup = jex.jaxpr_as_fun(cut.setup)
+    given = [values[i] for i in cut.setup_inputs]
+    if not any(cut.layered):
+        return setup(*given)
+    axes = [0 if inputs[i].layered else None for i in cut.setup_inputs]
+    out_axes = [0 if layered else None for layered in cut.layered]
+    return jax.vmap(lambda values: setup(*values), (axes,), out_axes)(given)
