@@ -1,0 +1,236 @@
+"""The models in Haiku.
+
+Shapes: `B` sequences of `T` steps of `D` features; `L` layers. The stacks are told
+which `layer_stack` to use: `hk_stack.layer_stack`, `hk.layer_stack` or the `layer_loop`
+of this file. In all of them a layer's modules are called `block/...`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from hk_stack.compare import s4
+
+Layer = Callable[[jax.Array], jax.Array]
+LayerStack = Callable[..., Callable[[Layer], Layer]]
+Norm = Literal["layer", "batch"]
+Mode = Literal["convolution", "recurrence"]
+
+
+class S4(hk.Module):
+    """One S4 layer, `[B, T, D] -> [B, T, D]`: `y = K * u + d u`."""
+
+    def __init__(
+        self,
+        state_size: int,
+        mode: Mode = "convolution",
+        name: str | None = None,
+    ):
+        """Constructs the layer.
+
+        Args:
+          state_size: number of states of each feature, `N`.
+          mode: whether to run as a convolution or step by step; same parameters,
+            same outputs.
+          name: the module's name.
+        """
+        super().__init__(name=name)
+        self.state_size = state_size
+        self.mode = mode
+
+    def __call__(self, u: jax.Array) -> jax.Array:
+        """Filters each feature of `u` `[B, T, D]` by its own linear system."""
+        _, length, features = u.shape
+        params = {
+            name: hk.get_parameter(name, shape, init=_with_next_key(init))
+            for name, (shape, init) in s4.parameters(features, self.state_size).items()
+        }
+        system = s4.dplr(params)
+        if self.mode == "convolution":
+            y = s4.convolve(u, s4.kernel(system, length))
+        else:
+            y = s4.recur(u, s4.discretise(system, length))
+        return y + params["d"][None, None] * u
+
+
+class S4Block(hk.Module):
+    """`x + dropout(glu(dropout(gelu(S4(norm(x))))))`, `[B, T, D] -> [B, T, D]`."""
+
+    def __init__(
+        self,
+        state_size: int,
+        dropout_rate: float = 0.0,
+        *,
+        norm: Norm = "layer",
+        mode: Mode = "convolution",
+        name: str | None = None,
+    ):
+        """Constructs the block.
+
+        Args:
+          state_size: number of states of each feature, `N`.
+          dropout_rate: probability of dropping a value, in training.
+          norm: `"layer"` or `"batch"`; the latter keeps running statistics.
+          mode: see `S4`.
+          name: the module's name.
+        """
+        super().__init__(name=name)
+        self.state_size = state_size
+        self.dropout_rate = dropout_rate
+        self.norm = norm
+        self.mode = mode
+
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        rate = self.dropout_rate if is_training else 0.0
+        h = _norm(self.norm, x, is_training, "norm")
+        h = S4(self.state_size, self.mode, name="s4")(h)
+        h = _dropout(jax.nn.gelu(h), rate)
+        h = jax.nn.glu(_linear(2 * x.shape[-1], "gate")(h))
+        return x + _dropout(h, rate)
+
+
+class TransformerBlock(hk.Module):
+    """Pre-norm causal self-attention, then a pre-norm MLP of four times the width."""
+
+    def __init__(
+        self, num_heads: int, dropout_rate: float = 0.0, name: str | None = None
+    ):
+        """Constructs the block.
+
+        Args:
+          num_heads: number of attention heads, a divisor of `D`.
+          dropout_rate: probability of dropping a value, in training.
+          name: the module's name.
+        """
+        super().__init__(name=name)
+        self.num_heads = num_heads
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        _, length, width = x.shape
+        rate = self.dropout_rate if is_training else 0.0
+        attention = hk.MultiHeadAttention(
+            self.num_heads,
+            width // self.num_heads,
+            w_init=hk.initializers.VarianceScaling(),
+            model_size=width,
+            name="attention",
+        )
+        h = _norm("layer", x, is_training, "attention_norm")
+        h = attention(h, h, h, mask=jnp.tri(length, dtype=bool)[None, None])
+        x = x + _dropout(h, rate)
+        h = _norm("layer", x, is_training, "mlp_norm")
+        h = jax.nn.gelu(_linear(4 * width, "mlp_in")(h))
+        return x + _dropout(_linear(width, "mlp_out")(h), rate)
+
+
+def s4_stack(
+    x: jax.Array,
+    *,
+    layer_stack: LayerStack,
+    num_layers: int,
+    state_size: int,
+    dropout_rate: float = 0.0,
+    norm: Norm = "layer",
+    mode: Mode = "convolution",
+    is_training: bool = False,
+    **stack_options: Any,
+) -> jax.Array:
+    """`L` S4 blocks, `[B, T, D] -> [B, T, D]`.
+
+    Args:
+      x: activations `[B, T, D]`.
+      layer_stack: `hk_stack.layer_stack` or one that takes the same arguments.
+      num_layers: number of blocks, `L`.
+      state_size: see `S4Block`.
+      dropout_rate: see `S4Block`.
+      norm: see `S4Block`.
+      mode: see `S4Block`.
+      is_training: whether to drop values and to update running statistics.
+      **stack_options: passed on to `layer_stack`.
+    """
+
+    def layer(x: jax.Array) -> jax.Array:
+        block = S4Block(state_size, dropout_rate, norm=norm, mode=mode, name="block")
+        return block(x, is_training)
+
+    return layer_stack(num_layers, name="layers", **stack_options)(layer)(x)
+
+
+def transformer_stack(
+    x: jax.Array,
+    *,
+    layer_stack: LayerStack,
+    num_layers: int,
+    num_heads: int,
+    dropout_rate: float = 0.0,
+    is_training: bool = False,
+    **stack_options: Any,
+) -> jax.Array:
+    """`L` transformer blocks, `[B, T, D] -> [B, T, D]`; arguments as in `s4_stack`."""
+
+    def layer(x: jax.Array) -> jax.Array:
+        return TransformerBlock(num_heads, dropout_rate, name="block")(x, is_training)
+
+    return layer_stack(num_layers, name="layers", **stack_options)(layer)(x)
+
+
+def classifier(
+    x: jax.Array, layers: Layer, *, width: int, num_classes: int
+) -> jax.Array:
+    """Sequences `[B, T, features]` -> logits `[B, num_classes]`.
+
+    Args:
+      x: input sequences.
+      layers: a stack, `[B, T, width] -> [B, T, width]`; for instance `s4_stack` with
+        its keyword arguments bound by `functools.partial`.
+      width: number of features inside the stack.
+      num_classes: number of classes.
+    """
+    h = layers(_linear(width, "encoder")(x))
+    return _linear(num_classes, "decoder")(jnp.mean(h, axis=1))
+
+
+def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], Layer]:
+    """The plain Python loop, called as a `layer_stack` is; scopes `layers_0`, ..."""
+
+    def loop(layer: Layer) -> Layer:
+        def layers(x: jax.Array) -> jax.Array:
+            for i in range(num_layers):
+                with hk.name_scope(f"{name}_{i}"):
+                    x = layer(x)
+            return x
+
+        return layers
+
+    return loop
+
+
+def _linear(size: int, name: str) -> hk.Linear:
+    return hk.Linear(size, w_init=hk.initializers.VarianceScaling(), name=name)
+
+
+def _norm(kind: Norm, x: jax.Array, is_training: bool, name: str) -> jax.Array:
+    if kind == "batch":
+        norm = hk.BatchNorm(True, True, decay_rate=0.9, eps=1e-5, name=name)
+        # hk.BatchNorm raises a float to an integer, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return norm(x, is_training)
+    return hk.LayerNorm(-1, True, True, eps=1e-5, name=name)(x)
+
+
+def _dropout(x: jax.Array, rate: float) -> jax.Array:
+    if rate == 0.0:
+        return x
+    # hk.dropout multiplies a boolean mask by x, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        return hk.dropout(hk.next_rng_key(), rate, x)
+
+
+def _with_next_key(init: s4.Initializer) -> hk.initializers.Initializer:
+    return lambda shape, dtype: init(hk.next_rng_key(), shape, dtype)

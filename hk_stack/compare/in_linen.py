@@ -1,0 +1,263 @@
+"""The models in Flax Linen, with three ways to stack blocks.
+
+Shapes as in `in_haiku`. Parameters and initial distributions are the same; `to_haiku`
+copies variables over. Blocks take optional dropout `keys`, one for each of their two
+dropouts: Linen derives its own keys from module paths, so that two frameworks can only
+draw the same masks if the keys are passed in.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from hk_stack.compare import s4
+
+try:
+    import flax.linen as nn
+    from flax.traverse_util import flatten_dict
+except ImportError as error:
+    raise ImportError(
+        "hk_stack.compare.in_linen needs Flax: pip install 'hk_stack[flax]'"
+    ) from error
+
+Tree = dict[str, dict[str, jax.Array]]
+
+
+class S4(nn.Module):
+    """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel made in `setup`."""
+
+    features: int
+    state_size: int
+    length: int
+
+    def setup(self) -> None:
+        """Computes the kernel `[D, T]` from the parameters."""
+        params = {
+            name: self.param(name, init, shape, jnp.float32)
+            for name, (shape, init) in s4.parameters(
+                self.features, self.state_size
+            ).items()
+        }
+        self.kernel = s4.kernel(s4.dplr(params), self.length)
+        self.d = params["d"]
+
+    def __call__(self, u: jax.Array) -> jax.Array:
+        """Filters each feature of `u` `[B, T, D]` by its own linear system."""
+        return s4.convolve(u, self.kernel) + self.d[None, None] * u
+
+
+class S4Block(nn.Module):
+    """`x + dropout(glu(dropout(gelu(S4(norm(x))))))`, `[B, T, D] -> [B, T, D]`."""
+
+    state_size: int
+    dropout_rate: float = 0.0
+    norm: Literal["layer", "batch"] = "layer"
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`, with dropout `keys` `[2]` if given."""
+        _, length, width = x.shape
+        dropout = _dropouts(self.dropout_rate, is_training, keys)
+        h = _norm(self.norm, x, is_training, "norm")
+        h = S4(width, self.state_size, length, name="s4")(h)
+        h = dropout(0, jax.nn.gelu(h))
+        h = jax.nn.glu(nn.Dense(2 * width, name="gate")(h))
+        return x + dropout(1, h)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm causal self-attention, then a pre-norm MLP of four times the width."""
+
+    num_heads: int
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`, with dropout `keys` `[2]` if given."""
+        _, length, width = x.shape
+        dropout = _dropouts(self.dropout_rate, is_training, keys)
+        mask = jnp.tri(length, dtype=bool)[None, None]
+        attention = nn.MultiHeadDotProductAttention(self.num_heads, name="attention")
+        h = attention(_norm("layer", x, is_training, "attention_norm"), mask=mask)
+        x = x + dropout(0, h)
+        h = _norm("layer", x, is_training, "mlp_norm")
+        h = jax.nn.gelu(nn.Dense(4 * width, name="mlp_in")(h))
+        return x + dropout(1, nn.Dense(width, name="mlp_out")(h))
+
+
+class ScanStack(nn.Module):
+    """`L` blocks by `nn.scan` with split parameters: setup runs inside the loop.
+
+    `block` makes one block; bind its fields by `functools.partial`.
+    """
+
+    block: Callable[..., nn.Module]
+    num_layers: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
+        scan = nn.scan(
+            lambda block, x, keys: (block(x, is_training, keys), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.num_layers,
+        )
+        return scan(self.block(name="block"), x, keys)[0]
+
+
+class HackStack(nn.Module):
+    """`L` blocks whose vmapped initialisation is held as one parameter, `"stack"`.
+
+    There is no place for running statistics: use it with `norm="layer"`.
+    """
+
+    block: Callable[..., nn.Module]
+    num_layers: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
+        block = self.block(parent=None)
+
+        def init(key: jax.Array) -> Mapping[str, Any]:
+            keys = jax.random.split(key, self.num_layers)
+            return jax.vmap(lambda key: block.init(key, x)["params"])(keys)
+
+        def layer(x: jax.Array, scanned: Any) -> tuple[Any, None]:
+            params, keys, rngs = scanned
+            y = block.apply({"params": params}, x, is_training, keys, rngs=rngs)
+            return y, None
+
+        rngs = {}
+        if self.has_rng("dropout"):
+            rng = self.make_rng("dropout")
+            rngs["dropout"] = jax.random.split(rng, self.num_layers)
+        return jax.lax.scan(layer, x, (self.param("stack", init), keys, rngs))[0]
+
+
+class LoopStack(nn.Module):
+    """`L` blocks by a Python loop, with `L` sets of parameters."""
+
+    block: Callable[..., nn.Module]
+    num_layers: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
+        for i in range(self.num_layers):
+            own_keys = None if keys is None else keys[i]
+            x = self.block(name=f"block_{i}")(x, is_training, own_keys)
+        return x
+
+
+STACKS = {"scan": ScanStack, "hack": HackStack, "loop": LoopStack}
+
+
+class Classifier(nn.Module):
+    """Sequences `[B, T, features]` -> logits `[B, num_classes]`; `layers`: a stack."""
+
+    layers: nn.Module
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Encodes, runs the stack, pools over time and classifies."""
+        h = nn.Dense(self.width, name="encoder")(x)
+        h = self.layers(h, is_training, keys)
+        return nn.Dense(self.num_classes, name="decoder")(jnp.mean(h, axis=1))
+
+
+def to_haiku(variables: Mapping[str, Any]) -> tuple[Tree, Tree]:
+    """Parameters and state of the same model in Haiku, stacked `[L, ...]`.
+
+    For the models of this file only. Gradients, which are shaped like parameters, can
+    be passed as `{"params": gradients}`.
+
+    Args:
+      variables: of a `Classifier`, or of a stack on its own, in any of the three ways.
+    """
+    params: Tree = {}
+    state: Tree = {}
+    statistics = _flatten(variables.get("batch_stats", {}))
+    for path, value in _flatten(variables["params"]).items():
+        if (*path[:-1], "mean") in statistics:
+            value = value[:, None, None]  # [L, D]; Haiku's BatchNorm has [L, 1, 1, D]
+        module, leaf, value = _haiku_parameter(path, value)
+        params.setdefault(module, {})[leaf] = value
+    for (*scope, leaf), value in statistics.items():
+        state["/".join([*scope, "~", f"{leaf}_ema"])] = _haiku_average(value)
+    return params, state
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[tuple[str, ...], jax.Array]:
+    """Leaves by path, as if every stack were a `ScanStack` called `layers`."""
+    if "layers" not in variables:
+        variables = {"layers": variables}
+    return flatten_dict({**variables, "layers": _as_scanned(variables["layers"])})
+
+
+def _as_scanned(layers: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "stack" in layers:
+        return {"block": layers["stack"]}
+    if "block_0" in layers:
+        blocks = [layers[f"block_{i}"] for i in range(len(layers))]
+        return {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+    return layers
+
+
+def _haiku_parameter(
+    path: tuple[str, ...], value: jax.Array
+) -> tuple[str, str, jax.Array]:
+    """Haiku's module name, parameter name and shape of one of Linen's parameters."""
+    *scope, module, leaf = path
+    if module.endswith("norm"):
+        leaf = {"scale": "scale", "bias": "offset"}[leaf]
+    elif module != "s4":
+        leaf = {"kernel": "w", "bias": "b"}[leaf]
+    if module in ("query", "key", "value"):  # [.., heads, k] -> [.., heads k]
+        value = value.reshape(*value.shape[:-2], -1)
+    elif module == "out":
+        module = "linear"
+        value = value.reshape(len(value), -1, value.shape[-1]) if leaf == "w" else value
+    return "/".join([*scope, module]), leaf, value
+
+
+def _haiku_average(value: jax.Array) -> dict[str, jax.Array]:
+    """State of Haiku's moving average that goes on as Linen's `[L, D]` does."""
+    value = value[:, None, None]
+    # Haiku divides by 1 - decay ** counter, Linen by nothing: let that be one.
+    counter = jnp.full(len(value), 1_000_000, jnp.int32)
+    return {"counter": counter, "hidden": value, "average": value}
+
+
+def _dropouts(
+    rate: float, is_training: bool, keys: jax.Array | None
+) -> Callable[[int, jax.Array], jax.Array]:
+    def dropout(index: int, x: jax.Array) -> jax.Array:
+        key = None if keys is None else keys[index]
+        return nn.Dropout(rate)(x, deterministic=not is_training, rng=key)
+
+    return dropout
+
+
+def _norm(kind: str, x: jax.Array, is_training: bool, name: str) -> jax.Array:
+    if kind == "batch":
+        norm = nn.BatchNorm(not is_training, momentum=0.9, epsilon=1e-5, name=name)
+        return norm(x)
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)

@@ -1,0 +1,234 @@
+"""S4: a linear state space layer with an expensive setup and a cheap call.
+
+Each of `H` features is a linear system of `N` states with step size `delta`,
+
+    x'(t) = A x(t) + B u(t),    y(t) = Re(C x(t)),    A = diag(Lambda) - P P^*,
+
+of which `T` samples are taken by the bilinear rule. *Setup* turns the parameters into
+a convolution kernel `[H, T]` (`kernel`) or a recurrence (`discretise`); *call* applies
+it to activations `[B, T, H]` (`convolve` or `recur`). Both give the same outputs.
+
+As in the paper, the learned readout is `C~ = C (I - Abar^T)`, which spares the kernel
+all powers of `Abar`; it belongs to one length `T`, so both forms are told that length.
+
+Reference: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State
+Spaces", 2021, https://arxiv.org/abs/2111.00396.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# (key, shape, dtype) -> array, as in `jax.nn.initializers`.
+Initializer = Callable[..., jax.Array]
+
+MIN_STEP, MAX_STEP = 1e-3, 1e-1
+MIN_DECAY = 1e-4
+
+
+class Dplr(NamedTuple):
+    """Continuous systems, diagonal plus low rank: `A = diag(Lambda) - P P^*`.
+
+    `A + A^*` is negative definite while `Re(Lambda) < 0`, hence every system is stable.
+    """
+
+    eigenvalues: jax.Array  # Lambda, complex [H, N]
+    p: jax.Array  # complex [H, N]
+    b: jax.Array  # complex [H, N]
+    c: jax.Array  # C~, complex [H, N]
+    step: jax.Array  # delta, [H]
+
+
+class Recurrence(NamedTuple):
+    """Discrete systems: `x_t = Abar x_{t-1} + Bbar u_t`, `y_t = Re(Cbar x_t)`."""
+
+    a: jax.Array  # complex [H, N, N]
+    b: jax.Array  # complex [H, N]
+    c: jax.Array  # complex [H, N]
+
+
+def hippo(state_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """HiPPO-LegS in the basis in which its normal part is diagonal.
+
+    LegS is `A[n, k] = -sqrt((2n+1)(2k+1))` below, `-(n+1)` on and `0` above the
+    diagonal, with `B[n] = sqrt(2n+1)`. With `P[n] = sqrt(n + 1/2)`, the matrix
+    `A + P P^T` is `-I/2` plus a skew-symmetric one, so a unitary `V` diagonalises it.
+
+    Args:
+      state_size: number of states, `N`.
+
+    Returns:
+      `Lambda`, `V^* P` and `V^* B`, each complex `[N]`.
+    """
+    n = np.arange(state_size)
+    b, p = np.sqrt(2 * n + 1.0), np.sqrt(n + 0.5)
+    a = -np.tril(np.outer(b, b), -1) - np.diag(n + 1.0)
+    skew = a + np.outer(p, p) + np.eye(state_size) / 2
+    frequencies, v = np.linalg.eigh(-1j * skew)
+    return -0.5 + 1j * frequencies, v.conj().T @ p, v.conj().T @ b
+
+
+def parameters(
+    features: int, state_size: int
+) -> dict[str, tuple[tuple[int, ...], Initializer]]:
+    """The real parameters of `H` systems: name -> (shape, initialiser).
+
+    Complex values are stored as pairs of real and imaginary part, on the last axis.
+
+    Args:
+      features: number of features, `H`.
+      state_size: number of states of each feature, `N`.
+    """
+    eigenvalues, p, b = hippo(state_size)
+    vector, pairs = (features, state_size), (features, state_size, 2)
+    return {
+        "lambda_real": (vector, _constant(eigenvalues.real)),
+        "lambda_imag": (vector, _constant(eigenvalues.imag)),
+        "p": (pairs, _constant(np.stack([p.real, p.imag], -1))),
+        "b": (pairs, _constant(np.stack([b.real, b.imag], -1))),
+        "c": (pairs, jax.nn.initializers.normal(math.sqrt(0.5))),
+        "d": ((features,), jax.nn.initializers.ones),
+        "log_step": ((features,), _log_uniform(MIN_STEP, MAX_STEP)),
+    }
+
+
+def dplr(params: Mapping[str, jax.Array]) -> Dplr:
+    """Systems from the real parameters listed by `parameters`.
+
+    The real part of `Lambda` is kept at or below `-MIN_DECAY`.
+    """
+    decay = jnp.minimum(params["lambda_real"], -MIN_DECAY)
+    p, b, c = (
+        jax.lax.complex(params[name][..., 0], params[name][..., 1])
+        for name in ("p", "b", "c")
+    )
+    eigenvalues = jax.lax.complex(decay, params["lambda_imag"])
+    return Dplr(eigenvalues, p, b, c, jnp.exp(params["log_step"]))
+
+
+def kernel(system: Dplr, length: int) -> jax.Array:
+    """The convolution kernel `K[t] = Re(Cbar Abar^t Bbar)`, real `[H, T]`.
+
+    Its generating function, truncated to `T` terms, is at the `T`-th roots of unity
+
+        K^(z) = C~ (I - Abar z)^{-1} Bbar
+              = delta C~ (D(z) + s(z) P P^*)^{-1} B,
+        s(z) = (1 + z) delta / 2,    D(z) = (1 - z) I - s(z) diag(Lambda).
+
+    `D` is diagonal and, unlike the paper's `2 (1 - z) / (delta (1 + z)) - Lambda`,
+    finite and invertible at `z = -1` also. The Woodbury identity leaves four Cauchy
+    sums over the states; an inverse FFT gives the kernel.
+
+    Args:
+      system: the continuous systems of `H` features.
+      length: number of samples, `T`.
+    """
+    eigenvalues, p, b, c, step = system
+    z = np.exp(-2j * np.pi * np.arange(length) / length)
+    step = step.astype(b.dtype)[:, None]
+    s = step * jnp.asarray((1 + z) / 2, b.dtype)[None]  # [H, T]
+    one_minus_z = jnp.asarray(1 - z, b.dtype)[None, None]
+    inverse = 1 / (one_minus_z - s[:, None] * eigenvalues[:, :, None])  # [H, N, T]
+    pairs = jnp.stack([c * b, c * p, p.conj() * b, p.conj() * p])  # [4, H, N]
+    cb, cp, pb, pp = jnp.einsum("vhn,hnt->vht", pairs, inverse, precision="highest")
+    return jnp.fft.ifft(step * (cb - s * cp * pb / (1 + s * pp))).real
+
+
+def spectrum(kernel: jax.Array) -> jax.Array:
+    """What `convolve` needs of a kernel `[H, T]`: its padded FFT `[H, T + 1]`."""
+    return jnp.fft.rfft(kernel, n=2 * kernel.shape[-1])
+
+
+def convolve_spectrum(u: jax.Array, spectrum: jax.Array) -> jax.Array:
+    """`convolve` with a kernel of which the `spectrum` `[H, T + 1]` is known."""
+    length = u.shape[1]
+    # Padding to 2 T keeps the circular convolution of the FFT from wrapping around.
+    u_spectrum = jnp.fft.rfft(u, n=2 * length, axis=1)
+    y_spectrum = u_spectrum * jnp.swapaxes(spectrum, 0, 1)[None]
+    return jnp.fft.irfft(y_spectrum, n=2 * length, axis=1)[:, :length]
+
+
+def convolve(u: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Causal convolution `y[t] = sum_{s <= t} K[s] u[t - s]`, feature by feature.
+
+    Args:
+      u: activations `[B, T, H]`.
+      kernel: `[H, T]`.
+
+    Returns:
+      `[B, T, H]`.
+    """
+    return convolve_spectrum(u, spectrum(kernel))
+
+
+def discretise(system: Dplr, length: int) -> Recurrence:
+    """The recurrence of which `kernel(system, length)` is the impulse response.
+
+        Abar = (I - delta/2 A)^{-1} (I + delta/2 A),
+        Bbar = (I - delta/2 A)^{-1} delta B,    Cbar = C~ (I - Abar^T)^{-1}.
+
+    It may be run for more or fewer steps than `length`.
+
+    Args:
+      system: the continuous systems of `H` features.
+      length: the length `T` that the learned readout `C~` belongs to.
+    """
+    eigenvalues, p, b, c, step = system
+    identity = jnp.eye(b.shape[-1], dtype=b.dtype)[None]
+    step = step.astype(b.dtype)[:, None, None]
+    with jax.default_matmul_precision("highest"):
+        a = identity * eigenvalues[:, None] - p[:, :, None] * p.conj()[:, None]
+        right = jnp.concatenate([identity + step / 2 * a, step * b[:, :, None]], -1)
+        solution = jnp.linalg.solve(identity - step / 2 * a, right)
+        a_bar, b_bar = solution[:, :, :-1], solution[:, :, -1]
+        readout = identity - jnp.linalg.matrix_power(a_bar, length)
+        c_bar = jnp.linalg.solve(jnp.swapaxes(readout, 1, 2), c[:, :, None])[:, :, 0]
+    return Recurrence(a_bar, b_bar, c_bar)
+
+
+def step(
+    system: Recurrence, state: jax.Array, u: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One step of the recurrence.
+
+    Args:
+      system: the discrete systems of `H` features.
+      state: complex `[B, H, N]`, zeros at first.
+      u: activations at one time `[B, H]`.
+
+    Returns:
+      The next state `[B, H, N]` and the output `[B, H]`.
+    """
+    driven = system.b[None] * u.astype(system.b.dtype)[:, :, None]
+    moved = jnp.einsum("hmn,bhn->bhm", system.a, state, precision="highest")
+    state = moved + driven
+    y = jnp.einsum("hn,bhn->bh", system.c, state, precision="highest")
+    return state, y.real
+
+
+def recur(u: jax.Array, system: Recurrence) -> jax.Array:
+    """The recurrence from a zero state over activations `[B, T, H]` -> `[B, T, H]`."""
+    state = jnp.zeros((u.shape[0], *system.b.shape), system.b.dtype)
+    _, y = jax.lax.scan(
+        lambda state, u: step(system, state, u), state, jnp.swapaxes(u, 0, 1)
+    )
+    return jnp.swapaxes(y, 0, 1)
+
+
+def _constant(value: np.ndarray) -> Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        del key
+        return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+
+    return init
+
+
+def _log_uniform(low: float, high: float) -> Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))
+
+    return init

@@ -1,0 +1,301 @@
+"""The same models in Haiku and in Flax Linen, at the same parameters.
+
+Linen's parameters are copied to Haiku, so that every number must agree: outputs,
+gradients, dropout masks, running statistics and whole loss curves.
+"""
+
+import functools
+import importlib
+import operator
+import sys
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hk_stack
+from hk_stack.compare import in_haiku
+
+flax = pytest.importorskip("flax")
+in_linen = importlib.import_module("hk_stack.compare.in_linen")
+
+LAYERS, BATCH, LENGTH, WIDTH, CLASSES = 3, 2, 32, 8, 4
+
+# Name -> the stack in Haiku, the block in Linen.
+MODELS = {
+    "s4": (
+        functools.partial(in_haiku.s4_stack, state_size=8),
+        functools.partial(in_linen.S4Block, state_size=8),
+    ),
+    "transformer": (
+        functools.partial(in_haiku.transformer_stack, num_heads=2),
+        functools.partial(in_linen.TransformerBlock, num_heads=2),
+    ),
+}
+LAYER_STACKS = {"hk_stack": hk_stack.layer_stack, "haiku": hk.layer_stack}
+
+every_model = pytest.mark.parametrize("model", MODELS)
+every_way = pytest.mark.parametrize("way", in_linen.STACKS)
+every_layer_stack = pytest.mark.parametrize("layer_stack", LAYER_STACKS)
+
+
+def inputs(seed=0):
+    return jax.random.normal(jax.random.key(seed), (BATCH, LENGTH, WIDTH))
+
+
+def haiku_layers(model, layer_stack="hk_stack", **options):
+    return functools.partial(
+        MODELS[model][0],
+        layer_stack=LAYER_STACKS[layer_stack],
+        num_layers=LAYERS,
+        **options,
+    )
+
+
+def linen_layers(model, way, **options):
+    return in_linen.STACKS[way](functools.partial(MODELS[model][1], **options), LAYERS)
+
+
+def linen_classifier(model, way, **options):
+    return in_linen.Classifier(linen_layers(model, way, **options), WIDTH, CLASSES)
+
+
+@functools.cache
+def scan_variables(model, **options):
+    """A classifier's, moved a little so that no scale is one and no bias is zero."""
+    init = jax.jit(linen_classifier(model, "scan", **options).init)
+    variables = init(jax.random.key(0), inputs())
+    rng = np.random.default_rng(0)
+
+    def move(leaf):
+        return leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype)
+
+    return {**variables, "params": jax.tree.map(move, variables["params"])}
+
+
+def layers_variables(model, way, **options):
+    """The same values, as the layers of each way hold them."""
+    variables = scan_variables(model, **options)
+    return {name: in_way(way, values["layers"]) for name, values in variables.items()}
+
+
+def in_way(way, layers):
+    if way == "hack":
+        return {"stack": layers["block"]}
+    if way == "loop":
+        return {
+            f"block_{i}": jax.tree.map(operator.itemgetter(i), layers["block"])
+            for i in range(LAYERS)
+        }
+    return layers
+
+
+def assert_close(value, reference, tolerance=1e-4):
+    """Leaf by leaf, relative to the leaf's norm."""
+    assert jax.tree.structure(value) == jax.tree.structure(reference)
+    # An attention's key bias has no influence: its gradient is rounding error.
+    floor = 1e-6 * max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(reference))
+
+    def check(path, value, reference):
+        assert value.shape == reference.shape, path
+        error = np.linalg.norm(value - reference)
+        limit = tolerance * np.linalg.norm(reference) + floor
+        assert error <= limit, (jax.tree_util.keystr(path), error, limit)
+
+    jax.tree_util.tree_map_with_path(check, value, reference)
+
+
+# Parameters, outputs and gradients
+
+
+@every_model
+@every_way
+def test_parameters_are_those_of_an_initialisation(model, way):
+    init = linen_layers(model, way).init
+    variables = jax.eval_shape(init, jax.random.key(0), inputs())
+    given = layers_variables(model, way)
+    assert jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, variables)
+    params, _ = in_linen.to_haiku(given)
+    own = jax.eval_shape(
+        hk.transform(haiku_layers(model)).init, jax.random.key(0), inputs()
+    )
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, own)
+
+
+@every_model
+@every_way
+@every_layer_stack
+def test_outputs_and_gradients(model, way, layer_stack):
+    variables = layers_variables(model, way)
+    params, _ = in_linen.to_haiku(variables)
+    value, (grads, x_grad) = haiku_value_and_grads(model, layer_stack)(params, inputs())
+    expected, (expected_grads, expected_x_grad) = linen_value_and_grads(model, way)
+    assert_close(value, expected)
+    assert_close(grads, in_linen.to_haiku({"params": expected_grads})[0])
+    assert_close(x_grad, expected_x_grad)
+
+
+@functools.cache
+def haiku_value_and_grads(model, layer_stack):
+    apply = hk.without_apply_rng(hk.transform(haiku_layers(model, layer_stack))).apply
+    return value_and_grads(apply)
+
+
+@functools.cache
+def linen_value_and_grads(model, way):
+    def apply(params, x):
+        return linen_layers(model, way).apply({"params": params}, x)
+
+    params = layers_variables(model, way)["params"]
+    return value_and_grads(apply)(params, inputs())
+
+
+def value_and_grads(apply):
+    """Jitted (params, x) -> (loss, output), (gradient of params, gradient of x)."""
+
+    def loss(params, x):
+        y = apply(params, x)
+        return jnp.mean(jnp.sin(y)), y
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(
+    ("model", "way"), [("s4", "scan"), ("transformer", "hack"), ("s4", "loop")]
+)
+@every_layer_stack
+def test_dropout_masks(model, way, layer_stack):
+    variables = layers_variables(model, way)
+    params, _ = in_linen.to_haiku(variables)
+    y = haiku_training_output(model, layer_stack)(params, jax.random.key(7), inputs())
+    keys = dropout_keys(layer_stack, jax.random.key(7))
+    expected = linen_training_output(model, way)(variables, inputs(), keys)
+    assert_close(y, expected)
+    other_keys = dropout_keys(layer_stack, jax.random.key(8))
+    other = linen_training_output(model, way)(variables, inputs(), other_keys)
+    assert np.max(np.abs(y - other)) > 0.1
+
+
+@functools.cache
+def haiku_training_output(model, layer_stack):
+    layers = haiku_layers(model, layer_stack, dropout_rate=0.3, is_training=True)
+    return jax.jit(hk.transform(layers).apply)
+
+
+@functools.cache
+def linen_training_output(model, way):
+    layers = linen_layers(model, way, dropout_rate=0.3)
+    return jax.jit(lambda variables, x, keys: layers.apply(variables, x, True, keys))
+
+
+def dropout_keys(layer_stack, key):
+    """The keys `[L, 2]` that the layers of a Haiku stack draw for their dropouts."""
+
+    def layer(x):
+        return x, jnp.stack([hk.next_rng_key(), hk.next_rng_key()])
+
+    def run(x):
+        stack = LAYER_STACKS[layer_stack](LAYERS, with_per_layer_inputs=True)
+        return stack(layer)(x)[1]
+
+    return jax.jit(hk.transform(run).apply)({}, key, inputs())
+
+
+@every_way
+def test_linen_draws_its_own_keys_unless_given_some(way):
+    layers = linen_layers("transformer", way, dropout_rate=0.3)
+    variables = layers_variables("transformer", way)
+    run = functools.partial(layers.apply, variables, inputs(), True)
+    jax.eval_shape(lambda key: run(rngs={"dropout": key}), jax.random.key(0))
+    with pytest.raises(flax.errors.InvalidRngError):
+        jax.eval_shape(run)
+
+
+# Running statistics
+
+
+@pytest.mark.parametrize("way", ["scan", "loop"])  # HackStack has no place for them.
+def test_running_statistics(way):
+    variables = layers_variables("s4", way, norm="batch")
+    params, state = in_linen.to_haiku(variables)
+    haiku = haiku_with_statistics()
+    layers = linen_layers("s4", way, norm="batch")
+    linen = jax.jit(
+        functools.partial(layers.apply, mutable="batch_stats"), static_argnums=2
+    )
+    for step in range(3):
+        y, state = haiku(params, state, None, inputs(step), is_training=True)
+        expected, statistics = linen(variables, inputs(step), True)
+        variables = {**variables, **statistics}
+        assert_close(y, expected)
+    assert_close(averages(state), averages(in_linen.to_haiku(variables)[1]))
+    y, after = haiku(params, state, None, inputs(3), is_training=False)
+    assert_close(y, linen(variables, inputs(3), False)[0])
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@functools.cache
+def haiku_with_statistics():
+    model = hk.transform_with_state(haiku_layers("s4", norm="batch"))
+    return jax.jit(model.apply, static_argnames="is_training")
+
+
+def averages(state):
+    return {name: values["average"] for name, values in state.items()}
+
+
+# Training
+
+
+@every_model
+def test_loss_curves(model):
+    variables = scan_variables(model)
+    params, _ = in_linen.to_haiku(variables)
+    classifier = functools.partial(
+        in_haiku.classifier,
+        layers=haiku_layers(model),
+        width=WIDTH,
+        num_classes=CLASSES,
+    )
+    curve = train(hk.without_apply_rng(hk.transform(classifier)).apply, params)
+    linen = linen_classifier(model, "scan")
+    expected = train(
+        lambda params, x: linen.apply({"params": params}, x), variables["params"]
+    )
+    assert expected[-1] < 0.7 * expected[0]
+    np.testing.assert_allclose(curve, expected, rtol=1e-4)
+
+
+def train(apply, params):
+    """The losses of 50 steps of Adam."""
+    optimiser = optax.adam(3e-3)
+    labels = jnp.arange(BATCH)
+
+    def loss(params):
+        logits = apply(params, inputs())
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        # Adam's bias correction raises a float to an integer.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimiser.update(grads, state)
+        return (optax.apply_updates(params, updates), state), value
+
+    carry = params, optimiser.init(params)
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, length=50)[1])(carry)
+
+
+def test_absent_flax_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "hk_stack.compare.in_linen")
+    monkeypatch.setitem(sys.modules, "flax.linen", None)
+    with pytest.raises(ImportError, match=r"pip install 'hk_stack\[flax\]'"):
+        importlib.import_module("hk_stack.compare.in_linen")

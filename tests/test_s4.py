@@ -1,0 +1,180 @@
+"""The S4 mathematics against slow and exact twins, and the hand-written stacks."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hk_stack
+from hk_stack.compare import in_haiku, plain, s4
+
+SIZES = [(3, 4, 8), (2, 8, 33), (2, 32, 512)]
+
+
+def make_system(features, state_size):
+    keys = jax.random.split(jax.random.key(features), 7)
+    table = s4.parameters(features, state_size)
+    return s4.dplr(
+        {
+            name: init(key, shape, jnp.float32)
+            for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
+        }
+    )
+
+
+def exact_kernel(system, length):
+    """Re(C Abar^t Bbar) for t < T, `[H, T]`, by matrix powers in double precision."""
+    kernels = []
+    for h in range(len(system.step)):
+        eigenvalues, p, b, c, step = (np.asarray(x[h], np.complex128) for x in system)
+        identity = np.eye(len(b))
+        a = np.diag(eigenvalues) - np.outer(p, p.conj())
+        backward = np.linalg.inv(identity - step / 2 * a)
+        a_bar = backward @ (identity + step / 2 * a)
+        c_bar = c @ np.linalg.inv(identity - np.linalg.matrix_power(a_bar, length))
+        x, samples = backward @ (step * b), []
+        for _ in range(length):
+            samples.append((c_bar @ x).real)
+            x = a_bar @ x
+        kernels.append(samples)
+    return np.asarray(kernels)
+
+
+def relative_error(value, reference):
+    return np.max(np.abs(value - reference)) / np.max(np.abs(reference))
+
+
+def make_stack(layer_stack, **options):
+    def run(x):
+        return in_haiku.s4_stack(
+            x, layer_stack=layer_stack, num_layers=3, state_size=8, **options
+        )
+
+    return hk.without_apply_rng(hk.transform(run))
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (2, 32, 4))
+
+
+@pytest.fixture(scope="module")
+def params(x):
+    return jax.jit(make_stack(hk_stack.layer_stack).init)(jax.random.key(0), x)
+
+
+@pytest.fixture(scope="module")
+def value_and_grad():
+    """Jitted (params, x) -> (loss, output), gradients of a stack's apply."""
+
+    def make(apply):
+        def loss(params, x):
+            y = apply(params, x)
+            return jnp.mean(y**2), y
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(value_and_grad, params, x):
+    return value_and_grad(make_stack(hk_stack.layer_stack).apply)(params, x)
+
+
+def assert_same(value, reference, tolerance):
+    (_, y), gradients = value
+    (_, y_reference), gradients_reference = reference
+    assert relative_error(y, y_reference) < tolerance
+    errors = jax.tree.map(relative_error, gradients, gradients_reference)
+    assert max(jax.tree.leaves(errors)) < tolerance
+
+
+def test_hippo_is_legs_in_another_basis():
+    eigenvalues, p, b = s4.hippo(8)
+    n = np.arange(8)
+    legs = -np.tril(np.sqrt(np.outer(2 * n + 1, 2 * n + 1)), -1) - np.diag(n + 1)
+    dplr = np.diag(eigenvalues) - np.outer(p, p.conj())
+    np.testing.assert_allclose(
+        np.sort(np.linalg.eigvals(dplr).real), np.sort(np.diag(legs)), rtol=1e-4
+    )
+    # c^T A^k b is the same in every basis; here with c = b.
+    b_legs = np.sqrt(2 * n + 1)
+    for k in range(4):
+        np.testing.assert_allclose(
+            b.conj() @ np.linalg.matrix_power(dplr, k) @ b,
+            b_legs @ np.linalg.matrix_power(legs, k) @ b_legs,
+            rtol=1e-10,
+        )
+
+
+@pytest.mark.parametrize(("features", "state_size", "length"), SIZES)
+def test_kernel_is_the_impulse_response(features, state_size, length):
+    system = make_system(features, state_size)
+    kernel = jax.jit(s4.kernel, static_argnums=1)(system, length)
+    assert kernel.shape == (features, length)
+    assert kernel.dtype == jnp.float32
+    assert relative_error(kernel, exact_kernel(system, length)) < 1e-4
+
+
+@pytest.mark.parametrize(("features", "state_size", "length"), SIZES)
+def test_convolution_equals_recurrence(features, state_size, length):
+    system = make_system(features, state_size)
+    u = jax.random.normal(jax.random.key(1), (2, length, features))
+
+    @jax.jit
+    def both(system, u):
+        convolved = s4.convolve(u, s4.kernel(system, length))
+        return convolved, s4.recur(u, s4.discretise(system, length))
+
+    convolved, recurred = both(system, u)
+    assert convolved.shape == recurred.shape == u.shape
+    assert relative_error(convolved, recurred) < 1e-3
+
+
+def test_convolution_is_causal():
+    kernel = jax.random.normal(jax.random.key(0), (3, 16))
+    u = jax.random.normal(jax.random.key(1), (2, 16, 3))
+    later = s4.convolve(u.at[:, 9:].set(7.0), kernel)
+    np.testing.assert_allclose(later[:, :9], s4.convolve(u, kernel)[:, :9], atol=1e-5)
+    expected = [np.convolve(u[0, :, h], kernel[h])[:16] for h in range(3)]
+    np.testing.assert_allclose(s4.convolve(u, kernel)[0].T, expected, atol=1e-5)
+
+
+def test_gradients_are_finite_and_reach_every_parameter(expected):
+    for leaf in jax.tree.leaves(expected):
+        assert np.all(np.isfinite(leaf))
+        assert np.any(leaf)
+
+
+def test_modes_of_the_stack_agree(value_and_grad, params, x, expected):
+    recurrence = make_stack(hk_stack.layer_stack, mode="recurrence")
+    assert_same(value_and_grad(recurrence.apply)(params, x), expected, 1e-3)
+
+
+@pytest.mark.parametrize("run", [plain.scan_inside, plain.setup_first])
+def test_plain_twin_equals_the_haiku_stack(run, value_and_grad, params, x, expected):
+    assert_same(value_and_grad(run)(params, x), expected, 1e-4)
+
+
+def test_plain_derived_values_can_be_reused(params, x):
+    derived = jax.jit(plain.setup, static_argnums=1)(params, 32)
+    assert derived.shape == (3, 4, 33)
+    call, setup_first = jax.jit(plain.call), jax.jit(plain.setup_first)
+    for u in (x, 2 * x):
+        y = call(derived, params, u)
+        np.testing.assert_allclose(y, setup_first(params, u), atol=1e-5)
+
+
+def test_loop_equals_stack(params, x, expected):
+    loop = make_stack(in_haiku.layer_loop)
+    unstacked = {
+        name.replace("layers", f"layers_{i}"): {k: v[i] for k, v in leaves.items()}
+        for i in range(3)
+        for name, leaves in params.items()
+    }
+    shapes = jax.eval_shape(loop.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(jnp.shape, shapes)
+    y = jax.jit(loop.apply)(unstacked, x)
+    np.testing.assert_allclose(y, expected[0][1], atol=1e-5)
