@@ -68,8 +68,8 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
     if starred and not with_per_layer_inputs:
         raise ValueError(
             f"{describe(name, f)}: the layer function takes *{starred[0]}, so it "
-            "cannot be known what it carries from layer to layer. Name its arguments, as in "
-            f"def {_name_of(f)}(x, y), or pass one tuple."
+            "cannot be known what it carries from layer to layer. Name its arguments, "
+            f"as in def {_name_of(f)}(x, y), or pass one tuple."
         )
 
 
@@ -116,7 +116,8 @@ def per_layer_inputs(
                 raise TypeError(
                     f"{found} is a Python {type(leaf).__name__} ({leaf!r}); expected "
                     f"an array with leading axis {num_layers}. Write "
-                    "jnp.asarray([...]) for a list of numbers; pass what all layers share by keyword."
+                    "jnp.asarray([...]) for a list of numbers; pass what all layers "
+                    "share by keyword."
                 )
             if leaf.ndim == 0 or leaf.shape[0] != num_layers:
                 raise ValueError(
@@ -143,16 +144,17 @@ def same_structure(
     before: tuple[Any, ...], after: Any, names: Sequence[str], where: str
 ) -> None:
     """Checks that a layer returns the pytree that it was given."""
-    if jax.tree.structure(before) != jax.tree.structure(after):
-        expected, found = (
-            jax.tree.structure(tree[0] if len(before) == 1 else tree)
-            for tree in (before, after)
-        )
-        raise TypeError(
-            f"{where}: the layer function must return what it takes "
-            f"({', '.join(names[: len(before)])}), as the next layer is given it: took "
-            f"{expected}, returned {found}."
-        )
+    old: Any = jax.tree.structure(before)
+    new: Any = jax.tree.structure(after)
+    if old == new:
+        return
+    if len(before) == 1:
+        old, new = jax.tree.structure(before[0]), jax.tree.structure(after[0])
+    raise TypeError(
+        f"{where}: the layer function must return what it takes "
+        f"({', '.join(names[: len(before)])}), as the next layer is given it: took "
+        f"{old}, returned {new}."
+    )
 
 
 def same_carry(

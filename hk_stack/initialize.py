@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import layout, loop, partition
+from hk_stack import eager, layout, loop, partition
 
 METHODS = ("auto", "vmap", "map", "scan")
 
@@ -102,40 +102,44 @@ def initialize(
     initialisers, reads = partition.program(flat, flat.outputs)
     keys = None if key is None else init_keys(key, num_layers)
     inputs = [*closed.consts, *jax.tree.leaves((keys, carry, per_layer))]
-    layered = [i >= num_constants for i in range(len(inputs))]
+    values = [inputs[i] for i in reads]
+    shared = sum(i < num_constants for i in reads)
     if method == "auto":
         method = "vmap" if _is_threefry(key) else "map"
-    run = _run_batched if method == "vmap" else _run_mapped
-    given = [(inputs[i], layered[i]) for i in reads]
-    return jax.tree.unflatten(tree, run(initialisers, num_layers, given))
-
-
-def _run_batched(
-    initialisers: jex.ClosedJaxpr, num_layers: int, given: list[tuple[Any, bool]]
-) -> list[jax.Array]:
-    """Runs the initialisers of all layers at once."""
-    run = jex.jaxpr_as_fun(initialisers)
-    values = [value for value, _ in given]
-    axes = [0 if layered else None for _, layered in given]
-    # The layer's number is mapped over too: the initialisers may read nothing layered.
-    batched = hk.vmap(
-        lambda _, values: run(*values), in_axes=(0, axes), split_rng=False
+    size = 1
+    if method == "vmap":
+        size = loop.batch_size(num_layers, partition.largest_value(initialisers.jaxpr))
+    leaves = eager.call(
+        functools.partial(_run, initialisers, num_layers, shared, size),
+        values,
+        lambda: (eager.structure(initialisers), num_layers, shared, size),
     )
-    return batched(jnp.arange(num_layers), values)
+    return jax.tree.unflatten(tree, leaves)
 
 
-def _run_mapped(
-    initialisers: jex.ClosedJaxpr, num_layers: int, given: list[tuple[Any, bool]]
+def _run(
+    initialisers: jex.ClosedJaxpr,
+    num_layers: int,
+    shared: int,
+    size: int,
+    values: list[Any],
 ) -> list[jax.Array]:
-    """Runs the initialisers of one layer after another."""
-    run = jex.jaxpr_as_fun(initialisers)
+    """Runs the initialisers, `size` layers at a time.
 
-    def one(_: None, mapped: list[Any]) -> tuple[None, list[jax.Array]]:
-        own = iter(mapped)
-        return None, run(*(next(own) if layered else v for v, layered in given))
+    The first `shared` of `values` are the same for all layers, the rest `[L, ...]`.
+    """
 
-    mapped = [value for value, layered in given if layered]
-    return loop.scan(one, None, mapped, num_layers=num_layers)[1]
+    def one(own: list[Any]) -> list[jax.Array]:
+        return jex.jaxpr_as_fun(initialisers)(*values[:shared], *own[1:])
+
+    def batch(own: list[Any]) -> list[jax.Array]:
+        return hk.vmap(one, split_rng=False)(own)
+
+    # The layer's number is mapped over too, as nothing else may be. A transform of its
+    # own keeps all this pure, so that it can be compiled.
+    own = [jnp.arange(num_layers), *values[shared:]]
+    run = hk.transform(lambda own: loop.in_batches(batch, own, size=size))
+    return run.apply({}, None, own)
 
 
 def _one_after_another(

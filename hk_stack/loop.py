@@ -38,3 +38,54 @@ def scan(
     return jax.lax.scan(
         layer, carry, per_layer, length=num_layers, unroll=unroll, reverse=reverse
     )
+
+
+def in_batches(
+    run: Callable[[list[Any]], list[Any]], values: list[Any], *, size: int
+) -> list[Any]:
+    """Runs all layers independently of one another, `size` of them at a time.
+
+    Equal to this loop, with the results concatenated:
+
+    ```
+    for i in range(0, L, size):
+        results[i : i + size] = run([value[i : i + size] for value in values])
+    ```
+
+    With more than one batch, the backward pass runs each batch again instead of keeping
+    what it computed on the way: it is large, or one batch would have done.
+
+    Args:
+      run: From arrays `[size, ...]` to arrays `[size, ...]`.
+      values: Arrays `[L, ...]`.
+      size: Layers in a batch; divides `L`.
+
+    Returns:
+      Arrays `[L, ...]`.
+    """
+    num_layers = values[0].shape[0]
+    if size == num_layers:
+        return run(values)
+    batches = [v.reshape(num_layers // size, size, *v.shape[1:]) for v in values]
+    run = jax.checkpoint(run, prevent_cse=False)
+    _, results = jax.lax.scan(lambda _, batch: (None, run(batch)), None, batches)
+    return [r.reshape(num_layers, *r.shape[2:]) for r in results]
+
+
+def batch_size(num_layers: int, nbytes: int) -> int:
+    """How many layers to run at once, if the largest value of each takes `nbytes`.
+
+    Batching is for work made of many small steps. Past `BATCH_BYTES` it saves nothing
+    and costs cache and memory: the more so, the larger the values are.
+
+    >>> batch_size(12, 2**10)
+    12
+    >>> batch_size(12, 2**21)
+    4
+    """
+    most = max(1, BATCH_BYTES // max(1, nbytes))
+    return max(k for k in range(1, num_layers + 1) if num_layers % k == 0 and k <= most)
+
+
+# Measured on a CPU, for S4 kernels and for random initial values.
+BATCH_BYTES = 8 * 2**20

@@ -80,24 +80,31 @@ class Input(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A traced function in two parts, equal to it when run one after the other.
+    """A traced function in parts, equal to it when run one after the other.
 
-    `outputs = call(*derived, *(inputs[i] for i in call_inputs))` with
-    `derived = setup(*(inputs[i] for i in setup_inputs))`.
+    ```
+    shared = cut.shared(*pick(cut.shared_inputs))
+    own = cut.setup(*shared, *pick(cut.setup_inputs))
+    outputs = cut.call(*shared, *own, *pick(cut.call_inputs))
+    ```
+
+    where `pick` takes the inputs at these positions.
 
     Attributes:
-      setup: The known part, as a closed jaxpr.
-      call: The rest, as a closed jaxpr.
+      shared: The derived values that depend on no layered input.
+      setup: The derived values of one layer.
+      call: The rest.
+      shared_inputs: Positions of the inputs that `shared` reads.
       setup_inputs: Positions of the inputs that `setup` reads.
       call_inputs: Positions of the inputs that `call` reads.
-      layered: For each derived value, whether it depends on a layered input.
     """
 
+    shared: jex.ClosedJaxpr
     setup: jex.ClosedJaxpr
     call: jex.ClosedJaxpr
+    shared_inputs: tuple[int, ...]
     setup_inputs: tuple[int, ...]
     call_inputs: tuple[int, ...]
-    layered: tuple[bool, ...]
 
 
 class Node(NamedTuple):
@@ -332,12 +339,14 @@ def cut(
         derived = _choose(flat, inputs, marked, policy == "auto")
         if derived and not _has_references(flat):
             return _split(flat, inputs, derived)
-    whole = _without_constants(closed.jaxpr)
-    nothing = whole.replace(invars=[], outvars=[], eqns=[], effects=jex.no_effects)
-    everything = tuple(range(len(inputs)))
-    return Cut(
-        jex.ClosedJaxpr(nothing, []), jex.ClosedJaxpr(whole, []), (), everything, ()
+    whole = jex.ClosedJaxpr(_without_constants(closed.jaxpr), [])
+    nothing = jex.ClosedJaxpr(
+        closed.jaxpr.replace(
+            constvars=[], invars=[], outvars=[], eqns=[], effects=jex.no_effects
+        ),
+        [],
     )
+    return Cut(nothing, nothing, whole, (), (), tuple(range(len(inputs))))
 
 
 def _without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
@@ -351,21 +360,17 @@ def _has_references(flat: Flat) -> bool:
 
 
 def _split(flat: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]) -> Cut:
-    call, call_inputs = program(flat, flat.outputs, derived, with_effects=True)
+    call, _ = program(flat, flat.outputs, derived, with_effects=True)
     # A derived value that another one replaced in the call need not be computed.
-    used = {v for eqn in call.jaxpr.eqns for v in _variables(eqn.invars)}
-    used |= set(_variables(flat.outputs))
-    derived = [v for v in derived if v in used]
-    call, call_inputs = program(flat, flat.outputs, derived, with_effects=True)
-    setup, setup_inputs = program(flat, derived)
+    used = _variables(flat.outputs)
+    used |= {v: None for eqn in call.jaxpr.eqns for v in _variables(eqn.invars)}
     layered = bits(i.layered for i in inputs)
-    return Cut(
-        setup,
-        call,
-        setup_inputs,
-        call_inputs,
-        tuple(bool(flat.reads[v] & layered) for v in derived),
-    )
+    shared = [v for v in derived if v in used and not flat.reads[v] & layered]
+    own = [v for v in derived if v in used and flat.reads[v] & layered]
+    shared_program, shared_inputs = program(flat, shared)
+    setup, setup_inputs = program(flat, own, shared)
+    call, call_inputs = program(flat, flat.outputs, [*shared, *own], with_effects=True)
+    return Cut(shared_program, setup, call, shared_inputs, setup_inputs, call_inputs)
 
 
 def _settle_marks(
@@ -461,6 +466,15 @@ def _is_expensive(eqn: jex.JaxprEqn, flat: Flat, reads: int) -> bool:
         return size > sum(_size(v) for i, v in enumerate(inputs) if reads >> i & 1)
     bodies = jex.jaxprs_in_params(eqn.params)
     return any(_is_expensive(e, flat, reads) for body in bodies for e in body.eqns)
+
+
+def largest_value(jaxpr: jex.Jaxpr) -> int:
+    """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
+    inner = (
+        largest_value(j) for e in jaxpr.eqns for j in jex.jaxprs_in_params(e.params)
+    )
+    own = (_bytes([v]) for e in jaxpr.eqns for v in e.outvars)
+    return max(itertools.chain(inner, own), default=0)
 
 
 def _size(atom: Atom) -> int:

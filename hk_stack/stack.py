@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import checks, initialize, layout, loop, partition
+from hk_stack import checks, eager, initialize, layout, loop, partition
 
 
 def layer_stack(
@@ -246,41 +246,90 @@ def _run(
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     closed, given, shapes = _trace(layer, given, names, where)
     inputs = _inputs(closed.consts, given, names)
-    values = [*closed.consts, *jax.tree.leaves(given)]
     cut = partition.cut(closed, inputs, options.setup, where)
-    derived = _run_setup(cut, inputs, values)
-
-    # What the call reads: derived values, then inputs. Some of it is per layer, some is
-    # the carry, the rest is the same for all layers.
-    reads = [*derived, *(values[i] for i in cut.call_inputs)]
-    layered = [*cut.layered, *(inputs[i].layered for i in cut.call_inputs)]
-    carry, carry_tree = jax.tree.flatten(given.carry)
-    before_carry = len(closed.consts) + len(jax.tree.leaves(given[:3]))
-    place = {before_carry + i: i for i in range(len(carry))}
-    carried = [None] * len(derived) + [place.get(i) for i in cut.call_inputs]
-    call = jex.jaxpr_as_fun(cut.call)
-
-    def step(carry: list[Any], mapped: list[Any]) -> tuple[list[Any], list[Any]]:
-        own = iter(mapped)
-        args = [
-            next(own) if is_own else value if i is None else carry[i]
-            for value, is_own, i in zip(reads, layered, carried, strict=True)
-        ]
-        results = call(*args)
-        return results[: len(carry)], results[len(carry) :]
-
-    carry, rest = loop.scan(
-        step,
-        carry,
-        [value for value, is_own in zip(reads, layered, strict=True) if is_own],
-        num_layers=options.num_layers,
-        unroll=options.unroll,
-        reverse=reverse,
+    num_carry = len(jax.tree.leaves(given.carry))
+    start = len(closed.consts) + len(jax.tree.leaves(given[:3]))
+    plan = _Plan(
+        cut,
+        tuple(i.layered for i in inputs),
+        range(start, start + num_carry),
+        options.num_layers,
+        options.unroll,
+        reverse,
     )
-    (_, outputs), state = jax.tree.unflatten(
-        jax.tree.structure(shapes), [*carry, *rest]
-    )
-    return jax.tree.unflatten(carry_tree, carry), outputs, state
+    values = [*closed.consts, *jax.tree.leaves(given)]
+    leaves = eager.call(plan.run, values, plan.key)
+    (carry, outputs), state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return carry, outputs, state
+
+
+class _Plan(NamedTuple):
+    """How a stack runs, once its layer is cut.
+
+    Attributes:
+      cut: Setup and call of one layer.
+      layered: For each input of the layer, whether it has a layer axis.
+      carry: Which inputs are the carry. The outputs begin with the next carry.
+      num_layers: `L`.
+      unroll: See `loop.scan`.
+      reverse: See `loop.scan`.
+    """
+
+    cut: partition.Cut
+    layered: tuple[bool, ...]
+    carry: range
+    num_layers: int
+    unroll: int
+    reverse: bool
+
+    def key(self) -> Hashable:
+        """All that `run` depends on."""
+        programs = tuple(map(eager.structure, self.cut[:3]))
+        return programs, self.cut[3:], self[1:]
+
+    def run(self, values: list[Any]) -> list[Any]:
+        """Runs setup for all layers, then the loop over calls."""
+        cut = self.cut
+        shared, own = self.setup(values)
+        inputs = {i: values[i] for i in cut.call_inputs}
+        layered = [i for i in inputs if self.layered[i]]
+        carried = [i for i in inputs if i in self.carry]
+
+        def step(carry: list[Any], mapped: Any) -> tuple[list[Any], list[Any]]:
+            own, given = mapped
+            now = {i: carry[self.carry.index(i)] for i in carried}
+            read = inputs | now | dict(zip(layered, given, strict=True))
+            results = jex.jaxpr_as_fun(cut.call)(*shared, *own, *read.values())
+            return results[: len(carry)], results[len(carry) :]
+
+        carry, rest = loop.scan(
+            step,
+            [values[i] for i in self.carry],
+            (own, [inputs[i] for i in layered]),
+            num_layers=self.num_layers,
+            unroll=self.unroll,
+            reverse=self.reverse,
+        )
+        return [*carry, *rest]
+
+    def setup(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The derived values that all layers share, and those of each, `[L, ...]`."""
+        cut = self.cut
+        shared = jex.jaxpr_as_fun(cut.shared)(*(values[i] for i in cut.shared_inputs))
+        if not cut.setup.jaxpr.outvars:
+            return shared, []
+        inputs = {i: values[i] for i in cut.setup_inputs}
+        layered = [i for i in inputs if self.layered[i]]
+
+        def one(own: list[Any]) -> list[Any]:
+            read = inputs | dict(zip(layered, own, strict=True))
+            return jex.jaxpr_as_fun(cut.setup)(*shared, *read.values())
+
+        size = loop.batch_size(
+            self.num_layers, partition.largest_value(cut.setup.jaxpr)
+        )
+        own = [inputs[i] for i in layered]
+        return shared, loop.in_batches(jax.vmap(one), own, size=size)
 
 
 def _trace(
@@ -368,18 +417,3 @@ def _inputs(
         *carry,
         *per_layer,
     ]
-
-
-def _run_setup(
-    cut: partition.Cut, inputs: list[partition.Input], values: list[Any]
-) -> list[jax.Array]:
-    """Runs setup for all layers at once."""
-    if not cut.layered:
-        return []
-    setup = jex.jaxpr_as_fun(cut.setup)
-    given = [values[i] for i in cut.setup_inputs]
-    if not any(cut.layered):
-        return setup(*given)
-    axes = [0 if inputs[i].layered else None for i in cut.setup_inputs]
-    out_axes = [0 if layered else None for layered in cut.layered]
-    return jax.vmap(lambda values: setup(*values), (axes,), out_axes)(given)
