@@ -12,13 +12,14 @@ around or inside the traced function is fine.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
-from jax.extend.core import primitives
+
+from hk_stack import layout
 
 T = TypeVar("T")
 Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for both
@@ -171,42 +172,43 @@ def flatten(closed: jex.ClosedJaxpr, opens: Callable[[int], bool]) -> Flat:
     jaxpr = _without_constants(closed.jaxpr)
     reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
     effect = 1 << len(jaxpr.invars)
-    newvar = jex.gensym()
     nodes: list[Node] = []
+    opened: set[int] = set()
 
     def visit(jaxpr: jex.Jaxpr, env: dict, regions: tuple[Region, ...]) -> list[Atom]:
-        rename = env is not top
-
         def read(atom: Atom) -> Atom:
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
+        if id(jaxpr) in opened:  # JAX shares bodies; variables must be unique.
+            jaxpr = _copy(jaxpr)
+            env = dict(zip(jaxpr.invars, env.values(), strict=True))
+        opened.add(id(jaxpr))
         for eqn in jaxpr.eqns:
             args = [read(a) for a in eqn.invars]
             mask = 0
-            for a in args:
-                mask |= 0 if isinstance(a, jex.Literal) else reads[a]
+            for v in _variables(args):
+                mask |= reads[v]
             body = _body(eqn)
             if body is not None and (opens(mask) or _has_mark(body)):
-                inside = (
-                    (*regions, Region(eqn))
-                    if eqn.primitive is primitives.remat_p
-                    else regions
-                )
+                is_remat = eqn.primitive.name in _REMAT
+                inside = (*regions, Region(eqn)) if is_remat else regions
                 outs = visit(body, dict(zip(body.invars, args, strict=True)), inside)
                 env.update(zip(eqn.outvars, outs, strict=True))
                 continue
             if eqn.effects or eqn.primitive.name in _OPAQUE:
                 mask |= effect
-            outvars = [newvar(v.aval) if rename else v for v in eqn.outvars]
-            env.update(zip(eqn.outvars, outvars, strict=True))
-            reads.update((v, mask) for v in outvars)
-            new = eqn.replace(invars=args, outvars=outvars)
-            nodes.append(Node(new, regions, mask))
+            reads.update((v, mask) for v in eqn.outvars)
+            nodes.append(Node(eqn.replace(invars=args), regions, mask))
         return [read(a) for a in jaxpr.outvars]
 
-    top: dict[jex.Var, Atom] = {}
-    outputs = visit(jaxpr, top, ())
+    outputs = visit(jaxpr, {}, ())
     return Flat(jaxpr, nodes, outputs, reads)
+
+
+def _copy(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """`jaxpr` with variables of its own."""
+    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
+    return jax.make_jaxpr(run)(*(layout.abstract(v.aval) for v in jaxpr.invars)).jaxpr
 
 
 def program(
@@ -251,13 +253,12 @@ def _needed(
     """The nodes that `outputs` depend on once `given` comes in from outside."""
     live = set(_variables(outputs)) - set(given)
     kept = []
-    newvar = jex.gensym()
     for node in reversed(list(nodes)):
         eqn = node.eqn
         if live.isdisjoint(eqn.outvars) and not (with_effects and eqn.effects):
             continue
         # One output of an equation may come in from outside while another is needed.
-        outvars = [newvar(v.aval) if v in given else v for v in eqn.outvars]
+        outvars = [jex.DropVar(v.aval) if v in given else v for v in eqn.outvars]
         kept.append(node._replace(eqn=eqn.replace(outvars=outvars)))
         live |= set(_variables(eqn.invars)) - set(given)
     return kept[::-1]
@@ -381,7 +382,7 @@ def _settle_marks(
     nodes, marked = [], []
     for node in flat.nodes:
         eqn = node.eqn
-        name = eqn.params["name"] if eqn.primitive is primitives.name_p else None
+        name = eqn.params["name"] if eqn.primitive.name == "name" else None
         if name == _MARK and node.reads & ~fixed:
             raise ValueError(_explain_mark(eqn, inputs, node.reads & ~fixed, where))
         if name in (_MARK, _HOISTED) and not node.reads & ~fixed:
@@ -464,17 +465,24 @@ def _is_expensive(eqn: jex.JaxprEqn, flat: Flat, reads: int) -> bool:
     if name in _TRANSCENDENTAL:
         inputs = flat.jaxpr.invars
         return size > sum(_size(v) for i, v in enumerate(inputs) if reads >> i & 1)
-    bodies = jex.jaxprs_in_params(eqn.params)
-    return any(_is_expensive(e, flat, reads) for body in bodies for e in body.eqns)
+    return any(
+        _is_expensive(e, flat, reads) for body in _bodies(eqn) for e in body.eqns
+    )
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
-    inner = (
-        largest_value(j) for e in jaxpr.eqns for j in jex.jaxprs_in_params(e.params)
-    )
-    own = (_bytes([v]) for e in jaxpr.eqns for v in e.outvars)
+    inner = (largest_value(body) for eqn in jaxpr.eqns for body in _bodies(eqn))
+    own = (_bytes([v]) for eqn in jaxpr.eqns for v in eqn.outvars)
     return max(itertools.chain(inner, own), default=0)
+
+
+def _bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
+    """The jaxprs that `eqn` runs, of whatever kind it is."""
+    for param in eqn.params.values():
+        for value in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
+                yield value if isinstance(value, jex.Jaxpr) else value.jaxpr
 
 
 def _size(atom: Atom) -> int:
@@ -488,9 +496,9 @@ def _bytes(variables: Iterable[Atom]) -> int:
 
 def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     """What a `jit` or remat equation runs; None where opening it would lose meaning."""
-    if eqn.primitive is primitives.remat_p:
+    if eqn.primitive.name in _REMAT:
         return eqn.params["jaxpr"]
-    if eqn.primitive.name not in ("jit", "pjit"):
+    if eqn.primitive.name not in _JIT:
         return None
     placed = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
     closed = eqn.params["jaxpr"]
@@ -501,13 +509,17 @@ def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
 
 def _has_mark(jaxpr: jex.Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
-        if eqn.primitive is primitives.name_p and eqn.params["name"] == _MARK:
+        if eqn.primitive.name == "name" and eqn.params["name"] == _MARK:
             return True
         body = _body(eqn)
         if body is not None and _has_mark(body):
             return True
     return False
 
+
+# Names that versions of JAX have given to these equations.
+_JIT = ("jit", "pjit")
+_REMAT = ("checkpoint", "remat", "remat2")
 
 # Callbacks and foreign code: they may not know how to run batched.
 _OPAQUE = frozenset(

@@ -2,8 +2,9 @@
 
 Works on the parameters of `in_haiku.s4_stack` (LayerNorm, no dropout), a tree with
 leading layer axis `[L, ...]`. `scan_inside` runs every layer's setup inside the loop;
-`setup_first` runs all setups at once before it, and is what an automatic cut is to be
-measured against. To reuse the derived values, call `setup` once and `call` often.
+`setup_first` runs all setups at once before it, `setup_layer_by_layer` one after the
+other: what an automatic cut is to be measured against. To reuse the derived values,
+call `setup` once and `call` often.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,12 @@ def scan_inside(params: Params, x: jax.Array) -> jax.Array:
 def setup_first(params: Params, x: jax.Array) -> jax.Array:
     """The stack with setup before the loop, `[B, T, D] -> [B, T, D]`."""
     return call(setup(params, x.shape[1]), params, x)
+
+
+def setup_layer_by_layer(params: Params, x: jax.Array) -> jax.Array:
+    """As `setup_first`, but one layer's setup at a time, recomputed for gradients."""
+    one = jax.checkpoint(lambda params: _layer_setup(params, x.shape[1]))
+    return call(jax.lax.map(one, params), params, x)
 
 
 def setup(params: Params, length: int) -> jax.Array:
