@@ -71,6 +71,7 @@ def _structure(jaxpr: jex.Jaxpr) -> Hashable:
     body = tuple(
         (
             eqn.primitive,
+            repr(eqn.ctx),  # How to compute: the kind of random bits, and the like.
             tuple(map(atom, eqn.invars)),
             tuple((atom(v), v.aval) for v in eqn.outvars),
             tuple((name, _value(p)) for name, p in sorted(_params(eqn).items())),
@@ -99,4 +100,6 @@ def _value(value: Any) -> Hashable:
         return type(value), tuple(map(_value, value))
     if hasattr(value, "tobytes"):  # numpy arrays and scalars
         return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, (float, complex)):  # 0.0 and -0.0 are equal, but differ.
+        return type(value), repr(value)
     return type(value), value

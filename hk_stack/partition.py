@@ -343,7 +343,7 @@ def cut(
     whole = jex.ClosedJaxpr(_without_constants(closed.jaxpr), [])
     nothing = jex.ClosedJaxpr(
         closed.jaxpr.replace(
-            constvars=[], invars=[], outvars=[], eqns=[], effects=jex.no_effects
+            constvars=[], invars=[], outvars=[], eqns=[], effects=set()
         ),
         [],
     )
