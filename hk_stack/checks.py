@@ -23,7 +23,7 @@ def _name_of(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", None) or getattr(f, "name", None) or type(f).__name__
 
 
-def positive(num_layers: Any) -> int:
+def positive(num_layers: Any, name: str) -> int:
     """`num_layers` as an int."""
     try:
         if isinstance(num_layers, bool):
@@ -31,24 +31,24 @@ def positive(num_layers: Any) -> int:
         number = operator.index(num_layers)
     except TypeError:
         raise TypeError(
-            f"layer_stack: num_layers must be a positive int, not {num_layers!r} "
-            f"({type(num_layers).__name__}). Write the layer function in the second "
+            f"layer_stack {name!r}: num_layers must be a positive int, not "
+            f"{num_layers!r} ({type(num_layers).__name__}). Write the layer function in the second "
             "call: layer_stack(num_layers)(layer_function)(x)."
         ) from None
     if number < 1:
         raise ValueError(
-            f"layer_stack: num_layers must be a positive int, not {number}. A stack of "
-            "no layers is the identity: leave it out."
+            f"layer_stack {name!r}: num_layers must be a positive int, not {number}. A "
+            "stack of no layers is the identity: leave it out."
         )
     return number
 
 
-def one_of(word: Any, words: Sequence[str], argument: str) -> str:
+def one_of(word: Any, words: Sequence[str], argument: str, name: str) -> str:
     """`word`, if it is one of `words`."""
     if word not in words:
         expected = ", ".join(f'"{w}"' for w in words)
         raise ValueError(
-            f"layer_stack: {argument} must be one of {expected}, not {word!r}."
+            f"layer_stack {name!r}: {argument} must be one of {expected}, not {word!r}."
         )
     return word
 
@@ -73,15 +73,17 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
         )
 
 
-def inside_transform(where: str) -> None:
-    """Checks that a Haiku transform is running."""
+def inside_transform(name: str, f: Callable[..., Any]) -> str:
+    """Checks that a Haiku transform is running; returns how errors name the stack."""
     try:
-        hk.running_init()
+        scope = hk.experimental.current_name()
     except ValueError:
         raise ValueError(
-            f"{where} was called outside of a Haiku transform. Call it inside the "
-            "function that you give to hk.transform or hk.transform_with_state."
+            f"{describe(name, f)} was called outside of a Haiku transform. Call it "
+            "inside the function that you give to hk.transform or "
+            "hk.transform_with_state."
         ) from None
+    return describe(name if scope == "~" else f"{scope}/{name}", f)
 
 
 def argument_names(f: Callable[..., Any], count: int) -> list[str]:
@@ -130,9 +132,9 @@ def per_layer_inputs(
 def is_pair(result: Any, where: str) -> None:
     """Checks what a layer function with per-layer inputs returned."""
     if not (isinstance(result, tuple) and len(result) == 2):
-        found = f"a {type(result).__name__}"
+        found = "an array" if isinstance(result, jax.Array) else type(result).__name__
         if isinstance(result, (tuple, list)):
-            found += f" of {len(result)}"
+            found = f"a {found} of {len(result)}"
         raise TypeError(
             f"{where}: with_per_layer_inputs=True, the layer function must return a "
             f"pair (x, y), but it returned {found}. Return (x, None) if there is no "
@@ -178,7 +180,7 @@ def same_carry(
 def _carry_advice(x: Any, y: Any) -> str:
     if x.shape == y.shape:
         return f"Cast the result with .astype(x.dtype), or the input to {y.dtype}."
-    return "Project the input to that shape before the stack."
+    return "Return the shape that came in, or change it outside of the stack."
 
 
 def depth(params: Any, state: Any, num_layers: int, where: str) -> None:
@@ -196,23 +198,37 @@ def depth(params: Any, state: Any, num_layers: int, where: str) -> None:
                 )
 
 
-def has_params(params: Any, expected: Any, stored: Any, where: str) -> None:
-    """Checks that `params` holds all that the layer function asks for.
+def has_params(
+    init: Callable[..., Any],
+    spec: tuple[Any, ...],
+    params: Any,
+    stored: Any,
+    where: str,
+) -> None:
+    """Checks that `params` holds all that a layer asks for.
+
+    Called once a layer has failed, as Haiku's own error for a parameter that is missing
+    or of another shape knows nothing of the stack.
 
     Args:
+      init: The layer's `init`.
+      spec: Shapes and dtypes of what `init` takes.
       params: The stack's parameters, `[L, ...]`.
-      expected: The shapes that the layer function asks for, without a layer axis.
       stored: All parameters of the transform, to show what there is instead.
       where: Names the stack.
     """
+    try:
+        expected, _ = jax.eval_shape(init, *spec)
+    except Exception:  # The layer fails for a reason of its own, which is shown.
+        return
     for module, leaves in expected.items():
         for name, leaf in leaves.items():
             found = params.get(module, {}).get(name)
             if found is None:
                 there = ", ".join(leaf_names(stored)[:8]) or "nothing"
                 raise ValueError(
-                    f"{where}: the parameters lack {module}/{name}, [L, ...] = "
-                    f"{leaf.shape} for each layer. They hold: {there}. If they come "
+                    f"{where}: the parameters lack {module}/{name}, of shape "
+                    f"{leaf.shape} in each layer. They hold: {there}. If they come "
                     "from a Python loop of layers, stack them with "
                     "hk_stack.stack_params(params, naming_map), or store them per "
                     "layer: transparent=True with a transparency_map."

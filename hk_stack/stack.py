@@ -95,20 +95,21 @@ def layer_stack(
       ValueError: If one has a wrong value, shape or dtype; if parameters are of another
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
+    name = name or f"__layer_stack_{_KINDS[bool(with_per_layer_inputs)]}"
     options = _Options(
-        num_layers=checks.positive(num_layers),
+        num_layers=checks.positive(num_layers, name),
         with_per_layer_inputs=with_per_layer_inputs,
         unroll=unroll,
         pass_reverse=pass_reverse_to_layer_fn,
         naming_map=transparency_map if transparent else None,
-        name=name or f"__layer_stack_{_KINDS[bool(with_per_layer_inputs)]}",
-        setup=checks.one_of(setup, partition.POLICIES, "setup"),
-        init=checks.one_of(init, initialize.METHODS, "init"),
+        name=name,
+        setup=checks.one_of(setup, partition.POLICIES, "setup", name),
+        init=checks.one_of(init, initialize.METHODS, "init", name),
     )
     if transparent and transparency_map is None:
         raise ValueError(
-            "layer_stack: transparent=True needs a transparency_map, which names the "
-            "module of each layer (see hk.LayerStackTransparencyMapping)."
+            f"layer_stack {name!r}: transparent=True needs a transparency_map, which "
+            "names the module of each layer (see hk.LayerStackTransparencyMapping)."
         )
 
     def stack(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,8 +148,7 @@ def _call(
 ) -> Any:
     """Runs the stack, inside a Haiku transform."""
     num_layers = options.num_layers
-    where = checks.describe(options.name, f)
-    checks.inside_transform(where)
+    where = checks.inside_transform(options.name, f)
     names = checks.argument_names(f, len(args))
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
@@ -344,12 +344,11 @@ def _trace(
         try:
             closed, shapes = trace(*own, layout.abstract(carry), per_layer)
         except ValueError:
-            # Haiku's own error for a missing parameter knows nothing of the stack.
-            key = jax.random.key(0) if given.keys is None else own[2]
-            expected = jax.eval_shape(layer.init, key, carry, per_layer)[0]
-            checks.has_params(
-                given.params, expected, hk.experimental.get_params(), where
-            )
+            if not hk.running_init():
+                key = jax.random.key(0) if given.keys is None else own[2]
+                spec = (key, layout.abstract(carry), per_layer)
+                stored = hk.experimental.get_params()
+                checks.has_params(layer.init, spec, given.params, stored, where)
             raise
         (after, _), _ = shapes
         checks.same_structure(carry, after, names, where)
