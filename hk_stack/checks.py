@@ -32,8 +32,8 @@ def positive(num_layers: Any, name: str) -> int:
     except TypeError:
         raise TypeError(
             f"layer_stack {name!r}: num_layers must be a positive int, not "
-            f"{num_layers!r} ({type(num_layers).__name__}). Write the layer function in the second "
-            "call: layer_stack(num_layers)(layer_function)(x)."
+            f"{num_layers!r} ({type(num_layers).__name__}). Write the layer function in "
+            "the second call: layer_stack(num_layers)(layer_function)(x)."
         ) from None
     if number < 1:
         raise ValueError(

@@ -178,3 +178,51 @@ def test_loop_equals_stack(params, x, expected):
     assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(jnp.shape, shapes)
     y = jax.jit(loop.apply)(unstacked, x)
     np.testing.assert_allclose(y, expected[0][1], atol=1e-5)
+
+
+STATES = 13  # No other dimension: what has it is the kernel's computation.
+
+
+def equations(jaxpr):
+    """All equations of `jaxpr`, those of inner bodies included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
+def layer_loop_of(setup, shape, layers):
+    """The body of the loop over layers in the apply of an S4 stack."""
+    model = hk.transform(
+        lambda x: in_haiku.s4_stack(
+            x,
+            layer_stack=hk_stack.layer_stack,
+            num_layers=layers,
+            state_size=STATES,
+            setup=setup,
+        )
+    )
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    key = jax.random.key(0)
+    params = jax.eval_shape(model.init, key, x)
+    jaxpr = jax.make_jaxpr(model.apply)(params, key, x).jaxpr
+    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    (loop,) = [e for e in scans if e.params["num_carry"]]
+    return list(equations(loop.params["jaxpr"].jaxpr))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8), (4, 512, 64)])
+@pytest.mark.parametrize("setup", ["auto", "inline"])
+def test_kernel_is_computed_outside_of_the_loop_only_if_hoisted(setup, shape):
+    body = layer_loop_of(setup, shape, layers=3)
+    ffts = [e for e in body if e.primitive.name == "fft"]
+    of_states = [e for e in body if any(STATES in v.aval.shape for v in e.outvars)]
+    if setup == "auto":
+        assert not of_states
+        assert all(e.invars[0].aval.shape[0] == shape[0] for e in ffts)  # of batches
+        assert len(ffts) == 2
+    else:
+        assert {"dot_general", "div", "exp"} <= {e.primitive.name for e in body}
+        assert of_states
+        assert len(ffts) == 4
