@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import equations, layer_loop
 
 import hk_stack
 from hk_stack.compare import in_haiku, plain, s4
@@ -183,15 +184,6 @@ def test_loop_equals_stack(params, x, expected):
 STATES = 13  # No other dimension: what has it is the kernel's computation.
 
 
-def equations(jaxpr):
-    """All equations of `jaxpr`, those of inner bodies included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values())):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(getattr(value, "jaxpr", value))
-
-
 def layer_loop_of(setup, shape, layers):
     """The body of the loop over layers in the apply of an S4 stack."""
     model = hk.transform(
@@ -206,10 +198,8 @@ def layer_loop_of(setup, shape, layers):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.random.key(0)
     params = jax.eval_shape(model.init, key, x)
-    jaxpr = jax.make_jaxpr(model.apply)(params, key, x).jaxpr
-    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    (loop,) = [e for e in scans if e.params["num_carry"]]
-    return list(equations(loop.params["jaxpr"].jaxpr))
+    loop = layer_loop(model.apply, params, key, x)
+    return list(equations(loop))
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 8), (4, 512, 64)])
