@@ -32,8 +32,8 @@ def positive(num_layers: Any, name: str) -> int:
     except TypeError:
         raise TypeError(
             f"layer_stack {name!r}: num_layers must be a positive int, not "
-            f"{num_layers!r} ({type(num_layers).__name__}). Write the layer function in "
-            "the second call: layer_stack(num_layers)(layer_function)(x)."
+            f"{num_layers!r} ({type(num_layers).__name__}). The layer function comes "
+            "in the second call: layer_stack(num_layers)(layer_function)(x)."
         ) from None
     if number < 1:
         raise ValueError(
@@ -64,7 +64,7 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
         parameters = list(inspect.signature(f).parameters.values())
     except ValueError:  # Builtins have no signature.
         return
-    starred = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    starred = [p.name for p in parameters[:1] if p.kind is p.VAR_POSITIONAL]
     if starred and not with_per_layer_inputs:
         raise ValueError(
             f"{describe(name, f)}: the layer function takes *{starred[0]}, so it "

@@ -61,8 +61,8 @@ def initialize(
       carry: What the first layer is given.
       per_layer: A pytree of arrays `[L, ...]`.
       method: "vmap" runs the initialisers batched, "map" one layer after another,
-        "scan" the loop above. "auto" is "vmap", but "map" for keys whose random bits
-        would come out different in a batch (all but threefry), and "scan" if an initial
+        "scan" the loop above. "auto" is "vmap", but "map" where a batch would compute
+        other values (random bits of all keys but threefry's), and "scan" if an initial
         value depends on the activations.
       where: Names the stack in errors.
 
@@ -75,8 +75,8 @@ def initialize(
     """
     if method == "scan":
         return _one_after_another(layer, num_layers, key, carry, per_layer)
-    first = layout.abstract((key, carry, layout.drop_layers(per_layer)))
-    closed, shapes = jax.make_jaxpr(layer.init, return_shape=True)(*first)
+    trace = jax.make_jaxpr(layer.init, return_shape=True)
+    closed, shapes = trace(key, carry, layout.drop_layers(per_layer))
     num_constants = len(closed.consts)
     num_keys, num_carry = len(jax.tree.leaves(key)), len(jax.tree.leaves(carry))
     activations = ((1 << num_carry) - 1) << num_constants + num_keys
@@ -104,10 +104,10 @@ def initialize(
     inputs = [*closed.consts, *jax.tree.leaves((keys, carry, per_layer))]
     values = [inputs[i] for i in reads]
     shared = sum(i < num_constants for i in reads)
-    if method == "auto":
-        method = "vmap" if _is_threefry(key) else "map"
     size = 1
-    if method == "vmap":
+    if method == "vmap" or (
+        method == "auto" and partition.can_batch(initialisers.jaxpr)
+    ):
         size = loop.batch_size(num_layers, partition.largest_value(initialisers.jaxpr))
     leaves = eager.call(
         functools.partial(_run, initialisers, num_layers, shared, size),
@@ -132,13 +132,11 @@ def _run(
     def one(own: list[Any]) -> list[jax.Array]:
         return jex.jaxpr_as_fun(initialisers)(*values[:shared], *own[1:])
 
-    def batch(own: list[Any]) -> list[jax.Array]:
-        return hk.vmap(one, split_rng=False)(own)
-
     # The layer's number is mapped over too, as nothing else may be. A transform of its
     # own keeps all this pure, so that it can be compiled.
     own = [jnp.arange(num_layers), *values[shared:]]
-    run = hk.transform(lambda own: loop.in_batches(batch, own, size=size))
+    vmap = functools.partial(hk.vmap, split_rng=False)
+    run = hk.transform(lambda own: loop.in_batches(one, own, size=size, vmap=vmap))
     return run.apply({}, None, own)
 
 
@@ -176,10 +174,6 @@ def init_keys(key: jax.Array, num_layers: int) -> jax.Array:
         return key, init_key
 
     return loop.scan(step, key, None, num_layers=num_layers)[1]
-
-
-def _is_threefry(key: jax.Array | None) -> bool:
-    return key is None or str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

@@ -107,16 +107,10 @@ def unstack_params(
     return flat
 
 
-def abstract(tree: Any) -> Any:
-    """The shapes and dtypes of the leaves of `tree`."""
-    return jax.tree.map(_abstract_leaf, tree)
-
-
 def drop_layers(tree: Any) -> Any:
-    """The shapes and dtypes of the leaves `[L, ...]` of `tree` without their `L`."""
-    return jax.tree.map(lambda leaf: _abstract_leaf(leaf, 1), tree)
+    """The types of the leaves `[L, ...]` of `tree` without their `L`."""
 
+    def first(leaf: jax.Array) -> jax.Array:
+        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
 
-def _abstract_leaf(leaf: Any, axes: int = 0) -> jax.ShapeDtypeStruct:
-    weak = getattr(leaf, "weak_type", False)
-    return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype, weak_type=weak)
+    return jax.eval_shape(lambda tree: jax.tree.map(first, tree), tree)

@@ -41,35 +41,43 @@ def scan(
 
 
 def in_batches(
-    run: Callable[[list[Any]], list[Any]], values: list[Any], *, size: int
+    run: Callable[[list[Any]], list[Any]],
+    values: list[Any],
+    *,
+    size: int,
+    vmap: Callable[..., Any] = jax.vmap,
 ) -> list[Any]:
     """Runs all layers independently of one another, `size` of them at a time.
 
-    Equal to this loop, with the results concatenated:
+    Equal to this loop, with the results stacked:
 
     ```
-    for i in range(0, L, size):
-        results[i : i + size] = run([value[i : i + size] for value in values])
+    for i in range(L):
+        results[i] = run([value[i] for value in values])
     ```
 
     With more than one batch, the backward pass runs each batch again instead of keeping
     what it computed on the way: it is large, or one batch would have done.
 
     Args:
-      run: From arrays `[size, ...]` to arrays `[size, ...]`.
+      run: One layer.
       values: Arrays `[L, ...]`.
-      size: Layers in a batch; divides `L`.
+      size: Layers in a batch; divides `L`. A batch of one layer is no batch: `run` is
+        not transformed.
+      vmap: What makes a batch of `run`.
 
     Returns:
       Arrays `[L, ...]`.
     """
     num_layers = values[0].shape[0]
-    if size == num_layers:
-        return run(values)
-    batches = [v.reshape(num_layers // size, size, *v.shape[1:]) for v in values]
-    run = jax.checkpoint(run, prevent_cse=False)
-    _, results = jax.lax.scan(lambda _, batch: (None, run(batch)), None, batches)
-    return [r.reshape(num_layers, *r.shape[2:]) for r in results]
+    if size == num_layers > 1:
+        return vmap(run)(values)
+    batch = jax.checkpoint(vmap(run) if size > 1 else run, prevent_cse=False)
+    shape = (num_layers // size, size) if size > 1 else (num_layers,)
+    split = [value.reshape(*shape, *value.shape[1:]) for value in values]
+    _, results = jax.lax.scan(lambda _, own: (None, batch(own)), None, split)
+    drop = len(shape)
+    return [r.reshape(num_layers, *r.shape[drop:]) for r in results]
 
 
 def batch_size(num_layers: int, nbytes: int) -> int:

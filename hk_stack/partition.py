@@ -19,8 +19,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import layout
-
 T = TypeVar("T")
 Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for both
 
@@ -189,7 +187,7 @@ def flatten(closed: jex.ClosedJaxpr, opens: Callable[[int], bool]) -> Flat:
             for v in _variables(args):
                 mask |= reads[v]
             body = _body(eqn)
-            if body is not None and (opens(mask) or _has_mark(body)):
+            if body is not None and (opens(mask) or _has_mark_inside(body)):
                 is_remat = eqn.primitive.name in _REMAT
                 inside = (*regions, Region(eqn)) if is_remat else regions
                 outs = visit(body, dict(zip(body.invars, args, strict=True)), inside)
@@ -208,7 +206,7 @@ def flatten(closed: jex.ClosedJaxpr, opens: Callable[[int], bool]) -> Flat:
 def _copy(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """`jaxpr` with variables of its own."""
     run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
-    return jax.make_jaxpr(run)(*(layout.abstract(v.aval) for v in jaxpr.invars)).jaxpr
+    return jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars)).jaxpr
 
 
 def program(
@@ -340,7 +338,10 @@ def cut(
         derived = _choose(flat, inputs, marked, policy == "auto")
         if derived and not _has_references(flat):
             return _split(flat, inputs, derived)
-    whole = jex.ClosedJaxpr(_without_constants(closed.jaxpr), [])
+    # Marks that this cut leaves alone are none of the business of one around it.
+    jaxpr = _without_constants(closed.jaxpr)
+    jaxpr = jaxpr.replace(eqns=[_weaken(eqn) for eqn in jaxpr.eqns])
+    whole = jex.ClosedJaxpr(jaxpr, [])
     nothing = jex.ClosedJaxpr(
         closed.jaxpr.replace(
             constvars=[], invars=[], outvars=[], eqns=[], effects=set()
@@ -383,16 +384,43 @@ def _settle_marks(
     for node in flat.nodes:
         eqn = node.eqn
         name = eqn.params["name"] if eqn.primitive.name == "name" else None
-        if name == _MARK and node.reads & ~fixed:
+        is_fixed = not node.reads & ~fixed
+        if name == _MARK and not is_fixed:
             raise ValueError(_explain_mark(eqn, inputs, node.reads & ~fixed, where))
-        if name in (_MARK, _HOISTED) and not node.reads & ~fixed:
-            marked.append(eqn.outvars[0])
-        if name == _MARK:
-            node = node._replace(
-                eqn=eqn.replace(params={**eqn.params, "name": _HOISTED})
+        if not is_fixed and any(map(_has_mark_inside, _bodies(eqn))):
+            raise ValueError(
+                f"{where}: hk_stack.hoist was called inside a {eqn.primitive.name}, "
+                "which the cut does not look into. Compute the marked value before it."
             )
-        nodes.append(node)
+        if is_fixed and name in (_MARK, _HOISTED):
+            marked.append(eqn.outvars[0])
+        nodes.append(node._replace(eqn=_weaken(eqn)))
     return flat._replace(nodes=nodes), marked
+
+
+def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    """`eqn` with its mark, or the marks inside, weakened."""
+    if eqn.primitive.name == "name" and eqn.params["name"] == _MARK:
+        return eqn.replace(params={**eqn.params, "name": _HOISTED})
+    if not any(map(_has_mark_inside, _bodies(eqn))):
+        return eqn
+
+    def weaken(param: Any) -> Any:
+        if isinstance(param, jex.Jaxpr):
+            return param.replace(eqns=[_weaken(e) for e in param.eqns])
+        if isinstance(param, jex.ClosedJaxpr):
+            return jex.ClosedJaxpr(weaken(param.jaxpr), param.consts)
+        return tuple(map(weaken, param)) if isinstance(param, tuple) else param
+
+    return eqn.replace(params={k: weaken(p) for k, p in eqn.params.items()})
+
+
+def _has_mark_inside(jaxpr: jex.Jaxpr) -> bool:
+    return any(
+        (eqn.primitive.name == "name" and eqn.params["name"] == _MARK)
+        or any(map(_has_mark_inside, _bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _explain_mark(
@@ -470,6 +498,26 @@ def _is_expensive(eqn: jex.JaxprEqn, flat: Flat, reads: int) -> bool:
     )
 
 
+def can_batch(jaxpr: jex.Jaxpr) -> bool:
+    """Whether a batch computes just what one layer after another would.
+
+    In a batch all branches of a `cond` run, also one that would not end, and random
+    bits of other keys than threefry's are other bits.
+    """
+
+    def is_other_key(atom: Atom) -> bool:
+        return str(atom.aval.dtype).startswith("key<") and "fry" not in str(
+            atom.aval.dtype
+        )
+
+    return all(
+        eqn.primitive.name not in ("cond", "rng_bit_generator")
+        and not any(map(is_other_key, eqn.invars))
+        and all(map(can_batch, _bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
     inner = (largest_value(body) for eqn in jaxpr.eqns for body in _bodies(eqn))
@@ -505,16 +553,6 @@ def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     if any(isinstance(s, jax.sharding.Sharding) for s in placed) or closed.consts:
         return None
     return closed.jaxpr
-
-
-def _has_mark(jaxpr: jex.Jaxpr) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "name" and eqn.params["name"] == _MARK:
-            return True
-        body = _body(eqn)
-        if body is not None and _has_mark(body):
-            return True
-    return False
 
 
 # Names that versions of JAX have given to these equations.

@@ -325,11 +325,11 @@ class _Plan(NamedTuple):
             read = inputs | dict(zip(layered, own, strict=True))
             return jex.jaxpr_as_fun(cut.setup)(*shared, *read.values())
 
-        size = loop.batch_size(
-            self.num_layers, partition.largest_value(cut.setup.jaxpr)
-        )
-        own = [inputs[i] for i in layered]
-        return shared, loop.in_batches(jax.vmap(one), own, size=size)
+        size = 1
+        if partition.can_batch(cut.setup.jaxpr):
+            largest = partition.largest_value(cut.setup.jaxpr)
+            size = loop.batch_size(self.num_layers, largest)
+        return shared, loop.in_batches(one, [inputs[i] for i in layered], size=size)
 
 
 def _trace(
@@ -342,11 +342,11 @@ def _trace(
     while True:
         carry = given.carry
         try:
-            closed, shapes = trace(*own, layout.abstract(carry), per_layer)
+            closed, shapes = trace(*own, carry, per_layer)
         except ValueError:
             if not hk.running_init():
                 key = jax.random.key(0) if given.keys is None else own[2]
-                spec = (key, layout.abstract(carry), per_layer)
+                spec = (key, carry, per_layer)
                 stored = hk.experimental.get_params()
                 checks.has_params(layer.init, spec, given.params, stored, where)
             raise
