@@ -388,9 +388,11 @@ def _settle_marks(
         if name == _MARK and not is_fixed:
             raise ValueError(_explain_mark(eqn, inputs, node.reads & ~fixed, where))
         if not is_fixed and any(map(_has_mark_inside, _bodies(eqn))):
+            found = _name_inputs(inputs, node.reads & ~fixed)
             raise ValueError(
-                f"{where}: hk_stack.hoist was called inside a {eqn.primitive.name}, "
-                "which the cut does not look into. Compute the marked value before it."
+                f"{where}: hk_stack.hoist was called inside a {eqn.primitive.name} "
+                f"that depends on {found}; the cut does not look into it. Compute the "
+                "marked value before it."
             )
         if is_fixed and name in (_MARK, _HOISTED):
             marked.append(eqn.outvars[0])
@@ -426,14 +428,18 @@ def _has_mark_inside(jaxpr: jex.Jaxpr) -> bool:
 def _explain_mark(
     eqn: jex.JaxprEqn, inputs: Sequence[Input], culprits: int, where: str
 ) -> str:
-    labels = [i.label for i in inputs] + ["a side effect or callback"]
-    found = [label for bit, label in enumerate(labels) if culprits >> bit & 1]
     return (
         f"{where}: hk_stack.hoist was given a value ({eqn.invars[0].aval.str_short()}) "
-        f"that depends on {', '.join(dict.fromkeys(found))}. Setup may depend on "
+        f"that depends on {_name_inputs(inputs, culprits)}. Setup may depend on "
         "parameters, constants and arrays closed over from outside the stack only. "
         "Remove this hoist, or call it on the part that does not depend on it."
     )
+
+
+def _name_inputs(inputs: Sequence[Input], reads: int) -> str:
+    labels = [i.label for i in inputs] + ["a side effect or callback"]
+    found = [label for bit, label in enumerate(labels) if reads >> bit & 1]
+    return ", ".join(dict.fromkeys(found))
 
 
 def _choose(
@@ -475,11 +481,26 @@ def _share(
     chosen: frozenset[jex.Var], tails: dict[jex.Var, frozenset[jex.Var]]
 ) -> frozenset[jex.Var]:
     """Replaces cheap values with what several of them come from, where smaller."""
-    for source in (source for v, source in tails.items() if v in chosen):
-        rest = frozenset(v for v in chosen if not tails.get(v, {v}) <= source)
-        if _bytes(rest | source) < _bytes(chosen):
-            chosen = rest | source
+
+    def comes_from(v: jex.Var, source: frozenset[jex.Var]) -> bool:
+        if v in source or v not in tails:
+            return v in source
+        return all(comes_from(u, source) for u in tails[v])
+
+    for v in tails:
+        source = frozenset([v])
+        while v in chosen and (deeper := _one_step_back(source, tails)) != source:
+            source = deeper
+            rest = frozenset(u for u in chosen if not comes_from(u, source))
+            if _bytes(rest | source) < _bytes(chosen):
+                chosen = rest | source
     return chosen
+
+
+def _one_step_back(
+    variables: frozenset[jex.Var], tails: dict[jex.Var, frozenset[jex.Var]]
+) -> frozenset[jex.Var]:
+    return frozenset().union(*(tails.get(v, (v,)) for v in variables))
 
 
 def _is_expensive(eqn: jex.JaxprEqn, flat: Flat, reads: int) -> bool:

@@ -3,9 +3,9 @@
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
-from programs import equations, layer_loop
 
 import hk_stack
 from hk_stack.compare import in_haiku, plain, s4
@@ -198,8 +198,8 @@ def layer_loop_of(setup, shape, layers):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.random.key(0)
     params = jax.eval_shape(model.init, key, x)
-    loop = layer_loop(model.apply, params, key, x)
-    return list(equations(loop))
+    jaxpr = jax.make_jaxpr(model.apply)(params, key, x).jaxpr
+    return list(jaxprs.equations(jaxprs.body(jaxpr, layers)))
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 8), (4, 512, 64)])

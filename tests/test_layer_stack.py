@@ -1,0 +1,453 @@
+"""The stack against `hk.layer_stack` and a Python loop, on every layer case."""
+
+import functools
+import re
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import jaxprs
+import pytest
+from agreement import FAST, assert_close, assert_equal
+from layer_cases import (
+    CASES,
+    POLICIES,
+    B,
+    D,
+    L,
+    by_name,
+    counter,
+    drop,
+    layer_loop,
+    pile,
+    slow,
+    vectors,
+    weight,
+)
+
+import hk_stack
+
+KEY = jax.random.key(1)
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def is_float(leaf):
+    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
+
+
+def loss(tree):
+    """A number on which every float leaf has a say of its own."""
+    total = jnp.float32(0)
+    for leaf in map(jnp.asarray, jax.tree.leaves(tree)):
+        if is_float(leaf):
+            weights = jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype))
+            total += jnp.sum(weights * leaf.ravel()).astype(jnp.float32)
+    return total
+
+
+def everything(model):
+    """Outputs, new state and all gradients of a model, in one function."""
+
+    def run(params, state, key, given):
+        leaves, tree = jax.tree.flatten((params, given))
+        floats = [leaf if is_float(leaf) else None for leaf in leaves]
+
+        def forward(floats):
+            merged = [
+                leaf if new is None else new
+                for new, leaf in zip(floats, leaves, strict=True)
+            ]
+            params, given = jax.tree.unflatten(tree, merged)
+            results = model.apply(params, state, key, *given)
+            return loss(results), results
+
+        gradients, (outputs, state_after) = jax.grad(forward, has_aux=True)(floats)
+        return outputs, state_after, gradients
+
+    return run
+
+
+@functools.cache
+def initial(name):
+    """Parameters and state of a case."""
+    case = by_name[name]
+    return jax.jit(case.model(hk_stack.layer_stack).init)(KEY, *case.given())
+
+
+@functools.cache
+def program_results(case_name, program):
+    return program.compile(FAST)(*initial(case_name), KEY, by_name[case_name].given())
+
+
+class Program:
+    """A lowered function, known by its text: equal ones are compiled once."""
+
+    def __init__(self, lowered):
+        self.text = lowered.as_text()
+        self.compile = lowered.compile
+
+    def __hash__(self):
+        return hash(self.text)
+
+    def __eq__(self, other):
+        return self.text == other.text
+
+
+def results(case, layer_stack, **options):
+    run = jax.jit(everything(case.model(layer_stack, **options)))
+    lowered = run.lower(*initial(case.name), KEY, case.given())
+    return program_results(case.name, Program(lowered))
+
+
+WAYS = {
+    "haiku": functools.partial(results, layer_stack=hk.layer_stack),
+    **{
+        setup: functools.partial(results, layer_stack=hk_stack.layer_stack, setup=setup)
+        for setup in POLICIES
+    },
+}
+
+
+@functools.cache
+def looped(name):
+    return results(by_name[name], layer_loop)
+
+
+@every_case
+@pytest.mark.parametrize("way", WAYS)
+def test_results_are_those_of_a_loop(case, way):
+    assert_close(WAYS[way](case), looped(case.name))
+
+
+@every_case
+def test_initial_parameters_are_those_of_haiku(case):
+    init = jax.jit(case.model(hk.layer_stack).init)
+    assert_equal(initial(case.name)[0], init(KEY, *case.given())[0])
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.state], ids=lambda case: case.name
+)
+def test_initial_state_is_that_before_any_call(case):
+    init = jax.jit(case.model(layer_loop).init, compiler_options=FAST)
+    assert_close(initial(case.name)[1], init(KEY, *case.given())[1])
+
+
+PLAIN = [c for c in CASES if not (c.hoists or c.kwargs or c.nested)]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_nothing_to_hoist_nothing_changed(case):
+    def body(layer_stack):
+        apply = case.model(layer_stack).apply
+        jaxpr = jax.make_jaxpr(apply)(*initial(case.name), KEY, *case.given())
+        return jaxprs.names(jaxprs.body(jaxpr, case.num_layers))
+
+    assert body(hk_stack.layer_stack) == body(hk.layer_stack)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.hoists and c.num_layers > 1],
+    ids=lambda case: case.name,
+)
+def test_setup_leaves_the_loop(case):
+    def body(setup):
+        apply = case.model(hk_stack.layer_stack, setup=setup).apply
+        jaxpr = jax.make_jaxpr(apply)(*initial(case.name), KEY, *case.given())
+        return jaxprs.names(jaxprs.body(jaxpr, case.num_layers))
+
+    assert len(body("auto")) < len(body("inline"))
+
+
+def mixed(x):
+    """Setup, state, random numbers, and the call around it all."""
+    x = counter(drop(0.3, x))
+    return x + jnp.tanh(hk.Linear(D)(x) @ slow(weight()))
+
+
+def mixed_model(layer_stack, **options):
+    layers = layer_stack(L, name="stack", **options)(mixed)
+    return hk.transform_with_state(layers)
+
+
+@pytest.fixture(scope="module")
+def mixed_values():
+    return jax.jit(mixed_model(hk_stack.layer_stack).init)(KEY, *vectors())
+
+
+def jvp(apply, params, state, x):
+    return jax.jvp(lambda p, x: apply(p, state, KEY, x), (params, x), (params, x))
+
+
+def hessian_product(apply, params, state, x):
+    def gradient(params):
+        return jax.grad(lambda p: apply(p, state, KEY, x)[0].sum())(params)
+
+    return jax.jvp(gradient, (params,), (params,))
+
+
+def vmap_inputs(apply, params, state, x):
+    keys, xs = jax.random.split(KEY, 2), jnp.stack([x, 2 * x])
+    return jax.vmap(apply, (None, None, 0, 0))(params, state, keys, xs)
+
+
+def vmap_parameters(apply, params, state, x):
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf / 2]), params)
+    return jax.vmap(apply, (0, None, None, None))(params, state, KEY, x)
+
+
+def checkpoint(apply, params, state, x):
+    policy = jax.checkpoint_policies.dots_saveable
+    remat = jax.checkpoint(apply, policy=policy)
+    return jax.grad(lambda p: remat(p, state, KEY, x)[0].sum())(params)
+
+
+def jacobian(apply, params, state, x):
+    return jax.jacfwd(lambda x: apply(params, state, KEY, x)[0])(x)
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [jvp, hessian_product, vmap_inputs, vmap_parameters, checkpoint, jacobian],
+    ids=lambda f: f.__name__,
+)
+def test_under_transformations(transformation, mixed_values):
+    def run(layer_stack):
+        apply = mixed_model(layer_stack).apply
+        function = functools.partial(transformation, apply)
+        return jax.jit(function, compiler_options=FAST)(*mixed_values, *vectors())
+
+    assert_close(run(hk_stack.layer_stack), run(layer_loop), 1e-4)
+
+
+def test_without_jit(mixed_values):
+    loop = mixed_model(layer_loop).apply
+    expected = jax.jit(loop, compiler_options=FAST)(*mixed_values, KEY, *vectors())
+    ours = mixed_model(hk_stack.layer_stack)
+    for _ in range(2):  # The second time nothing is compiled.
+        assert_close(ours.apply(*mixed_values, KEY, *vectors()), expected)
+    small = hk.transform_with_state(hk_stack.layer_stack(L)(counter))
+    with jax.disable_jit():
+        params, state = small.init(KEY, *vectors())
+        found = small.apply(params, state, KEY, *vectors())
+    assert_close(found, jax.jit(small.apply)(params, state, KEY, *vectors()))
+
+
+def test_eager_calls_compile_once(mixed_values):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        del seconds
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    def run():
+        model = mixed_model(hk_stack.layer_stack)
+        model.init(KEY, *vectors())
+        return model.apply(*mixed_values, KEY, *vectors())
+
+    run()
+    compiled.clear()
+    run()
+    assert not compiled
+
+
+def test_eager_calls_do_not_mix_up_constants():
+    def negative_zero(constant):
+        def layer(x):
+            return jnp.where(x > 0, constant, x)
+
+        model = hk.transform(lambda x: 1.0 / hk_stack.layer_stack(2)(layer)(x))
+        return model.apply({}, None, jnp.ones([3]))
+
+    assert (negative_zero(0.0) > 0).all()
+    assert (negative_zero(-0.0) < 0).all()
+
+
+def test_eager_calls_do_not_mix_up_contexts():
+    def draw(flag, transform):
+        def layer(x):
+            with jax.threefry_partitionable(flag):
+                return x + jax.random.uniform(hk.next_rng_key(), x.shape)
+
+        model = hk.transform(hk_stack.layer_stack(2)(layer))
+        return transform(model.apply)({}, KEY, jnp.zeros([8]))
+
+    for flag in (False, True):
+        assert_close(draw(flag, lambda f: f), draw(flag, jax.jit))
+
+
+def test_keyword_arguments():
+    seen = []
+
+    def layer(x, *, mask, is_training, config, activation):
+        seen.append((is_training, config, activation))
+        return jnp.where(mask, activation(x @ weight()), x)
+
+    options = {"is_training": True, "config": {"a": 1}, "activation": jnp.tanh}
+    model = hk.transform(
+        lambda x, mask: hk_stack.layer_stack(L)(layer)(x, mask=mask, **options)
+    )
+    loop = hk.transform(lambda x, mask: layer_loop(L)(layer)(x, mask=mask, **options))
+    x = vectors()[0]
+    params = model.init(KEY, x, x > 0)
+    found = jax.jit(model.apply)(params, None, x, x > 0)
+    assert_close(found, loop.apply(params, None, x, x > 0))
+    assert all(call == (True, {"a": 1}, jnp.tanh) and call[0] is True for call in seen)
+
+
+def test_positional_defaults_and_partial_layer_functions():
+    def layer(x, scale=0.5, *, power=2):
+        return jnp.tanh(x @ weight() * scale) ** power
+
+    for f in (layer, functools.partial(layer, scale=2.0, power=3)):
+        model, twin = (
+            hk.transform(stack(L)(f)) for stack in (hk_stack.layer_stack, layer_loop)
+        )
+        params = model.init(KEY, *vectors())
+        assert_close(
+            model.apply(params, None, *vectors()), twin.apply(params, None, *vectors())
+        )
+
+
+class Names:
+    """`block` of layer i is `block_{i}` of a Python loop."""
+
+    def stacked_to_flat(self, stacked_module_name, scan_idx):
+        return stacked_module_name.replace("block", f"block_{scan_idx}", 1)
+
+    def flat_to_stacked(self, unstacked_module_name):
+        found = re.match(r"(.*?)block_(\d+)(.*)", unstacked_module_name)
+        return found and (f"{found[1]}block{found[3]}", int(found[2]))
+
+
+class Block(hk.Module):
+    def __call__(self, x):
+        return counter(jnp.tanh(hk.Linear(D)(x) @ slow(weight())))
+
+
+class Model(hk.Module):
+    """A layer of its own, and blocks stacked transparently or in a loop."""
+
+    def __init__(self, layer_stack=None, **options):
+        super().__init__()
+        self.layer_stack = layer_stack
+        self.options = options
+
+    def __call__(self, x):
+        x = hk.Linear(D, name="before")(x)
+        if self.layer_stack is None:
+            for i in range(L):
+                x = Block(name=f"block_{i}")(x)
+            return x
+        stack = self.layer_stack(L, transparency_map=Names(), **self.options)
+        return stack(lambda x: Block(name="block")(x))(x)
+
+
+def test_transparent_is_a_loop_with_the_names_of_the_map():
+    def transform(layer_stack, **options):
+        return hk.transform_with_state(lambda x: Model(layer_stack, **options)(x))
+
+    stack = transform(hk_stack.layer_stack, transparent=True)
+    haiku = transform(hk.layer_stack, transparent=True)
+    loop = transform(None)
+    params, state = jax.jit(stack.init)(KEY, *vectors())
+    assert_equal(params, jax.jit(haiku.init)(KEY, *vectors())[0])
+    in_loop = loop.init(KEY, *vectors())
+    assert_equal(state, in_loop[1])
+    assert jax.tree.structure(params) == jax.tree.structure(in_loop[0])
+
+    def run(model):
+        def total(params):
+            y, after = model.apply(params, state, None, *vectors())
+            return jnp.cos(y).sum(), (y, after)
+
+        return jax.jit(jax.grad(total, has_aux=True), compiler_options=FAST)(params)
+
+    assert_close(run(stack), run(loop))
+
+
+def test_map_without_transparent_is_not_transparent():
+    model = hk.transform_with_state(
+        lambda x: Model(hk_stack.layer_stack, transparent=False)(x)
+    )
+    params, state = model.init(KEY, *vectors())
+    assert "model/__layer_stack_no_per_layer/block/linear" in params
+    assert params["model/__layer_stack_no_per_layer/block/linear"]["w"].shape[0] == L
+    y, _ = model.apply(params, state, None, *vectors())
+    assert y.shape == (B, D)
+
+
+def test_each_of_two_stateful_stacks_keeps_its_own_state():
+    """`hk.layer_stack` gives the second unnamed one the state of the first."""
+
+    def run(x):
+        for scale in (1.0, 10.0):
+            x = scale * hk_stack.layer_stack(2)(counter)(x)
+        return x
+
+    def loop(x):
+        for scale in (1.0, 10.0):
+            for _ in range(2):
+                with hk.name_scope("layer"):
+                    x = counter(x)
+            x = scale * x
+        return x
+
+    (x,) = vectors()
+    stacks, layers = hk.transform_with_state(run), hk.transform_with_state(loop)
+    (_, state), (_, expected) = stacks.init(KEY, x), layers.init(KEY, x)
+    for _ in range(3):
+        y, state = stacks.apply({}, state, None, x)
+        expected_y, expected = layers.apply({}, expected, None, x)
+        assert_close(y, expected_y)
+    in_loop = {"": ["layer", "layer_1"], "_1": ["layer_2", "layer_3"]}
+    for suffix, names in in_loop.items():
+        found = state[f"__layer_stack_no_per_layer{suffix}/~"]
+        assert_close(found, pile([expected[name] for name in names]))
+
+
+def test_inner_setup_leaves_the_outer_loop():
+    case = by_name["nested_thrice"]
+    apply = case.model(hk_stack.layer_stack).apply
+    jaxpr = jax.make_jaxpr(apply)(*initial(case.name), KEY, *case.given())
+    inside = jaxprs.names(jaxprs.body(jaxpr, L))
+    assert "scan" in inside  # the two loops within
+    # Of w / norm(w), the norm leaves all three loops; the division does not.
+    assert "sqrt" not in inside
+    assert "div" in inside
+    assert "sqrt" in jaxprs.outside(jaxpr, L)
+
+    case = by_name["nested"]
+    apply = case.model(hk_stack.layer_stack).apply
+    jaxpr = jax.make_jaxpr(apply)(*initial(case.name), KEY, *case.given())
+    assert "cumsum" not in jaxprs.names(jaxprs.body(jaxpr, L))
+    assert "cumsum" in jaxprs.outside(jaxpr, L)
+
+
+def test_gradients_do_not_go_through_setup_in_the_loop():
+    case = by_name["short"]
+    model = case.model(hk_stack.layer_stack)
+    params, state = initial(case.name)
+
+    def total(params):
+        return model.apply(params, state, None, *case.given())[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(params)
+    loops = [eqn for eqn in jaxpr.eqns if eqn.params.get("length") == L]
+    assert len(loops) == 2  # forward and backward
+    for eqn in loops:
+        assert "cumsum" not in jaxprs.names(eqn.params["jaxpr"].jaxpr)
+
+
+def test_layer_may_have_no_key():
+    def layer(x):
+        assert hk.maybe_next_rng_key() is None
+        return x
+
+    model = hk.transform(hk_stack.layer_stack(2)(layer))
+    assert_equal(model.apply({}, None, *vectors()), vectors()[0])

@@ -1,0 +1,47 @@
+"""What README.md shows works, and its figures are those of the committed results."""
+
+import json
+import pathlib
+import re
+import statistics
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_one_after_the_other():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_shell_commands_are_those_of_ci():
+    assert '.venv/bin/pip install --quiet --editable ".[test]"' in README
+    assert ".venv/bin/pytest -n 2" in README
+    assert 'pytest" -n 2' in (ROOT / ".ci" / "run").read_text()
+
+
+def _figures():
+    """Rows `| table | program | measure | CPU | H100 |` of README."""
+    row = r"^\| `(.+?)` \| `(.+?)` \| (run|temp) \| ([\d.]+) \| ([\d.]+) \|$"
+    return re.findall(row, README, re.MULTILINE)
+
+
+def test_figures_are_there():
+    assert len(_figures()) >= 8
+
+
+@pytest.mark.parametrize("figure", _figures(), ids=" ".join)
+def test_figure_is_that_of_the_result_file(figure):
+    table, program, measure, *shown = figure
+    for name, ratio in zip(("cpu", "h100"), shown, strict=True):
+        result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+        rows = result["tables"][table]
+        key = {"run": "run_s", "temp": "temp_bytes"}[measure]
+        samples, first = rows[program][key], next(iter(rows.values()))[key]
+        ratios = [a / b for a, b in zip(samples, first, strict=True)]
+        assert f"{statistics.median(ratios):.2f}" == ratio
