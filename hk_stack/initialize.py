@@ -81,10 +81,7 @@ def initialize(
     num_keys, num_carry = len(jax.tree.leaves(key)), len(jax.tree.leaves(carry))
     activations = ((1 << num_carry) - 1) << num_constants + num_keys
 
-    def mixes(reads: int) -> bool:
-        return bool(reads & activations and reads & ~activations)
-
-    flat = partition.flatten(closed, mixes)
+    flat = partition.flatten(closed, lambda reads: bool(reads & activations))
     values, tree = jax.tree.flatten_with_path(shapes)
     dependent = [
         _leaf_name(path)
@@ -159,7 +156,6 @@ def _three_keys(key: jax.Array | None) -> Any:
     return (None, None, None) if key is None else jax.random.split(key, 3)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def init_keys(key: jax.Array, num_layers: int) -> jax.Array:
     """The key that each layer is initialised with, `[L, ...]`.
 
@@ -168,6 +164,13 @@ def init_keys(key: jax.Array, num_layers: int) -> jax.Array:
         keys[i], key, _ = jax.random.split(key, 3)
     ```
     """
+    # JAX's cache does not know what kind of key an array of integers is.
+    return _init_keys(key, num_layers, str(jax.random.key_impl(key)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _init_keys(key: jax.Array, num_layers: int, kind: str) -> jax.Array:
+    del kind
 
     def step(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         init_key, key, _ = jax.random.split(key, 3)

@@ -1,0 +1,255 @@
+"""Stacks on several devices: the same results, wherever Haiku's stack gives any."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import pytest
+from agreement import FAST, assert_close
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from layer_cases import D, attention, mlp, normal, shared_setup, slow, weight
+
+import hk_stack
+
+LAYERS = 4
+KEY = jax.random.key(2)
+DEVICES = len(jax.devices())
+
+
+def short(x):
+    return jnp.tanh(x @ slow(weight()))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Auto,))
+
+
+@pytest.fixture(scope="module")
+def explicit_mesh():
+    return jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Explicit,))
+
+
+def make(layer_stack, layer):
+    return hk.without_apply_rng(hk.transform(layer_stack(LAYERS, name="stack")(layer)))
+
+
+def models(layer):
+    return make(hk_stack.layer_stack, layer), make(hk.layer_stack, layer)
+
+
+def both(model, params, x):
+    """Output and gradients."""
+
+    def run(params, x):
+        def total(params, x):
+            y = model.apply(params, x)
+            return jnp.sum(jnp.cos(y)), y
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
+
+    return jax.jit(run, compiler_options=FAST)(params, x)
+
+
+def inputs():
+    return normal(0, 8, D)
+
+
+@pytest.mark.parametrize("spec", [P(), P("b"), P(None, None, "b")], ids=str)
+def test_shardings_of_parameters_and_batch(mesh, spec):
+    ours, theirs = models(short)
+    x = inputs()
+    params = ours.init(KEY, x)
+    expected = both(theirs, params, x)
+    sharded = jax.device_put(params, NamedSharding(mesh, spec))
+    batch = jax.device_put(x, NamedSharding(mesh, P("b")))
+    assert_close(both(ours, sharded, batch), expected)
+    assert_close(ours.apply(sharded, batch), expected[1])  # compiled by the stack
+
+
+def test_initial_parameters_in_shards(mesh):
+    ours, theirs = models(short)
+    shardings = NamedSharding(mesh, P("b"))
+    init = jax.jit(ours.init, out_shardings=shardings)
+    params = init(KEY, inputs())
+    assert params["stack/~"]["w"].sharding == shardings
+    assert_close(params, theirs.init(KEY, inputs()))
+
+
+def test_constraints_inside_the_layer(mesh):
+    def layer(x):
+        w = jax.lax.with_sharding_constraint(
+            weight(), NamedSharding(mesh, P(None, "b"))
+        )
+        y = jnp.tanh(x @ slow(w))
+        return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P("b")))
+
+    ours, theirs = models(layer)
+    params = jax.jit(ours.init)(KEY, inputs())
+    assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
+    assert_close(ours.apply(params, inputs()), theirs.apply(params, inputs()))
+
+
+def test_constraints_in_the_mesh_around(mesh):
+    def layer(x):
+        return jax.lax.with_sharding_constraint(short(x), P("b"))
+
+    ours, theirs = models(layer)
+    with jax.set_mesh(mesh):
+        params = jax.jit(ours.init)(KEY, inputs())
+        assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
+        assert_close(ours.apply(params, inputs()), theirs.apply(params, inputs()))
+
+
+def mean(x):
+    return jax.lax.pmean(x, "b")
+
+
+def centered(x):
+    y = short(x)
+    return y - mean(y)
+
+
+def numbered(x):
+    return short(x) * (1 + jax.lax.axis_index("b").astype(x.dtype))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("layer", [short, shared_setup, centered, numbered])
+def test_in_shard_map_over_the_batch(mesh, layer, check_vma):
+    params = make(hk_stack.layer_stack, short).init(KEY, inputs())
+
+    def mapped(model):
+        apply = jax.shard_map(
+            model.apply,
+            mesh=mesh,
+            in_specs=(P(), P("b")),
+            out_specs=P("b"),
+            check_vma=check_vma,
+        )
+        return model._replace(apply=apply)
+
+    ours, theirs = map(mapped, models(layer))
+    assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_with_setup_across_devices(mesh, check_vma):
+    """Tensor parallelism: each device has some columns, and setup adds them up."""
+
+    def layer(x):
+        init = hk.initializers.RandomNormal(0.3)
+        w = hk.get_parameter("w", [D, D // DEVICES], init=init)
+        norm = jnp.sqrt(jax.lax.psum(jnp.sum(w**2), "b"))
+        y = jnp.sum(x @ (w / norm), axis=1, keepdims=True)
+        return jnp.tanh(x + jax.lax.psum(y, "b"))
+
+    params = {"stack/~": {"w": normal(3, LAYERS, D, D)}}
+
+    def mapped(model):
+        apply = jax.shard_map(
+            model.apply,
+            mesh=mesh,
+            in_specs=(P(None, None, "b"), P()),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        return model._replace(apply=apply)
+
+    ours, theirs = map(mapped, models(layer))
+    assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
+
+
+def test_init_in_shard_map(mesh):
+    def run(model):
+        init = jax.shard_map(
+            lambda x: model.init(KEY, x), mesh=mesh, in_specs=P("b"), out_specs=P()
+        )
+        return jax.jit(init)(inputs())
+
+    ours, theirs = models(short)
+    assert_close(run(ours), theirs.init(KEY, inputs()))
+
+
+def test_shard_map_inside_the_layer(mesh):
+    def layer(x):
+        run = jax.shard_map(
+            lambda w, x: jnp.tanh(x @ slow(w)),
+            mesh=mesh,
+            in_specs=(P(), P("b")),
+            out_specs=P("b"),
+        )
+        return run(weight(), x)
+
+    ours, theirs = models(layer)
+    params = jax.jit(ours.init)(KEY, inputs())
+    assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
+
+
+@pytest.mark.parametrize("layer", [short, mlp, shared_setup])
+def test_in_an_explicit_mesh(explicit_mesh, layer):
+    ours, theirs = models(layer)
+    params = theirs.init(KEY, inputs())
+    with jax.set_mesh(explicit_mesh):
+        x = jax.device_put(inputs(), NamedSharding(explicit_mesh, P("b", None)))
+        found, expected = both(ours, params, x), both(theirs, params, x)
+        assert jax.typeof(found[1]) == jax.typeof(expected[1])
+        assert_close(found, expected)
+        assert_close(jax.jit(ours.init)(KEY, x), params)
+
+
+def test_layer_sees_its_explicit_sharding(explicit_mesh):
+    seen = set()
+
+    def layer(x):
+        if not hk.running_init():
+            seen.add(jax.typeof(x).sharding.spec)
+        return jnp.tanh(x @ slow(weight()))
+
+    ours, _ = models(layer)
+    params = ours.init(KEY, inputs())
+    seen.clear()
+    with jax.set_mesh(explicit_mesh):
+        x = jax.device_put(inputs(), NamedSharding(explicit_mesh, P("b", None)))
+        jax.jit(ours.apply)(params, x)
+    assert seen == {P("b", None)}
+
+
+def test_explicitly_sharded_parameters(explicit_mesh):
+    def layer(x):
+        y = jnp.tanh(x @ slow(weight()))
+        return jax.sharding.reshard(y, P(None, None))
+
+    ours, theirs = models(layer)
+    with jax.set_mesh(explicit_mesh):
+        params = theirs.init(KEY, inputs())
+        sharding = NamedSharding(explicit_mesh, P(None, None, "b"))
+        params = jax.device_put(params, sharding)
+        assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
+
+
+def test_collectives_over_a_vmapped_axis():
+    def layer(x):
+        w = weight()
+        return jnp.tanh(x @ (w / mean(jnp.linalg.norm(w)))) - mean(x)
+
+    params = jax.vmap(make(hk_stack.layer_stack, short).init, (0, None))(
+        jax.random.split(KEY, 2), inputs()
+    )
+    found, expected = (
+        jax.jit(jax.vmap(model.apply, (0, None), axis_name="b"))(params, inputs())
+        for model in models(layer)
+    )
+    assert_close(found, expected)
+
+
+def test_spmd_axis_name(mesh):
+    ours, theirs = models(attention)
+    x = normal(0, DEVICES, 1, 6, D)
+    params = theirs.init(KEY, x[0])
+    with jax.set_mesh(mesh):
+        found, expected = (
+            jax.jit(jax.vmap(model.apply, (None, 0), spmd_axis_name="b"))(params, x)
+            for model in (ours, theirs)
+        )
+    assert_close(found, expected)
