@@ -73,45 +73,71 @@ def initialize(
       ValueError: If "vmap" or "map" is asked for and an initial value depends on the
         activations; it names the value.
     """
-    if method == "scan":
-        return _one_after_another(layer, num_layers, key, carry, per_layer)
+    if method != "scan":
+        traced = _trace(layer, key, carry, per_layer)
+        if not traced.dependent:
+            keys = None if key is None else init_keys(key, num_layers)
+            own = jax.tree.leaves((keys, carry, per_layer))
+            return _run_initialisers(traced, num_layers, own, method)
+        if method != "auto":
+            raise ValueError(
+                f'{where}: init="{method}" runs the initialisers without the layers, '
+                f"but the initial value of {', '.join(traced.dependent)} depends on "
+                'the activations. Use init="scan", or init="auto", which finds this '
+                "out."
+            )
+    return _one_after_another(layer, num_layers, key, carry, per_layer)
+
+
+class _Traced(NamedTuple):
+    """A layer's `init`, traced.
+
+    Attributes:
+      flat: Its equations.
+      constants: What it closes over: the first inputs of `flat`.
+      dependent: Names of the initial values that depend on the activations.
+      tree: The structure of parameters and state.
+    """
+
+    flat: partition.Flat
+    constants: list[Any]
+    dependent: list[str]
+    tree: Any
+
+
+def _trace(layer: Layer, key: Any, carry: Any, per_layer: Any) -> _Traced:
+    """Traces `layer.init`, and finds out what depends on the activations."""
     trace = jax.make_jaxpr(layer.init, return_shape=True)
     closed, shapes = trace(key, carry, layout.drop_layers(per_layer))
-    num_constants = len(closed.consts)
-    num_keys, num_carry = len(jax.tree.leaves(key)), len(jax.tree.leaves(carry))
-    activations = ((1 << num_carry) - 1) << num_constants + num_keys
-
+    start = len(closed.consts) + len(jax.tree.leaves(key))
+    activations = partition.bits([False] * start + [True] * len(jax.tree.leaves(carry)))
     flat = partition.flatten(closed, lambda reads: bool(reads & activations))
-    values, tree = jax.tree.flatten_with_path(shapes)
+    paths, tree = jax.tree.flatten_with_path(shapes)
     dependent = [
         _leaf_name(path)
-        for (path, _), out in zip(values, flat.outputs, strict=True)
-        if flat.dependencies(out) & activations
+        for (path, _), value in zip(paths, flat.outputs, strict=True)
+        if flat.dependencies(value) & activations
     ]
-    if dependent and method == "auto":
-        return _one_after_another(layer, num_layers, key, carry, per_layer)
-    if dependent:
-        raise ValueError(
-            f'{where}: init="{method}" runs the initialisers without the layers, but '
-            f"the initial value of {', '.join(dependent)} depends on the activations. "
-            'Use init="scan", or init="auto", which finds this out.'
-        )
-    initialisers, reads = partition.program(flat, flat.outputs)
-    keys = None if key is None else init_keys(key, num_layers)
-    inputs = [*closed.consts, *jax.tree.leaves((keys, carry, per_layer))]
-    values = [inputs[i] for i in reads]
-    shared = sum(i < num_constants for i in reads)
+    return _Traced(flat, closed.consts, dependent, tree)
+
+
+def _run_initialisers(
+    traced: _Traced, num_layers: int, own: list[Any], method: str
+) -> tuple[Any, Any]:
+    """Runs the initialisers of all layers on their `own` inputs, `[L, ...]`."""
+    initialisers, reads = partition.program(traced.flat, traced.flat.outputs)
+    inputs = [*traced.constants, *own]
+    shared = sum(i < len(traced.constants) for i in reads)
+    can_batch = method == "auto" and partition.can_batch(initialisers.jaxpr)
     size = 1
-    if method == "vmap" or (
-        method == "auto" and partition.can_batch(initialisers.jaxpr)
-    ):
+    if can_batch or method == "vmap":
         size = loop.batch_size(num_layers, partition.largest_value(initialisers.jaxpr))
     leaves = eager.call(
         functools.partial(_run, initialisers, num_layers, shared, size),
-        values,
+        [inputs[i] for i in reads],
         lambda: (eager.structure(initialisers), num_layers, shared, size),
     )
-    return jax.tree.unflatten(tree, leaves)
+    return jax.tree.unflatten(traced.tree, leaves)
 
 
 def _run(

@@ -165,13 +165,7 @@ def _call(
         )
         return _stored(options, params), _stored(options, state)
 
-    key = hk.maybe_next_rng_key()
-    # A stack that is not transparent stores its layers in a scope of its own.
-    scope = hk.name_scope(options.name)
-    with contextlib.nullcontext() if options.naming_map else scope:
-        lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
-        stored = lifted(key)
-    params, state = (_stacked(options, tree) for tree in stored)
+    params, state, updater = _lift(options, init)
     checks.depth(params, state, num_layers, where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
@@ -182,6 +176,19 @@ def _call(
     if options.with_per_layer_inputs:
         return carry[0], outputs
     return carry[0] if len(args) == 1 else carry
+
+
+def _lift(
+    options: _Options, init: Callable[..., Any]
+) -> tuple[Any, Any, hk.LiftWithStateUpdater]:
+    """The stack's parameters and state, from the transform or, at init, from `init`."""
+    key = hk.maybe_next_rng_key()
+    # A stack that is not transparent stores its layers in a scope of its own.
+    scope = hk.name_scope(options.name)
+    with contextlib.nullcontext() if options.naming_map else scope:
+        lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
+        params, state = lifted(key)
+    return _stacked(options, params), _stacked(options, state), updater
 
 
 def _stacked(options: _Options, tree: layout.Modules) -> Any:
@@ -375,44 +382,51 @@ def _inputs(
     constants: list[Any], given: _Given, names: list[str]
 ) -> list[partition.Input]:
     """Describes the inputs of a traced layer for the cut."""
-    traced = any(
-        isinstance(leaf, jax.core.Tracer)
-        for leaf in jax.tree.leaves((given.carry, given.per_layer))
-    )
-    own_params = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
-
-    def closed_over(value: Any) -> partition.Input:
-        # Among traced inputs, an array that is not traced is no activation.
-        still = not isinstance(value, jax.core.Tracer)
-        known = (
-            not isinstance(value, jax.Array)
-            or value.ndim == 0
-            or (traced and still)
-            or id(value) in own_params
-        )
-        return partition.Input("an array closed over", known, True, False)
 
     def own(tree: Any, label: str, known: bool = False) -> list[partition.Input]:
         return [
-            partition.Input(f"{label}{name}", known, known, True)
+            partition.Input(f"{label}{name}", known=known, fixed=known, layered=True)
             for name in checks.leaf_names(tree)
         ]
 
+    num_carry = len(given.carry)
     carry = [
         partition.Input(f"argument `{name}{leaf}`", False, False, False)
-        for name, tree in zip(names, given.carry, strict=False)
+        for name, tree in zip(names[:num_carry], given.carry, strict=True)
         for leaf in checks.leaf_names(tree)
     ]
     per_layer = [
         entry
-        for name, tree in zip(names[len(given.carry) :], given.per_layer, strict=False)
+        for name, tree in zip(names[num_carry:], given.per_layer, strict=True)
         for entry in own(tree, f"per-layer input `{name}`")
     ]
     return [
-        *map(closed_over, constants),
+        *_closed_over(constants, given),
         *own(given.params, "parameter ", known=True),
         *own(given.state, "state "),
         *own(given.keys, "a random key"),
         *carry,
         *per_layer,
+    ]
+
+
+def _closed_over(constants: list[Any], given: _Given) -> list[partition.Input]:
+    """Describes what a layer closes over: it may be an activation, or be known."""
+    traced = any(
+        isinstance(leaf, jax.core.Tracer)
+        for leaf in jax.tree.leaves((given.carry, given.per_layer))
+    )
+    parameters = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
+
+    def is_known(value: Any) -> bool:
+        if not isinstance(value, jax.Array) or value.ndim == 0:
+            return True
+        # Where the inputs are traced, an array that is not traced is no activation.
+        return id(value) in parameters or (
+            traced and not isinstance(value, jax.core.Tracer)
+        )
+
+    return [
+        partition.Input("an array closed over", is_known(value), True, False)
+        for value in constants
     ]

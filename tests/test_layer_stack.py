@@ -7,6 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import jaxprs
+import numpy as np
 import pytest
 from agreement import FAST, assert_close, assert_equal
 from layer_cases import (
@@ -279,6 +280,35 @@ def test_eager_calls_do_not_mix_up_contexts():
 
     for flag in (False, True):
         assert_close(draw(flag, lambda f: f), draw(flag, jax.jit))
+
+
+def test_eager_calls_do_not_mix_up_functions():
+    def run(value, layer):
+        model = hk.transform(hk_stack.layer_stack(2)(lambda x: layer(value, x)))
+        return float(model.apply({}, None, jnp.float32(1)))
+
+    def called_back(value, x):
+        shape = jax.ShapeDtypeStruct([], jnp.float32)
+        return x * jax.pure_callback(lambda: np.float32(value), shape)
+
+    def closed_over(value, x):
+        return x * jnp.full([], value) * np.float32(1)
+
+    def differentiated(value, x):
+        double = jax.custom_jvp(jnp.sin)
+        double.defjvp(lambda primals, tangents: (primals[0], value * tangents[0]))
+        return x * jax.grad(double)(x)
+
+    for layer in (called_back, closed_over, differentiated):
+        assert [run(value, layer) for value in (2.0, 3.0)] == [4.0, 9.0]
+
+
+def test_eager_calls_stay_on_their_device(mixed_values):
+    model = mixed_model(hk_stack.layer_stack)
+    for device in jax.devices()[:2]:
+        given = jax.device_put((*mixed_values, KEY, *vectors()), device)
+        y, _ = model.apply(*given)
+        assert y.devices() == {device}
 
 
 def test_keyword_arguments():

@@ -398,6 +398,38 @@ class TestWhatLeaves:
         assert per_layer_shapes(jaxpr).count((D, D)) == 1
 
 
+class TestLargeSetup:
+    """Setup that is too large for one batch of all layers runs in several."""
+
+    def test_results_and_gradients(self):
+        def layer(x):
+            w = hk.get_parameter("w", [64], init=hk.initializers.RandomNormal())
+            large = jnp.cumsum(jnp.sin(w[:, None, None] * jnp.ones([64, 128, 128])), 0)
+            return jnp.tanh(x + jnp.mean(large[-1]))
+
+        def run(setup):
+            model = hk.transform(hk_stack.layer_stack(6, setup=setup)(layer))
+            params = model.init(KEY, *vectors())
+
+            def total(params, x):
+                y = model.apply(params, None, x)
+                return jnp.sum(jnp.cos(y)), y
+
+            return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
+                params, *vectors()
+            )
+
+        assert_close(run("auto"), run("inline"), 1e-4)
+
+    def test_branches_run_layer_after_layer(self):
+        def layer(x):
+            w = weight()
+            inverse = jax.lax.cond(w.sum() > 0, slow, jnp.linalg.inv, w)
+            return jnp.tanh(x @ inverse)
+
+        assert_same_results(layer)
+
+
 class TestWhatStays:
     def test_random_masks(self):
         outside, inside = cut(lambda x: drop(0.5, x) @ slow(weight()))
