@@ -362,10 +362,10 @@ def _has_references(flat: Flat) -> bool:
 
 
 def _split(flat: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]) -> Cut:
-    call, _ = program(flat, flat.outputs, derived, with_effects=True)
     # A derived value that another one replaced in the call need not be computed.
     used = _variables(flat.outputs)
-    used |= {v: None for eqn in call.jaxpr.eqns for v in _variables(eqn.invars)}
+    for node in _needed(flat.nodes, flat.outputs, derived, with_effects=True):
+        used |= _variables(node.eqn.invars)
     layered = bits(i.layered for i in inputs)
     shared = [v for v in derived if v in used and not flat.reads[v] & layered]
     own = [v for v in derived if v in used and flat.reads[v] & layered]

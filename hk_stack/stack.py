@@ -343,17 +343,16 @@ def _trace(
     layer: initialize.Layer, given: _Given, names: list[str], where: str
 ) -> tuple[jex.ClosedJaxpr, _Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
-    own = layout.drop_layers((given.params, given.state, given.keys))
-    per_layer = layout.drop_layers(given.per_layer)
+    params, state, key, _, per_layer = layout.drop_layers(given._replace(carry=None))
     trace = jax.make_jaxpr(layer.apply, return_shape=True)
     while True:
         carry = given.carry
         try:
-            closed, shapes = trace(*own, carry, per_layer)
+            closed, shapes = trace(params, state, key, carry, per_layer)
         except ValueError:
             if not hk.running_init():
-                key = jax.random.key(0) if given.keys is None else own[2]
-                spec = (key, carry, per_layer)
+                init_key = jax.random.key(0) if key is None else key
+                spec = (init_key, carry, per_layer)
                 stored = hk.experimental.get_params()
                 checks.has_params(layer.init, spec, given.params, stored, where)
             raise
