@@ -256,10 +256,15 @@ def _needed(
         if live.isdisjoint(eqn.outvars) and not (with_effects and eqn.effects):
             continue
         # One output of an equation may come in from outside while another is needed.
-        outvars = [jex.DropVar(v.aval) if v in given else v for v in eqn.outvars]
+        outvars = [_fresh(v) if v in given else v for v in eqn.outvars]
         kept.append(node._replace(eqn=eqn.replace(outvars=outvars)))
         live |= set(_variables(eqn.invars)) - set(given)
     return kept[::-1]
+
+
+def _fresh(v: jex.Var) -> jex.Var:
+    """A new variable of the type of `v`."""
+    return jax.make_jaxpr(lambda x: x)(v.aval).jaxpr.invars[0]
 
 
 def _restore_regions(

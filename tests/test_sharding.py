@@ -192,7 +192,13 @@ def test_in_an_explicit_mesh(explicit_mesh, layer):
     params = theirs.init(KEY, inputs())
     with jax.set_mesh(explicit_mesh):
         x = jax.device_put(inputs(), NamedSharding(explicit_mesh, P("b", None)))
-        found, expected = both(ours, params, x), both(theirs, params, x)
+        try:
+            expected = both(theirs, params, x)
+        except Exception as error:
+            if type(error).__name__ != "ShardingTypeError":
+                raise
+            pytest.skip("this JAX cannot take this gradient of hk.layer_stack either")
+        found = both(ours, params, x)
         assert jax.typeof(found[1]) == jax.typeof(expected[1])
         assert_close(found, expected)
         assert_close(jax.jit(ours.init)(KEY, x), params)
