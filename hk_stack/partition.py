@@ -399,8 +399,9 @@ def _settle_marks(
                 f"that depends on {found}; the cut does not look into it. Compute the "
                 "marked value before it."
             )
-        if is_fixed and name in (_MARK, _HOISTED):
-            marked.append(eqn.outvars[0])
+        inside = any(map(_has_mark_inside, _bodies(eqn)))
+        if is_fixed and (inside or name in (_MARK, _HOISTED)):
+            marked.extend(eqn.outvars)
         nodes.append(node._replace(eqn=_weaken(eqn)))
     return flat._replace(nodes=nodes), marked
 
@@ -487,16 +488,18 @@ def _share(
 ) -> frozenset[jex.Var]:
     """Replaces cheap values with what several of them come from, where smaller."""
 
-    def comes_from(v: jex.Var, source: frozenset[jex.Var]) -> bool:
-        if v in source or v not in tails:
-            return v in source
-        return all(comes_from(u, source) for u in tails[v])
+    def coming_from(source: frozenset[jex.Var]) -> set[jex.Var]:
+        found = set(source)
+        for v, before in tails.items():  # In the order in which they are computed.
+            if before <= found:
+                found.add(v)
+        return found
 
     for v in tails:
         source = frozenset([v])
         while v in chosen and (deeper := _one_step_back(source, tails)) != source:
             source = deeper
-            rest = frozenset(u for u in chosen if not comes_from(u, source))
+            rest = chosen - coming_from(source)
             if _bytes(rest | source) < _bytes(chosen):
                 chosen = rest | source
     return chosen
@@ -537,7 +540,7 @@ def can_batch(jaxpr: jex.Jaxpr) -> bool:
         )
 
     return all(
-        eqn.primitive.name not in ("cond", "rng_bit_generator")
+        eqn.primitive.name not in _OPAQUE | {"cond", "rng_bit_generator"}
         and not any(map(is_other_key, eqn.invars))
         and all(map(can_batch, _bodies(eqn)))
         for eqn in jaxpr.eqns

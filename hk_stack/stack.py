@@ -400,7 +400,7 @@ def _inputs(
         for entry in own(tree, f"per-layer input `{name}`")
     ]
     return [
-        *_closed_over(constants, given),
+        *_closed_over(constants),
         *own(given.params, "parameter ", known=True),
         *own(given.state, "state "),
         *own(given.keys, "a random key"),
@@ -409,21 +409,14 @@ def _inputs(
     ]
 
 
-def _closed_over(constants: list[Any], given: _Given) -> list[partition.Input]:
+def _closed_over(constants: list[Any]) -> list[partition.Input]:
     """Describes what a layer closes over: it may be an activation, or be known."""
-    traced = any(
-        isinstance(leaf, jax.core.Tracer)
-        for leaf in jax.tree.leaves((given.carry, given.per_layer))
-    )
     parameters = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
 
     def is_known(value: Any) -> bool:
         if not isinstance(value, jax.Array) or value.ndim == 0:
             return True
-        # Where the inputs are traced, an array that is not traced is no activation.
-        return id(value) in parameters or (
-            traced and not isinstance(value, jax.core.Tracer)
-        )
+        return id(value) in parameters
 
     return [
         partition.Input("an array closed over", is_known(value), True, False)

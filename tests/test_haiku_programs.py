@@ -572,17 +572,26 @@ def small(layer=dense, **options):
     return model, model.init(KEY, *vectors())
 
 
+@pytest.fixture
+def double_precision():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("double_precision")
 def test_double_precision():
     def layer(x):
         init = hk.initializers.RandomUniform()
         return jnp.tanh(x @ slow(hk.get_parameter("w", [D, D], x.dtype, init)))
 
-    with jax.enable_x64(True):
-        x = vectors()[0].astype(jnp.float64)
-        make = lambda stack: stack(2)(layer)  # noqa: E731
-        found = run(make, hk_stack.layer_stack, x)
-        assert found[2][0].dtype == jnp.float64
-        assert_close(found, run(make, hk.layer_stack, x), 1e-12)
+    def make(stack):
+        return stack(2)(layer)
+
+    x = vectors()[0].astype(jnp.float64)
+    found = run(make, hk_stack.layer_stack, x)
+    assert found[2][0].dtype == jnp.float64
+    assert_close(found, run(make, hk.layer_stack, x), 1e-12)
 
 
 def test_debug_nans_finds_the_layer():
