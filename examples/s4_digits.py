@@ -7,7 +7,7 @@
 The data are the 1,797 images of 8x8 pixels inside scikit-learn, so nothing is
 downloaded; a fifth of them is held out. Six S4 layers run over the 64 pixels of an
 image as a sequence. Each layer turns its parameters into a convolution kernel: setup,
-which `hk_stack` computes for all layers at once before it loops over them. The same
+which `hk_stack` computes for all layers before it loops over them. The same
 model runs on `hk.layer_stack` and, written in Flax Linen, on `nn.scan`. Kernels of 64
 steps are cheap, so all three take about as long here: a minute on two cores.
 

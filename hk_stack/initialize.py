@@ -1,8 +1,8 @@
-"""Stacked initial parameters and state, for all layers in one batch.
+"""Stacked initial parameters and state, for many layers at once.
 
 Initial values need the initialisers only, not the forward passes of the layers. So the
 initialisation of one layer is traced, all that its initial values do not depend on is
-dropped, and what is left runs for all layers at once under `hk.vmap`. Where an initial
+dropped, and what is left runs in batches of layers, under `hk.vmap`. Where an initial
 value depends on the activations, the layers have to run one after the other.
 """
 

@@ -57,7 +57,7 @@ def in_batches(
     ```
 
     With more than one batch, the backward pass runs each batch again instead of keeping
-    what it computed on the way: it is large, or one batch would have done.
+    what it computed on the way, which may be large.
 
     Args:
       run: One layer.

@@ -31,7 +31,7 @@ _HOISTED = "hk_stack.hoisted"  # left by a cut: an outer cut hoists it too if it
 def hoist(value: T) -> T:
     """Marks `value`, computed inside a layer function, as setup.
 
-    `layer_stack` computes a marked value for all layers in one batch before its loop.
+    `layer_stack` computes a marked value of all layers, in batches, before its loop.
     The result is `value` itself: outside a stack, or with `setup="inline"`, this is
     the identity.
 
@@ -392,14 +392,14 @@ def _settle_marks(
         is_fixed = not node.reads & ~fixed
         if name == _MARK and not is_fixed:
             raise ValueError(_explain_mark(eqn, inputs, node.reads & ~fixed, where))
-        if not is_fixed and any(map(_has_mark_inside, _bodies(eqn))):
+        inside = any(map(_has_mark_inside, _bodies(eqn)))
+        if inside and not is_fixed:
             found = _name_inputs(inputs, node.reads & ~fixed)
             raise ValueError(
                 f"{where}: hk_stack.hoist was called inside a {eqn.primitive.name} "
                 f"that depends on {found}; the cut does not look into it. Compute the "
                 "marked value before it."
             )
-        inside = any(map(_has_mark_inside, _bodies(eqn)))
         if is_fixed and (inside or name in (_MARK, _HOISTED)):
             marked.extend(eqn.outvars)
         nodes.append(node._replace(eqn=_weaken(eqn)))

@@ -1,8 +1,8 @@
 """`layer_stack`: a stack of layers inside a Haiku transform.
 
 At init the stack makes the parameters of all layers (`initialize`). Each call traces
-the layer function once, cuts it into setup and call (`partition`), runs setup for all
-layers in one batch, and loops over the calls (`loop`).
+the layer function once, cuts it into setup and call (`partition`), runs the setup of
+all layers in batches, and loops over the calls (`loop`).
 """
 
 import contextlib
@@ -49,8 +49,8 @@ def layer_stack(
         x, zs[i] = f(x, ys[i])
     ```
 
-    What `f` computes from its parameters alone runs for all layers in one batch before
-    the loop:
+    What `f` computes from its parameters alone runs before the loop, in batches of as
+    many layers as are small enough:
 
     >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
     >>> def layer(x):
@@ -79,7 +79,7 @@ def layer_stack(
       setup: What leaves the loop. "auto": values marked with `hoist`, and whatever else
         depends on parameters and constants only and is worth it. "marked": only marked
         values. "inline": nothing, as in `hk.layer_stack`.
-      init: How initial values are made. "auto": all layers in one batch, unless an
+      init: How initial values are made. "auto": in batches of layers, unless an
         initial value depends on the activations or a batch would draw other random
         numbers. "vmap", "map" (one layer after another) and "scan" (the same, with the
         layers run in between) force one.

@@ -399,3 +399,22 @@ class TestContext:
         summary = hk.experimental.tabulate(model(linear))(*vectors())
         assert "linear" in summary
         assert vectors()[0].shape[0] == B
+
+
+def test_initialiser_that_calls_back_runs_layer_after_layer():
+    """A callback does not say how to run batched."""
+
+    def init(shape, dtype):
+        drawn = jax.random.normal(hk.next_rng_key(), shape, dtype)
+        result = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.pure_callback(lambda w: np.sort(w, axis=0), result, drawn)
+
+    def layer(x):
+        return x @ hk.get_parameter("w", [8, 8], init=init)
+
+    def run(layer_stack):
+        model = hk.transform(lambda x: layer_stack(3)(layer)(x))
+        return model.init(jax.random.key(0), jnp.ones([2, 8]))
+
+    found, expected = run(hk_stack.layer_stack), run(hk.layer_stack)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

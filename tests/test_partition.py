@@ -502,7 +502,6 @@ class TestWhatStays:
         jaxpr = jax.make_jaxpr(transformed.apply)(params, None, *args).jaxpr
         assert "cumsum" in jaxprs.names(jaxprs.body(jaxpr, L))
 
-    @pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has none")
     def test_mutable_references(self):
         def layer(x):
             total = jax.new_ref(jnp.linalg.norm(weight()))
@@ -652,3 +651,58 @@ def test_random_layers(steps, marks):
     expected = run("inline")
     assert_close(run("auto"), expected, 1e-4)
     assert_close(run("marked"), expected, 1e-4)
+
+
+def test_long_cheap_work_after_setup_is_cut_fast():
+    """Two values that are combined again and again have exponentially many paths."""
+
+    def layer(x):
+        w = weight()
+        a, b = jnp.sum(w, 0), jnp.max(w, 0)
+        for _ in range(200):
+            a, b = a + b * 0.5, a * 0.3 - b * 0.5
+        return x + jnp.tanh(a + b)[None]
+
+    outside, inside = cut(layer)
+    assert "reduce_max" in outside and "reduce_max" not in inside
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_eager_gradients_leave_activations_closed_over_in_the_loop(keyword):
+    """Under `grad` alone the memory is not traced, though the carry is."""
+    memory = normal(4, 5, D)
+
+    def product(x, memory):
+        return x + jnp.sum(memory @ weight(), 0, keepdims=True)
+
+    def model(x):
+        stack = hk_stack.layer_stack(L)
+        if keyword:
+            return stack(product)(x, memory=memory)
+        return stack(lambda x: product(x, memory))(x)
+
+    model = hk.transform(model)
+    x = normal(3, B, D)
+    params = model.init(KEY, x)
+    jaxpr = jax.make_jaxpr(lambda params, x: model.apply(params, None, x))(params, x)
+    assert "dot_general" in jaxprs.names(jaxprs.body(jaxpr.jaxpr, L))
+
+
+@pytest.mark.parametrize("policy", ["auto", "marked"])
+@pytest.mark.parametrize("kind", ["scan", "custom_jvp"])
+def test_mark_inside_a_call_on_parameters_takes_the_call_along(policy, kind):
+    def marked(w):
+        return hk_stack.hoist(jnp.tanh(w))
+
+    def layer(x):
+        w = weight()
+        if kind == "scan":
+            w = jax.lax.scan(lambda c, _: (marked(c), None), w, length=2)[0]
+        else:
+            rule = jax.custom_jvp(marked)
+            rule.defjvp(lambda w, t: (marked(w[0]), t[0]))
+            w = rule(w)
+        return x @ w
+
+    outside, inside = cut(layer, setup=policy)
+    assert "tanh" in outside and "tanh" not in inside

@@ -15,14 +15,6 @@ LAYERS = 4
 KEY = jax.random.key(2)
 DEVICES = len(jax.devices())
 
-OLD = jax.__version_info__ < (0, 9)
-with_shard_map = pytest.mark.skipif(
-    not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map"
-)
-with_set_mesh = pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="this JAX has no jax.set_mesh"
-)
-
 
 def short(x):
     return jnp.tanh(x @ slow(weight()))
@@ -75,19 +67,7 @@ def test_shardings_of_parameters_and_batch(mesh, spec):
     assert_close(ours.apply(sharded, batch), expected[1])  # compiled by the stack
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        P(None, None, "b"),
-        pytest.param(
-            P("b"),
-            marks=pytest.mark.skipif(
-                OLD, reason="XLA for CPUs then crashed on a sharded scan of keys"
-            ),
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("spec", [P(None, None, "b"), P("b")], ids=str)
 def test_initial_parameters_in_shards(mesh, spec):
     ours, theirs = models(short)
     sharding = NamedSharding(mesh, spec)
@@ -110,7 +90,6 @@ def test_constraints_inside_the_layer(mesh):
     assert_close(ours.apply(params, inputs()), theirs.apply(params, inputs()))
 
 
-@with_set_mesh
 def test_constraints_in_the_mesh_around(mesh):
     def layer(x):
         return jax.lax.with_sharding_constraint(short(x), P("b"))
@@ -135,7 +114,6 @@ def numbered(x):
     return short(x) * (1 + jax.lax.axis_index("b").astype(x.dtype))
 
 
-@with_shard_map
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("layer", [short, shared_setup, centered, numbered])
 def test_in_shard_map_over_the_batch(mesh, layer, check_vma):
@@ -155,7 +133,6 @@ def test_in_shard_map_over_the_batch(mesh, layer, check_vma):
     assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
 
 
-@with_shard_map
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_shard_map_with_setup_across_devices(mesh, check_vma):
     """Tensor parallelism: each device has some columns, and setup adds them up."""
@@ -183,7 +160,6 @@ def test_in_shard_map_with_setup_across_devices(mesh, check_vma):
     assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
 
 
-@with_shard_map
 def test_init_in_shard_map(mesh):
     def run(model):
         init = jax.shard_map(
@@ -195,7 +171,6 @@ def test_init_in_shard_map(mesh):
     assert_close(run(ours), theirs.init(KEY, inputs()))
 
 
-@with_shard_map
 def test_shard_map_inside_the_layer(mesh):
     def layer(x):
         run = jax.shard_map(
@@ -211,7 +186,6 @@ def test_shard_map_inside_the_layer(mesh):
     assert_close(both(ours, params, inputs()), both(theirs, params, inputs()))
 
 
-@with_set_mesh
 @pytest.mark.parametrize("layer", [short, mlp, shared_setup])
 def test_in_an_explicit_mesh(explicit_mesh, layer):
     ours, theirs = models(layer)
@@ -230,7 +204,6 @@ def test_in_an_explicit_mesh(explicit_mesh, layer):
         assert_close(jax.jit(ours.init)(KEY, x), params)
 
 
-@with_set_mesh
 def test_layer_sees_its_explicit_sharding(explicit_mesh):
     seen = set()
 
@@ -248,7 +221,6 @@ def test_layer_sees_its_explicit_sharding(explicit_mesh):
     assert seen == {P("b", None)}
 
 
-@with_set_mesh
 def test_explicitly_sharded_parameters(explicit_mesh):
     def layer(x):
         y = jnp.tanh(x @ slow(weight()))
@@ -277,7 +249,6 @@ def test_collectives_over_a_vmapped_axis():
     assert_close(found, expected)
 
 
-@with_set_mesh
 def test_spmd_axis_name(mesh):
     ours, theirs = models(attention)
     x = normal(0, DEVICES, 1, 6, D)

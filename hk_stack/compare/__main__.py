@@ -70,14 +70,15 @@ def _check_writable(path: pathlib.Path) -> None:
 
 def environment() -> dict[str, Any]:
     """The device and the versions that a result belongs to."""
-    packages = ("hk_stack", "dm-haiku", "jax", "jaxlib", "flax")
+    packages = ("dm-haiku", "jax", "jaxlib", "flax")
+    versions = {name: _version(name) for name in packages}
     return {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {"hk_stack": hk_stack.__version__} | versions,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -172,13 +173,10 @@ def init(repeat: int) -> dict[str, Any]:
 
 def depth(repeat: int) -> dict[str, Any]:
     """How trace and compile of a jitted init grow with depth."""
-    key, x = jax.random.key(0), jnp.ones([1, 64, 256])
+    args = (jax.random.key(0), jnp.ones([1, 64, 256]))
     programs = [
-        Program(
-            f"{layers} layers", _wide(hk_stack.layer_stack, layers, kind).init, (key, x)
-        )
-        for kind in ("transformer",)
-        for layers in (4, 64)
+        Program(f"{n} layers", _wide(hk_stack.layer_stack, n, "transformer").init, args)
+        for n in (4, 64)
     ]
     return _jitted("init by depth", programs, repeat)
 
@@ -225,20 +223,20 @@ def _jitted(name: str, programs: list[Program], repeat: int) -> dict[str, Any]:
     for i, p in enumerate(programs):
         table[p.name] |= {
             "temp_bytes": [compiled[i].memory_analysis().temp_size_in_bytes],
-            "trace_s": [round[i].trace_s for round in builds],
-            "compile_s": [round[i].compile_s for round in builds],
+            "trace_s": [build[i].trace_s for build in builds],
+            "compile_s": [build[i].compile_s for build in builds],
         }
     _print(name, table)
     return {name: table}
 
 
 class _Build(NamedTuple):
-    compiled: Callable[..., Any]
+    compiled: jax.stages.Compiled
     trace_s: float
     compile_s: float
 
 
-def _build(program: Program) -> Any:
+def _build(program: Program) -> _Build:
     """Traces and compiles from scratch."""
     # A new function, as JAX remembers what it traced.
     function = jax.jit(lambda *args: program.function(*args))
@@ -275,27 +273,26 @@ def _print(title: str, table: dict[str, dict[str, Any]]) -> None:
 
 
 class _Column(NamedTuple):
-    """A measure: its key in a row, how it is shown, how samples become one value."""
+    """A measure: its key in a row and how it is shown; samples become their median."""
 
     key: str
     title: str
     scale: float
-    middle: Callable[[list[float]], float]
 
     def value(self, row: dict[str, Any]) -> float:
-        return self.middle(row[self.key])
+        return statistics.median(row[self.key])
 
     def ratio(self, row: dict[str, Any], first: dict[str, Any]) -> float:
         """Middle of the ratios within each round."""
         pairs = zip(row[self.key], first[self.key], strict=True)
-        return self.middle([a / b if b else 1.0 for a, b in pairs])
+        return statistics.median([a / b if b else 1.0 for a, b in pairs])
 
 
 _COLUMNS = (
-    _Column("run_s", "run ms", 1e3, statistics.median),
-    _Column("temp_bytes", "temp MB", 1e-6, statistics.median),
-    _Column("trace_s", "trace s", 1.0, statistics.median),
-    _Column("compile_s", "compile s", 1.0, statistics.median),
+    _Column("run_s", "run ms", 1e3),
+    _Column("temp_bytes", "temp MB", 1e-6),
+    _Column("trace_s", "trace s", 1.0),
+    _Column("compile_s", "compile s", 1.0),
 )
 
 
