@@ -231,7 +231,7 @@ def _jitted(name: str, programs: list[Program], repeat: int) -> dict[str, Any]:
 
 
 class _Build(NamedTuple):
-    compiled: jax.stages.Compiled
+    compiled: Any
     trace_s: float
     compile_s: float
 
