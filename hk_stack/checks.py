@@ -23,22 +23,26 @@ def _name_of(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", None) or getattr(f, "name", None) or type(f).__name__
 
 
-def positive(num_layers: Any, name: str) -> int:
-    """`num_layers` as an int."""
+def positive(value: Any, argument: str, name: str) -> int:
+    """`value` as an int."""
     try:
-        if isinstance(num_layers, bool):
+        if isinstance(value, bool):
             raise TypeError
-        number = operator.index(num_layers)
+        number = operator.index(value)
     except TypeError:
+        hint = (
+            " The layer function comes in the second call: "
+            "layer_stack(num_layers)(layer_function)(x)."
+        )
         raise TypeError(
-            f"layer_stack {name!r}: num_layers must be a positive int, not "
-            f"{num_layers!r} ({type(num_layers).__name__}). The layer function comes "
-            "in the second call: layer_stack(num_layers)(layer_function)(x)."
+            f"layer_stack {name!r}: {argument} must be a positive int, not {value!r} "
+            f"({type(value).__name__}).{hint if callable(value) else ''}"
         ) from None
     if number < 1:
+        hint = " A stack of no layers is the identity: leave it out."
         raise ValueError(
-            f"layer_stack {name!r}: num_layers must be a positive int, not {number}. A "
-            "stack of no layers is the identity: leave it out."
+            f"layer_stack {name!r}: {argument} must be a positive int, not {number}."
+            f"{hint if argument == 'num_layers' else ''}"
         )
     return number
 
@@ -51,6 +55,16 @@ def one_of(word: Any, words: Sequence[str], argument: str, name: str) -> str:
             f"layer_stack {name!r}: {argument} must be one of {expected}, not {word!r}."
         )
     return word
+
+
+def true_or_false(value: Any, argument: str, name: str) -> bool | None:
+    """`value`, if it is True, False or None."""
+    if value not in (None, True, False):
+        raise TypeError(
+            f"layer_stack {name!r}: {argument} must be True, False or None (which "
+            f"chooses), not {value!r}."
+        )
+    return value
 
 
 def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
@@ -276,3 +290,150 @@ def nothing_shared(
 
     with hk.intercept_methods(on_method), hk.custom_getter(on_get):
         yield
+
+
+def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:
+    """Checks what `partition` is given; returns how errors name it."""
+    if not callable(fn):
+        hint = " Give its apply." if hasattr(fn, "apply") else ""
+        raise TypeError(
+            f"partition: expected a function, not {type(fn).__name__}.{hint}"
+        )
+    where = f"partition of {_name_of(fn)!r}"
+    if not example_args:
+        raise TypeError(
+            f"{where}: no example arguments. Write partition(fn, params, *rest), with "
+            "arrays or jax.ShapeDtypeStructs of what fn takes."
+        )
+    names = argument_names(fn, len(example_args))
+    for name, tree in zip(names, example_args, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not (hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))):
+                at = f" (at {_path_name(path)})" if path else ""
+                raise TypeError(
+                    f"{where}: example argument `{name}`{at} is a "
+                    f"{type(leaf).__name__} ({leaf!r}); expected arrays or "
+                    "jax.ShapeDtypeStructs. Bind static arguments before: "
+                    f"functools.partial(fn, {name}=...)."
+                )
+    return where
+
+
+@contextlib.contextmanager
+def static_arguments(where: str) -> Iterator[None]:
+    """Says what to do where a traced argument had to be a Python value."""
+    try:
+        yield
+    except jax.errors.ConcretizationTypeError as error:
+        error.add_note(
+            f"{where}: all example arguments are traced. Bind static ones before: "
+            "functools.partial(fn, is_training=True)."
+        )
+        raise
+
+
+def same_leaves(given: Any, example: Any, what: str) -> None:
+    """Checks that `given` has the structure, shapes and dtypes of `example`."""
+    old: Any = jax.tree.structure(example)
+    new: Any = jax.tree.structure(given)
+    if old != new:
+        lost = sorted(set(leaf_names(example)) - set(leaf_names(given)))
+        more = sorted(set(leaf_names(given)) - set(leaf_names(example)))
+        raise TypeError(
+            f"{what} is of another structure than the example it was partitioned for:"
+            f"{_some(' lacks', lost)}{_some(' has also', more)}"
+            f"{'' if lost or more else f' expected {old}, found {new}'}. Partition "
+            "again for other arguments."
+        )
+    examples = jax.tree.leaves(example)
+    for (path, x), y in zip(jax.tree.leaves_with_path(given), examples, strict=True):
+        found, expected = jax.typeof(x), _typeof(y)
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            at = f" (at {_path_name(path)})" if path else ""
+            raise ValueError(
+                f"{what}{at} is {found.str_short()}; it was partitioned for "
+                f"{expected.str_short()}. Partition again for other shapes or dtypes."
+            )
+
+
+def _typeof(leaf: Any) -> Any:
+    is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.core.ShapedArray(leaf.shape, leaf.dtype) if is_spec else jax.typeof(leaf)
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"{what} {listed};" if names else ""
+
+
+def derived_values(derived: Any, expected: Any, where: str) -> None:
+    """Checks that `derived` is what the setup of the same partition returns."""
+    try:
+        same_leaves(derived, expected, f"{where}, call: `derived`")
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error} The first argument of call is what setup returns: "
+            "split.call(split.setup(params), ...); values that were made before fn or "
+            "its shapes changed do not fit."
+        ) from None
+
+
+def same_count(given: Sequence[Any], names: Sequence[str], where: str) -> None:
+    """Checks the number of the arguments after `derived`."""
+    if len(given) != len(names):
+        raise TypeError(
+            f"{where}, call: takes derived, {', '.join(names)}; was given "
+            f"{len(given)} arguments after `derived`."
+        )
+
+
+def microbatches(loss: Any, trees: tuple[Any, ...]) -> str:
+    """Checks that all leaves have one leading axis; returns how errors name `loss`."""
+    if not callable(loss):
+        raise TypeError(
+            f"accumulate: the loss must be a function, not {type(loss).__name__}."
+        )
+    where = f"accumulate of {_name_of(loss)!r}"
+    names = argument_names(loss, len(trees) + 1)[1:]
+    lengths: dict[str, int] = {}
+    for name, tree in zip(names, trees, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            at = f"`{name}`" + (f" (at {_path_name(path)})" if path else "")
+            if not getattr(leaf, "shape", ()):
+                raise TypeError(
+                    f"{where}: microbatches {at} is a {type(leaf).__name__} without "
+                    "axes; expected an array [M, ...]. Close over what all "
+                    "microbatches share."
+                )
+            lengths[at] = leaf.shape[0]
+    if not lengths:
+        raise TypeError(
+            f"{where}: no microbatches. Write accumulate(loss, params, x, y) with "
+            "arrays [M, ...]."
+        )
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        found = ", ".join(f"{length} in {at}" for at, length in lengths.items())
+        raise ValueError(
+            f"{where}: expected one leading axis M, at least 1, in all microbatches; "
+            f"found {found}."
+        )
+    return where
+
+
+def scalar_loss(result: Any, has_aux: bool, where: str) -> None:
+    """Checks what a loss returns."""
+    if has_aux:
+        is_pair(result, where)
+        result = result[0]
+    elif isinstance(result, tuple):
+        raise TypeError(
+            f"{where}: the loss returned a tuple of {len(result)}; expected a scalar. "
+            "Pass has_aux=True if it is a pair (loss, aux)."
+        )
+    shape = getattr(result, "shape", None)
+    if shape != () or not jax.numpy.issubdtype(result.dtype, jax.numpy.floating):
+        found = type(result).__name__ if shape is None else jax.typeof(result)
+        raise TypeError(
+            f"{where}: the loss must return one floating-point number, not {found}. "
+            "Take the mean."
+        )

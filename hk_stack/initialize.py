@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import eager, layout, loop, partition
+from hk_stack import cost, eager, flat, layout, loop
 
 METHODS = ("auto", "vmap", "map", "scan")
 
@@ -93,13 +93,13 @@ class _Traced(NamedTuple):
     """A layer's `init`, traced.
 
     Attributes:
-      flat: Its equations.
-      constants: What it closes over: the first inputs of `flat`.
+      flattened: Its equations.
+      constants: What it closes over: the first inputs of `flattened`.
       dependent: Names of the initial values that depend on the activations.
       tree: The structure of parameters and state.
     """
 
-    flat: partition.Flat
+    flattened: flat.Flat
     constants: list[Any]
     dependent: list[str]
     tree: Any
@@ -110,28 +110,28 @@ def _trace(layer: Layer, key: Any, carry: Any, per_layer: Any) -> _Traced:
     trace = jax.make_jaxpr(layer.init, return_shape=True)
     closed, shapes = trace(key, carry, layout.drop_layers(per_layer))
     start = len(closed.consts) + len(jax.tree.leaves(key))
-    activations = partition.bits([False] * start + [True] * len(jax.tree.leaves(carry)))
-    flat = partition.flatten(closed, lambda reads: bool(reads & activations))
+    activations = flat.bits([False] * start + [True] * len(jax.tree.leaves(carry)))
+    flattened = flat.flatten(closed, lambda _, reads: bool(reads & activations))
     paths, tree = jax.tree.flatten_with_path(shapes)
     dependent = [
         _leaf_name(path)
-        for (path, _), value in zip(paths, flat.outputs, strict=True)
-        if flat.dependencies(value) & activations
+        for (path, _), value in zip(paths, flattened.outputs, strict=True)
+        if flattened.dependencies(value) & activations
     ]
-    return _Traced(flat, closed.consts, dependent, tree)
+    return _Traced(flattened, closed.consts, dependent, tree)
 
 
 def _run_initialisers(
     traced: _Traced, num_layers: int, own: list[Any], method: str
 ) -> tuple[Any, Any]:
     """Runs the initialisers of all layers on their `own` inputs, `[L, ...]`."""
-    initialisers, reads = partition.program(traced.flat, traced.flat.outputs)
+    initialisers, reads = flat.program(traced.flattened, traced.flattened.outputs)
     inputs = [*traced.constants, *own]
     shared = sum(i < len(traced.constants) for i in reads)
-    can_batch = method == "auto" and partition.can_batch(initialisers.jaxpr)
+    can_batch = method == "auto" and cost.can_batch(initialisers.jaxpr)
     size = 1
     if can_batch or method == "vmap":
-        size = loop.batch_size(num_layers, partition.largest_value(initialisers.jaxpr))
+        size = loop.batch_size(num_layers, cost.largest_value(initialisers.jaxpr))
     leaves = eager.call(
         functools.partial(_run, initialisers, num_layers, shared, size),
         [inputs[i] for i in reads],
@@ -159,7 +159,8 @@ def _run(
     # own keeps all this pure, so that it can be compiled.
     own = [jnp.arange(num_layers), *values[shared:]]
     vmap = functools.partial(hk.vmap, split_rng=False)
-    run = hk.transform(lambda own: loop.in_batches(one, own, size=size, vmap=vmap))
+    batches = functools.partial(loop.in_batches, one, size=size, remat=False, vmap=vmap)
+    run = hk.transform(batches)
     return run.apply({}, None, own)
 
 

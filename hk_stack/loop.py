@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def scan(
@@ -45,6 +46,7 @@ def in_batches(
     values: list[Any],
     *,
     size: int,
+    remat: bool,
     vmap: Callable[..., Any] = jax.vmap,
 ) -> list[Any]:
     """Runs all layers independently of one another, `size` of them at a time.
@@ -56,28 +58,36 @@ def in_batches(
         results[i] = run([value[i] for value in values])
     ```
 
-    With more than one batch, the backward pass runs each batch again instead of keeping
-    what it computed on the way, which may be large.
-
     Args:
       run: One layer.
       values: Arrays `[L, ...]`.
-      size: Layers in a batch; divides `L`. A batch of one layer is no batch: `run` is
-        not transformed.
+      size: Layers in a batch; the last batch may be smaller. A batch of one layer is no
+        batch: `run` is not transformed.
+      remat: Whether the backward pass runs each batch again instead of keeping what it
+        computed on the way, which may be large.
       vmap: What makes a batch of `run`.
 
     Returns:
       Arrays `[L, ...]`.
     """
     num_layers = values[0].shape[0]
-    if size == num_layers > 1:
-        return vmap(run)(values)
-    batch = jax.checkpoint(vmap(run) if size > 1 else run, prevent_cse=False)
-    shape = (num_layers // size, size) if size > 1 else (num_layers,)
-    split = [value.reshape(*shape, *value.shape[1:]) for value in values]
-    _, results = jax.lax.scan(lambda _, own: (None, batch(own)), None, split)
-    drop = len(shape)
-    return [r.reshape(num_layers, *r.shape[drop:]) for r in results]
+    batch = vmap(run) if size > 1 and num_layers > 1 else run
+    if remat:
+        # In the loop over batches nothing can be merged with the backward pass; outside
+        # of one XLA would undo the rematerialisation.
+        batch = jax.checkpoint(batch, prevent_cse=size >= num_layers)
+    if size == 1 or num_layers == 1:
+        return jax.lax.map(batch, values)
+    if size >= num_layers:
+        return batch(values)
+    whole = num_layers - num_layers % size
+    split = [v[:whole].reshape(-1, size, *v.shape[1:]) for v in values]
+    results = jax.lax.map(batch, split)
+    results = [r.reshape(whole, *r.shape[2:]) for r in results]
+    if whole == num_layers:
+        return results
+    rest = batch([v[whole:] for v in values])
+    return [jnp.concatenate(pair) for pair in zip(results, rest, strict=True)]
 
 
 def batch_size(num_layers: int, nbytes: int) -> int:
@@ -90,9 +100,13 @@ def batch_size(num_layers: int, nbytes: int) -> int:
     12
     >>> batch_size(12, 2**21)
     4
+    >>> batch_size(13, 2**21)  # 3 batches of 4, and one more layer
+    4
     """
-    most = max(1, BATCH_BYTES // max(1, nbytes))
-    return max(k for k in range(1, num_layers + 1) if num_layers % k == 0 and k <= most)
+    most = max(1, min(num_layers, BATCH_BYTES // max(1, nbytes)))
+    # A divisor spares the program a second copy of the layer, for the last batch.
+    divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
+    return divisor if 2 * divisor > most else most
 
 
 # Measured on a CPU, for S4 kernels and for random initial values.

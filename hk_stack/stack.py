@@ -1,7 +1,7 @@
 """`layer_stack`: a stack of layers inside a Haiku transform.
 
 At init the stack makes the parameters of all layers (`initialize`). Each call traces
-the layer function once, cuts it into setup and call (`partition`), runs the setup of
+the layer function once, cuts it into setup and call (`cut`), runs the setup of
 all layers in batches, and loops over the calls (`loop`).
 """
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import checks, eager, initialize, layout, loop, partition
+from hk_stack import checks, cut, eager, initialize, layout, loop
 
 
 def layer_stack(
@@ -30,6 +30,8 @@ def layer_stack(
     name: str | None = None,
     *,
     setup: str = "auto",
+    setup_batch_size: int | None = None,
+    setup_remat: bool | None = None,
     init: str = "auto",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Stacks a layer function; a drop-in for `hk.layer_stack`.
@@ -79,6 +81,13 @@ def layer_stack(
       setup: What leaves the loop. "auto": values marked with `hoist`, and whatever else
         depends on parameters and constants only and is worth it. "marked": only marked
         values. "inline": nothing, as in `hk.layer_stack`.
+      setup_batch_size: How many layers' setup runs at once, as `batch_size` of
+        `jax.lax.map`: larger batches take more memory. By default as many as keep the
+        largest array of a batch under 8 MiB. A setup that a batch would change (one
+        that holds a `cond`, for instance) runs layer after layer in any case.
+      setup_remat: Whether gradients run setup again instead of keeping what it computed
+        on the way; the derived values are kept. By default, if there is more than one
+        batch.
       init: How initial values are made. "auto": in batches of layers, unless an
         initial value depends on the activations or a batch would draw other random
         numbers. "vmap", "map" (one layer after another) and "scan" (the same, with the
@@ -97,13 +106,19 @@ def layer_stack(
     """
     name = name or f"__layer_stack_{_KINDS[bool(with_per_layer_inputs)]}"
     options = _Options(
-        num_layers=checks.positive(num_layers, name),
+        num_layers=checks.positive(num_layers, "num_layers", name),
         with_per_layer_inputs=with_per_layer_inputs,
         unroll=unroll,
         pass_reverse=pass_reverse_to_layer_fn,
         naming_map=transparency_map if transparent else None,
         name=name,
-        setup=checks.one_of(setup, partition.POLICIES, "setup", name),
+        setup=checks.one_of(setup, cut.POLICIES, "setup", name),
+        setup_batch_size=(
+            None
+            if setup_batch_size is None
+            else checks.positive(setup_batch_size, "setup_batch_size", name)
+        ),
+        setup_remat=checks.true_or_false(setup_remat, "setup_remat", name),
         init=checks.one_of(init, initialize.METHODS, "init", name),
     )
     if transparent and transparency_map is None:
@@ -136,6 +151,8 @@ class _Options:
     naming_map: hk.LayerStackTransparencyMapping | None
     name: str
     setup: str
+    setup_batch_size: int | None
+    setup_remat: bool | None
     init: str
 
 
@@ -253,16 +270,18 @@ def _run(
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     closed, given, shapes = _trace(layer, given, names, where)
     inputs = _inputs(closed.consts, given, names)
-    cut = partition.cut(closed, inputs, options.setup, where)
+    parts = cut.cut(closed, inputs, options.setup, where)
     num_carry = len(jax.tree.leaves(given.carry))
     start = len(closed.consts) + len(jax.tree.leaves(given[:3]))
     plan = _Plan(
-        cut,
+        parts,
         tuple(i.layered for i in inputs),
         range(start, start + num_carry),
         options.num_layers,
         options.unroll,
         reverse,
+        options.setup_batch_size,
+        options.setup_remat,
     )
     values = [*closed.consts, *jax.tree.leaves(given)]
     leaves = eager.call(plan.run, values, plan.key)
@@ -274,31 +293,42 @@ class _Plan(NamedTuple):
     """How a stack runs, once its layer is cut.
 
     Attributes:
-      cut: Setup and call of one layer.
+      parts: Setup and call of one layer.
       layered: For each input of the layer, whether it has a layer axis.
       carry: Which inputs are the carry. The outputs begin with the next carry.
       num_layers: `L`.
       unroll: See `loop.scan`.
       reverse: See `loop.scan`.
+      setup_batch_size: See `layer_stack`.
+      setup_remat: See `layer_stack`.
     """
 
-    cut: partition.Cut
+    parts: cut.Cut
     layered: tuple[bool, ...]
     carry: range
     num_layers: int
     unroll: int
     reverse: bool
+    setup_batch_size: int | None
+    setup_remat: bool | None
 
     def key(self) -> Hashable:
         """All that `run` depends on."""
-        programs = tuple(map(eager.structure, self.cut[:3]))
-        return programs, self.cut[3:], self[1:]
+        programs = tuple(map(eager.structure, self.parts[:3]))
+        return programs, self.parts[3:], self[1:]
 
     def run(self, values: list[Any]) -> list[Any]:
         """Runs setup for all layers, then the loop over calls."""
-        cut = self.cut
-        shared, own = self.setup(values)
-        inputs = {i: values[i] for i in cut.call_inputs}
+        parts = self.parts
+        shared, own = cut.derive(
+            parts,
+            values,
+            self.layered,
+            self.num_layers,
+            batch_size=self.setup_batch_size,
+            remat=self.setup_remat,
+        )
+        inputs = {i: values[i] for i in parts.call_inputs}
         layered = [i for i in inputs if self.layered[i]]
         carried = [i for i in inputs if i in self.carry]
 
@@ -306,7 +336,7 @@ class _Plan(NamedTuple):
             own, given = mapped
             now = {i: carry[self.carry.index(i)] for i in carried}
             read = inputs | now | dict(zip(layered, given, strict=True))
-            results = jex.jaxpr_as_fun(cut.call)(*shared, *own, *read.values())
+            results = jex.jaxpr_as_fun(parts.call)(*shared, *own, *read.values())
             return results[: len(carry)], results[len(carry) :]
 
         carry, rest = loop.scan(
@@ -318,25 +348,6 @@ class _Plan(NamedTuple):
             reverse=self.reverse,
         )
         return [*carry, *rest]
-
-    def setup(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
-        """The derived values that all layers share, and those of each, `[L, ...]`."""
-        cut = self.cut
-        shared = jex.jaxpr_as_fun(cut.shared)(*(values[i] for i in cut.shared_inputs))
-        if not cut.setup.jaxpr.outvars:
-            return shared, []
-        inputs = {i: values[i] for i in cut.setup_inputs}
-        layered = [i for i in inputs if self.layered[i]]
-
-        def one(own: list[Any]) -> list[Any]:
-            read = inputs | dict(zip(layered, own, strict=True))
-            return jex.jaxpr_as_fun(cut.setup)(*shared, *read.values())
-
-        size = 1
-        if partition.can_batch(cut.setup.jaxpr):
-            largest = partition.largest_value(cut.setup.jaxpr)
-            size = loop.batch_size(self.num_layers, largest)
-        return shared, loop.in_batches(one, [inputs[i] for i in layered], size=size)
 
 
 def _trace(
@@ -377,20 +388,18 @@ def _promote(leaf: jax.Array, after: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, after.dtype)
 
 
-def _inputs(
-    constants: list[Any], given: _Given, names: list[str]
-) -> list[partition.Input]:
+def _inputs(constants: list[Any], given: _Given, names: list[str]) -> list[cut.Input]:
     """Describes the inputs of a traced layer for the cut."""
 
-    def own(tree: Any, label: str, known: bool = False) -> list[partition.Input]:
+    def own(tree: Any, label: str, known: bool = False) -> list[cut.Input]:
         return [
-            partition.Input(f"{label}{name}", known=known, fixed=known, layered=True)
+            cut.Input(f"{label}{name}", known=known, fixed=known, layered=True)
             for name in checks.leaf_names(tree)
         ]
 
     num_carry = len(given.carry)
     carry = [
-        partition.Input(f"argument `{name}{leaf}`", False, False, False)
+        cut.Input(f"argument `{name}{leaf}`", False, False, False)
         for name, tree in zip(names[:num_carry], given.carry, strict=True)
         for leaf in checks.leaf_names(tree)
     ]
@@ -409,7 +418,7 @@ def _inputs(
     ]
 
 
-def _closed_over(constants: list[Any]) -> list[partition.Input]:
+def _closed_over(constants: list[Any]) -> list[cut.Input]:
     """Describes what a layer closes over: it may be an activation, or be known."""
     parameters = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
 
@@ -419,6 +428,6 @@ def _closed_over(constants: list[Any]) -> list[partition.Input]:
         return id(value) in parameters
 
     return [
-        partition.Input("an array closed over", is_known(value), True, False)
+        cut.Input("an array closed over", is_known(value), True, False)
         for value in constants
     ]

@@ -1,0 +1,125 @@
+"""Gradients over microbatches with one setup."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hk_stack import checks
+from hk_stack.partition import partition
+
+
+def accumulate(
+    loss: Callable[..., Any], params: Any, *microbatches: Any, has_aux: bool = False
+) -> tuple[Any, Any]:
+    """The mean loss over `M` microbatches and its gradient, with one setup.
+
+    Equal to this loop, up to the order of floating-point operations:
+
+    ```
+    for m in range(M):
+        values[m], grads[m] = jax.value_and_grad(loss)(
+            params, *jax.tree.map(lambda leaf: leaf[m], microbatches)
+        )
+    return mean(values), mean(grads)
+    ```
+
+    but what `loss` computes from `params` alone is computed once, and its gradient is
+    pulled back once (see `partition`). The microbatches run one after the other, so
+    that memory is that of one of them.
+
+    >>> import jax, jax.numpy as jnp, hk_stack
+    >>> def loss(params, x, y):
+    ...     return jnp.mean((x @ jax.scipy.linalg.expm(params["w"]) - y) ** 2)
+    >>> params = {"w": jnp.eye(2)}
+    >>> x, y = jnp.ones([4, 8, 2]), jnp.zeros([4, 8, 2])  # 4 microbatches of 8
+    >>> value, grads = hk_stack.accumulate(loss, params, x, y)
+    >>> whole = jax.grad(loss)(params, x.reshape(32, 2), y.reshape(32, 2))
+    >>> bool(jnp.allclose(grads["w"], whole["w"], rtol=1e-5))
+    True
+
+    Args:
+      loss: `(params, *microbatch) -> scalar`, or `(scalar, aux)`.
+      params: A pytree of arrays. Those that are not of a floating-point dtype get
+        zero gradients of dtype `float0`, as from `jax.grad` with `allow_int`.
+      *microbatches: Pytrees of arrays `[M, ...]`: data, random keys (`jax.random.split`
+        makes `[M]`), weights. What all microbatches share is closed over by `loss`.
+      has_aux: Whether `loss` returns a pair.
+
+    Returns:
+      The mean loss and the gradients, shaped as `params`: what
+      `jax.value_and_grad(loss)` returns, and an optax optimiser takes. With `has_aux`,
+      `(loss, aux)` and the gradients, each leaf of `aux` being `[M, ...]`. Microbatches
+      count equally: weigh the loss if they differ in size.
+
+    Raises:
+      TypeError: If there are no microbatches, or `loss` does not return what it should.
+      ValueError: If leading axes differ or are empty.
+    """
+    where = checks.microbatches(loss, microbatches)
+    num = jax.tree.leaves(microbatches)[0].shape[0]
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), microbatches
+    )
+    checks.scalar_loss(jax.eval_shape(loss, params, *one), has_aux, where)
+    split = partition(loss, params, *one)
+    moving, fixed = _separate(params)
+
+    def setup(moving: list[Any]) -> tuple[list[Any], list[Any]]:
+        return _separate(split.setup(_join(params, moving, fixed)))
+
+    derived, pull_back, others = jax.vjp(setup, moving, has_aux=True)
+    shapes = jax.eval_shape(split.setup, params)
+
+    def call(derived: list[Any], microbatch: Any) -> tuple[Any, Any]:
+        result = split.call(_join(shapes, derived, others), *microbatch)
+        return result if has_aux else (result, None)
+
+    def step(sums: Any, microbatch: Any) -> tuple[Any, Any]:
+        run = jax.value_and_grad(call, has_aux=True)
+        (value, aux), grads = run(derived, microbatch)
+        new = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, (value, grads))
+        return new, aux
+
+    value = jax.eval_shape(call, derived, one)[0]
+    zeros = jax.tree.map(_zeros, (value, derived))
+    sums, aux = jax.lax.scan(step, zeros, microbatches)
+    mean, grads = jax.tree.map(
+        lambda s, like: (s / num).astype(like.dtype), sums, (value, derived)
+    )
+    gradients = _join(params, pull_back(grads)[0], map(_no_gradient, fixed))
+    return ((mean, aux) if has_aux else mean), gradients
+
+
+def _is_moving(leaf: Any) -> bool:
+    """Whether a leaf has a gradient."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _separate(tree: Any) -> tuple[list[Any], list[Any]]:
+    """The leaves of `tree` that have gradients, and those that have none."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    moving = [leaf for leaf in leaves if _is_moving(leaf)]
+    return moving, [leaf for leaf in leaves if not _is_moving(leaf)]
+
+
+def _join(like: Any, moving: Any, fixed: Any) -> Any:
+    """The inverse of `_separate`."""
+    moving, fixed = iter(moving), iter(fixed)
+
+    def pick(leaf: Any) -> Any:
+        return next(moving if _is_moving(jax.typeof(leaf)) else fixed)
+
+    return jax.tree.map(pick, like)
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    """Where to sum values such as `leaf`: low precision adds up in float32."""
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.zeros(leaf.shape, dtype)
+
+
+def _no_gradient(leaf: Any) -> np.ndarray:
+    return np.zeros(leaf.shape, jax.dtypes.float0)

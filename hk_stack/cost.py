@@ -1,0 +1,138 @@
+"""What equations cost: whether they are worth hoisting, their bytes and operations."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from jax.extend import core as jex
+
+from hk_stack import flat
+from hk_stack.flat import Atom
+
+
+def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
+    """Whether an equation is worth hoisting for its own sake.
+
+    Args:
+      eqn: An equation.
+      parameters: The number of elements of the inputs that it depends on.
+    """
+    name = eqn.primitive.name
+    if name in _EXPENSIVE:
+        return True
+    most = max(map(size, eqn.outvars), default=0)
+    if name in _REDUCTIONS:
+        return most < max(map(size, eqn.invars))
+    if name in _TRANSCENDENTAL:
+        return most > parameters
+    return any(
+        is_expensive(e, parameters) for body in flat.bodies(eqn) for e in body.eqns
+    )
+
+
+def is_layout(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation moves numbers without changing them."""
+    return eqn.primitive.name in _LAYOUT
+
+
+def can_batch(jaxpr: jex.Jaxpr) -> bool:
+    """Whether a batch computes just what one layer after another would.
+
+    In a batch all branches of a `cond` run, also one that would not end, and random
+    bits of other keys than threefry's are other bits.
+    """
+
+    def is_other_key(atom: Atom) -> bool:
+        return str(atom.aval.dtype).startswith("key<") and "fry" not in str(
+            atom.aval.dtype
+        )
+
+    return all(
+        eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
+        and not any(map(is_other_key, eqn.invars))
+        and all(map(can_batch, flat.bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def largest_value(jaxpr: jex.Jaxpr) -> int:
+    """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
+    inner = (largest_value(body) for eqn in jaxpr.eqns for body in flat.bodies(eqn))
+    own = (nbytes([v]) for eqn in jaxpr.eqns for v in eqn.outvars)
+    return max(itertools.chain(inner, own), default=0)
+
+
+def size(atom: Atom) -> int:
+    """Number of elements."""
+    return atom.aval.size
+
+
+def nbytes(variables: Iterable[Atom]) -> int:
+    """Bytes of arrays."""
+    return sum(size(v) * v.aval.dtype.itemsize for v in variables)
+
+
+def flops(eqn: jex.JaxprEqn) -> float:
+    """Arithmetic operations of an equation, roughly; complex ones count once.
+
+    One for each element of the result, but: `2 m n k` for a matrix product, `5 n log n`
+    for a Fourier transform, `n` per column for a factorisation or triangular solve of
+    matrices `[n, n]`, one for each element that a reduction reads. A `while` counts as
+    one turn, a `cond` as its longest branch.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    most = max(map(size, eqn.outvars), default=0)
+    inner = [sum(map(flops, body.eqns)) for body in flat.bodies(eqn)]
+    operands: list[Any] = [atom.aval for atom in eqn.invars]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if inner:
+        return max(inner) if name == "cond" else sum(inner)
+    if name == "dot_general":
+        contracted = params["dimension_numbers"][0][0]
+        shape = operands[0].shape
+        return 2 * most * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = operands[1]
+        features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * most * kernel.size / max(1, features)
+    if name == "fft":
+        return 5 * most * math.log2(max(2, math.prod(params["fft_lengths"])))
+    if name in _FACTORISATIONS:
+        return most * operands[0].shape[-1]
+    if name in _LAYOUT or name == "name":
+        return 0
+    return max(most, *map(size, eqn.invars)) if name in _REDUCTIONS else most
+
+
+# Callbacks and foreign code: they may not know how to run batched.
+OPAQUE = frozenset(
+    "custom_partitioning custom_vmap_call ffi_call io_callback pallas_call "
+    "pure_callback shard_map".split()
+)
+_FACTORISATIONS = frozenset(
+    "cholesky eig eigh geqrf hessenberg householder_product lu qr schur svd "
+    "triangular_solve tridiagonal".split()
+)
+_EXPENSIVE = _FACTORISATIONS | frozenset(
+    "approx_top_k cholesky_update conv_general_dilated cumlogsumexp cummax cummin "
+    "cumprod cumsum custom_linear_solve dot_general fft ragged_dot ragged_dot_general "
+    "random_bits random_gamma reduce_window reduce_window_max reduce_window_min "
+    "reduce_window_sum rng_bit_generator scan select_and_scatter_add sort sylvester "
+    "threefry2x32 top_k tridiagonal_solve while".split()
+)
+_REDUCTIONS = frozenset(
+    "argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod "
+    "reduce_sum reduce_xor".split()
+)
+_TRANSCENDENTAL = frozenset(
+    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh "
+    "digamma erf erf_inv erfc exp exp2 expm1 igamma igammac lgamma log log1p logistic "
+    "polygamma pow regularized_incomplete_beta rsqrt sin sinh sqrt tan tanh "
+    "zeta".split()
+)
+_LAYOUT = frozenset(
+    "broadcast_in_dim concatenate copy copy_p dynamic_slice expand_dims pad reshape "
+    "rev slice split squeeze transpose".split()
+)

@@ -1,0 +1,647 @@
+"""The cut: which equations of a traced function are setup and which are call.
+
+A traced function is a list of equations over inputs. An equation is *known* when all
+it reads comes from inputs that are known (parameters and constants) and it has no
+effects. Setup is the part of the known equations that is worth running before the
+loop; what it hands to the call are the *derived values*. The call is the rest.
+
+The cut looks through `jit` and rematerialised (`jax.checkpoint`) equations: a known
+part inside one leaves it, and the rest stays inside. It cuts the bodies of loops and
+the branches of conditionals in the same way: what does not change over a `scan` or
+`while` runs once before it, what depends on the known part of a `scan`'s inputs runs
+for all turns before it, and what the branches of a known `cond` compute of known values
+runs in a `cond` before it. Every other equation is left whole. Everything here works on
+jaxprs, so any composition of `jit`, `grad` and `vmap` around or inside the traced
+function is fine.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core as jex
+
+from hk_stack import cost, flat, loop
+from hk_stack.flat import Atom, Exposed, Flat, bits
+
+T = TypeVar("T")
+
+POLICIES = ("auto", "marked", "inline")
+
+_MARK = "hk_stack.hoist"  # written by `hoist`: hoist this, or say why it cannot be
+_HOISTED = "hk_stack.hoisted"  # left by a cut: an outer cut hoists it too if it can
+
+
+def hoist(value: T) -> T:
+    """Marks `value`, computed inside a layer function, as setup.
+
+    `layer_stack` computes a marked value of all layers, in batches, before its loop.
+    The result is `value` itself: outside a stack, or with `setup="inline"`, this is
+    the identity.
+
+    Automatic hoisting finds most setup without a mark. A mark is for what it leaves
+    alone on purpose: cheap work that is still worth moving, and values that also
+    depend on arrays closed over from outside the stack.
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     w = hk.get_parameter("w", [2, 2], init=hk.initializers.Identity())
+    ...     return x @ hk_stack.hoist(jax.scipy.linalg.expm(w))
+    >>> model = hk.transform(lambda x: hk_stack.layer_stack(3)(layer)(x))
+    >>> params = model.init(jax.random.key(0), jnp.ones([2]))
+    >>> print(model.apply(params, None, jnp.ones([2])).round(2))
+    [20.09 20.09]
+
+    Args:
+      value: Any pytree of arrays.
+
+    Returns:
+      The same pytree of arrays.
+
+    Raises:
+      ValueError: By the stack around it, if `value` depends on the layer's input, a
+        random key, state, a per-layer input or a side effect. The message says which.
+    """
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, _MARK), value)
+
+
+class Input(NamedTuple):
+    """What the cut must know of one input of the traced function.
+
+    Attributes:
+      label: How an error names it.
+      known: May setup depend on it of its own accord?
+      fixed: Does it stay the same through the loop, so that a *marked* value may
+        depend on it? Every known input is fixed.
+      layered: Has it a leading layer axis outside the loop?
+    """
+
+    label: str
+    known: bool
+    fixed: bool
+    layered: bool
+
+
+class Cut(NamedTuple):
+    """A traced function in parts, equal to it when run one after the other.
+
+    ```
+    shared = cut.shared(*pick(cut.shared_inputs))
+    own = cut.setup(*shared, *pick(cut.setup_inputs))
+    outputs = cut.call(*shared, *own, *pick(cut.call_inputs))
+    ```
+
+    where `pick` takes the inputs at these positions.
+
+    Attributes:
+      shared: The derived values that depend on no layered input.
+      setup: The derived values of one layer.
+      call: The rest.
+      shared_inputs: Positions of the inputs that `shared` reads.
+      setup_inputs: Positions of the inputs that `setup` reads.
+      call_inputs: Positions of the inputs that `call` reads.
+    """
+
+    shared: jex.ClosedJaxpr
+    setup: jex.ClosedJaxpr
+    call: jex.ClosedJaxpr
+    shared_inputs: tuple[int, ...]
+    setup_inputs: tuple[int, ...]
+    call_inputs: tuple[int, ...]
+
+
+def cut(
+    closed: jex.ClosedJaxpr,
+    inputs: Sequence[Input],
+    policy: str,
+    where: str,
+    *,
+    reuse: bool = False,
+) -> Cut:
+    """Cuts a traced function into setup and call.
+
+    Args:
+      closed: The traced function.
+      inputs: Its inputs, the constants of `closed` first.
+      policy: "auto" hoists marked values and whatever else is known and worth it,
+        "marked" only marked values, "inline" nothing.
+      where: Names the traced function in errors.
+      reuse: Whether the derived values will be kept for many calls. Then all known work
+        is worth hoisting, as long as it makes nothing larger.
+
+    Returns:
+      The two parts. With nothing to hoist, `call` is `closed`, equation by equation.
+
+    Raises:
+      ValueError: If a marked value depends on an input that is not fixed.
+    """
+    if policy != "inline":
+        task = _Task(inputs, policy, where, reuse)
+        known = task.known()
+        flattened = flat.flatten(
+            closed,
+            lambda body, reads: bool(reads & known) or _has_mark_inside(body),
+            task.expose,
+            cost.OPAQUE,
+        )
+        flattened, marked = _settle_marks(flattened, inputs, where)
+        derived = _choose(flattened, task, marked)
+        if derived and not _has_references(flattened):
+            return _split(flattened, inputs, derived)
+    # Marks that this cut leaves alone are none of the business of one around it.
+    jaxpr = flat.without_constants(closed.jaxpr)
+    jaxpr = jaxpr.replace(eqns=[_weaken(eqn) for eqn in jaxpr.eqns])
+    whole = jex.ClosedJaxpr(jaxpr, [])
+    empty = jaxpr.replace(invars=[], outvars=[], eqns=[], effects=set())
+    nothing = jex.ClosedJaxpr(empty, [])
+    return Cut(nothing, nothing, whole, (), (), tuple(range(len(inputs))))
+
+
+def derive(
+    parts: Cut,
+    values: Sequence[Any],
+    layered: Sequence[bool],
+    num_layers: int,
+    *,
+    batch_size: int | None = None,
+    remat: bool | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """Runs setup for all layers.
+
+    Args:
+      parts: A layer, cut.
+      values: All inputs of the layer, the layered ones with a leading axis `[L, ...]`.
+      layered: Which inputs are layered.
+      num_layers: `L`.
+      batch_size: How many layers run at once; by default, as many as are small enough.
+      remat: Whether the backward pass runs setup again instead of keeping what it
+        computed on the way; by default, if there is more than one batch.
+
+    Returns:
+      The derived values that all layers share, and those of each, `[L, ...]`.
+    """
+    shared = jex.jaxpr_as_fun(parts.shared)(*(values[i] for i in parts.shared_inputs))
+    setup = parts.setup
+    if not setup.jaxpr.outvars:
+        return shared, []
+    inputs = {i: values[i] for i in parts.setup_inputs}
+    own = [i for i in inputs if layered[i]]
+
+    def one(own_values: list[Any]) -> list[Any]:
+        read = inputs | dict(zip(own, own_values, strict=True))
+        return jex.jaxpr_as_fun(setup)(*shared, *read.values())
+
+    if not cost.can_batch(setup.jaxpr):
+        batch_size = 1
+    elif batch_size is None:
+        batch_size = loop.batch_size(num_layers, cost.largest_value(setup.jaxpr))
+    if remat is None:
+        remat = batch_size < num_layers
+    return shared, loop.in_batches(
+        one, [inputs[i] for i in own], size=batch_size, remat=remat
+    )
+
+
+class _Task(NamedTuple):
+    """What a cut is to do."""
+
+    inputs: Sequence[Input]
+    policy: str
+    where: str
+    reuse: bool
+
+    def known(self) -> int:
+        """The bit set of the known inputs."""
+        return bits(i.known for i in self.inputs)
+
+    def expose(self, eqn: jex.JaxprEqn, reads: list[int]) -> Exposed | None:
+        """Cuts the body of a loop or the branches of a conditional.
+
+        Args:
+          eqn: An equation.
+          reads: What each of its inputs depends on, as bit sets.
+
+        Returns:
+          The known part, then the equation without it; None if the equation is known as
+          a whole, is of another kind, or has nothing to hoist.
+        """
+        expose = _CONTROL.get(eqn.primitive.name)
+        if expose is None or any(c.consts for c in _closed_bodies(eqn)):
+            return None
+        outer = [self._describe(mask) for mask in reads]
+        if all(i.known for i in outer) or (
+            all(i.fixed for i in outer) and any(map(_has_mark_inside, flat.bodies(eqn)))
+        ):
+            return None
+        return expose(self, eqn, outer)
+
+    def _describe(self, reads: int) -> Input:
+        """An input of an inner jaxpr that depends on the inputs `reads`."""
+        fixed = bits(i.fixed for i in self.inputs)
+        label = _name_inputs(self.inputs, reads & ~fixed)
+        return Input(label, not reads & ~self.known(), not reads & ~fixed, False)
+
+    def inner(self, closed: jex.ClosedJaxpr, inputs: Sequence[Input], what: str) -> Cut:
+        """Cuts an inner jaxpr."""
+        where = f"{self.where}, inside a {what}"
+        return cut(closed, inputs, self.policy, where, reuse=self.reuse)
+
+
+def _expose_scan(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
+    """Moves what is known of each turn of a `scan` before it."""
+    params = eqn.params
+    closed, length = params["jaxpr"], params["length"]
+    first, stop = params["num_consts"], params["num_consts"] + params["num_carry"]
+    if not length:
+        return None
+    carry = _describe_carry(closed.jaxpr, outer[first:stop], range(first, stop), "scan")
+    per_turn = [i._replace(layered=True) for i in outer[stop:]]
+    inputs = [*outer[:first], *carry, *per_turn]
+    parts = task.inner(closed, inputs, "scan")
+    if not _outputs(parts):
+        return None
+    layered = [i.layered for i in inputs]
+
+    def run(*values: Any) -> list[Any]:
+        shared, own = derive(parts, values, layered, length)
+        return [*shared, *(checkpoint_name(v, _HOISTED) for v in own)]
+
+    def after(derived: list[Atom]) -> jex.JaxprEqn:
+        count = len(parts.shared.jaxpr.outvars)
+        kept = _Kept(parts.call, len(derived), parts.call_inputs, closed.jaxpr.invars)
+        constants = [i for i in parts.call_inputs if i < first]
+        mapped = [i for i in parts.call_inputs if i >= stop]
+        order = [*constants, *range(first, stop), *mapped]
+        new = kept.given
+        invars = [*new[:count], *map(kept.variable, order), *new[count:]]
+        # Consts, carry, then what is mapped over: `own` goes with the last.
+        atoms = [*derived[:count], *(eqn.invars[i] for i in order), *derived[count:]]
+        return eqn.replace(
+            invars=atoms,
+            params={
+                **params,
+                "jaxpr": kept.with_inputs(invars),
+                "num_consts": count + len(constants),
+                **({"linear": (False,) * len(atoms)} if "linear" in params else {}),
+            },
+        )
+
+    return Exposed(jax.make_jaxpr(run)(*(a.aval for a in eqn.invars)), after)
+
+
+def _expose_while(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
+    """Moves what does not change over a `while` before it."""
+    params = eqn.params
+    tests, turns = params["cond_nconsts"], params["body_nconsts"]
+    body, test = params["body_jaxpr"], params["cond_jaxpr"]
+    carry = _describe_carry(
+        body.jaxpr, outer[tests + turns :], range(turns, len(body.in_avals)), "while"
+    )
+    of_test = task.inner(test, [*outer[:tests], *carry], "while")
+    of_body = task.inner(body, [*outer[tests : tests + turns], *carry], "while")
+    if any(e.primitive.name == "while" for e in _all_equations(of_body.shared.jaxpr)):
+        # The body may never run: what is in it need not end.
+        of_body = cut(body, [*outer[tests : tests + turns], *carry], "inline", "")
+    if not _outputs(of_test) and not _outputs(of_body):
+        return None
+    start = tests + turns  # Of the carry, among the inputs of the equation.
+
+    def place(i: int, consts: range) -> int:
+        return consts[i] if i < len(consts) else start + i - len(consts)
+
+    programs = [(of_test, range(tests)), (of_body, range(tests, start))]
+
+    def run(*values: Any) -> list[Any]:
+        return [
+            value
+            for parts, consts in programs
+            for value in jex.jaxpr_as_fun(parts.shared)(
+                *(values[place(i, consts)] for i in parts.shared_inputs)
+            )
+        ]
+
+    def after(derived: list[Atom]) -> jex.JaxprEqn:
+        atoms: list[Atom] = []
+        new: dict[str, Any] = {}
+        rest = list(derived)
+        for name, (parts, consts), whole in zip(
+            ("cond", "body"), programs, (test, body), strict=True
+        ):
+            count = len(parts.shared.jaxpr.outvars)
+            kept = _Kept(parts.call, count, parts.call_inputs, whole.jaxpr.invars)
+            read = [i for i in parts.call_inputs if i < len(consts)]
+            order = [*read, *range(len(consts), len(whole.in_avals))]
+            invars = [*kept.given, *map(kept.variable, order)]
+            new[f"{name}_jaxpr"] = kept.with_inputs(invars)
+            new[f"{name}_nconsts"] = count + len(read)
+            atoms += [*rest[:count], *(eqn.invars[consts[i]] for i in read)]
+            rest = rest[count:]
+        atoms += eqn.invars[start:]
+        return eqn.replace(invars=atoms, params={**params, **new})
+
+    return Exposed(jax.make_jaxpr(run)(*(a.aval for a in eqn.invars)), after)
+
+
+def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
+    """Moves what is known in each branch of a known `cond` into one before it."""
+    if not outer[0].known:  # Which branch runs is not known: none may run before.
+        return None
+    branches = eqn.params["branches"]
+    cuts = [task.inner(branch, outer[1:], "cond") for branch in branches]
+    slots = _Slots([parts.shared.out_avals for parts in cuts])
+    if not slots.avals or any(map(_is_key, slots.avals)):
+        return None
+
+    # Only what is read, as a cond of unknown operands would be cut again.
+    read = sorted({i for parts in cuts for i in parts.shared_inputs})
+
+    def run(index: Any, *values: Any) -> list[Any]:
+        def derived_of(k: int) -> Callable[..., Any]:
+            def branch(values: Sequence[Any]) -> list[Any]:
+                picked = [values[read.index(i)] for i in cuts[k].shared_inputs]
+                found = jex.jaxpr_as_fun(cuts[k].shared)(*picked)
+                filled = [jnp.zeros(a.shape, a.dtype) for a in slots.avals]
+                for value, slot in zip(found, slots.of[k], strict=True):
+                    filled[slot] = jax.lax.convert_element_type(value, value.dtype)
+                return filled
+
+            return branch
+
+        known = [values[i] for i in read]
+        return jax.lax.switch(index, [derived_of(k) for k in range(len(cuts))], known)
+
+    def after(derived: list[Atom]) -> jex.JaxprEqn:
+        order = sorted({i for parts in cuts for i in parts.call_inputs})
+        new = []
+        for parts, own, branch in zip(cuts, slots.of, branches, strict=True):
+            kept = _Kept(parts.call, len(own), parts.call_inputs, branch.jaxpr.invars)
+            handed = dict(zip(own, kept.given, strict=True))
+            filled = [handed.get(s, v) for s, v in enumerate(_new(derived))]
+            new.append(kept.with_inputs([*filled, *map(kept.variable, order)]))
+        atoms = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
+        return eqn.replace(invars=atoms, params={**eqn.params, "branches": tuple(new)})
+
+    return Exposed(jax.make_jaxpr(run)(*(a.aval for a in eqn.invars)), after)
+
+
+_CONTROL = {"scan": _expose_scan, "while": _expose_while, "cond": _expose_cond}
+
+
+class _Slots:
+    """Room for the derived values of any one of several branches.
+
+    Attributes:
+      avals: The type of each slot.
+      of: For each branch, the slots that hold its derived values.
+    """
+
+    def __init__(self, branches: Sequence[Sequence[Any]]):
+        self.avals: list[Any] = []
+        self.of: list[list[int]] = []
+        for avals in branches:
+            free = list(range(len(self.avals)))
+            self.of.append([self._take(aval, free) for aval in avals])
+
+    def _take(self, aval: Any, free: list[int]) -> int:
+        for slot in free:
+            there = self.avals[slot]
+            if (there.shape, there.dtype) == (aval.shape, aval.dtype):
+                free.remove(slot)
+                return slot
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+
+class _Kept:
+    """A call, whose inputs are to be put in another order.
+
+    Attributes:
+      given: The variables that take the derived values.
+    """
+
+    def __init__(
+        self,
+        call: jex.ClosedJaxpr,
+        derived: int,
+        positions: Sequence[int],
+        inputs: Sequence[jex.Var],
+    ):
+        self.call = call
+        self.given = call.jaxpr.invars[:derived]
+        self._read = dict(zip(positions, call.jaxpr.invars[derived:], strict=True))
+        self._inputs = inputs
+
+    def variable(self, i: int) -> jex.Var:
+        """What takes input `i`; a new variable if the call does not read it."""
+        return self._read[i] if i in self._read else flat.fresh(self._inputs[i])
+
+    def with_inputs(self, invars: Sequence[jex.Var]) -> jex.ClosedJaxpr:
+        """The call as a function of `invars`."""
+        return jex.ClosedJaxpr(self.call.jaxpr.replace(invars=list(invars)), [])
+
+
+def _new(atoms: Sequence[Atom]) -> list[jex.Var]:
+    return list(map(flat.fresh, atoms))
+
+
+def _describe_carry(
+    body: jex.Jaxpr, outer: Sequence[Input], places: range, what: str
+) -> list[Input]:
+    """The carry of a loop: what each turn hands on as it came does not change."""
+    return [
+        i
+        if body.outvars[k] is body.invars[places[k]]
+        else Input(f"the carry of a {what}", False, False, False)
+        for k, i in enumerate(outer)
+    ]
+
+
+def _outputs(parts: Cut) -> int:
+    """The number of derived values."""
+    return len(parts.shared.jaxpr.outvars) + len(parts.setup.jaxpr.outvars)
+
+
+def _closed_bodies(eqn: jex.JaxprEqn) -> Iterator[jex.ClosedJaxpr]:
+    for param in eqn.params.values():
+        for value in param if isinstance(param, tuple) else (param,):
+            if isinstance(value, jex.ClosedJaxpr):
+                yield value
+
+
+def _all_equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in flat.bodies(eqn):
+            yield from _all_equations(body)
+
+
+def _is_key(aval: Any) -> bool:
+    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+
+
+def _has_references(flattened: Flat) -> bool:
+    """Whether mutable references are read or written: their order is their meaning."""
+    return any(
+        hasattr(effect, "input_index")
+        for node in flattened.nodes
+        for effect in node.eqn.effects
+    )
+
+
+def _split(flattened: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]) -> Cut:
+    # A derived value that another one replaced in the call need not be computed.
+    outputs = flattened.outputs
+    used = flat.variables(outputs)
+    for node in flat.needed(flattened.nodes, outputs, derived, with_effects=True):
+        used |= flat.variables(node.eqn.invars)
+    layered = bits(i.layered for i in inputs)
+    shared = [v for v in derived if v in used and not flattened.reads[v] & layered]
+    own = [v for v in derived if v in used and flattened.reads[v] & layered]
+    shared_program, shared_inputs = flat.program(flattened, shared)
+    setup, setup_inputs = flat.program(flattened, own, shared)
+    call, call_inputs = flat.program(
+        flattened, outputs, [*shared, *own], with_effects=True
+    )
+    return Cut(shared_program, setup, call, shared_inputs, setup_inputs, call_inputs)
+
+
+def _settle_marks(
+    flattened: Flat, inputs: Sequence[Input], where: str
+) -> tuple[Flat, list[jex.Var]]:
+    """Checks the marked values, and weakens their marks for the cut around this one."""
+    fixed = bits(i.fixed for i in inputs)
+    nodes, marked = [], []
+    for node in flattened.nodes:
+        eqn = node.eqn
+        name = eqn.params["name"] if eqn.primitive.name == "name" else None
+        is_fixed = not node.reads & ~fixed
+        if name == _MARK and not is_fixed:
+            raise ValueError(_explain_mark(eqn, inputs, node.reads & ~fixed, where))
+        inside = any(map(_has_mark_inside, flat.bodies(eqn)))
+        if inside and not is_fixed:
+            found = _name_inputs(inputs, node.reads & ~fixed)
+            raise ValueError(
+                f"{where}: hk_stack.hoist was called inside a {eqn.primitive.name} "
+                f"that depends on {found}; the cut does not look into it. Compute the "
+                "marked value before it."
+            )
+        if is_fixed and (inside or name in (_MARK, _HOISTED)):
+            marked.extend(eqn.outvars)
+        nodes.append(node._replace(eqn=_weaken(eqn)))
+    return flattened._replace(nodes=nodes), marked
+
+
+def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    """`eqn` with its mark, or the marks inside, weakened."""
+    if eqn.primitive.name == "name" and eqn.params["name"] == _MARK:
+        return eqn.replace(params={**eqn.params, "name": _HOISTED})
+    if not any(map(_has_mark_inside, flat.bodies(eqn))):
+        return eqn
+
+    def weaken(param: Any) -> Any:
+        if isinstance(param, jex.Jaxpr):
+            return param.replace(eqns=[_weaken(e) for e in param.eqns])
+        if isinstance(param, jex.ClosedJaxpr):
+            return jex.ClosedJaxpr(weaken(param.jaxpr), param.consts)
+        return tuple(map(weaken, param)) if isinstance(param, tuple) else param
+
+    return eqn.replace(params={k: weaken(p) for k, p in eqn.params.items()})
+
+
+def _has_mark_inside(jaxpr: jex.Jaxpr) -> bool:
+    return any(
+        (eqn.primitive.name == "name" and eqn.params["name"] == _MARK)
+        or any(map(_has_mark_inside, flat.bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _explain_mark(
+    eqn: jex.JaxprEqn, inputs: Sequence[Input], culprits: int, where: str
+) -> str:
+    return (
+        f"{where}: hk_stack.hoist was given a value ({eqn.invars[0].aval.str_short()}) "
+        f"that depends on {_name_inputs(inputs, culprits)}. Setup may depend on "
+        "parameters, constants and arrays closed over from outside the stack only. "
+        "Remove this hoist, or call it on the part that does not depend on it."
+    )
+
+
+def _name_inputs(inputs: Sequence[Input], reads: int) -> str:
+    labels = [i.label for i in inputs] + ["a side effect or callback"]
+    found = [label for bit, label in enumerate(labels) if reads >> bit & 1]
+    return ", ".join(dict.fromkeys(found))
+
+
+def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex.Var]:
+    """The derived values: what the call is handed instead of computing it.
+
+    In automatic mode each value that the call reads and that took expensive work is
+    handed over, or else the values that it is cheaply computed from, if these are
+    smaller: `frontier[v]` is what to hand over for `v`.
+    """
+    if task.policy != "auto":
+        return list(marked)
+    known, inputs = task.known(), flattened.jaxpr.invars
+    frontier: dict[jex.Var, frozenset[jex.Var]] = {}
+    tails: dict[jex.Var, frozenset[jex.Var]] = {}  # of a cheap value: what it is from
+    chosen: frozenset[jex.Var] = frozenset()
+    if task.reuse:  # Then parameters are handed over too, for what is made of them.
+        given = zip(inputs, task.inputs, strict=True)
+        frontier = {v: frozenset([v]) for v, i in given if i.known}
+
+    def elements(reads: int) -> int:
+        return sum(cost.size(v) for i, v in enumerate(inputs) if reads >> i & 1)
+
+    def behind(atoms: Iterable[Atom]) -> frozenset[jex.Var]:
+        read = flat.variables(atoms)
+        return frozenset().union(*(frontier.get(v, ()) for v in read))
+
+    for node in flattened.nodes:
+        before = behind(node.eqn.invars)
+        is_known = not node.reads & ~known
+        if not is_known:
+            chosen |= before
+        expensive = is_known and cost.is_expensive(node.eqn, elements(node.reads))
+        for v in node.eqn.outvars:
+            if v in marked or expensive:
+                frontier[v] = frozenset([v])
+            elif is_known and before:
+                tails[v] = before
+                both = [frozenset([v]), before]
+                if cost.is_layout(node.eqn):
+                    both.reverse()  # `min` takes the first of equals.
+                frontier[v] = min(both, key=cost.nbytes)
+    chosen = _share(chosen | behind(flattened.outputs), tails) - set(inputs)
+    made = (v for node in flattened.nodes for v in node.eqn.outvars)
+    return [v for v in made if v in chosen]
+
+
+def _share(
+    chosen: frozenset[jex.Var], tails: dict[jex.Var, frozenset[jex.Var]]
+) -> frozenset[jex.Var]:
+    """Replaces cheap values with what several of them come from, where smaller."""
+
+    def coming_from(source: frozenset[jex.Var]) -> set[jex.Var]:
+        found = set(source)
+        for v, before in tails.items():  # In the order in which they are computed.
+            if before <= found:
+                found.add(v)
+        return found
+
+    for v in tails:
+        source = frozenset([v])
+        while v in chosen and (deeper := _one_step_back(source, tails)) != source:
+            source = deeper
+            rest = chosen - coming_from(source)
+            if cost.nbytes(rest | source) < cost.nbytes(chosen):
+                chosen = rest | source
+    return chosen
+
+
+def _one_step_back(
+    variables: frozenset[jex.Var], tails: dict[jex.Var, frozenset[jex.Var]]
+) -> frozenset[jex.Var]:
+    return frozenset().union(*(tails.get(v, (v,)) for v in variables))

@@ -1,0 +1,328 @@
+"""Jaxprs as flat lists of equations, of which parts can be run on their own.
+
+`flatten` opens `jit` and rematerialised (`jax.checkpoint`) equations and notes for each
+equation which inputs it depends on. `program` puts the equations that some values need
+back together, each inside the rematerialised regions that it came from.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex
+
+Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for both
+
+
+class Node(NamedTuple):
+    """One equation of a flattened jaxpr.
+
+    Attributes:
+      eqn: The equation.
+      regions: The rematerialised regions around it, outermost first.
+      reads: The inputs that it depends on, as a bit set. The bit past the last input
+        stands for side effects.
+    """
+
+    eqn: jex.JaxprEqn
+    regions: tuple["Region", ...]
+    reads: int
+
+
+class Region:
+    """One rematerialised region. Two are equal only if they are the same object."""
+
+    def __init__(self, eqn: jex.JaxprEqn):
+        self.eqn = eqn
+
+
+class Flat(NamedTuple):
+    """A jaxpr without constants, whose chosen equations are opened.
+
+    Attributes:
+      jaxpr: Where it came from; its constants are the first inputs.
+      nodes: The equations, in order.
+      outputs: The output atoms.
+      reads: For each variable the inputs that it depends on, as a bit set.
+    """
+
+    jaxpr: jex.Jaxpr
+    nodes: list[Node]
+    outputs: list[Atom]
+    reads: dict[jex.Var, int]
+
+    def dependencies(self, atom: Atom) -> int:
+        """The inputs that `atom` depends on, as a bit set."""
+        return 0 if isinstance(atom, jex.Literal) else self.reads[atom]
+
+
+class Exposed(NamedTuple):
+    """An equation in two steps, of which the first can be looked into.
+
+    Attributes:
+      before: What to compute first, from the inputs of the equation.
+      after: Given these values, the equation that computes the rest.
+    """
+
+    before: jex.ClosedJaxpr
+    after: Callable[[list[Atom]], jex.JaxprEqn]
+
+
+Expose = Callable[[jex.JaxprEqn, list[int]], Exposed | None]
+
+
+def bits(flags: Iterable[bool]) -> int:
+    """The bit set of the positions at which `flags` is true.
+
+    >>> bits([True, False, True])
+    5
+    """
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+def flatten(
+    closed: jex.ClosedJaxpr,
+    opens: Callable[[jex.Jaxpr, int], bool],
+    expose: Expose = lambda eqn, reads: None,
+    effects: Iterable[str] = (),
+) -> Flat:
+    """Flattens `closed`, with what each equation depends on.
+
+    Args:
+      closed: A traced function. Its constants count as its first inputs.
+      opens: Given what a `jit` or remat equation runs, and the bit set of what it
+        reads, whether to put its equations in its place.
+      expose: Given any other equation and the bit sets of what its inputs depend on,
+        the same in two steps, or None to leave it whole.
+      effects: Names of equations that count as side effects.
+
+    Returns:
+      The equations in a flat list.
+    """
+    jaxpr = without_constants(closed.jaxpr)
+    reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
+    effect = 1 << len(jaxpr.invars)
+    flat = Flat(jaxpr, [], [], reads)
+    opened: set[int] = set()
+
+    def visit(
+        jaxpr: jex.Jaxpr, args: Sequence[Atom], regions: Any, caller: Any = None
+    ) -> list[Atom]:
+        if id(jaxpr) in opened:  # JAX shares bodies; variables must be unique.
+            jaxpr = _copy(jaxpr)
+        opened.add(id(jaxpr))
+        env = dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Atom) -> Atom:
+            return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
+
+        for eqn in jaxpr.eqns:
+            if caller and _is_of_a_library(eqn):
+                eqn = eqn.replace(source_info=caller.source_info)
+            eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
+            masks = [flat.dependencies(a) for a in eqn.invars]
+            body = _body(eqn)
+            if body is not None and opens(body, _union(masks)):
+                is_remat = eqn.primitive.name in _REMAT
+                inside = (*regions, Region(eqn)) if is_remat else regions
+                outs = visit(body, eqn.invars, inside, eqn)
+                env.update(zip(eqn.outvars, outs, strict=True))
+                continue
+            if exposed := expose(eqn, masks):
+                first = visit(exposed.before.jaxpr, eqn.invars, regions)
+                eqn = exposed.after(first)
+            mask = _union(flat.dependencies(a) for a in eqn.invars)
+            if eqn.effects or eqn.primitive.name in effects:
+                mask |= effect
+            reads.update((v, mask) for v in eqn.outvars)
+            flat.nodes.append(Node(eqn, regions, mask))
+        return [read(a) for a in jaxpr.outvars]
+
+    return flat._replace(outputs=visit(jaxpr, jaxpr.invars, ()))
+
+
+def _union(masks: Iterable[int]) -> int:
+    union = 0
+    for mask in masks:
+        union |= mask
+    return union
+
+
+def _copy(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """`jaxpr` with variables of its own."""
+    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
+    return jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars)).jaxpr
+
+
+def program(
+    flat: Flat,
+    outputs: Sequence[Atom],
+    given: Sequence[jex.Var] = (),
+    *,
+    with_effects: bool = False,
+) -> tuple[jex.ClosedJaxpr, tuple[int, ...]]:
+    """The part of `flat` that computes `outputs`, and nothing else.
+
+    Args:
+      flat: A flattened jaxpr.
+      outputs: What to compute.
+      given: Variables that come in from outside, before the inputs.
+      with_effects: Whether equations with side effects are kept.
+
+    Returns:
+      A closed jaxpr that takes `given` and the inputs that it reads, and the
+      positions of these inputs.
+    """
+    nodes = needed(flat.nodes, outputs, given, with_effects=with_effects)
+    eqns = _restore_regions(nodes, 0, outputs)
+    reads = variables(outputs) | {v: None for e in eqns for v in variables(e.invars)}
+    inputs = flat.jaxpr.invars
+    positions = tuple(i for i, v in enumerate(inputs) if v in reads and v not in given)
+    jaxpr = flat.jaxpr.replace(
+        invars=[*given, *(inputs[i] for i in positions)],
+        outvars=list(outputs),
+        eqns=eqns,
+        effects=_effects(eqns),
+    )
+    return jex.ClosedJaxpr(jaxpr, []), positions
+
+
+def needed(
+    nodes: Iterable[Node],
+    outputs: Sequence[Atom],
+    given: Iterable[jex.Var] = (),
+    *,
+    with_effects: bool = False,
+) -> list[Node]:
+    """The nodes that `outputs` depend on once `given` comes in from outside."""
+    outside = set(given)
+    live = set(variables(outputs)) - outside
+    kept = []
+    for node in reversed(list(nodes)):
+        eqn = node.eqn
+        if live.isdisjoint(eqn.outvars) and not (with_effects and eqn.effects):
+            continue
+        # One output of an equation may come in from outside while another is needed.
+        outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
+        kept.append(node._replace(eqn=eqn.replace(outvars=outvars)))
+        live |= set(variables(eqn.invars)) - outside
+    return kept[::-1]
+
+
+def fresh(v: jex.Var) -> jex.Var:
+    """A new variable of the type of `v`."""
+    return jax.make_jaxpr(lambda x: x)(v.aval).jaxpr.invars[0]
+
+
+def _restore_regions(
+    nodes: Sequence[Node], depth: int, outputs: Sequence[Atom]
+) -> list[jex.JaxprEqn]:
+    """The equations of `nodes`, with the rematerialised regions put around them."""
+
+    def region(node: Node) -> Region | None:
+        return node.regions[depth] if len(node.regions) > depth else None
+
+    eqns: list[jex.JaxprEqn] = []
+    live = variables(outputs)
+    groups = [(key, list(group)) for key, group in itertools.groupby(nodes, region)]
+    for key, group in reversed(groups):
+        if key is None:
+            new = [node.eqn for node in group]
+        else:
+            made = {v for node in group for v in node.eqn.outvars}
+            body = _restore_regions(group, depth + 1, [v for v in live if v in made])
+            new = [_remat(key.eqn, body, [v for v in live if v in made])]
+        eqns = new + eqns
+        live |= {v: None for eqn in new for v in variables(eqn.invars)}
+    return eqns
+
+
+def _remat(
+    eqn: jex.JaxprEqn, body: list[jex.JaxprEqn], outvars: list[Atom]
+) -> jex.JaxprEqn:
+    """The rematerialised equation `eqn` with another body."""
+    made = {v for e in body for v in e.outvars}
+    reads = {v: None for e in body for v in variables(e.invars) if v not in made}
+    invars: list[Atom] = list(reads)
+    effects = _effects(body)
+    jaxpr = eqn.params["jaxpr"].replace(
+        invars=invars, outvars=outvars, eqns=body, effects=effects
+    )
+    return eqn.replace(
+        invars=invars,
+        outvars=outvars,
+        params={**eqn.params, "jaxpr": jaxpr},
+        effects=effects,
+    )
+
+
+def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """`jaxpr` with its constants as its first inputs."""
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
+def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
+    """The variables among `atoms`, once each, in order (a dict as an ordered set)."""
+    return {a: None for a in atoms if not isinstance(a, jex.Literal)}
+
+
+def _effects(eqns: Iterable[jex.JaxprEqn]) -> set:
+    return set().union(*(eqn.effects for eqn in eqns))
+
+
+def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
+    """The jaxprs that `eqn` runs, of whatever kind it is."""
+    for param in eqn.params.values():
+        for value in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
+                yield value if isinstance(value, jex.Jaxpr) else value.jaxpr
+
+
+def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+    """What a `jit` or remat equation runs; None where opening it would lose meaning."""
+    if eqn.primitive.name in _REMAT:
+        return eqn.params["jaxpr"]
+    if eqn.primitive.name not in _JIT:
+        return None
+    placed = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    closed = eqn.params["jaxpr"]
+    if any(isinstance(s, jax.sharding.Sharding) for s in placed) or closed.consts:
+        return None
+    return closed.jaxpr
+
+
+def source_line(eqn: jex.JaxprEqn) -> str:
+    """Where the user wrote what became `eqn`: `file.py:line in function`."""
+    traceback: Any = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not _is_library(frame.file_name):
+            name = pathlib.Path(frame.file_name).name
+            return f"{name}:{frame.line_num} in {frame.function_name}"
+    return UNKNOWN
+
+
+def _is_of_a_library(eqn: jex.JaxprEqn) -> bool:
+    """Whether `eqn` is of a `jit` function that a library wrote, not the user.
+
+    Such a function is traced once, so its equations do not say who calls it.
+    """
+    traceback = eqn.source_info.traceback
+    codes = traceback.raw_frames()[0] if traceback else ()
+    return not codes or _is_library(codes[-1].co_filename)
+
+
+@functools.cache
+def _is_library(file_name: str) -> bool:
+    path = pathlib.Path(file_name)
+    ours = path.parent == pathlib.Path(__file__).parent
+    return ours or any(name in path.parts for name in ("jax", "haiku", "flax"))
+
+
+UNKNOWN = "unknown source"
+
+# Names that versions of JAX have given to these equations.
+_JIT = ("jit", "pjit")
+_REMAT = ("checkpoint", "remat", "remat2")

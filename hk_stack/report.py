@@ -1,0 +1,240 @@
+"""The readable report of a partition: what was hoisted, and what stayed and why."""
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+
+from hk_stack import cost, cut, flat
+from hk_stack.flat import Atom
+
+
+class Group(NamedTuple):
+    """Derived values that come from one line of the source.
+
+    Attributes:
+      source: `file.py:line in function`.
+      primitive: What computes the values.
+      shapes: The derived values, as in `float32[8,64]`.
+      nbytes: Their size in bytes.
+      flops: Operations that setup does for them and not for an earlier group, roughly.
+    """
+
+    source: str
+    primitive: str
+    shapes: tuple[str, ...]
+    nbytes: int
+    flops: float
+
+
+class Stayed(NamedTuple):
+    """Work on known values that the call does.
+
+    Attributes:
+      source: `file.py:line in function`.
+      primitive: What does it.
+      why: Why it was not hoisted.
+    """
+
+    source: str
+    primitive: str
+    why: str
+
+
+class Report(NamedTuple):
+    """What a partition hoisted, and what stayed and why.
+
+    Attributes:
+      where: Names the function.
+      hoisted: What setup computes.
+      kept: How many arrays the derived values hold as they were given.
+      kept_nbytes: Their size in bytes.
+      stayed: What the call does with known values.
+    """
+
+    where: str
+    hoisted: tuple[Group, ...]
+    kept: int
+    kept_nbytes: int
+    stayed: tuple[Stayed, ...]
+
+    def __str__(self) -> str:
+        titles = ["hoisted", "primitive", "derived values", "bytes", "FLOPs"]
+        lines = [self._headline()]
+        lines += _aligned([titles, *map(_cells, self.hoisted)]) if self.hoisted else []
+        if self.stayed:
+            rows = [list(s) for s in self.stayed]
+            lines += _aligned([["stays in the call", "primitive", "why"], *rows])
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        import rich.console
+        import rich.table
+        import rich.text
+
+        def table(*titles: str) -> rich.table.Table:
+            return rich.table.Table(*titles, box=None, header_style="bold")
+
+        hoisted = table("hoisted", "primitive", "derived values")
+        for title in ("bytes", "FLOPs"):
+            hoisted.add_column(title, justify="right")
+        for group in self.hoisted:
+            hoisted.add_row(*map(rich.text.Text, _cells(group)))
+        stayed = table("stays in the call", "primitive", "why")
+        for row in self.stayed:
+            stayed.add_row(*map(rich.text.Text, row))
+        tables = [t for t in (hoisted, stayed) if t.row_count]
+        return rich.console.Group(rich.text.Text(self._headline()), *tables)
+
+    def _repr_html_(self) -> str:
+        def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+            head = "".join(f"<th>{html.escape(t)}</th>" for t in titles)
+            cells = (
+                "".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows
+            )
+            body = "".join(f"<tr>{row}</tr>" for row in cells)
+            return f"<table><tr>{head}</tr>{body}</table>" if rows else ""
+
+        titles = ["hoisted", "primitive", "derived values", "bytes", "FLOPs"]
+        return (
+            f"<p>{html.escape(self._headline())}</p>"
+            + table(titles, [_cells(group) for group in self.hoisted])
+            + table(["stays in the call", "primitive", "why"], self.stayed)
+        )
+
+    def _headline(self) -> str:
+        nbytes = sum(group.nbytes for group in self.hoisted)
+        flops = sum(group.flops for group in self.hoisted)
+        if not self.hoisted:
+            hoisted = "nothing to hoist"
+        else:
+            hoisted = f"hoisted {_si(nbytes)}B from {_si(flops)}FLOP"
+        kept = f"{self.kept} arrays ({_si(self.kept_nbytes)}B) kept as they are"
+        return f"{self.where}: {hoisted}; {kept}"
+
+
+def report(
+    parts: cut.Cut, known: Sequence[bool], kept: Sequence[Any], where: str
+) -> Report:
+    """Describes a cut.
+
+    Args:
+      parts: A cut without layers.
+      known: Which inputs of the cut function are known.
+      kept: The arrays among the derived values that setup does not compute.
+      where: Names the function.
+    """
+    flags = [True] * len(parts.shared.out_avals) + [known[i] for i in parts.call_inputs]
+    stayed = dict.fromkeys(_stayed(parts.call.jaxpr, flags))
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+    groups = tuple(_groups(parts.shared.jaxpr))
+    return Report(where, groups, len(kept), nbytes, tuple(stayed))
+
+
+def _groups(setup: jex.Jaxpr) -> Iterator[Group]:
+    """The outputs of `setup`, those of one line together."""
+    nodes = [flat.Node(eqn, (), 0) for eqn in setup.eqns]
+    found: dict[tuple[str, str], list[Any]] = {}
+    for v in setup.outvars:
+        found.setdefault(origin(setup, v), []).append(v)
+    counted: set[int] = set()
+    for (source, primitive), made in found.items():
+        new = {
+            id(node.eqn.outvars[0]): cost.flops(node.eqn)
+            for node in flat.needed(nodes, made)
+            if node.eqn.outvars and id(node.eqn.outvars[0]) not in counted
+        }
+        counted |= set(new)
+        shapes = tuple(f"{v.aval.dtype}{list(v.aval.shape)}" for v in made)
+        yield Group(source, primitive, shapes, cost.nbytes(made), sum(new.values()))
+
+
+def origin(jaxpr: jex.Jaxpr, value: Atom) -> tuple[str, str]:
+    """The source line and the primitive that a value comes from."""
+    made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
+    while value in made:
+        eqn, i = made[value]
+        before = list(flat.variables(eqn.invars))
+        if not (cost.is_layout(eqn) or eqn.primitive.name == "name"):
+            break
+        if len(before) != 1 or before[0] not in made:
+            break
+        value = before[0]
+    else:
+        return "", "an input"
+    for body in flat.bodies(eqn):
+        if len(body.outvars) == len(eqn.outvars):
+            inner = body.outvars[i]
+            if any(inner in e.outvars for e in body.eqns):
+                source, primitive = origin(body, inner)
+                known = source != flat.UNKNOWN
+                return source if known else flat.source_line(eqn), primitive
+    return flat.source_line(eqn), eqn.primitive.name
+
+
+def _stayed(jaxpr: jex.Jaxpr, known: Sequence[bool]) -> Iterator[Stayed]:
+    """What a call does with known values, and what in it was left whole."""
+    values = {v for v, flag in zip(jaxpr.invars, known, strict=True) if flag}
+    for eqn in jaxpr.eqns:
+        read = flat.variables(eqn.invars)
+        flags = [isinstance(a, jex.Literal) or a in values for a in eqn.invars]
+        name = eqn.primitive.name
+        if name in cost.OPAQUE or eqn.effects:
+            if read and all(flags):
+                why = "it has side effects or runs foreign code"
+                yield Stayed(flat.source_line(eqn), name, why)
+        elif read and all(flags):
+            values |= set(eqn.outvars)
+            if not cost.is_layout(eqn):
+                why = "it is cheap, and would be larger than what it is made of"
+                yield Stayed(flat.source_line(eqn), name, why)
+        elif any(flags):
+            yield from _inside(eqn, flags)
+
+
+def _inside(eqn: jex.JaxprEqn, known: list[bool]) -> Iterator[Stayed]:
+    """The same for what `eqn` runs."""
+    name, params = eqn.primitive.name, eqn.params
+    is_cut = name in ("scan", "jit", "pjit", "checkpoint", "remat", "remat2")
+    if name == "scan":
+        first = params["num_consts"]
+        last = first + params["num_carry"]
+        known = [flag and not first <= i < last for i, flag in enumerate(known)]
+    for body in flat.bodies(eqn):
+        flags = known[len(known) - len(body.invars) :]
+        if len(flags) != len(body.invars):
+            continue
+        inner = list(_stayed(body, flags))
+        if is_cut:
+            yield from inner
+        elif any(cost.is_expensive(e, 0) for e in body.eqns) and inner:
+            why = f"the cut does not look into a {name} that depends on the rest"
+            yield Stayed(flat.source_line(eqn), name, why)
+
+
+def _cells(group: Group) -> list[str]:
+    shapes = ", ".join(group.shapes).replace(" ", "")
+    flops, nbytes = _si(group.flops), _si(group.nbytes)
+    return [group.source, group.primitive, shapes, f"{nbytes}B", flops]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
+        for row in map(list, rows)
+    ]
+
+
+def _si(number: float) -> str:
+    """`number` with three digits and a decimal prefix.
+
+    >>> _si(0), _si(12), _si(1536), _si(2.5e9)
+    ('0 ', '12 ', '1.54 k', '2.5 G')
+    """
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"
