@@ -117,7 +117,7 @@ def _join(like: Any, moving: Any, fixed: Any) -> Any:
 
 def _zeros(leaf: Any) -> jax.Array:
     """Where to sum values such as `leaf`: low precision adds up in float32."""
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.float32
     return jnp.zeros(leaf.shape, dtype)
 
 
