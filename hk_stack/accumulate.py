@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import checks
+from hk_stack import checks, layout
 from hk_stack.partition import partition
 
 
@@ -60,9 +60,7 @@ def accumulate(
     """
     where = checks.microbatches(loss, microbatches)
     num = jax.tree.leaves(microbatches)[0].shape[0]
-    one = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), microbatches
-    )
+    one = layout.drop_layers(microbatches)
     checks.scalar_loss(jax.eval_shape(loss, params, *one), has_aux, where)
     split = partition(loss, params, *one)
     moving, fixed = _separate(params)
@@ -77,19 +75,15 @@ def accumulate(
         result = split.call(_join(shapes, derived, others), *microbatch)
         return result if has_aux else (result, None)
 
-    def step(sums: Any, microbatch: Any) -> tuple[Any, Any]:
+    def step(sums: list[Any], microbatch: Any) -> tuple[list[Any], Any]:
         run = jax.value_and_grad(call, has_aux=True)
-        (value, aux), grads = run(derived, microbatch)
-        new = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, (value, grads))
-        return new, aux
+        result, grads = run(derived, microbatch)
+        return [s + g.astype(s.dtype) for s, g in zip(sums, grads, strict=True)], result
 
-    value = jax.eval_shape(call, derived, one)[0]
-    zeros = jax.tree.map(_zeros, (value, derived))
-    sums, aux = jax.lax.scan(step, zeros, microbatches)
-    mean, grads = jax.tree.map(
-        lambda s, like: (s / num).astype(like.dtype), sums, (value, derived)
-    )
+    sums, (values, aux) = jax.lax.scan(step, list(map(_zeros, derived)), microbatches)
+    grads = [(s / num).astype(v.dtype) for s, v in zip(sums, derived, strict=True)]
     gradients = _join(params, pull_back(grads)[0], map(_no_gradient, fixed))
+    mean = jnp.mean(values)
     return ((mean, aux) if has_aux else mean), gradients
 
 
@@ -117,8 +111,7 @@ def _join(like: Any, moving: Any, fixed: Any) -> Any:
 
 def _zeros(leaf: Any) -> jax.Array:
     """Where to sum values such as `leaf`: low precision adds up in float32."""
-    dtype = leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.float32
-    return jnp.zeros(leaf.shape, dtype)
+    return jnp.zeros_like(leaf, leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.float32)
 
 
 def _no_gradient(leaf: Any) -> np.ndarray:

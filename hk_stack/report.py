@@ -173,30 +173,43 @@ def origin(jaxpr: jex.Jaxpr, value: Atom) -> tuple[str, str]:
     return flat.source_line(eqn), eqn.primitive.name
 
 
-def _stayed(jaxpr: jex.Jaxpr, known: Sequence[bool]) -> Iterator[Stayed]:
-    """What a call does with known values, and what in it was left whole."""
+def _stayed(
+    jaxpr: jex.Jaxpr, known: Sequence[bool], caller: str = flat.UNKNOWN
+) -> Iterator[Stayed]:
+    """What a call does with known values, and what in it was left whole.
+
+    Args:
+      jaxpr: The call, or what one of its equations runs.
+      known: Which inputs are known.
+      caller: The source line of that equation.
+    """
     values = {v for v, flag in zip(jaxpr.invars, known, strict=True) if flag}
+    rest = set(jaxpr.invars) - values
     for eqn in jaxpr.eqns:
-        read = flat.variables(eqn.invars)
-        flags = [isinstance(a, jex.Literal) or a in values for a in eqn.invars]
-        name = eqn.primitive.name
-        if name in cost.OPAQUE or eqn.effects:
-            if read and all(flags):
-                why = "it has side effects or runs foreign code"
-                yield Stayed(flat.source_line(eqn), name, why)
-        elif read and all(flags):
+        read = set(flat.variables(eqn.invars))
+        source, name = flat.source_line(eqn), eqn.primitive.name
+        source = caller if source == flat.UNKNOWN else source
+        if read & rest:
+            rest |= set(eqn.outvars)
+            yield from _inside(eqn, [a in values for a in _hashable(eqn)], source)
+        elif name in cost.OPAQUE or eqn.effects:
+            rest |= set(eqn.outvars)
+            yield Stayed(source, name, "it has side effects or runs foreign code")
+        elif read & values:
             values |= set(eqn.outvars)
             if not cost.is_layout(eqn):
                 why = "it is cheap, and would be larger than what it is made of"
-                yield Stayed(flat.source_line(eqn), name, why)
-        elif any(flags):
-            yield from _inside(eqn, flags)
+                yield Stayed(source, name, why)
 
 
-def _inside(eqn: jex.JaxprEqn, known: list[bool]) -> Iterator[Stayed]:
+def _hashable(eqn: jex.JaxprEqn) -> list[Any]:
+    """The inputs of an equation, without literals, which have no hash."""
+    return [None if isinstance(a, jex.Literal) else a for a in eqn.invars]
+
+
+def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Stayed]:
     """The same for what `eqn` runs."""
     name, params = eqn.primitive.name, eqn.params
-    is_cut = name in ("scan", "jit", "pjit", "checkpoint", "remat", "remat2")
     if name == "scan":
         first = params["num_consts"]
         last = first + params["num_carry"]
@@ -205,12 +218,15 @@ def _inside(eqn: jex.JaxprEqn, known: list[bool]) -> Iterator[Stayed]:
         flags = known[len(known) - len(body.invars) :]
         if len(flags) != len(body.invars):
             continue
-        inner = list(_stayed(body, flags))
-        if is_cut:
+        inner = list(_stayed(body, flags, source))
+        if name in _CUT:
             yield from inner
-        elif any(cost.is_expensive(e, 0) for e in body.eqns) and inner:
+        elif inner and any(cost.is_expensive(e, 0) for e in body.eqns):
             why = f"the cut does not look into a {name} that depends on the rest"
-            yield Stayed(flat.source_line(eqn), name, why)
+            yield Stayed(source, name, why)
+
+
+_CUT = ("scan", "jit", "pjit", "checkpoint", "remat", "remat2")
 
 
 def _cells(group: Group) -> list[str]:

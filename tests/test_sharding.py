@@ -1,5 +1,7 @@
 """Stacks on several devices: the same results, wherever Haiku's stack gives any."""
 
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -259,3 +261,39 @@ def test_spmd_axis_name(mesh):
             for model in (ours, theirs)
         )
     assert_close(found, expected)
+
+
+class TestReuse:
+    """`partition` and `accumulate`, with the batch on several devices."""
+
+    def setup_method(self):
+        self.model, _ = models(short)
+        self.params = self.model.init(KEY, inputs())
+        self.batches = normal(1, 3, 8, D)
+        results = [jax.value_and_grad(self.loss)(self.params, x) for x in self.batches]
+        self.expected = jax.tree.map(lambda *leaves: sum(leaves) / 3, *results)
+
+    def loss(self, params, x):
+        return jnp.mean(self.model.apply(params, x) ** 2)
+
+    def test_accumulate_in_shard_map(self, mesh):
+        def loss(params, x):
+            return jax.lax.pmean(self.loss(params, x), "b")
+
+        specs = {"in_specs": (P(), P(None, "b")), "out_specs": P()}
+        run = functools.partial(hk_stack.accumulate, loss)
+        found = jax.jit(jax.shard_map(run, mesh=mesh, **specs))
+        assert_close(found(self.params, self.batches), self.expected)
+
+    @pytest.mark.parametrize("kind", ["mesh", "explicit_mesh"])
+    def test_sharded_batches(self, kind, request):
+        mesh = request.getfixturevalue(kind)
+        with jax.set_mesh(mesh):
+            params = jax.device_put(self.params, NamedSharding(mesh, P()))
+            batches = jax.device_put(self.batches, NamedSharding(mesh, P(None, "b")))
+            run = jax.jit(functools.partial(hk_stack.accumulate, self.loss))
+            assert_close(run(params, batches), self.expected)
+            split = hk_stack.partition(self.model.apply, params, batches[0])
+            y = split.call(split.setup(params), batches[0])
+        assert y.sharding.spec[0] == "b"
+        assert_close(y, self.model.apply(self.params, self.batches[0]))
