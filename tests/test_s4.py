@@ -1,5 +1,7 @@
 """The S4 mathematics against slow and exact twins, and the hand-written stacks."""
 
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -216,3 +218,151 @@ def test_kernel_is_computed_outside_of_the_loop_only_if_hoisted(setup, shape):
         assert {"dot_general", "div", "exp"} <= {e.primitive.name for e in body}
         assert of_states
         assert len(ffts) == 4
+
+
+# Decoding: one step of time after another, on the parameters of the convolution
+
+
+SOLVES = {"lu", "triangular_solve"}  # What discretising is recognised by.
+LAYER_STACKS = {"hk_stack": hk_stack.layer_stack, "haiku": hk.layer_stack}
+
+
+def make_step(layer_stack=hk_stack.layer_stack, length=32):
+    def run(x, states):
+        return in_haiku.s4_stack_step(
+            x,
+            states,
+            layer_stack=layer_stack,
+            num_layers=3,
+            state_size=8,
+            length=length,
+        )
+
+    return hk.without_apply_rng(hk.transform(run))
+
+
+def over_time(step):
+    """`step` run over a sequence: (params, x, states) -> y, sequences `[B, T, ...]`."""
+
+    def run(params, x, states):
+        def now(states, x):
+            y, states = step(params, x, states)
+            return states, y
+
+        _, y = jax.lax.scan(now, states, jnp.swapaxes(x, 0, 1))
+        return jnp.swapaxes(y, 0, 1)
+
+    return run
+
+
+def inside_time_loop(run, *args):
+    """The names of the primitives in the loop over time."""
+    (loop,) = (
+        eqn
+        for eqn in jaxprs.equations(jax.make_jaxpr(run)(*args).jaxpr)
+        if eqn.primitive.name == "scan" and eqn.params["length"] == args[1].shape[1]
+    )
+    return set(jaxprs.names(loop.params["jaxpr"].jaxpr))
+
+
+@pytest.fixture(scope="module")
+def states():
+    return in_haiku.s4_states(3, 2, 4, 8)
+
+
+@pytest.mark.parametrize("layer_stack", LAYER_STACKS)
+def test_steps_equal_the_convolution(layer_stack, params, x, states, expected):
+    step = make_step(LAYER_STACKS[layer_stack])
+    shapes = jax.eval_shape(step.init, jax.random.key(0), x[:, 0], states)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+    y = jax.jit(over_time(step.apply))(params, x, states)
+    assert relative_error(y, expected[0][1]) < 1e-3
+
+
+def test_states_go_on_where_they_stopped(params, x, states, expected):
+    step = jax.jit(make_step().apply)
+    for t in range(3):
+        assert states.shape == (3, 2, 4, 8)
+        y, states = step(params, x[:, t], states)
+    assert relative_error(y, expected[0][1][:, 2]) < 1e-3
+
+
+@pytest.mark.parametrize("cut", ["step", "loop over time"])
+def test_partition_takes_the_setup_out_of_the_loop_over_time(
+    cut, params, x, states, expected
+):
+    step = make_step().apply
+    if cut == "step":
+        split = hk_stack.partition(step, params, x[:, 0], states)
+        run = over_time(split.call)
+    else:
+        split = hk_stack.partition(over_time(step), params, x, states)
+        run = split.call
+    derived = jax.jit(split.setup)(params)
+    assert relative_error(jax.jit(run)(derived, x, states), expected[0][1]) < 1e-3
+    assert not inside_time_loop(run, derived, x, states) & SOLVES
+    assert inside_time_loop(over_time(step), params, x, states) >= SOLVES
+
+
+# Decoding in Flax Linen
+
+
+TOKENS, KINDS = (2, 16), 5
+
+
+def linen_next_token(in_linen, **decoding):
+    block = functools.partial(in_linen.S4Block, state_size=8, **decoding)
+    return in_linen.NextToken(in_linen.ScanStack(block, 3), 4, KINDS)
+
+
+def haiku_next_token(tokens, states=None):
+    """Logits; with `states`, of one step."""
+    options = dict(layer_stack=hk_stack.layer_stack, num_layers=3, state_size=8)
+    sizes = dict(width=4, num_tokens=KINDS)
+    if states is None:
+        layers = functools.partial(in_haiku.s4_stack, **options)
+        return in_haiku.next_token(tokens, layers, **sizes)
+    layers = functools.partial(in_haiku.s4_stack_step, length=TOKENS[1], **options)
+    return in_haiku.next_token_step(tokens, states, layers, **sizes)
+
+
+def linen_step(model):
+    def step(variables, tokens, cache):
+        variables = {**variables, **cache}
+        logits, cache = model.apply(variables, tokens[:, None], mutable=["cache"])
+        return logits[:, 0], cache
+
+    return step
+
+
+@pytest.mark.parametrize("mode", ["step", "primed step"])
+def test_linen_decodes_as_haiku_does(mode, states):
+    in_linen = pytest.importorskip("hk_stack.compare.in_linen")
+    tokens = jax.random.randint(jax.random.key(0), TOKENS, 0, KINDS)
+    tokens = tokens.at[:, 0].set(KINDS)  # the start
+    init = jax.jit(linen_next_token(in_linen).init)
+    variables = init(jax.random.key(1), tokens)
+    model = linen_next_token(in_linen, mode=mode, length=TOKENS[1])
+    cache = dict(in_linen.prime(model, variables["params"], tokens[:, :1]))
+    assert not np.any(jax.tree.leaves(cache["cache"])[0])
+    primed = {**variables, "prime": cache.pop("prime", {})}
+    run = over_time(linen_step(model))
+    logits = jax.jit(run)(primed, tokens, cache)
+    solves = inside_time_loop(run, primed, tokens, cache) & SOLVES
+    assert solves == (SOLVES if mode == "step" else set())
+
+    params, _ = in_linen.to_haiku(variables)
+    haiku = hk.without_apply_rng(hk.transform(haiku_next_token))
+    steps = jax.jit(over_time(haiku.apply))(params, tokens, states)
+    assert logits.shape == (*TOKENS, KINDS)
+    assert relative_error(logits, steps) < 1e-4
+    assert relative_error(logits, jax.jit(haiku.apply)(params, tokens)) < 1e-3
+
+
+@pytest.mark.parametrize("decoding", [{"length": None}, {"length": 16}])
+def test_linen_decodes_one_step_of_a_known_length(decoding):
+    in_linen = pytest.importorskip("hk_stack.compare.in_linen")
+    steps = 1 if decoding["length"] is None else 2
+    model = linen_next_token(in_linen, mode="step", **decoding)
+    with pytest.raises(ValueError, match=r"needs field length and input \[B, 1, D\]"):
+        model.init(jax.random.key(0), jnp.zeros((2, steps), jnp.int32))

@@ -3,6 +3,10 @@
 Shapes: `B` sequences of `T` steps of `D` features; `L` layers. The stacks are told
 which `layer_stack` to use: `hk_stack.layer_stack`, `hk.layer_stack` or the `layer_loop`
 of this file. In all of them a layer's modules are called `block/...`.
+
+`s4_stack` runs over whole sequences, for training. `s4_stack_step` has the same
+parameters and runs one step of time, for decoding. The states that it takes and returns
+are arrays like any other, so both are pure functions of their arguments.
 """
 
 from collections.abc import Callable
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 from hk_stack.compare import s4
 
 Layer = Callable[[jax.Array], jax.Array]
-LayerStack = Callable[..., Callable[[Layer], Layer]]
+LayerStack = Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]
 Norm = Literal["layer", "batch"]
 Mode = Literal["convolution", "recurrence"]
 
@@ -44,16 +48,37 @@ class S4(hk.Module):
     def __call__(self, u: jax.Array) -> jax.Array:
         """Filters each feature of `u` `[B, T, D]` by its own linear system."""
         _, length, features = u.shape
-        params = {
-            name: hk.get_parameter(name, shape, init=_with_next_key(init))
-            for name, (shape, init) in s4.parameters(features, self.state_size).items()
-        }
+        params = self._parameters(features)
         system = s4.dplr(params)
         if self.mode == "convolution":
             y = s4.convolve(u, s4.kernel(system, length))
         else:
             y = s4.recur(u, s4.discretise(system, length))
         return y + params["d"][None, None] * u
+
+    def step(
+        self, u: jax.Array, state: jax.Array, length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step of time, on the parameters of `__call__`, whatever the mode.
+
+        Args:
+          u: activations at one time `[B, D]`.
+          state: complex `[B, D, N]`, zeros at first.
+          length: the length `T` of the sequences that the parameters were trained on.
+
+        Returns:
+          The output `[B, D]` and the next state `[B, D, N]`.
+        """
+        params = self._parameters(u.shape[-1])
+        state, y = s4.step(s4.discretise(s4.dplr(params), length), state, u)
+        return y + params["d"][None] * u, state
+
+    def _parameters(self, features: int) -> dict[str, jax.Array]:
+        table = s4.parameters(features, self.state_size)
+        return {
+            name: hk.get_parameter(name, shape, init=_with_next_key(init))
+            for name, (shape, init) in table.items()
+        }
 
 
 class S4Block(hk.Module):
@@ -88,9 +113,7 @@ class S4Block(hk.Module):
         rate = self.dropout_rate if is_training else 0.0
         h = _norm(self.norm, x, is_training, "norm")
         h = S4(self.state_size, self.mode, name="s4")(h)
-        h = _dropout(jax.nn.gelu(h), rate)
-        h = jax.nn.glu(_linear(2 * x.shape[-1], "gate")(h))
-        return x + _dropout(h, rate)
+        return x + _gated(h, rate)
 
 
 class TransformerBlock(hk.Module):
@@ -162,6 +185,53 @@ def s4_stack(
     return layer_stack(num_layers, name="layers", **stack_options)(layer)(x)
 
 
+def s4_stack_step(
+    x: jax.Array,
+    states: jax.Array,
+    *,
+    layer_stack: LayerStack,
+    num_layers: int,
+    state_size: int,
+    length: int,
+    **stack_options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of time of an `s4_stack` with layer norm, on the same parameters.
+
+    Run over a sequence from the states of `s4_states`, it gives what `s4_stack` gives
+    for the whole sequence.
+
+    Args:
+      x: activations at one time `[B, D]`.
+      states: of all layers, complex `[L, B, D, N]`.
+      layer_stack: `hk_stack.layer_stack` or `hk.layer_stack`.
+      num_layers: number of blocks, `L`.
+      state_size: see `S4Block`.
+      length: the length `T` of the sequences that the parameters were trained on.
+      **stack_options: passed on to `layer_stack`.
+
+    Returns:
+      The activations `[B, D]` after the last layer, and the next states.
+    """
+
+    def layer(x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with hk.name_scope("block"):
+            h = _norm("layer", x, False, "norm")
+            h, state = S4(state_size, name="s4").step(h, state, length)
+            return x + _gated(h), state
+
+    stack = layer_stack(
+        num_layers, with_per_layer_inputs=True, name="layers", **stack_options
+    )
+    return stack(layer)(x, states)
+
+
+def s4_states(
+    num_layers: int, batch_size: int, width: int, state_size: int
+) -> jax.Array:
+    """The states before the first `s4_stack_step`: zeros `[L, B, D, N]`."""
+    return jnp.zeros((num_layers, batch_size, width, state_size), jnp.complex64)
+
+
 def transformer_stack(
     x: jax.Array,
     *,
@@ -196,6 +266,46 @@ def classifier(
     return _linear(num_classes, "decoder")(jnp.mean(h, axis=1))
 
 
+def next_token(
+    tokens: jax.Array, layers: Layer, *, width: int, num_tokens: int
+) -> jax.Array:
+    """Tokens `[B, T]` -> logits `[B, T, num_tokens]` of the tokens after them.
+
+    Args:
+      tokens: integers below `num_tokens`, or `num_tokens` itself: the start.
+      layers: a causal stack, `[B, T, width] -> [B, T, width]`.
+      width: number of features inside the stack.
+      num_tokens: number of different tokens.
+    """
+    h = layers(_encoded(tokens, width, num_tokens))
+    return _linear(num_tokens, "decoder")(h)
+
+
+def next_token_step(
+    tokens: jax.Array,
+    states: Any,
+    layers: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    *,
+    width: int,
+    num_tokens: int,
+) -> tuple[jax.Array, Any]:
+    """One step of time of `next_token`, on the same parameters.
+
+    Args:
+      tokens: at one time, `[B]`.
+      states: of the layers, as `layers` takes them.
+      layers: one step of the stack, `([B, width], states) -> ([B, width], states)`;
+        for instance `s4_stack_step` with its keyword arguments bound.
+      width: see `next_token`.
+      num_tokens: see `next_token`.
+
+    Returns:
+      Logits `[B, num_tokens]` of the next tokens, and the next states.
+    """
+    h, states = layers(_encoded(tokens, width, num_tokens), states)
+    return _linear(num_tokens, "decoder")(h), states
+
+
 def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], Layer]:
     """The plain Python loop, called as a `layer_stack` is; scopes `layers_0`, ..."""
 
@@ -213,6 +323,17 @@ def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], La
 
 def _linear(size: int, name: str) -> hk.Linear:
     return hk.Linear(size, w_init=hk.initializers.VarianceScaling(), name=name)
+
+
+def _encoded(tokens: jax.Array, width: int, num_tokens: int) -> jax.Array:
+    return _linear(width, "encoder")(jax.nn.one_hot(tokens, num_tokens + 1))
+
+
+def _gated(h: jax.Array, rate: float = 0.0) -> jax.Array:
+    """What an S4 block does after S4, with dropout at `rate`; keeps the shape."""
+    h = _dropout(jax.nn.gelu(h), rate)
+    h = jax.nn.glu(_linear(2 * h.shape[-1], "gate")(h))
+    return _dropout(h, rate)
 
 
 def _norm(kind: Norm, x: jax.Array, is_training: bool, name: str) -> jax.Array:

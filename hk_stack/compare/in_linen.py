@@ -4,6 +4,8 @@ Shapes as in `in_haiku`. Parameters and initial distributions are the same; `to_
 copies variables over. Blocks take optional dropout `keys`, one for each of their two
 dropouts: Linen derives its own keys from module paths, so that two frameworks can only
 draw the same masks if the keys are passed in.
+
+S4 blocks can also decode, one step of time per call: see `S4` and `prime`.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,29 +25,65 @@ except ImportError as error:
     ) from error
 
 Tree = dict[str, dict[str, jax.Array]]
+Mode = Literal["convolution", "step", "primed step"]
 
 
 class S4(nn.Module):
-    """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel made in `setup`."""
+    """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel made in `setup`.
+
+    To decode, it runs one step of time, `[B, 1, D] -> [B, 1, D]`. The state `[B, D, N]`
+    is a variable in collection `"cache"`. With `mode="step"` the system is discretised
+    at each step. With `mode="primed step"` the discretised system is a variable in
+    collection `"prime"`, made when that collection is mutable (see `prime`), then read.
+    """
 
     features: int
     state_size: int
     length: int
+    mode: Mode = "convolution"
 
     def setup(self) -> None:
-        """Computes the kernel `[D, T]` from the parameters."""
+        """Computes the kernel `[D, T]`, or the recurrence, from the parameters."""
         params = {
             name: self.param(name, init, shape, jnp.float32)
             for name, (shape, init) in s4.parameters(
                 self.features, self.state_size
             ).items()
         }
-        self.kernel = s4.kernel(s4.dplr(params), self.length)
+        system = s4.dplr(params)
+        if self.mode == "convolution":
+            self.kernel = s4.kernel(system, self.length)
+        elif self.mode == "step":
+            self.recurrence = s4.discretise(system, self.length)
+        else:
+            self.recurrence = self._primed(system)
         self.d = params["d"]
 
+    @nn.compact
     def __call__(self, u: jax.Array) -> jax.Array:
         """Filters each feature of `u` `[B, T, D]` by its own linear system."""
-        return s4.convolve(u, self.kernel) + self.d[None, None] * u
+        if self.mode == "convolution":
+            y = s4.convolve(u, self.kernel)
+        else:
+            y = self._step(u[:, 0])[:, None]
+        return y + self.d[None, None] * u
+
+    def _primed(self, system: s4.Dplr) -> s4.Recurrence:
+        """The recurrence, computed only if collection `"prime"` does not hold it."""
+
+        def discretise() -> s4.Recurrence:
+            return s4.discretise(system, self.length)
+
+        return self.variable("prime", "recurrence", discretise).value
+
+    def _step(self, u: jax.Array) -> jax.Array:
+        """One step of time, `[B, D] -> [B, D]`, which moves the state on."""
+        shape = (*u.shape, self.state_size)
+        state = self.variable("cache", "state", jnp.zeros, shape, jnp.complex64)
+        next_state, y = s4.step(self.recurrence, state.value, u)
+        if not self.is_mutable_collection("prime"):  # Neither at init, nor in `prime`.
+            state.value = next_state
+        return y
 
 
 class S4Block(nn.Module):
@@ -54,6 +92,8 @@ class S4Block(nn.Module):
     state_size: int
     dropout_rate: float = 0.0
     norm: Literal["layer", "batch"] = "layer"
+    mode: Mode = "convolution"
+    length: int | None = None  # To decode: that of the sequences in training, `T`.
 
     @nn.compact
     def __call__(
@@ -61,9 +101,16 @@ class S4Block(nn.Module):
     ) -> jax.Array:
         """Applies the block to `x` `[B, T, D]`, with dropout `keys` `[2]` if given."""
         _, length, width = x.shape
+        if self.mode != "convolution":
+            if self.length is None or length != 1:
+                raise ValueError(
+                    f"S4Block: mode={self.mode!r} needs field length and input "
+                    f"[B, 1, D], found length={self.length} and {x.shape}."
+                )
+            length = self.length
         dropout = _dropouts(self.dropout_rate, is_training, keys)
         h = _norm(self.norm, x, is_training, "norm")
-        h = S4(width, self.state_size, length, name="s4")(h)
+        h = S4(width, self.state_size, length, self.mode, name="s4")(h)
         h = dropout(0, jax.nn.gelu(h))
         h = jax.nn.glu(nn.Dense(2 * width, name="gate")(h))
         return x + dropout(1, h)
@@ -107,7 +154,7 @@ class ScanStack(nn.Module):
         """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
         scan = nn.scan(
             lambda block, x, keys: (block(x, is_training, keys), None),
-            variable_axes={"params": 0, "batch_stats": 0},
+            variable_axes={"params": 0, "batch_stats": 0, "cache": 0, "prime": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
         )
@@ -117,7 +164,8 @@ class ScanStack(nn.Module):
 class HackStack(nn.Module):
     """`L` blocks whose vmapped initialisation is held as one parameter, `"stack"`.
 
-    There is no place for running statistics: use it with `norm="layer"`.
+    There is no place for running statistics, nor for the states of decoding: use it
+    with `norm="layer"` and `mode="convolution"`.
     """
 
     block: Callable[..., nn.Module]
@@ -181,6 +229,46 @@ class Classifier(nn.Module):
         h = nn.Dense(self.width, name="encoder")(x)
         h = self.layers(h, is_training, keys)
         return nn.Dense(self.num_classes, name="decoder")(jnp.mean(h, axis=1))
+
+
+class NextToken(nn.Module):
+    """Tokens `[B, T]` -> logits `[B, T, num_tokens]` of the tokens after them.
+
+    As `in_haiku.next_token`; with `layers` that decode, `T` is one.
+    """
+
+    layers: nn.Module
+    width: int
+    num_tokens: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, is_training: bool = False) -> jax.Array:
+        """Encodes, runs the stack and decodes."""
+        x = jax.nn.one_hot(tokens, self.num_tokens + 1)
+        h = self.layers(nn.Dense(self.width, name="encoder")(x), is_training)
+        return nn.Dense(self.num_tokens, name="decoder")(h)
+
+
+def prime(model: nn.Module, params: Any, x: jax.Array) -> Mapping[str, Any]:
+    """What a model that decodes needs beside its parameters.
+
+    ```
+    variables = prime(model, params, x)
+    for x in sequence:
+        y, cache = model.apply({"params": params, **variables}, x, mutable=["cache"])
+        variables = {**variables, **cache}
+    ```
+
+    Args:
+      model: a model or a stack of blocks, which decodes.
+      params: its parameters.
+      x: an input of one step; only its shape matters.
+
+    Returns:
+      States at zero in collection `"cache"`; with `mode="primed step"`, discretised
+      systems in collection `"prime"`.
+    """
+    return model.apply({"params": params}, x, mutable=["cache", "prime"])[1]
 
 
 def to_haiku(variables: Mapping[str, Any]) -> tuple[Tree, Tree]:
