@@ -5,6 +5,7 @@ expected, and what to write instead.
 """
 
 import contextlib
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ def describe(name: str, f: Callable[..., Any]) -> str:
 
 
 def _name_of(f: Callable[..., Any]) -> str:
+    if isinstance(f, functools.partial):
+        return _name_of(f.func)
     return getattr(f, "__name__", None) or getattr(f, "name", None) or type(f).__name__
 
 

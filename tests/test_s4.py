@@ -119,6 +119,8 @@ def test_kernel_is_the_impulse_response(features, state_size, length):
     assert kernel.shape == (features, length)
     assert kernel.dtype == jnp.float32
     assert relative_error(kernel, exact_kernel(system, length)) < 1e-4
+    published = s4.kernel_term_by_term(system, length)
+    assert relative_error(published, exact_kernel(system, length)) < 1e-4
 
 
 @pytest.mark.parametrize(("features", "state_size", "length"), SIZES)

@@ -21,7 +21,7 @@ from hk_stack.compare import s4
 Layer = Callable[[jax.Array], jax.Array]
 LayerStack = Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]
 Norm = Literal["layer", "batch"]
-Mode = Literal["convolution", "recurrence"]
+Mode = Literal["convolution", "term by term", "recurrence"]
 
 
 class S4(hk.Module):
@@ -37,8 +37,9 @@ class S4(hk.Module):
 
         Args:
           state_size: number of states of each feature, `N`.
-          mode: whether to run as a convolution or step by step; same parameters,
-            same outputs.
+          mode: whether to run as a convolution (with `s4.kernel`, or "term by term"
+            with `s4.kernel_term_by_term`) or as a recurrence; same parameters, same
+            outputs.
           name: the module's name.
         """
         super().__init__(name=name)
@@ -50,10 +51,10 @@ class S4(hk.Module):
         _, length, features = u.shape
         params = self._parameters(features)
         system = s4.dplr(params)
-        if self.mode == "convolution":
-            y = s4.convolve(u, s4.kernel(system, length))
-        else:
+        if self.mode == "recurrence":
             y = s4.recur(u, s4.discretise(system, length))
+        else:
+            y = s4.convolve(u, s4.KERNELS[self.mode](system, length))
         return y + params["d"][None, None] * u
 
     def step(

@@ -25,11 +25,13 @@ except ImportError as error:
     ) from error
 
 Tree = dict[str, dict[str, jax.Array]]
-Mode = Literal["convolution", "step", "primed step"]
+Mode = Literal["convolution", "term by term", "step", "primed step"]
 
 
 class S4(nn.Module):
     """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel made in `setup`.
+
+    With `mode="term by term"` the kernel is that of `s4.kernel_term_by_term`.
 
     To decode, it runs one step of time, `[B, 1, D] -> [B, 1, D]`. The state `[B, D, N]`
     is a variable in collection `"cache"`. With `mode="step"` the system is discretised
@@ -51,8 +53,8 @@ class S4(nn.Module):
             ).items()
         }
         system = s4.dplr(params)
-        if self.mode == "convolution":
-            self.kernel = s4.kernel(system, self.length)
+        if self.mode in s4.KERNELS:
+            self.kernel = s4.KERNELS[self.mode](system, self.length)
         elif self.mode == "step":
             self.recurrence = s4.discretise(system, self.length)
         else:
@@ -62,7 +64,7 @@ class S4(nn.Module):
     @nn.compact
     def __call__(self, u: jax.Array) -> jax.Array:
         """Filters each feature of `u` `[B, T, D]` by its own linear system."""
-        if self.mode == "convolution":
+        if self.mode in s4.KERNELS:
             y = s4.convolve(u, self.kernel)
         else:
             y = self._step(u[:, 0])[:, None]
@@ -101,7 +103,7 @@ class S4Block(nn.Module):
     ) -> jax.Array:
         """Applies the block to `x` `[B, T, D]`, with dropout `keys` `[2]` if given."""
         _, length, width = x.shape
-        if self.mode != "convolution":
+        if self.mode not in s4.KERNELS:
             if self.length is None or length != 1:
                 raise ValueError(
                     f"S4Block: mode={self.mode!r} needs field length and input "

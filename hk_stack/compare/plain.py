@@ -37,9 +37,15 @@ def setup_layer_by_layer(params: Params, x: jax.Array) -> jax.Array:
     return call(jax.lax.map(one, params), params, x)
 
 
-def setup(params: Params, length: int) -> jax.Array:
-    """All kernels' spectra `[L, D, T + 1]`, from parameters `[L, ...]`."""
-    return jax.vmap(lambda params: _layer_setup(params, length))(params)
+def setup(params: Params, length: int, mode: str = "convolution") -> jax.Array:
+    """All kernels' spectra `[L, D, T + 1]`, from parameters `[L, ...]`.
+
+    Args:
+      params: of an `in_haiku.s4_stack`.
+      length: number of samples, `T`.
+      mode: which of `s4.KERNELS` to compute.
+    """
+    return jax.vmap(lambda params: _layer_setup(params, length, mode))(params)
 
 
 def call(derived: jax.Array, params: Params, x: jax.Array) -> jax.Array:
@@ -53,9 +59,9 @@ def call(derived: jax.Array, params: Params, x: jax.Array) -> jax.Array:
     return jax.lax.scan(layer, x, (derived, params))[0]
 
 
-def _layer_setup(params: Params, length: int) -> jax.Array:
+def _layer_setup(params: Params, length: int, mode: str = "convolution") -> jax.Array:
     system = s4.dplr(params["layers/block/s4"])
-    return s4.spectrum(s4.kernel(system, length))
+    return s4.spectrum(s4.KERNELS[mode](system, length))
 
 
 def _layer_call(spectrum: jax.Array, params: Params, x: jax.Array) -> jax.Array:
