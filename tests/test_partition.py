@@ -1,708 +1,496 @@
-"""What leaves the loop, what stays in it, and that results do not depend on it."""
+"""`partition` of whole models, and `accumulate`."""
+
+import functools
 
 import haiku as hk
-import hypothesis
 import jax
 import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
-from agreement import FAST, assert_close
-from hypothesis import strategies as st
-from jax.experimental import io_callback
-from layer_cases import B, D, L, drop, layer_loop, normal, slow, vectors, weight
+from agreement import assert_close, assert_equal
 
 import hk_stack
 
-KEY = jax.random.key(1)
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 4))
 
 
-def trace(layer, *args, layers=L, with_per_layer=False, **options):
-    """The jaxpr of a stack's apply; its loop is the only one of length `layers`."""
-    stack = hk_stack.layer_stack(layers, with_per_layer, **options)
-    model = hk.transform_with_state(stack(layer))
-    args = args or vectors()
-    params, state = jax.eval_shape(model.init, KEY, *args)
-    return jax.make_jaxpr(model.apply)(params, state, KEY, *args).jaxpr
+def slow(w):
+    """Something that is worth hoisting, and easy to find: a sort."""
+    return jnp.sort(jnp.sin(w), axis=0)
 
 
-def cut(layer, *args, **options):
-    """The primitives outside and inside of the loop."""
-    jaxpr = trace(layer, *args, **options)
-    return jaxprs.outside(jaxpr, L), jaxprs.names(jaxprs.body(jaxpr, L))
+def layer(x):
+    w = hk.get_parameter("w", [4, 4], init=hk.initializers.RandomNormal(0.3))
+    return jnp.tanh(hk.Linear(4)(x) @ slow(w))
 
 
-def per_layer_shapes(jaxpr):
-    """Shapes of what the loop reads for each layer, without the layer axis."""
-    shapes = [v.aval.shape for v in jaxprs.loop(jaxpr, L).invars]
-    return [shape[1:] for shape in shapes if shape[:1] == (L,)]
+def stacked(x):
+    return hk_stack.layer_stack(3, name="layers")(layer)(x)
 
 
-def assert_same_results(layer, *args):
-    """Between all policies and the loop, compiled or not."""
-    args = args or vectors()
-    loop = hk.transform_with_state(layer_loop(L)(layer))
-    params, state = jax.jit(loop.init)(KEY, *args)
-    expected = loop.apply(params, state, KEY, *args)
-    for setup in ("auto", "marked", "inline"):
-        stack = hk_stack.layer_stack(L, setup=setup, name="__layer_stack_no_per_layer")
-        apply = hk.transform_with_state(stack(layer)).apply
-        assert_close(jax.jit(apply)(params, state, KEY, *args), expected)
+def through(split):
+    return lambda known, *rest: split.call(split.setup(known), *rest)
 
 
-class TestHoist:
-    def test_is_the_identity_outside_of_a_stack(self):
-        tree = {"a": normal(0, 2), "b": (jnp.arange(3), jnp.bool_(True))}
-        assert_close(hk_stack.hoist(tree), tree)
-        assert_close(jax.jit(hk_stack.hoist)(tree), tree)
-        gradient = jax.grad(lambda x: jnp.sum(hk_stack.hoist(x) ** 2))(tree["a"])
-        assert_close(gradient, 2 * tree["a"])
-        assert_close(jax.vmap(hk_stack.hoist)(tree["a"]), tree["a"])
-        model = hk.transform(lambda x: x @ hk_stack.hoist(weight()))
-        params = model.init(KEY, *vectors())
-        assert model.apply(params, None, *vectors()).shape == (B, D)
-
-    def test_takes_python_numbers_and_numpy_arrays(self):
-        def layer(x):
-            return x * hk_stack.hoist(2.0) + hk_stack.hoist(np.ones([B, D], np.float32))
-
-        assert_same_results(layer)
-
-    def test_marked_policy_hoists_only_what_is_marked(self):
-        def layer(x):
-            w = weight()
-            return jnp.tanh(x @ hk_stack.hoist(jnp.fft.fft(w).real)) + slow(w)[0][None]
-
-        outside, inside = cut(layer, setup="marked")
-        assert "fft" in outside and "fft" not in inside
-        assert "cumsum" in inside and "cumsum" not in outside
-
-    def test_auto_hoists_marked_values_too(self):
-        def layer(x):
-            return x @ hk_stack.hoist(jnp.exp(weight()))
-
-        outside, inside = cut(layer)
-        assert "exp" in outside and "exp" not in inside
-
-    def test_inline_policy_hoists_nothing(self):
-        def layer(x):
-            return x @ hk_stack.hoist(slow(weight()))
-
-        outside, inside = cut(layer, setup="inline")
-        assert "cumsum" in inside and "cumsum" not in outside
-        assert "exp" not in outside
-
-    def test_inline_policy_does_not_mind_a_wrong_mark(self):
-        cut(lambda x: hk_stack.hoist(x), setup="inline")
-
-    def test_reaches_into_jit_and_remat(self):
-        def layer(x):
-            w = weight()
-
-            @jax.checkpoint
-            def inner(w, x):
-                return jax.jit(lambda w, x: x @ hk_stack.hoist(jnp.exp(w)))(w, x)
-
-            return inner(w, x)
-
-        for setup in ("auto", "marked"):
-            outside, inside = cut(layer, setup=setup)
-            assert "exp" in outside and "exp" not in inside
-
-    def test_works_within_vmap_and_grad_inside_the_layer(self):
-        def layer(x):
-            w = weight()
-
-            def energy(x):
-                return jnp.sum(jnp.sin(x @ hk_stack.hoist(slow(w))))
-
-            return x - jax.vmap(jax.grad(energy))(x)
-
-        assert_same_results(layer)
-        outside, inside = cut(layer, setup="marked")
-        assert "cumsum" in outside and "cumsum" not in inside
-
-    def test_may_depend_on_arrays_closed_over(self):
-        def model(x, table):
-            def layer(x):
-                return x @ hk_stack.hoist(slow(weight() + table))
-
-            return hk_stack.layer_stack(L)(layer)(x)
-
-        transformed = hk.transform(model)
-        args = (*vectors(), normal(3, D, D))
-        params = transformed.init(KEY, *args)
-        jaxpr = jax.make_jaxpr(transformed.apply)(params, None, *args).jaxpr
-        assert "cumsum" not in jaxprs.names(jaxprs.body(jaxpr, L))
-
-    def test_in_an_inner_stack_may_depend_on_what_the_outer_layer_was_given(self):
-        def layer(x):
-            def inner(y):
-                return jnp.tanh(y @ (weight() * hk_stack.hoist(jnp.exp(x.mean()))))
-
-            return hk_stack.layer_stack(2)(inner)(x)
-
-        assert_same_results(layer)
-
-    def test_on_a_random_constant(self):
-        def layer(x):
-            return x * hk_stack.hoist(jax.random.normal(jax.random.key(0), x.shape))
-
-        assert_same_results(layer)
-        _, inside = cut(layer)
-        assert "random_bits" not in inside
+def names_in_call(split, known, *rest):
+    derived = jax.eval_shape(split.setup, known)
+    return jaxprs.names(jax.make_jaxpr(split.call)(derived, *rest).jaxpr)
 
 
-class TestWrongHoist:
-    def message(self, layer, *args, **options):
-        with pytest.raises(ValueError, match=r"hk_stack\.hoist") as error:
-            trace(layer, *args, **options)
-        assert "'layer'" in str(error.value)
-        assert "layer_stack" in str(error.value)
-        return str(error.value)
+class TestModels:
+    def test_transform(self):
+        model = hk.transform(stacked)
+        params = model.init(KEY, X)
+        split = hk_stack.partition(model.apply, params, KEY, X)
+        assert_close(through(split)(params, KEY, X), model.apply(params, KEY, X))
+        assert "sort" not in names_in_call(split, params, KEY, X)
 
-    def test_names_the_argument(self):
-        def layer(x, pair):
-            return x, (pair[0], hk_stack.hoist(pair[1] + weight()[0]))
-
-        args = (*vectors(), (jnp.ones([D]), jnp.ones([D])))
-        message = self.message(layer, *args)
-        assert "argument `pair" in message
-        assert "argument `x" not in message
-        assert "float32[8]" in message or "f32[8]" in message
-
-    def test_names_the_random_key(self):
-        def layer(x):
-            return x * hk_stack.hoist(jax.random.normal(hk.next_rng_key(), x.shape))
-
-        assert "a random key" in self.message(layer)
-
-    def test_names_the_state(self):
-        def layer(x):
+    def test_transform_with_state_and_dropout(self):
+        def model(x):
             count = hk.get_state("count", [], init=jnp.zeros)
             hk.set_state("count", count + 1)
-            return x * hk_stack.hoist(count)
+            with jax.numpy_dtype_promotion("standard"):
+                return hk.dropout(hk.next_rng_key(), 0.5, stacked(x)) + count
 
-        assert "state ~/count" in self.message(layer)
+        model = hk.transform_with_state(model)
+        params, state = model.init(KEY, X)
+        split = hk_stack.partition(model.apply, params, state, KEY, X)
+        derived = split.setup(params)
+        for key in jax.random.split(KEY, 3):
+            found = split.call(derived, state, key, X)
+            assert_close(found, model.apply(params, state, key, X))
+            _, state = found
+        assert "sort" not in names_in_call(split, params, state, KEY, X)
 
-    def test_names_the_per_layer_input(self):
-        def layer(x, scales):
-            return x * hk_stack.hoist(scales["a"]), None
+    def test_multi_transform(self):
+        def both():
+            encoder, decoder = hk.Linear(4), hk.Linear(4)
 
-        scales = {"a": jnp.ones([L]), "b": jnp.ones([L])}
-        message = self.message(layer, *vectors(), scales, with_per_layer=True)
-        assert "per-layer input `scales" in message
-        assert "a" in message
+            def init(x):
+                return decoder(stacked(encoder(x)))
 
-    def test_names_all_at_once(self):
-        def layer(x, scale):
-            noise = jax.random.normal(hk.next_rng_key(), [])
-            return hk_stack.hoist(x * scale * noise), None
+            return init, (lambda x: stacked(encoder(x)), lambda x: decoder(x))
 
-        args = (*vectors(), jnp.ones([L]))
-        message = self.message(layer, *args, with_per_layer=True)
-        for word in ("argument `x", "per-layer input `scale", "a random key"):
-            assert word in message
+        model = hk.multi_transform(both)
+        params = model.init(KEY, X)
+        split = hk_stack.partition(model.apply[0], params, None, X)
+        assert_close(through(split)(params, None, X), model.apply[0](params, None, X))
+        assert "sort" not in names_in_call(split, params, None, X)
 
-    def test_names_a_callback(self):
-        def layer(x):
-            shape = jax.ShapeDtypeStruct([], jnp.float32)
-            found = jax.pure_callback(lambda: np.float32(1), shape)
-            return x * hk_stack.hoist(found)
+    @pytest.mark.parametrize("stack", ["scan", "loop", "hack"])
+    def test_flax(self, stack):
+        pytest.importorskip("flax")
+        from hk_stack.compare import in_linen
 
-        assert "callback" in self.message(layer)
+        block = functools.partial(in_linen.S4Block, state_size=2)
+        model = in_linen.STACKS[stack](block, 2)
+        x = jax.random.normal(KEY, (1, 8, 4))
+        variables = model.init(KEY, x)
+        split = hk_stack.partition(model.apply, variables, x)
+        assert_close(through(split)(variables, x), model.apply(variables, x))
+        # The rest of the model divides nothing; the kernel does.
+        assert "div" in jaxprs.names(jax.make_jaxpr(model.apply)(variables, x).jaxpr)
+        call = names_in_call(split, variables, x)
+        assert call.count("fft") < 3 * (2 if stack == "loop" else 1)
 
-    @pytest.mark.parametrize("setup", ["auto", "marked"])
-    def test_is_an_error_inside_jit_and_remat(self, setup):
-        def layer(x):
-            return jax.checkpoint(jax.jit(lambda x: hk_stack.hoist(jnp.sin(x))))(x)
+    def test_plain_function_and_closures(self):
+        table = jnp.arange(16.0).reshape(4, 4)
 
-        assert "argument `x" in self.message(layer, setup=setup)
+        def fn(w, x, scale=2.0):
+            return x @ slow(w @ table) * scale
 
-    @pytest.mark.parametrize("where", ["scan", "cond", "while", "custom_jvp", "vmap"])
-    def test_is_an_error_inside_other_calls(self, where):
-        @jax.custom_jvp
-        def custom(x):
-            return hk_stack.hoist(jnp.sin(x))
-
-        custom.defjvp(lambda primals, tangents: (custom(*primals), tangents[0]))
-
-        def layer(x):
-            def step(x):
-                return hk_stack.hoist(jnp.sin(x))
-
-            if where == "scan":
-                return jax.lax.scan(lambda x, _: (step(x), None), x, None, length=2)[0]
-            if where == "cond":
-                return jax.lax.cond(x.sum() > 0, step, lambda x: x, x)
-            if where == "while":
-                return jax.lax.while_loop(lambda x: x.sum() > 0, step, x)
-            return custom(x) if where == "custom_jvp" else jax.vmap(step)(x)
-
-        message = self.message(layer)
-        assert "`x" in message or f"inside a {where}" in message
-
-    def test_outside_the_inner_stack_is_found_by_the_outer_one(self):
-        def layer(x):
-            def inner(y):
-                return jnp.tanh(y)
-
-            return hk_stack.layer_stack(2)(inner)(hk_stack.hoist(x))
-
-        assert "argument `x" in self.message(layer)
-
-
-class TestWhatLeaves:
-    def test_norm_leaves_and_division_stays(self):
-        def layer(x):
-            w = weight()
-            return x @ (w / jnp.linalg.norm(w))
-
-        jaxpr = trace(layer)
-        outside, inside = (
-            jaxprs.outside(jaxpr, L),
-            jaxprs.names(jaxprs.body(jaxpr, L)),
+        split = hk_stack.partition(fn, table / 16, X)
+        assert_close(through(split)(table / 16, X), fn(table / 16, X))
+        split = hk_stack.partition(fn, table / 16, X, 3.0)
+        assert_close(
+            split.call(split.setup(table / 16), X, 5.0), fn(table / 16, X, 5.0)
         )
-        assert "sqrt" in outside and "sqrt" not in inside
-        assert "reduce_sum" in outside and "reduce_sum" not in inside
-        assert "div" in inside and "div" not in outside
-        assert sorted(per_layer_shapes(jaxpr)) in ([(), (D, D)], [(1, 1), (D, D)])
 
-    def test_fourier_transform_of_a_kernel_leaves_that_of_the_input_stays(self):
-        def layer(x):
-            kernel = weight()[0]
-            y = jnp.fft.rfft(x) * jnp.fft.rfft(kernel)[None]
-            return jnp.fft.irfft(y, n=D)
+    def test_all_known_and_nothing_known(self):
+        split = hk_stack.partition(lambda w: (slow(w), w), jnp.eye(4))
+        assert_close(
+            split.call(split.setup(jnp.eye(4))), (slow(jnp.eye(4)), jnp.eye(4))
+        )
+        split = hk_stack.partition(lambda _, x: {"y": x + 1}, {}, X)
+        assert split.setup({}) == {"hoisted": {}, "kept": {}}
+        assert_close(split.call(split.setup({}), X), {"y": X + 1})
 
-        outside, inside = cut(layer)
-        assert outside.count("fft") == 1
-        assert inside.count("fft") == 2
 
-    def test_layout_and_casts_stay(self):
-        def layer(x):
-            w = weight().T.reshape(D, D).astype(jnp.bfloat16)
-            w = jnp.broadcast_to(w[None], [B, D, D])
-            return jnp.einsum("bd,bde->be", x.astype(jnp.bfloat16), w).astype(x.dtype)
+class TestDerivedValues:
+    def test_hold_all_that_the_call_needs_and_no_more(self):
+        params = {"used": jnp.eye(4), "unused": jnp.ones([99]), "slow": jnp.eye(4)}
+        split = hk_stack.partition(
+            lambda p, x: x @ p["used"] @ slow(p["slow"]) + 0 * x, params, X
+        )
+        derived = split.setup(params)
+        assert list(derived["kept"]) == ["used"]
+        assert [v.shape for v in derived["hoisted"].values()] == [(4, 4)]
 
-        outside, inside = cut(layer)
-        assert not {"transpose", "convert_element_type"} & set(outside)
-        assert "transpose" in inside
+    def test_are_not_larger_than_what_they_are_made_of(self):
+        def fn(params, x):
+            half = params["w"].astype(jnp.bfloat16)  # Smaller: leaves.
+            wide = jnp.broadcast_to(params["b"][None], (100, 4))  # Larger: stays.
+            same = jnp.exp(params["b"])[None]  # As large: leaves.
+            return x.astype(jnp.bfloat16) @ half, x.sum() * wide, same + x
 
-    def test_transcendental_work_leaves_only_if_it_is_on_more_than_the_parameters(self):
-        def small(x):
-            return x @ jnp.exp(weight())
+        params = {"w": jnp.eye(4), "b": jnp.ones([4])}
+        split = hk_stack.partition(fn, params, X)
+        derived = split.setup(params)
+        assert jnp.bfloat16 in [v.dtype for v in derived["hoisted"].values()]
+        assert "w" not in derived["kept"]
+        before = sum(v.nbytes for v in params.values())
+        assert sum(v.nbytes for v in jax.tree.leaves(derived)) <= before
 
-        def large(x):
-            w = hk.get_parameter("w", [D], init=hk.initializers.RandomNormal())
-            return x @ jnp.exp(w[:, None] * jnp.arange(8.0)[None])
+    def test_can_be_sharded_donated_and_saved(self, tmp_path):
+        model = hk.transform(stacked)
+        params = model.init(KEY, X)
+        split = hk_stack.partition(model.apply, params, None, X)
+        expected = model.apply(params, None, X)
+        derived = split.setup(params)
+        flat = {f"{k}:{n}": v for k, d in derived.items() for n, v in d.items()}
+        np.savez(tmp_path / "derived.npz", **flat)
+        mesh = jax.make_mesh((3,), ("layers",), (jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("layers")
+        placed = jax.device_put(derived, jax.sharding.NamedSharding(mesh, spec))
+        assert_close(jax.jit(split.call)(placed, None, X), expected)
+        with np.load(tmp_path / "derived.npz") as file:
+            loaded = {"hoisted": {}, "kept": {}}
+            for name, value in file.items():
+                kind, _, leaf = name.partition(":")
+                loaded[kind][leaf] = value
+        assert_close(split.call(loaded, None, X), expected)
+        calls = jax.jit(lambda d, x: (split.call(d, None, x), d), donate_argnums=0)
+        y, again = calls(derived, X)
+        assert_close(y, expected)
+        assert_close(calls(again, X)[0], expected)
 
-        outside, inside = cut(small)
-        assert "exp" in inside and "exp" not in outside
-        outside, inside = cut(large)
-        assert "exp" in outside and "exp" not in inside
+    def test_one_setup_serves_new_parameters_and_specs(self):
+        model = hk.transform(stacked)
+        spec = jax.eval_shape(model.init, KEY, X)
+        like = jax.ShapeDtypeStruct(X.shape, X.dtype)
+        split = hk_stack.partition(model.apply, spec, None, like)
+        for seed in range(2):
+            params = model.init(jax.random.key(seed), X)
+            assert_close(through(split)(params, None, X), model.apply(params, None, X))
 
-    def test_small_derived_values_are_handed_over_rather_than_large_ones(self):
-        def layer(x):
-            u = hk.get_parameter("u", [D], init=hk.initializers.RandomNormal())
-            u = jnp.cumsum(u)
-            return x @ jnp.broadcast_to(u[:, None] + 1.0, [D, D])
 
-        (shape,) = per_layer_shapes(trace(layer))
-        assert np.prod(shape) == D
-        assert_same_results(layer)
+class TestTransformations:
+    def test_gradient_is_that_of_the_whole(self):
+        model = hk.transform(stacked)
+        params = model.init(KEY, X)
+        split = hk_stack.partition(model.apply, params, None, X)
 
-    def test_parameters_that_only_setup_reads_are_not_handed_over(self):
-        def layer(x):
-            w = hk.get_parameter("w", [D, 50], init=hk.initializers.RandomNormal())
-            return x @ (w @ w.T)
+        def loss(apply, params, x):
+            return jnp.sum(jnp.sin(apply(params, None, x)))
 
-        assert per_layer_shapes(trace(layer)) == [(D, D)]
+        derived, pull_back = jax.vjp(split.setup, params)
+        value = functools.partial(loss, lambda d, _, x: split.call(d, None, x))
+        found = pull_back(jax.grad(value)(derived, X))[0]
+        assert_close(found, jax.grad(functools.partial(loss, model.apply))(params, X))
+        tangent = jax.jvp(lambda p: through(split)(p, None, X), (params,), (params,))
+        expected = jax.jvp(lambda p: model.apply(p, None, X), (params,), (params,))
+        assert_close(tangent, expected)
 
-    def test_setup_of_constants_only_runs_once_not_for_each_layer(self):
-        table = np.eye(D, dtype=np.float32)
+    def test_jit_vmap_scan(self):
+        model = hk.transform(stacked)
+        params = model.init(KEY, X)
+        split = hk_stack.partition(model.apply, params, None, X[0])
+        derived = jax.jit(split.setup)(params)
+        expected = model.apply(params, None, X)
+        batched = jax.vmap(split.call, (None, None, 0))(derived, None, X)
+        assert_close(batched, expected)
+        ensemble = jax.tree.map(lambda p: jnp.stack([p, -p]), params)
+        both = jax.vmap(lambda p: through(split)(p, None, X[0]))(ensemble)
+        one = model.apply(jax.tree.map(jnp.negative, params), None, X[0])
+        assert_close(both[1], one)
+        steps = jax.lax.map(lambda x: split.call(derived, None, x), X)
+        assert_close(steps, expected)
 
-        def layer(x):
-            return x @ slow(table) + weight()[0][None]
+    def test_partition_inside_jit_and_of_a_partition(self):
+        model = hk.transform(stacked)
+        params = model.init(KEY, X)
 
-        jaxpr = trace(layer)
-        assert "cumsum" not in jaxprs.names(jaxprs.body(jaxpr, L))
-        shapes = [
-            eqn.outvars[0].aval.shape
-            for eqn in jaxprs.equations(jaxpr)
-            if eqn.primitive.name == "cumsum"
+        @jax.jit
+        def generate(params, x):
+            split = hk_stack.partition(model.apply, params, None, x)
+            derived = split.setup(params)
+            turn = functools.partial(split.call, derived, None)
+            return jax.lax.fori_loop(0, 3, lambda _, x: turn(x), x)
+
+        expected = X
+        for _ in range(3):
+            expected = model.apply(params, None, expected)
+        assert_close(generate(params, X), expected)
+        assert_close(
+            through(hk_stack.partition(generate, params, X))(params, X), expected
+        )
+
+
+class TestReport:
+    def test_says_what_was_hoisted_from_where_and_what_stayed(self):
+        def fn(params, x):
+            kernel = slow(params["w"])
+            wide = jnp.broadcast_to(jnp.sin(params["b"]), (3, 4)) + 1
+            inside = jax.lax.cond(
+                x[0, 0] > 0, lambda: jnp.sort(params["b"]), lambda: params["b"]
+            )
+            return x @ kernel, x.sum() * wide, inside
+
+        params = {"w": jnp.eye(4), "b": jnp.ones([1, 4])}
+        split = hk_stack.partition(fn, params, X)
+        report = split.report
+        (sort,) = (g for g in report.hoisted if g.primitive == "sort")
+        assert sort.shapes == ("float32[4, 4]",) and sort.nbytes == 64
+        assert sort.flops >= 16
+        assert sort.source.startswith("test_partition.py:")
+        assert sort.source.endswith("in slow")
+        assert {s.primitive: s.why for s in report.stayed}["cond"].startswith("the cut")
+        assert any("larger" in s.why for s in report.stayed)
+        assert sort.source in str(split) and "float32[4,4]" in str(split)
+        assert "kept" in str(split) and str(split) == str(report)
+
+    def test_nothing_to_hoist(self):
+        split = hk_stack.partition(lambda w, x: x @ w, jnp.eye(4), X)
+        assert "nothing to hoist" in str(split)
+
+    def test_in_rich_and_in_notebooks(self):
+        console = pytest.importorskip("rich.console").Console(width=120)
+        split = hk_stack.partition(lambda w, x: x @ slow(w), jnp.eye(4), X)
+        with console.capture() as capture:
+            console.print(split)
+        assert "float32[4,4]" in capture.get() and "sort" in capture.get()
+        html = split._repr_html_()
+        assert html.count("<tr>") == html.count("</tr>") == 2
+        assert "&lt;lambda&gt;" in html and "<lambda>" not in html
+
+
+def mistake(call):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    return str(caught.value)
+
+
+class TestMistakes:
+    def setup_method(self):
+        self.params = {"w": jnp.eye(4), "v": jnp.eye(4)}
+        self.fn = lambda p, x, scale: x @ slow(p["w"]) @ p["v"] * scale
+        self.split = hk_stack.partition(self.fn, self.params, X, jnp.float32(1))
+        self.derived = self.split.setup(self.params)
+
+    def test_no_function(self):
+        model = hk.transform(stacked)
+        message = mistake(lambda: hk_stack.partition(model, {}, X))
+        assert "Transformed" in message and "apply" in message
+        assert "example arguments" in mistake(lambda: hk_stack.partition(stacked))
+
+    def test_static_arguments(self):
+        def fn(w, x, is_training, name=""):
+            return x @ w if is_training else x
+
+        with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+            hk_stack.partition(fn, jnp.eye(4), X, True)
+        assert "functools.partial" in caught.value.__notes__[-1]
+        message = mistake(lambda: hk_stack.partition(fn, jnp.eye(4), X, True, "a"))
+        assert "`name`" in message and "functools.partial" in message
+
+    def test_derived_values_that_do_not_fit(self):
+        call = self.split.call
+        assert "what setup returns" in mistake(lambda: call(self.params, X, 1.0))
+        stale = {**self.derived, "kept": {}}
+        assert "lacks kept/v" in mistake(lambda: call(stale, X, 1.0))
+        narrow = jax.tree.map(lambda v: v[:2], self.derived)
+        message = mistake(lambda: call(narrow, X, 1.0))
+        assert "float32[2,4]" in message and "float32[4,4]" in message
+        half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), self.derived)
+        assert "bfloat16[4,4]" in mistake(lambda: call(half, X, 1.0))
+
+    def test_other_arguments(self):
+        call, setup = self.split.call, self.split.setup
+        message = mistake(lambda: call(self.derived, X[:1], 1.0))
+        assert "argument `x`" in message and "float32[1,4]" in message
+        assert "scale" in mistake(lambda: call(self.derived, X))
+        assert "argument `p`" in mistake(lambda: setup({"w": jnp.eye(4)}))
+        assert "(at w)" in mistake(lambda: setup({**self.params, "w": jnp.eye(3)}))
+
+    def test_mark_on_what_is_not_known(self):
+        message = mistake(
+            lambda: hk_stack.partition(
+                lambda w, x: hk_stack.hoist(x) @ w, jnp.eye(4), X
+            )
+        )
+        assert "argument `x`" in message and "<lambda>" in message
+
+
+def loss(params, x, y):
+    model = hk.transform(stacked)
+    return jnp.mean((model.apply(params, None, x) - y) ** 2)
+
+
+class TestAccumulate:
+    def setup_method(self):
+        self.params = hk.transform(stacked).init(KEY, X)
+        self.xs, self.ys = (
+            jax.random.normal(k, (5, 2, 4)) for k in jax.random.split(KEY)
+        )
+
+    def slowly(self, fn, *microbatches, has_aux=False):
+        results = [
+            jax.value_and_grad(fn, has_aux=has_aux)(
+                self.params, *(jax.tree.map(lambda leaf, m=m: leaf[m], microbatches))
+            )
+            for m in range(5)
         ]
-        assert shapes == [(D, D)]
+        return jax.tree.map(lambda *leaves: sum(leaves) / 5, *results)
 
-    def test_a_known_part_of_a_jit_leaves(self):
-        def layer(x):
-            return jax.jit(lambda w, x: jnp.sin(x) @ slow(w))(weight(), x)
+    def test_mean_of_gradients(self):
+        expected = self.slowly(loss, self.xs, self.ys)
+        for run in (
+            hk_stack.accumulate,
+            jax.jit(hk_stack.accumulate, static_argnums=0),
+        ):
+            assert_close(run(loss, self.params, self.xs, self.ys), expected)
 
-        outside, inside = cut(layer)
-        assert "cumsum" in outside and "cumsum" not in inside
-        assert "sin" in inside
+    def test_one_setup_and_one_pull_back(self):
+        def names(run):
+            return jaxprs.names(
+                jax.make_jaxpr(functools.partial(run, loss))(
+                    self.params, self.xs, self.ys
+                ).jaxpr
+            )
 
-    def test_a_known_part_of_a_remat_leaves_the_rest_stays_rematerialised(self):
-        def policy(*_, **__):
-            return False
+        jaxpr = jax.make_jaxpr(functools.partial(hk_stack.accumulate, loss))(
+            self.params, self.xs, self.ys
+        ).jaxpr
+        body = jaxprs.names(jaxprs.body(jaxpr, 5))
+        assert "sort" not in body and "cos" not in body  # cos: gradient of sin
+        assert "sort" in names(hk_stack.accumulate)
 
-        def layer(x):
-            def inner(w, x):
-                return jnp.sin(jnp.sin(x) @ slow(w))
+    def test_aux_keys_and_trees(self):
+        def noisy(params, batch, key):
+            noise = jax.random.normal(key, batch["x"].shape)
+            value = loss(params, batch["x"] + noise, batch["y"])
+            return value, {"noise": noise, "count": jnp.int32(1)}
 
-            return jax.checkpoint(inner, policy=policy)(weight(), x)
-
-        jaxpr = trace(layer)
-        assert "cumsum" in jaxprs.outside(jaxpr, L)
-        (remat,) = (
-            eqn
-            for eqn in jaxprs.body(jaxpr, L).eqns
-            if eqn.primitive.name in ("checkpoint", "remat", "remat2")
+        batch, keys = {"x": self.xs, "y": self.ys}, jax.random.split(KEY, 5)
+        (value, aux), grads = hk_stack.accumulate(
+            noisy, self.params, batch, keys, has_aux=True
         )
-        assert remat.params["policy"] is policy
-        inside = jaxprs.names(remat.params["jaxpr"])
-        assert inside.count("sin") == 2 and "cumsum" not in inside
-        whole = jaxprs.names(jaxprs.body(jaxpr, L))
-        assert whole.count("sin") == 2
+        (mean, _), expected = self.slowly(noisy, batch, keys, has_aux=True)
+        assert_close((value, grads), (mean, expected))
+        assert_equal(
+            aux["noise"], jax.vmap(lambda k: jax.random.normal(k, (2, 4)))(keys)
+        )
+        assert aux["count"].shape == (5,)
 
-    def test_haiku_remat_too(self):
-        def layer(x):
-            return hk.remat(lambda x: jnp.sin(x @ slow(weight())))(x)
+    def test_low_precision_adds_up_in_float32(self):
+        params, xs = {"w": jnp.bfloat16(1)}, jnp.full([999], 1.01, jnp.bfloat16)
+        value, grads = hk_stack.accumulate(lambda p, x: p["w"] * x, params, xs)
+        assert value.dtype == grads["w"].dtype == jnp.bfloat16
+        assert_equal((value, grads["w"]), (xs[0], xs[0]))
 
-        jaxpr = trace(layer)
-        assert "cumsum" in jaxprs.outside(jaxpr, L)
-        assert "cumsum" not in jaxprs.names(jaxprs.body(jaxpr, L))
-        assert "sin" in jaxprs.names(jaxprs.body(jaxpr, L))
+    def test_integers_among_parameters(self):
+        params = {"w": jnp.eye(4), "order": jnp.array([3, 1, 2, 0])}
 
-    def test_the_parameter_of_the_model_around_leaves(self):
-        def model(x):
-            outer = weight("outer")
+        def fn(params, x):
+            return jnp.mean(x @ slow(params["w"])[jnp.sort(params["order"])])
 
-            def layer(x):
-                return jnp.tanh(x @ slow(outer) @ slow(outer @ weight()))
+        _, grads = hk_stack.accumulate(fn, params, self.xs)
+        expected = jax.grad(fn, allow_int=True)(params, self.xs.reshape(10, 4))
+        assert_close(grads["w"], expected["w"])
+        assert grads["order"].dtype == jax.dtypes.float0
 
-            return hk_stack.layer_stack(L)(layer)(x)
+    def test_goes_into_optax(self):
+        optax = pytest.importorskip("optax")
+        optimiser = optax.adam(1e-2)
+        state = optimiser.init(self.params)
+        _, grads = hk_stack.accumulate(loss, self.params, self.xs, self.ys)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimiser.update(grads, state, self.params)
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (updates, self.params)]
+        assert shapes[0] == shapes[1]
 
-        transformed = hk.transform(model)
-        params = transformed.init(KEY, *vectors())
-        jaxpr = jax.make_jaxpr(transformed.apply)(params, None, *vectors()).jaxpr
-        assert "cumsum" not in jaxprs.names(jaxprs.body(jaxpr, L))
+    def test_mistakes(self):
+        run = functools.partial(hk_stack.accumulate, loss, self.params)
+        message = mistake(lambda: run(self.xs, self.ys[:2]))
+        assert "5 in `x`" in message and "2 in `y`" in message and "loss" in message
+        assert "no microbatches" in mistake(run)
+        assert "`y`" in mistake(lambda: run(self.xs, 1.0))
+        assert "0 in" in mistake(lambda: run(self.xs[:0], self.ys[:0]))
+        assert "one floating-point number" in mistake(
+            lambda: hk_stack.accumulate(lambda p, x: x, {}, self.xs)
+        )
+        assert "has_aux=True" in mistake(
+            lambda: hk_stack.accumulate(lambda p, x: (x.sum(), x), {}, self.xs)
+        )
+        assert "function" in mistake(lambda: hk_stack.accumulate(3, {}, self.xs))
 
-    def test_setup_is_in_one_place_for_several_consumers(self):
-        def layer(x):
-            setup = slow(weight())
-            return jnp.tanh(x @ setup) @ setup.T + setup[0][None]
 
-        jaxpr = trace(layer)
-        assert jaxprs.outside(jaxpr, L).count("cumsum") == 1
-        assert "cumsum" not in jaxprs.names(jaxprs.body(jaxpr, L))
-        assert per_layer_shapes(jaxpr).count((D, D)) == 1
+class TestMemoryOfSetup:
+    """`setup_batch_size` and `setup_remat` change the program, not its results."""
 
-
-class TestLargeSetup:
-    """Setup that is too large for one batch of all layers runs in several."""
-
-    def test_results_and_gradients(self):
-        def layer(x):
-            w = hk.get_parameter("w", [64], init=hk.initializers.RandomNormal())
-            large = jnp.cumsum(jnp.sin(w[:, None, None] * jnp.ones([64, 128, 128])), 0)
-            return jnp.tanh(x + jnp.mean(large[-1]))
-
-        def run(setup):
-            model = hk.transform(hk_stack.layer_stack(6, setup=setup)(layer))
-            params = model.init(KEY, *vectors())
+    @pytest.mark.parametrize("remat", [None, True, False])
+    @pytest.mark.parametrize("size", [None, 1, 2, 3, 5, 9])
+    def test_results(self, size, remat):
+        def run(**options):
+            stack = hk_stack.layer_stack(5, name="layers", **options)
+            model = hk.transform(lambda x: stack(layer)(x))
+            params = model.init(KEY, X)
 
             def total(params, x):
-                y = model.apply(params, None, x)
-                return jnp.sum(jnp.cos(y)), y
+                return jnp.sum(jnp.sin(model.apply(params, None, x)))
 
-            return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
-                params, *vectors()
-            )
+            return jax.value_and_grad(total, (0, 1))(params, X)
 
-        assert_close(run("auto"), run("inline"), 1e-4)
+        found = run(setup_batch_size=size, setup_remat=remat)
+        assert_close(found, run(setup="inline"))
 
-    def test_branches_run_layer_after_layer(self):
-        def layer(x):
-            w = weight()
-            inverse = jax.lax.cond(w.sum() > 0, slow, jnp.linalg.inv, w)
-            return jnp.tanh(x @ inverse)
-
-        assert_same_results(layer)
-
-
-class TestWhatStays:
-    def test_random_masks(self):
-        outside, inside = cut(lambda x: drop(0.5, x) @ slow(weight()))
-        assert "cumsum" in outside
-        assert "random_bits" in inside
-
-    def test_activations_state_and_per_layer_inputs(self):
-        def layer(x, kernel):
-            count = hk.get_state("count", [D], init=jnp.zeros)
-            hk.set_state("count", count + 1)
-            return x + jnp.cumsum(count)[None] + jnp.cumsum(kernel)[None], None
-
-        args = (*vectors(), jnp.ones([L, D]))
-        outside, inside = cut(layer, *args, with_per_layer=True)
-        assert inside.count("cumsum") == 2 and "cumsum" not in outside
-
-    def test_side_effects(self):
-        def layer(x):
-            setup = slow(weight())
-            jax.debug.print("{}", setup[0, 0])
-            return x @ setup
-
-        outside, inside = cut(layer)
-        assert "cumsum" in outside
-        assert any("callback" in name or "print" in name for name in inside)
-        assert not any("callback" in name or "print" in name for name in outside)
-
-    def test_callbacks_run_as_often_as_in_a_loop_and_in_its_order(self):
-        seen = []
-
-        def layer(x):
-            w = slow(weight())
-            io_callback(lambda v: seen.append(float(v)), None, w.sum(), ordered=True)
-            return jnp.tanh(x @ w)
-
-        params = hk.transform(hk_stack.layer_stack(L)(layer)).init(KEY, *vectors())
-        jax.effects_barrier()
-
-        def run(stack, transform):
-            seen.clear()
-            model = hk.transform(stack(L, name="__layer_stack_no_per_layer")(layer))
-            transform(model.apply)(params, None, *vectors())
-            jax.effects_barrier()
-            return np.array(seen)
-
-        expected = run(hk.layer_stack, jax.jit)
-        assert len(expected) == L
-        for transform in (jax.jit, lambda f: f):
-            np.testing.assert_allclose(run(hk_stack.layer_stack, transform), expected)
-
-    def test_pure_callbacks_on_parameters(self):
-        def layer(x):
-            w = weight()
-            shape = jax.ShapeDtypeStruct([], jnp.float32)
-            return x * jax.pure_callback(lambda w: np.float32(w.sum()), shape, w)
-
-        outside, inside = cut(layer)
-        assert "pure_callback" in inside and "pure_callback" not in outside
-
-    def test_traced_arrays_closed_over(self):
-        def model(x, table):
-            def layer(x):
-                return x @ slow(table) + weight()[0][None]
-
-            return hk_stack.layer_stack(L)(layer)(x)
-
-        transformed = hk.transform(model)
-        args = (*vectors(), normal(3, D, D))
-        params = transformed.init(KEY, *args)
-        jaxpr = jax.make_jaxpr(transformed.apply)(params, None, *args).jaxpr
-        assert "cumsum" in jaxprs.names(jaxprs.body(jaxpr, L))
-
-    def test_mutable_references(self):
-        def layer(x):
-            total = jax.new_ref(jnp.linalg.norm(weight()))
-            total[...] += x.sum()
-            return jnp.tanh(x * total[...])
-
-        assert_same_results(layer)
-
-    def test_a_branch_that_only_some_layers_take(self):
-        """In a batch both branches would run, and this one might not end."""
-
-        def layer(x):
-            s = hk.get_parameter("s", [], init=hk.initializers.RandomNormal())
-            grown = jax.lax.cond(
-                s > 0,
-                lambda s: jax.lax.while_loop(lambda c: c < 9.0, lambda c: c + s, s),
-                lambda s: s,
-                s,
-            )
-            return x * jnp.tanh(grown)
-
-        outside, inside = cut(layer)
-        assert "cond" in outside and "cond" not in inside
-        assert_same_results(layer)
-
-    @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
-    def test_random_numbers_that_would_be_others_in_a_batch(self, impl):
-        def layer(x):
-            seed = hk.get_parameter("seed", [], init=hk.initializers.RandomUniform())
-            key = jax.random.key((seed * 1000).astype(jnp.uint32), impl=impl)
-            return jnp.tanh(x @ jax.random.normal(key, [D, D]))
-
-        assert_same_results(layer)
-
-    def test_reductions_that_keep_the_size(self):
-        def layer(x):
-            return x + weight()[None, :1].sum(1)[0][None]
-
-        assert_same_results(layer)
-
-
-class TestOutputs:
-    def test_setup_may_be_all_that_a_layer_returns(self):
-        def only_setup(x):
-            del x
-            return slow(weight())[:B]
-
-        def only_a_parameter(x):
-            del x
-            return weight()[:B]
-
-        def only_a_constant(x):
-            return jnp.ones_like(x)
-
-        for layer in (only_setup, only_a_parameter, only_a_constant):
-            assert_same_results(layer)
-
-    def test_setup_as_output_of_each_layer(self):
-        def layer(x, scale):
-            setup = slow(weight())
-            return x * scale, {"setup": setup, "row": setup[0], "one": jnp.float32(1)}
-
-        def run(stack):
-            stacked = stack(L, True, name="stack")(layer)
-            return hk.transform(lambda x: stacked(x, jnp.ones([L])))
-
-        params = run(hk_stack.layer_stack).init(KEY, *vectors())
-        found, expected = (
-            run(stack).apply(params, None, *vectors())
-            for stack in (hk_stack.layer_stack, layer_loop)
+    def jaxpr(self, layers=6, **options):
+        model = hk.transform(
+            lambda x: hk_stack.layer_stack(layers, name="layers", **options)(layer)(x)
         )
-        assert_close(found, expected)
+        params = model.init(KEY, X)
+        grad = jax.grad(lambda p: model.apply(p, None, X).sum())
+        return jax.make_jaxpr(grad)(params).jaxpr
 
-    def test_setup_as_new_state(self):
-        def layer(x):
-            w = slow(weight())
-            hk.get_state("largest", [], init=jnp.zeros)
-            hk.set_state("largest", jnp.max(w))
-            return x @ w
+    def sorts(self, **options):
+        """How many layers each sort of the gradient's forward pass handles."""
+        eqns = jaxprs.equations(self.jaxpr(**options))
+        return [e.invars[0].aval.shape for e in eqns if e.primitive.name == "sort"]
 
-        assert_same_results(layer)
+    def test_batches(self):
+        assert self.sorts(setup_batch_size=6)[0] == (6, 4, 4)
+        assert self.sorts(setup_batch_size=99)[0] == (6, 4, 4)
+        assert self.sorts(setup_batch_size=2)[0] == (2, 4, 4)
+        assert self.sorts(setup_batch_size=1)[0] == (4, 4)
+        assert {(4, 4, 4), (2, 4, 4)} <= set(self.sorts(setup_batch_size=4))
 
+    @pytest.mark.parametrize("size", [1, 2, 6])
+    def test_remat_runs_setup_again(self, size):
+        kept = self.sorts(setup_batch_size=size, setup_remat=False)
+        again = self.sorts(setup_batch_size=size, setup_remat=True)
+        assert len(again) == 2 * len(kept)
 
-# Random layers: a pool of values to which random operations add more.
-UNARY = {
-    "slow": slow,
-    "exp": lambda a: jnp.exp(jnp.tanh(a)),
-    "norm": lambda a: a / (1.0 + jnp.linalg.norm(a)),
-    "transpose": jnp.transpose,
-    "scalar": lambda a: jnp.full_like(a, 0.1) * a.sum(),
-    "sort": lambda a: jnp.sort(a, axis=0),
-    "jit": jax.jit(lambda a: jnp.tanh(slow(a))),
-}
-BINARY = {
-    "matmul": lambda a, b: jnp.tanh(a @ b),
-    "add": lambda a, b: a + b,
-    "select": lambda a, b: jnp.where(a > 0, a, b),
-    "jit": jax.jit(lambda a, b: jnp.tanh(slow(a) @ jnp.sin(b))),
-    "remat": jax.checkpoint(lambda a, b: jnp.sin(slow(a)) @ jnp.tanh(b)),
-    "jit_remat": jax.jit(jax.checkpoint(lambda a, b: slow(a) + jnp.tanh(slow(b) @ a))),
-    "nested": jax.jit(lambda a, b: jax.jit(lambda a: slow(a))(b) * jnp.tanh(a)),
-    "scan": lambda a, b: jax.lax.scan(lambda c, r: (c + r[None], r), a, a * b)[0],
-}
-operations = st.lists(
-    st.one_of(
-        st.tuples(st.sampled_from(sorted(UNARY)), st.integers(0, 9)),
-        st.tuples(
-            st.sampled_from(sorted(BINARY)), st.integers(0, 9), st.integers(0, 9)
-        ),
-    ),
-    min_size=3,
-    max_size=8,
-)
+    def test_nested_stacks(self):
+        def inner(x):
+            return hk_stack.layer_stack(
+                2, name="inner", setup_batch_size=1, setup_remat=True
+            )(layer)(x)
 
+        def run(outer, **options):
+            model = hk.transform(lambda x: outer(3, name="outer", **options)(inner)(x))
+            params = model.init(KEY, X)
+            value = jax.value_and_grad(lambda p: model.apply(p, None, X).sum())
+            return value(params)
 
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(operations, st.sets(st.integers(0, 9), max_size=2))
-def test_random_layers(steps, marks):
-    def layer(x):
-        constant = np.eye(4, dtype=np.float32)
-        init = hk.initializers.RandomUniform(-0.5, 0.5)
-        w, v = (hk.get_parameter(name, [4, 4], init=init) for name in "wv")
-        pool, known = [w, x, v, constant], [True, False, True, True]
-        for i, (name, *which) in enumerate(steps):
-            which = [k % len(pool) for k in which]
-            table = UNARY if len(which) == 1 else BINARY
-            value = table[name](*(pool[k] for k in which))
-            known.append(all(known[k] for k in which))
-            pool.append(hk_stack.hoist(value) if known[-1] and i in marks else value)
-        return jnp.tanh(x + 0.1 * sum(pool[4:]))
+        expected = run(hk.layer_stack)
+        for size in (None, 1, 2):
+            found = run(hk_stack.layer_stack, setup_batch_size=size, setup_remat=True)
+            assert_close(found, expected)
 
-    x = normal(0, 4, 4)
-
-    def run(setup):
-        model = hk.transform(hk_stack.layer_stack(2, setup=setup)(layer))
-        params = model.init(KEY, x)
-
-        def total(params, x):
-            y = model.apply(params, None, x)
-            return jnp.sum(jnp.cos(y)), y
-
-        gradients = jax.jit(
-            jax.grad(total, argnums=(0, 1), has_aux=True), compiler_options=FAST
-        )
-        return gradients(params, x)
-
-    expected = run("inline")
-    assert_close(run("auto"), expected, 1e-4)
-    assert_close(run("marked"), expected, 1e-4)
-
-
-def test_long_cheap_work_after_setup_is_cut_fast():
-    """Two values that are combined again and again have exponentially many paths."""
-
-    def layer(x):
-        w = weight()
-        a, b = jnp.sum(w, 0), jnp.max(w, 0)
-        for _ in range(200):
-            a, b = a + b * 0.5, a * 0.3 - b * 0.5
-        return x + jnp.tanh(a + b)[None]
-
-    outside, inside = cut(layer)
-    assert "reduce_max" in outside and "reduce_max" not in inside
-
-
-@pytest.mark.parametrize("keyword", [False, True])
-def test_eager_gradients_leave_activations_closed_over_in_the_loop(keyword):
-    """Under `grad` alone the memory is not traced, though the carry is."""
-    memory = normal(4, 5, D)
-
-    def product(x, memory):
-        return x + jnp.sum(memory @ weight(), 0, keepdims=True)
-
-    def model(x):
-        stack = hk_stack.layer_stack(L)
-        if keyword:
-            return stack(product)(x, memory=memory)
-        return stack(lambda x: product(x, memory))(x)
-
-    model = hk.transform(model)
-    x = normal(3, B, D)
-    params = model.init(KEY, x)
-    jaxpr = jax.make_jaxpr(lambda params, x: model.apply(params, None, x))(params, x)
-    assert "dot_general" in jaxprs.names(jaxprs.body(jaxpr.jaxpr, L))
-
-
-@pytest.mark.parametrize("policy", ["auto", "marked"])
-@pytest.mark.parametrize("kind", ["scan", "custom_jvp"])
-def test_mark_inside_a_call_on_parameters_takes_the_call_along(policy, kind):
-    def marked(w):
-        return hk_stack.hoist(jnp.tanh(w))
-
-    def layer(x):
-        w = weight()
-        if kind == "scan":
-            w = jax.lax.scan(lambda c, _: (marked(c), None), w, length=2)[0]
-        else:
-            rule = jax.custom_jvp(marked)
-            rule.defjvp(lambda w, t: (marked(w[0]), t[0]))
-            w = rule(w)
-        return x @ w
-
-    outside, inside = cut(layer, setup=policy)
-    assert "tanh" in outside and "tanh" not in inside
+    def test_mistakes(self):
+        message = mistake(lambda: hk_stack.layer_stack(3, setup_batch_size=0, name="s"))
+        assert "setup_batch_size" in message and "'s'" in message
+        message = mistake(lambda: hk_stack.layer_stack(3, setup_remat="no", name="s"))
+        assert "setup_remat" in message and "'no'" in message

@@ -1,0 +1,529 @@
+"""Hoisting never changes results, on random layers.
+
+    pytest tests/test_random_layers.py                                # a few dozen
+    HK_STACK_LAYERS=10000 pytest -n 2 -v tests/test_random_layers.py  # the long run
+
+Each way to run a layer is traced, with its gradients. What a traced program computes is
+found by a small interpreter, since XLA would take seconds to compile it; a few programs
+are compiled nevertheless.
+"""
+
+import collections
+import gc
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import haiku as hk
+import hypothesis
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+from agreement import FAST
+from jax.extend import core as jex
+from layer_cases import layer_loop
+from random_layers import DTYPES, SHAPES, Program, Step, model, programs, real
+
+import hk_stack
+
+LAYERS = int(os.environ.get("HK_STACK_LAYERS", "60"))
+SHARD = 100  # Layers in one test, so that the long run shows how far it is.
+COMPILED = 50  # One in so many is compiled too.
+
+
+def over_programs(shard: int, count: int) -> Callable[..., Callable[[], None]]:
+    """Runs a check on `count` programs: others in each shard, but always the same."""
+
+    def decorate(check: Callable[[Program], None]) -> Callable[[], None]:
+        settings = hypothesis.settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        return hypothesis.seed(shard)(settings(hypothesis.given(programs())(check)))
+
+    return decorate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _rare_garbage_collection():
+    """Traced programs are many small objects: to look through them takes long."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(200_000, 20, 20)
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("shard", range(-(-LAYERS // SHARD)))
+def test_all_ways_to_run_a_layer_agree(shard):
+    @over_programs(shard, min(LAYERS, SHARD))
+    def check(program):
+        given = Given(program)
+        assert_agree(given.trace_all(), given, evaluate)
+
+    check()
+    if shard % 5 == 4:
+        jax.clear_caches()  # Or else memory grows, if slowly.
+
+
+@pytest.mark.parametrize("shard", range(-(-LAYERS // SHARD)))
+def test_compiled(shard):
+    # One more, as Hypothesis begins with the smallest.
+    @over_programs(1_000_000 + shard, 1 - (-min(LAYERS, SHARD) // COMPILED))
+    def check(program):
+        given = Given(program)
+        traced = given.trace_all()
+
+        def run(closed: jex.ClosedJaxpr, values: list[Any]) -> list[Any]:
+            if closed is traced["loop"]:
+                return evaluate(closed, values)
+            function = jex.jaxpr_as_fun(closed)
+            return jax.jit(function, compiler_options=FAST)(*values)
+
+        assert_agree(traced, given, run)
+        found = given.stacked("auto")(*given.arguments(given.values(0)))
+        expected = run(traced["loop"], given.values(0))[1:]
+        assert_close(
+            jax.tree.leaves(found), expected[: len(jax.tree.leaves(found))], 0.1
+        )
+
+    check()
+
+
+def test_programs_hoist_and_mix():
+    """The layers are such that the checks above mean something."""
+    hoists, mixes = [], []
+
+    @over_programs(0, 60)
+    def look(program):
+        given = Given(program)
+        arguments = given.arguments(given.leaves)
+        inline, auto = (
+            jax.make_jaxpr(given.stacked(setup))(*arguments).jaxpr
+            for setup in ("inline", "auto")
+        )
+        hoists.append(jaxprs.names(inline) != jaxprs.names(auto))
+        known = len(jax.tree.leaves(arguments[0]))
+        flags = [i < known for i in range(len(inline.invars))]
+        mixes.append(collections.Counter(mixed(inline, flags)))
+
+    look()
+    assert 2 * sum(hoists) > len(hoists)
+    # The stack is a scan, too.
+    assert 5 * sum(found["scan"] > 1 for found in mixes) > len(mixes)
+    assert all(any(found[name] for found in mixes) for name in ("cond", "while", "jit"))
+
+
+class Given:
+    """What a program is given, and the ways to run it.
+
+    Attributes:
+      program: The program.
+      leaves: The shapes of its parameters, state, key and inputs, in one list.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        inputs = (
+            [shape_of(kind) for kind in program.carry],
+            [shape_of(kind, program.num_layers) for kind in program.per_layer],
+            shape_of("matrix"),
+        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        init = self.transform(hk_stack.layer_stack, setup="inline").init
+        params, state = jax.eval_shape(init, key, *inputs)
+        self.leaves, self._tree = jax.tree.flatten((params, state, key, *inputs))
+
+    def transform(self, layer_stack: Callable[..., Any], **options: Any) -> Any:
+        return hk.transform_with_state(model(self.program, layer_stack, **options))
+
+    def stacked(self, setup: str) -> Callable[..., Any]:
+        return self.transform(hk_stack.layer_stack, setup=setup).apply
+
+    def arguments(self, leaves: list[Any]) -> Any:
+        """What `apply` takes."""
+        return jax.tree.unflatten(self._tree, leaves)
+
+    def values(self, seed: int) -> list[Any]:
+        """Values for the leaves; those of another seed are close by."""
+        numbers, nudges = np.random.default_rng(0), np.random.default_rng(seed)
+
+        def value(leaf: Any) -> Any:
+            if is_key(leaf):
+                return jax.random.key(7)
+            if not is_float(leaf):
+                return numbers.integers(0, 3, leaf.shape).astype(leaf.dtype)
+            value = 0.8 * numbers.normal(size=leaf.shape)
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                value = value + 0.5j
+            nudge = 1.0 + 0.01 * seed * nudges.normal(size=leaf.shape)
+            return np.asarray(value * nudge).astype(leaf.dtype)
+
+        return list(map(value, self.leaves))
+
+    def ways(self) -> dict[str, Callable[..., Any]]:
+        """The ways to run the program; the first is what is right."""
+        loop = self.transform(layer_loop).apply
+        ways = {"loop": loop, "inline": self.stacked("inline")}
+        ways["auto"] = self.stacked("auto")
+        if has_marks(self.program.layer):  # Or else it is "inline".
+            ways["marked"] = self.stacked("marked")
+        way = self.program.partitioned
+        arguments = self.arguments(self.leaves)
+        ways["partition"] = rejoined(ways[way], arguments)
+        return ways
+
+    def trace(self, apply: Callable[..., Any]) -> jex.ClosedJaxpr:
+        """The program of results, new state and gradients, as a function of leaves."""
+
+        def loss(floats: list[Any], others: list[Any]) -> Any:
+            rest = iter(others)
+            leaves = [next(rest) if f is None else f for f in floats]
+            found = apply(*self.arguments(leaves))
+            smooth = [real(a) for a in jax.tree.leaves(found) if is_float(a)]
+            return sum(jnp.sum(jnp.sin(a)) for a in smooth), found
+
+        def run(*leaves: Any) -> Any:
+            floats = [leaf if is_float(leaf) else None for leaf in leaves]
+            others = [leaf for leaf in leaves if not is_float(leaf)]
+            (total, found), gradients = jax.value_and_grad(loss, has_aux=True)(
+                floats, others
+            )
+            return total, found, gradients
+
+        return jax.make_jaxpr(run)(*self.leaves)
+
+    def trace_all(self) -> dict[str, jex.ClosedJaxpr]:
+        """The programs of all ways."""
+        loop, *others = self.ways().items()
+        try:
+            traced = {loop[0]: self.trace(loop[1])}
+        except TypeError as error:
+            # JAX cannot differentiate all rematerialised work on complex numbers.
+            hypothesis.assume("reduce_precision" not in str(error))
+            raise
+        return traced | {name: self.trace(apply) for name, apply in others}
+
+
+def rejoined(apply: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """`apply`, cut into setup and call, one after the other."""
+    split = hk_stack.partition(apply, *arguments)
+    return lambda params, *rest: split.call(split.setup(params), *rest)
+
+
+def shape_of(kind: str, *lead: int) -> jax.ShapeDtypeStruct:
+    shape, _, dtype = kind.partition(" ")
+    return jax.ShapeDtypeStruct((*lead, *SHAPES[shape]), DTYPES[dtype])
+
+
+def is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def has_marks(steps: tuple[Step, ...]) -> bool:
+    return any(step.op == "hoist" or has_marks(step.body) for step in steps)
+
+
+def mixed(jaxpr: jex.Jaxpr, known: list[bool]) -> Iterator[str]:
+    """The names of the equations that read both what is known and what is not."""
+    env = dict(zip(jaxpr.invars, known, strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [isinstance(v, jex.Literal) or env.get(v, True) for v in eqn.invars]
+        known = [
+            operands[i] for i, v in enumerate(eqn.invars) if isinstance(v, jex.Var)
+        ]
+        if any(known) and not all(known):
+            yield eqn.primitive.name
+        env.update(dict.fromkeys(eqn.outvars, all(known)))
+        for body in jaxprs.bodies(eqn):
+            if eqn.primitive.name != "while":
+                yield from mixed(body, operands[-len(body.invars) :])
+
+
+# When results agree.
+
+
+def assert_agree(
+    ways: dict[str, jex.ClosedJaxpr], given: Given, run: Callable[..., list[Any]]
+) -> None:
+    """All ways compute what the first does.
+
+    Rounding can tip a comparison over. That is chance, and then the same programs agree
+    on values nearby.
+    """
+    for name in list(ways)[1:]:
+        errors = []
+        for seed in range(3):
+            values = given.values(seed)
+            with np.errstate(all="ignore"):
+                expected, found = run(ways["loop"], values), run(ways[name], values)
+            try:
+                assert_close(found, expected, tolerance(ways["loop"].jaxpr))
+                break
+            except AssertionError as error:
+                errors.append(f"{name}, values {seed}: {error}")
+        else:
+            pytest.fail("\n".join(errors))
+
+
+def tolerance(jaxpr: jex.Jaxpr) -> float:
+    """Loose, if there are half-precision numbers on the way."""
+    equations = jaxprs.equations(jaxpr)
+    types = {v.aval.dtype.name for eqn in equations for v in eqn.outvars}
+    return 0.1 if types & {"float16", "bfloat16"} else 2e-4
+
+
+def assert_close(found: list[Any], expected: list[Any], tolerance: float) -> None:
+    """Up to `tolerance`; integers, and so random bits, are the same."""
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), i
+        if not is_float(y):
+            np.testing.assert_array_equal(x, y, f"result {i}")
+            continue
+        wide = np.complex128 if np.iscomplexobj(y) else np.float64
+        x, y = np.asarray(x).astype(wide), np.asarray(y).astype(wide)
+        assert np.all(np.isfinite(y)), i
+        scale = np.max(np.abs(y), initial=1.0)
+        error = np.max(np.abs(x - y), initial=0.0)
+        assert error <= tolerance * scale, f"result {i}: off by {error}\n{x}\n{y}"
+
+
+# The interpreter.
+
+
+def evaluate(closed: jex.ClosedJaxpr, args: list[Any]) -> list[Any]:
+    """What a traced program computes, one equation after the other."""
+    return run(closed.jaxpr, [*closed.consts, *args])
+
+
+def run(jaxpr: jex.Jaxpr, args: list[Any]) -> list[Any]:
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, jex.Literal):
+            return np.asarray(atom.val, atom.aval.dtype)
+        return env[atom]
+
+    for eqn in jaxpr.eqns:
+        found = equation(eqn, [read(atom) for atom in eqn.invars])
+        env.update(zip(eqn.outvars, found, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def equation(eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in RULES:
+        return RULES[name](values, **params)
+    if name in NUMPY and not any(map(is_key, values)):
+        result = NUMPY[name](*map(np.asarray, values), **params)
+        found = result if eqn.primitive.multiple_results else [result]
+        types = (v.aval.dtype for v in eqn.outvars)
+        return list(map(np.asarray, found, types))
+    result = eqn.primitive.bind(*values, **params)
+    found = result if eqn.primitive.multiple_results else [result]
+    return [r if is_key(r) else np.asarray(r) for r in found]
+
+
+def call(name: str) -> Callable[..., list[Any]]:
+    """The rule of an equation that runs the program `name` once."""
+
+    def rule(values: list[Any], **params: Any) -> list[Any]:
+        closed = params[name]
+        if isinstance(closed, jex.Jaxpr):
+            return run(closed, values)
+        return run(closed.jaxpr, [*closed.consts, *values])
+
+    return rule
+
+
+def scan_rule(values: list[Any], **params: Any) -> list[Any]:
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, carry = values[:num_consts], values[num_consts:][:num_carry]
+    rows = values[num_consts + num_carry :]
+    length = params["length"]
+    outs: list[Any] = [None] * length
+    order = range(length)
+    for i in reversed(order) if params["reverse"] else order:
+        now = evaluate(params["jaxpr"], [*consts, *carry, *(row[i] for row in rows)])
+        carry, outs[i] = now[:num_carry], now[num_carry:]
+    return [*carry, *map(stacked, zip(*outs, strict=True))]
+
+
+def stacked(values: tuple[Any, ...]) -> Any:
+    return (jnp if is_key(values[0]) else np).stack(values)
+
+
+def while_rule(values: list[Any], **params: Any) -> list[Any]:
+    first, second = params["cond_nconsts"], params["body_nconsts"]
+    asked, done = values[:first], values[first:][:second]
+    carry = values[first + second :]
+    while np.any(goes_on := evaluate(params["cond_jaxpr"], [*asked, *carry])[0]):
+        new = evaluate(params["body_jaxpr"], [*done, *carry])
+        # In a batch, some may be done before others.
+        pairs = zip(new, carry, strict=True)
+        carry = [np.where(lifted(goes_on, n.ndim), n, old) for n, old in pairs]
+    return carry
+
+
+def lifted(a: Any, ndim: int) -> Any:
+    return np.reshape(a, a.shape + (1,) * (ndim - a.ndim))
+
+
+def cond_rule(values: list[Any], **params: Any) -> list[Any]:
+    branches = params["branches"]
+    index = min(max(int(values[0]), 0), len(branches) - 1)
+    return evaluate(branches[index], values[1:])
+
+
+RULES = {
+    "scan": scan_rule,
+    "while": while_rule,
+    "cond": cond_rule,
+    "custom_jvp_call": call("call_jaxpr"),
+    "custom_vjp_call": call("call_jaxpr"),
+    "closed_call": call("call_jaxpr"),
+    "optimization_barrier": lambda values: values,
+    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), call("jaxpr")),
+}
+
+
+def dot_general(a: Any, b: Any, *, dimension_numbers: Any, **_: Any) -> Any:
+    (left, right), (left_batch, right_batch) = dimension_numbers
+    names = list(range(a.ndim))
+    others = [a.ndim + i for i in range(b.ndim)]
+    for i, j in (*zip(left, right), *zip(left_batch, right_batch)):  # noqa: B905
+        others[j] = names[i]
+    free = [n for i, n in enumerate(names) if i not in (*left, *left_batch)]
+    free += [n for j, n in enumerate(others) if j not in (*right, *right_batch)]
+    if a.dtype.itemsize < 4:
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    return np.einsum(a, names, b, others, [names[i] for i in left_batch] + free)
+
+
+def broadcast_in_dim(a: Any, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> Any:
+    lifted = [1] * len(shape)
+    for i, dim in enumerate(broadcast_dimensions):
+        lifted[dim] = a.shape[i]
+    return np.broadcast_to(a.reshape(lifted), shape)
+
+
+def convert(a: Any, *, new_dtype: Any, **_: Any) -> Any:
+    is_complex = np.issubdtype(new_dtype, np.complexfloating)
+    return (a if is_complex else a.real).astype(new_dtype)
+
+
+def slice_(a: Any, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
+    strides = strides or (1,) * a.ndim
+    return a[tuple(map(slice, start_indices, limit_indices, strides))]
+
+
+def select_n(which: Any, *cases: Any) -> Any:
+    return np.choose(which, cases) if len(cases) > 2 else np.where(which, *cases[::-1])
+
+
+def pad(a: Any, value: Any, *, padding_config: Any) -> Any:
+    low, high, inner = zip(*padding_config, strict=True)
+    shape = [
+        lo + hi + size + max(size - 1, 0) * step
+        for size, lo, hi, step in zip(a.shape, low, high, inner, strict=True)
+    ]
+    if min(*low, *high, 0) < 0:
+        return jax.lax.pad(a, value, padding_config)
+    result = np.full(shape, value)
+    ends = [size - hi for size, hi in zip(shape, high, strict=True)]
+    steps = [step + 1 for step in inner]
+    result[tuple(map(slice, low, ends, steps))] = a
+    return result
+
+
+def dynamic_slice(a: Any, *starts: Any, slice_sizes: Any, **_: Any) -> Any:
+    window = zip(starts, slice_sizes, a.shape, strict=True)
+    firsts = [(min(max(int(i), 0), n - size), size) for i, size, n in window]
+    return a[tuple(slice(i, i + size) for i, size in firsts)]
+
+
+def sort(*values: Any, dimension: int, num_keys: int, **_: Any) -> Any:
+    order = np.argsort(values[0], dimension, kind="stable")
+    return [np.take_along_axis(value, order, dimension) for value in values]
+
+
+def cumsum(a: Any, *, axis: int, reverse: bool) -> Any:
+    if reverse:
+        return np.flip(np.cumsum(np.flip(a, axis), axis), axis)
+    return np.cumsum(a, axis)
+
+
+def iota(*, dtype: Any, shape: Any, dimension: int, **_: Any) -> Any:
+    row = np.arange(shape[dimension]).astype(dtype)
+    return broadcast_in_dim(row, shape=shape, broadcast_dimensions=[dimension])
+
+
+def split(a: Any, *, sizes: Any, axis: int) -> Any:
+    return np.split(a, np.cumsum(sizes)[:-1], axis)
+
+
+def argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, *, axes, **_: function(a, axis=axes[0])
+
+
+def reduction(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, *, axes, **_: function(a, axis=axes)
+
+
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *values, **_: function(*values)
+
+
+ELEMENTWISE = {
+    **{n: n for n in "sin cos tanh exp log log1p expm1 sqrt abs sign conj".split()},
+    **{n: n for n in "real imag floor square copy".split()},
+    **dict(mul="multiply", sub="subtract", add="add", add_any="add", div="divide"),
+    **dict(neg="negative", max="maximum", min="minimum", eq="equal", ne="not_equal"),
+    **dict(lt="less", le="less_equal", gt="greater", ge="greater_equal"),
+    **dict(is_finite="isfinite", rem="fmod", exp2="exp2", pow="power"),
+    **{"and": "bitwise_and", "or": "bitwise_or", "not": "invert", "xor": "bitwise_xor"},
+}
+NUMPY = {
+    **{name: plain(getattr(np, function)) for name, function in ELEMENTWISE.items()},
+    "integer_pow": lambda a, *, y: a**y,
+    "complex": lambda a, b: a + 1j * b,
+    "clamp": lambda low, a, high: np.clip(a, low, high),
+    "logistic": lambda a, **_: 1 / (1 + np.exp(-a)),
+    "rsqrt": lambda a, **_: 1 / np.sqrt(a),
+    "pad": pad,
+    "iota": iota,
+    "dynamic_slice": dynamic_slice,
+    "sort": sort,
+    "cumsum": cumsum,
+    "split": split,
+    "stack": lambda *values, axis: np.stack(values, axis),
+    "unstack": lambda a, *, axis: list(np.moveaxis(a, axis, 0)),
+    "name": plain(np.asarray),
+    "stop_gradient": plain(np.asarray),
+    "reduce_precision": plain(np.asarray),
+    "convert_element_type": convert,
+    "select_n": select_n,
+    "dot_general": dot_general,
+    "broadcast_in_dim": broadcast_in_dim,
+    "reshape": lambda a, *, new_sizes, **_: a.reshape(new_sizes),
+    "squeeze": lambda a, *, dimensions: np.squeeze(a, dimensions),
+    "expand_dims": lambda a, *, dimensions: np.expand_dims(a, dimensions),
+    "transpose": lambda a, *, permutation: a.transpose(permutation),
+    "rev": lambda a, *, dimensions: np.flip(a, dimensions),
+    "slice": slice_,
+    "concatenate": lambda *values, dimension: np.concatenate(values, dimension),
+    "reduce_sum": reduction(np.sum),
+    "reduce_max": reduction(np.max),
+    "reduce_min": reduction(np.min),
+    "argmax": argument(np.argmax),
+    "argmin": argument(np.argmin),
+}
