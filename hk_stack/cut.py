@@ -15,6 +15,7 @@ jaxprs, so any composition of `jit`, `grad` and `vmap` around or inside the trac
 function is fine.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,9 +38,9 @@ _HOISTED = "hk_stack.hoisted"  # left by a cut: an outer cut hoists it too if it
 def hoist(value: T) -> T:
     """Marks `value`, computed inside a layer function, as setup.
 
-    `layer_stack` computes a marked value of all layers, in batches, before its loop.
-    The result is `value` itself: outside a stack, or with `setup="inline"`, this is
-    the identity.
+    `layer_stack` computes a marked value of all layers, in batches, before its loop,
+    and `partition` in its setup. The result is `value` itself: outside of both, or with
+    `setup="inline"`, this is the identity.
 
     Automatic hoisting finds most setup without a mark. A mark is for what it leaves
     alone on purpose: cheap work that is still worth moving, and values that also
@@ -61,8 +62,9 @@ def hoist(value: T) -> T:
       The same pytree of arrays.
 
     Raises:
-      ValueError: By the stack around it, if `value` depends on the layer's input, a
-        random key, state, a per-layer input or a side effect. The message says which.
+      ValueError: By the stack or partition around it, if `value` depends on the layer's
+        input, a random key, state, a per-layer input or a side effect. The message says
+        which.
     """
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, _MARK), value)
 
@@ -251,139 +253,151 @@ class _Task(NamedTuple):
 
 def _expose_scan(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
     """Moves what is known of each turn of a `scan` before it."""
-    params = eqn.params
-    closed, length = params["jaxpr"], params["length"]
-    first, stop = params["num_consts"], params["num_consts"] + params["num_carry"]
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
     if not length:
         return None
-    carry = _describe_carry(closed.jaxpr, outer[first:stop], range(first, stop), "scan")
-    per_turn = [i._replace(layered=True) for i in outer[stop:]]
-    inputs = [*outer[:first], *carry, *per_turn]
-    parts = task.inner(closed, inputs, "scan")
-    if not _outputs(parts):
+    carried = _carried(eqn)
+    carry = _describe_carry(body.jaxpr, outer, carried, "scan")
+    mapped = [i._replace(layered=True) for i in outer[carried.stop :]]
+    inputs = [*outer[: carried.start], *carry, *mapped]
+    parts = task.inner(body, inputs, "scan")
+    if not _count(parts):
         return None
-    layered = [i.layered for i in inputs]
 
     def run(*values: Any) -> list[Any]:
-        shared, own = derive(parts, values, layered, length)
+        shared, own = derive(parts, values, [i.layered for i in inputs], length)
         return [*shared, *(checkpoint_name(v, _HOISTED) for v in own)]
 
-    def after(derived: list[Atom]) -> jex.JaxprEqn:
-        count = len(parts.shared.jaxpr.outvars)
-        kept = _Kept(parts.call, len(derived), parts.call_inputs, closed.jaxpr.invars)
-        constants = [i for i in parts.call_inputs if i < first]
-        mapped = [i for i in parts.call_inputs if i >= stop]
-        order = [*constants, *range(first, stop), *mapped]
-        new = kept.given
-        invars = [*new[:count], *map(kept.variable, order), *new[count:]]
-        # Consts, carry, then what is mapped over: `own` goes with the last.
-        atoms = [*derived[:count], *(eqn.invars[i] for i in order), *derived[count:]]
-        return eqn.replace(
-            invars=atoms,
-            params={
-                **params,
-                "jaxpr": kept.with_inputs(invars),
-                "num_consts": count + len(constants),
-                **({"linear": (False,) * len(atoms)} if "linear" in params else {}),
-            },
-        )
+    return Exposed(_trace(run, eqn), functools.partial(_rest_of_scan, eqn, parts))
 
-    return Exposed(jax.make_jaxpr(run)(*(a.aval for a in eqn.invars)), after)
+
+def _carried(eqn: jex.JaxprEqn) -> range:
+    """Which inputs of a `scan` are its carry: constants are before, the rest after."""
+    first = eqn.params["num_consts"]
+    return range(first, first + eqn.params["num_carry"])
+
+
+def _rest_of_scan(eqn: jex.JaxprEqn, parts: Cut, derived: list[Atom]) -> jex.JaxprEqn:
+    """The `scan` of calls, given the values that all turns share, then the others."""
+    carried, body = _carried(eqn), eqn.params["jaxpr"].jaxpr
+    call = _Call(parts, body)
+    constants = [i for i in parts.call_inputs if i < carried.start]
+    mapped = [i for i in parts.call_inputs if i >= carried.stop]
+    order = [*constants, *carried, *mapped]
+    count = len(parts.shared.jaxpr.outvars)
+    operands = [
+        *derived[:count],
+        *(eqn.invars[i] for i in order),
+        *derived[count:],
+    ]
+    rest = call.taking(
+        [*call.given[:count], *map(call.variable, order), *call.given[count:]]
+    )
+    params = {**eqn.params, "jaxpr": rest, "num_consts": count + len(constants)}
+    if "linear" in params:  # Of earlier versions of JAX.
+        params["linear"] = (False,) * len(operands)
+    return eqn.replace(invars=operands, params=params)
 
 
 def _expose_while(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
     """Moves what does not change over a `while` before it."""
-    params = eqn.params
-    tests, turns = params["cond_nconsts"], params["body_nconsts"]
-    body, test = params["body_jaxpr"], params["cond_jaxpr"]
-    carry = _describe_carry(
-        body.jaxpr, outer[tests + turns :], range(turns, len(body.in_avals)), "while"
+    body = eqn.params["body_jaxpr"]
+    of_test, of_body, carried = _consts_of_while(eqn)
+    in_body = range(len(of_body), len(body.in_avals))
+    inputs = [outer[i] for i in (*of_body, *carried)]
+    carry = _describe_carry(body.jaxpr, inputs, in_body, "while")
+    test = task.inner(
+        eqn.params["cond_jaxpr"], [*(outer[i] for i in of_test), *carry], "while"
     )
-    of_test = task.inner(test, [*outer[:tests], *carry], "while")
-    of_body = task.inner(body, [*outer[tests : tests + turns], *carry], "while")
-    if any(e.primitive.name == "while" for e in _all_equations(of_body.shared.jaxpr)):
-        # The body may never run: what is in it need not end.
-        of_body = cut(body, [*outer[tests : tests + turns], *carry], "inline", "")
-    if not _outputs(of_test) and not _outputs(of_body):
+    inputs = [*(outer[i] for i in of_body), *carry]
+    turn = task.inner(body, inputs, "while")
+    if "while" in map(_name, _equations(turn.shared.jaxpr)):
+        turn = cut(body, inputs, "inline", "")  # It may never run, so need not end.
+    if not _count(test) and not _count(turn):
         return None
-    start = tests + turns  # Of the carry, among the inputs of the equation.
-
-    def place(i: int, consts: range) -> int:
-        return consts[i] if i < len(consts) else start + i - len(consts)
-
-    programs = [(of_test, range(tests)), (of_body, range(tests, start))]
 
     def run(*values: Any) -> list[Any]:
-        return [
-            value
-            for parts, consts in programs
-            for value in jex.jaxpr_as_fun(parts.shared)(
-                *(values[place(i, consts)] for i in parts.shared_inputs)
-            )
-        ]
+        def shared(parts: Cut, consts: range) -> list[Any]:
+            read = [values[i] for i in (*consts, *carried)]
+            setup = jex.jaxpr_as_fun(parts.shared)
+            return setup(*(read[i] for i in parts.shared_inputs))
 
-    def after(derived: list[Atom]) -> jex.JaxprEqn:
-        atoms: list[Atom] = []
-        new: dict[str, Any] = {}
-        rest = list(derived)
-        for name, (parts, consts), whole in zip(
-            ("cond", "body"), programs, (test, body), strict=True
-        ):
-            count = len(parts.shared.jaxpr.outvars)
-            kept = _Kept(parts.call, count, parts.call_inputs, whole.jaxpr.invars)
-            read = [i for i in parts.call_inputs if i < len(consts)]
-            order = [*read, *range(len(consts), len(whole.in_avals))]
-            invars = [*kept.given, *map(kept.variable, order)]
-            new[f"{name}_jaxpr"] = kept.with_inputs(invars)
-            new[f"{name}_nconsts"] = count + len(read)
-            atoms += [*rest[:count], *(eqn.invars[consts[i]] for i in read)]
-            rest = rest[count:]
-        atoms += eqn.invars[start:]
-        return eqn.replace(invars=atoms, params={**params, **new})
+        return [*shared(test, of_test), *shared(turn, of_body)]
 
-    return Exposed(jax.make_jaxpr(run)(*(a.aval for a in eqn.invars)), after)
+    after = functools.partial(_rest_of_while, eqn, test, turn)
+    return Exposed(_trace(run, eqn), after)
+
+
+def _consts_of_while(eqn: jex.JaxprEqn) -> tuple[range, range, range]:
+    """Which inputs of a `while` are constants of its test, of its body, its carry."""
+    test = eqn.params["cond_nconsts"]
+    body = test + eqn.params["body_nconsts"]
+    return range(test), range(test, body), range(body, len(eqn.invars))
+
+
+def _rest_of_while(
+    eqn: jex.JaxprEqn, test: Cut, turn: Cut, derived: list[Atom]
+) -> jex.JaxprEqn:
+    """The `while` of calls, given the derived values of its test, then its body."""
+    of_test, of_body, carried = _consts_of_while(eqn)
+    rest, operands, params = list(derived), [], dict(eqn.params)
+    for name, parts, consts in (("cond", test, of_test), ("body", turn, of_body)):
+        call = _Call(parts, eqn.params[f"{name}_jaxpr"].jaxpr)
+        read = [i for i in parts.call_inputs if i < len(consts)]
+        order = [*read, *range(len(consts), len(consts) + len(carried))]
+        taken = [*call.given, *map(call.variable, order)]
+        params[f"{name}_jaxpr"] = call.taking(taken)
+        params[f"{name}_nconsts"] = len(call.given) + len(read)
+        operands += [*rest[: len(call.given)], *(eqn.invars[consts[i]] for i in read)]
+        rest = rest[len(call.given) :]
+    operands += [eqn.invars[i] for i in carried]
+    return eqn.replace(invars=operands, params=params)
 
 
 def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
     """Moves what is known in each branch of a known `cond` into one before it."""
     if not outer[0].known:  # Which branch runs is not known: none may run before.
         return None
-    branches = eqn.params["branches"]
-    cuts = [task.inner(branch, outer[1:], "cond") for branch in branches]
+    cuts = [task.inner(branch, outer[1:], "cond") for branch in eqn.params["branches"]]
     slots = _Slots([parts.shared.out_avals for parts in cuts])
     if not slots.avals or any(map(_is_key, slots.avals)):
         return None
-
     # Only what is read, as a cond of unknown operands would be cut again.
     read = sorted({i for parts in cuts for i in parts.shared_inputs})
 
+    def filling(parts: Cut, own: list[int]) -> Callable[..., Any]:
+        def branch(values: Sequence[Any]) -> list[Any]:
+            setup = jex.jaxpr_as_fun(parts.shared)
+            found = setup(*(values[read.index(i)] for i in parts.shared_inputs))
+            filled = [jnp.zeros(aval.shape, aval.dtype) for aval in slots.avals]
+            for slot, value in zip(own, found, strict=True):
+                filled[slot] = jax.lax.convert_element_type(value, value.dtype)
+            return filled
+
+        return branch
+
     def run(index: Any, *values: Any) -> list[Any]:
-        def derived_of(k: int) -> Callable[..., Any]:
-            def branch(values: Sequence[Any]) -> list[Any]:
-                picked = [values[read.index(i)] for i in cuts[k].shared_inputs]
-                found = jex.jaxpr_as_fun(cuts[k].shared)(*picked)
-                filled = [jnp.zeros(a.shape, a.dtype) for a in slots.avals]
-                for value, slot in zip(found, slots.of[k], strict=True):
-                    filled[slot] = jax.lax.convert_element_type(value, value.dtype)
-                return filled
+        branches = list(map(filling, cuts, slots.of))
+        return jax.lax.switch(index, branches, [values[i] for i in read])
 
-            return branch
+    after = functools.partial(_rest_of_cond, eqn, cuts, slots)
+    return Exposed(_trace(run, eqn), after)
 
-        known = [values[i] for i in read]
-        return jax.lax.switch(index, [derived_of(k) for k in range(len(cuts))], known)
 
-    def after(derived: list[Atom]) -> jex.JaxprEqn:
-        order = sorted({i for parts in cuts for i in parts.call_inputs})
-        new = []
-        for parts, own, branch in zip(cuts, slots.of, branches, strict=True):
-            kept = _Kept(parts.call, len(own), parts.call_inputs, branch.jaxpr.invars)
-            handed = dict(zip(own, kept.given, strict=True))
-            filled = [handed.get(s, v) for s, v in enumerate(_new(derived))]
-            new.append(kept.with_inputs([*filled, *map(kept.variable, order)]))
-        atoms = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
-        return eqn.replace(invars=atoms, params={**eqn.params, "branches": tuple(new)})
-
-    return Exposed(jax.make_jaxpr(run)(*(a.aval for a in eqn.invars)), after)
+def _rest_of_cond(
+    eqn: jex.JaxprEqn, cuts: list[Cut], slots: "_Slots", derived: list[Atom]
+) -> jex.JaxprEqn:
+    """The `cond` of calls, given what the slots hold."""
+    order = sorted({i for parts in cuts for i in parts.call_inputs})
+    branches = []
+    for parts, own, branch in zip(cuts, slots.of, eqn.params["branches"], strict=True):
+        call = _Call(parts, branch.jaxpr)
+        given = dict(zip(own, call.given, strict=True))
+        filled = [given.get(i) or flat.fresh(v) for i, v in enumerate(derived)]
+        branches.append(call.taking([*filled, *map(call.variable, order)]))
+    operands = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
+    params = {**eqn.params, "branches": tuple(branches)}
+    return eqn.replace(invars=operands, params=params)
 
 
 _CONTROL = {"scan": _expose_scan, "while": _expose_while, "cond": _expose_cond}
@@ -414,51 +428,55 @@ class _Slots:
         return len(self.avals) - 1
 
 
-class _Kept:
-    """A call, whose inputs are to be put in another order.
+class _Call:
+    """The call of a cut, whose inputs are to be put in another order.
 
     Attributes:
       given: The variables that take the derived values.
     """
 
-    def __init__(
-        self,
-        call: jex.ClosedJaxpr,
-        derived: int,
-        positions: Sequence[int],
-        inputs: Sequence[jex.Var],
-    ):
-        self.call = call
-        self.given = call.jaxpr.invars[:derived]
-        self._read = dict(zip(positions, call.jaxpr.invars[derived:], strict=True))
-        self._inputs = inputs
+    def __init__(self, parts: Cut, whole: jex.Jaxpr):
+        variables = parts.call.jaxpr.invars
+        self.given = variables[: _count(parts)]
+        read = zip(parts.call_inputs, variables[_count(parts) :], strict=True)
+        self._read = dict(read)
+        self._jaxpr = parts.call.jaxpr
+        self._whole = whole
 
     def variable(self, i: int) -> jex.Var:
         """What takes input `i`; a new variable if the call does not read it."""
-        return self._read[i] if i in self._read else flat.fresh(self._inputs[i])
+        return self._read[i] if i in self._read else flat.fresh(self._whole.invars[i])
 
-    def with_inputs(self, invars: Sequence[jex.Var]) -> jex.ClosedJaxpr:
-        """The call as a function of `invars`."""
-        return jex.ClosedJaxpr(self.call.jaxpr.replace(invars=list(invars)), [])
+    def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
+        """The call as a function of `variables`."""
+        return jex.ClosedJaxpr(self._jaxpr.replace(invars=list(variables)), [])
 
 
-def _new(atoms: Sequence[Atom]) -> list[jex.Var]:
-    return list(map(flat.fresh, atoms))
+def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """`run` of the inputs of `eqn`."""
+    return jax.make_jaxpr(run)(*(atom.aval for atom in eqn.invars))
 
 
 def _describe_carry(
-    body: jex.Jaxpr, outer: Sequence[Input], places: range, what: str
+    body: jex.Jaxpr, outer: Sequence[Input], carried: range, what: str
 ) -> list[Input]:
-    """The carry of a loop: what each turn hands on as it came does not change."""
+    """The carry of a loop: what each turn hands on as it came does not change.
+
+    Args:
+      body: What each turn runs.
+      outer: The inputs of the body.
+      carried: Which of them are the carry.
+      what: Kind of the loop.
+    """
     return [
-        i
-        if body.outvars[k] is body.invars[places[k]]
+        outer[i]
+        if body.outvars[k] is body.invars[i]
         else Input(f"the carry of a {what}", False, False, False)
-        for k, i in enumerate(outer)
+        for k, i in enumerate(carried)
     ]
 
 
-def _outputs(parts: Cut) -> int:
+def _count(parts: Cut) -> int:
     """The number of derived values."""
     return len(parts.shared.jaxpr.outvars) + len(parts.setup.jaxpr.outvars)
 
@@ -470,11 +488,16 @@ def _closed_bodies(eqn: jex.JaxprEqn) -> Iterator[jex.ClosedJaxpr]:
                 yield value
 
 
-def _all_equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+    """All equations, those inside others too."""
     for eqn in jaxpr.eqns:
         yield eqn
         for body in flat.bodies(eqn):
-            yield from _all_equations(body)
+            yield from _equations(body)
+
+
+def _name(eqn: jex.JaxprEqn) -> str:
+    return eqn.primitive.name
 
 
 def _is_key(aval: Any) -> bool:

