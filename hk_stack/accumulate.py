@@ -28,7 +28,8 @@ def accumulate(
 
     but what `loss` computes from `params` alone is computed once, and its gradient is
     pulled back once (see `partition`). The microbatches run one after the other, so
-    that memory is that of one of them.
+    that memory is that of one of them. Call it inside `jit`: outside, it compiles anew
+    at each call.
 
     >>> import jax, jax.numpy as jnp, hk_stack
     >>> def loss(params, x, y):
@@ -58,10 +59,12 @@ def accumulate(
       TypeError: If there are no microbatches, or `loss` does not return what it should.
       ValueError: If leading axes differ or are empty.
     """
-    where = checks.microbatches(loss, microbatches)
+    where = checks.microbatches(loss, params, microbatches)
     num = jax.tree.leaves(microbatches)[0].shape[0]
     one = layout.drop_layers(microbatches)
-    checks.scalar_loss(jax.eval_shape(loss, params, *one), has_aux, where)
+    with checks.while_tracing(where):
+        result = jax.eval_shape(loss, params, *one)
+    checks.scalar_loss(result, has_aux, where)
     split = partition(loss, params, *one)
     moving, fixed = _separate(params)
 

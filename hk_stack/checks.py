@@ -13,6 +13,7 @@ from typing import Any
 
 import haiku as hk
 import jax
+import numpy as np
 
 
 def describe(name: str, f: Callable[..., Any]) -> str:
@@ -52,7 +53,7 @@ def positive(value: Any, argument: str, name: str) -> int:
 
 def one_of(word: Any, words: Sequence[str], argument: str, name: str) -> str:
     """`word`, if it is one of `words`."""
-    if word not in words:
+    if not isinstance(word, str) or word not in words:
         expected = ", ".join(f'"{w}"' for w in words)
         raise ValueError(
             f"layer_stack {name!r}: {argument} must be one of {expected}, not {word!r}."
@@ -62,12 +63,12 @@ def one_of(word: Any, words: Sequence[str], argument: str, name: str) -> str:
 
 def true_or_false(value: Any, argument: str, name: str) -> bool | None:
     """`value`, if it is True, False or None."""
-    if value not in (None, True, False):
+    if not (value is None or isinstance(value, (bool, np.bool_))):
         raise TypeError(
             f"layer_stack {name!r}: {argument} must be True, False or None (which "
             f"chooses), not {value!r}."
         )
-    return value
+    return None if value is None else bool(value)
 
 
 def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
@@ -310,58 +311,62 @@ def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:
         )
     names = argument_names(fn, len(example_args))
     for name, tree in zip(names, example_args, strict=True):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            if not (hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))):
-                at = f" (at {_path_name(path)})" if path else ""
-                raise TypeError(
-                    f"{where}: example argument `{name}`{at} is a "
-                    f"{type(leaf).__name__} ({leaf!r}); expected arrays or "
-                    "jax.ShapeDtypeStructs. Bind static arguments before: "
-                    f"functools.partial(fn, {name}=...)."
-                )
+        arrays(tree, f"{where}: example argument `{name}`")
     return where
 
 
+def arrays(tree: Any, what: str) -> None:
+    """Checks that all leaves are arrays, their types, or Python numbers."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        at = f"{what} (at {_path_name(path)})" if path else what
+        if isinstance(leaf, getattr(jax, "Ref", ())):
+            raise TypeError(f"{at} is a jax.Ref; expected an array. Read it before.")
+        is_number = isinstance(leaf, (int, float, complex))
+        is_text = getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSU"
+        if is_text or not (hasattr(leaf, "shape") or is_number):
+            raise TypeError(
+                f"{at} is a {type(leaf).__name__} ({leaf!r}); expected arrays or "
+                "jax.ShapeDtypeStructs. Bind static arguments before, as in "
+                "functools.partial(fn, is_training=True)."
+            )
+
+
 @contextlib.contextmanager
-def static_arguments(where: str) -> Iterator[None]:
-    """Says what to do where a traced argument had to be a Python value."""
+def while_tracing(where: str) -> Iterator[None]:
+    """Says what to do where a function fails on traced arguments."""
     try:
         yield
-    except jax.errors.ConcretizationTypeError as error:
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
         error.add_note(
-            f"{where}: all example arguments are traced. Bind static ones before: "
+            f"{where}: this happened while tracing it on the arguments given, all of "
+            "which are traced. Bind static ones before, as in "
             "functools.partial(fn, is_training=True)."
         )
         raise
 
 
 def same_leaves(given: Any, example: Any, what: str) -> None:
-    """Checks that `given` has the structure, shapes and dtypes of `example`."""
+    """Checks that `given` has the structure and types of `example`, a tree of avals."""
     old: Any = jax.tree.structure(example)
     new: Any = jax.tree.structure(given)
     if old != new:
-        lost = sorted(set(leaf_names(example)) - set(leaf_names(given)))
-        more = sorted(set(leaf_names(given)) - set(leaf_names(example)))
+        lost = sorted(set(leaf_names(example)) - set(leaf_names(given)) - {""})
+        more = sorted(set(leaf_names(given)) - set(leaf_names(example)) - {""})
         raise TypeError(
             f"{what} is of another structure than the example it was partitioned for:"
-            f"{_some(' lacks', lost)}{_some(' has also', more)}"
-            f"{'' if lost or more else f' expected {old}, found {new}'}. Partition "
-            "again for other arguments."
+            f"{_some(' lacks', lost)}{_some(' has also', more)} expected {old}, found "
+            f"{new}. Partition again for other arguments."
         )
-    examples = jax.tree.leaves(example)
-    for (path, x), y in zip(jax.tree.leaves_with_path(given), examples, strict=True):
-        found, expected = jax.typeof(x), _typeof(y)
-        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+    for (path, leaf), aval in zip(
+        jax.tree.leaves_with_path(given), jax.tree.leaves(example), strict=True
+    ):
+        found = jax.typeof(leaf)
+        if (found.shape, found.dtype) != (aval.shape, aval.dtype):
             at = f" (at {_path_name(path)})" if path else ""
             raise ValueError(
                 f"{what}{at} is {found.str_short()}; it was partitioned for "
-                f"{expected.str_short()}. Partition again for other shapes or dtypes."
+                f"{aval.str_short()}. Partition again for other shapes or dtypes."
             )
-
-
-def _typeof(leaf: Any) -> Any:
-    is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
-    return jax.core.ShapedArray(leaf.shape, leaf.dtype) if is_spec else jax.typeof(leaf)
 
 
 def _some(what: str, names: Sequence[str]) -> str:
@@ -390,19 +395,21 @@ def same_count(given: Sequence[Any], names: Sequence[str], where: str) -> None:
         )
 
 
-def microbatches(loss: Any, trees: tuple[Any, ...]) -> str:
-    """Checks that all leaves have one leading axis; returns how errors name `loss`."""
+def microbatches(loss: Any, params: Any, trees: tuple[Any, ...]) -> str:
+    """Checks what `accumulate` is given; returns how errors name it."""
     if not callable(loss):
         raise TypeError(
             f"accumulate: the loss must be a function, not {type(loss).__name__}."
         )
     where = f"accumulate of {_name_of(loss)!r}"
-    names = argument_names(loss, len(trees) + 1)[1:]
+    first, *names = argument_names(loss, len(trees) + 1)
+    arrays(params, f"{where}: argument `{first}`")
     lengths: dict[str, int] = {}
     for name, tree in zip(names, trees, strict=True):
         for path, leaf in jax.tree.leaves_with_path(tree):
             at = f"`{name}`" + (f" (at {_path_name(path)})" if path else "")
-            if not getattr(leaf, "shape", ()):
+            is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
+            if is_spec or not getattr(leaf, "shape", ()):
                 raise TypeError(
                     f"{where}: microbatches {at} is a {type(leaf).__name__} without "
                     "axes; expected an array [M, ...]. Close over what all "
@@ -426,7 +433,11 @@ def microbatches(loss: Any, trees: tuple[Any, ...]) -> str:
 def scalar_loss(result: Any, has_aux: bool, where: str) -> None:
     """Checks what a loss returns."""
     if has_aux:
-        is_pair(result, where)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"{where}: has_aux=True, the loss must return a pair (loss, aux). "
+                "Return (loss, None), or leave has_aux out."
+            )
         result = result[0]
     elif isinstance(result, tuple):
         raise TypeError(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from hk_stack import flat
@@ -42,18 +43,18 @@ def can_batch(jaxpr: jex.Jaxpr) -> bool:
     In a batch all branches of a `cond` run, also one that would not end, and random
     bits of other keys than threefry's are other bits.
     """
-
-    def is_other_key(atom: Atom) -> bool:
-        return str(atom.aval.dtype).startswith("key<") and "fry" not in str(
-            atom.aval.dtype
-        )
-
     return all(
         eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
-        and not any(map(is_other_key, eqn.invars))
+        and not any(map(_is_other_key, eqn.invars))
         and all(map(can_batch, flat.bodies(eqn)))
         for eqn in jaxpr.eqns
     )
+
+
+def _is_other_key(atom: Atom) -> bool:
+    """Whether `atom` is a random key of another kind than threefry's."""
+    is_key = jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.prng_key)
+    return is_key and "fry" not in str(atom.aval.dtype)
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:

@@ -62,10 +62,17 @@ def hoist(value: T) -> T:
       The same pytree of arrays.
 
     Raises:
+      TypeError: If a leaf is no array.
       ValueError: By the stack or partition around it, if `value` depends on the layer's
         input, a random key, state, a per-layer input or a side effect. The message says
         which.
     """
+    for leaf in jax.tree.leaves(value):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
+            raise TypeError(
+                f"hk_stack.hoist: expected a pytree of arrays, found a "
+                f"{type(leaf).__name__} ({leaf!r})."
+            )
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, _MARK), value)
 
 
@@ -90,20 +97,22 @@ class Cut(NamedTuple):
     """A traced function in parts, equal to it when run one after the other.
 
     ```
-    shared = cut.shared(*pick(cut.shared_inputs))
-    own = cut.setup(*shared, *pick(cut.setup_inputs))
-    outputs = cut.call(*shared, *own, *pick(cut.call_inputs))
+    before = cut.shared(*pick(cut.shared_inputs))
+    own = cut.setup(*before, *pick(cut.setup_inputs))
+    outputs = cut.call(*before[:num_shared], *own, *pick(cut.call_inputs))
     ```
 
     where `pick` takes the inputs at these positions.
 
     Attributes:
-      shared: The derived values that depend on no layered input.
+      shared: The derived values that depend on no layered input; then what only
+        `setup` needs of this kind, and is too expensive to compute in each layer.
       setup: The derived values of one layer.
       call: The rest.
       shared_inputs: Positions of the inputs that `shared` reads.
       setup_inputs: Positions of the inputs that `setup` reads.
       call_inputs: Positions of the inputs that `call` reads.
+      num_shared: How many derived values `shared` computes.
     """
 
     shared: jex.ClosedJaxpr
@@ -112,6 +121,7 @@ class Cut(NamedTuple):
     shared_inputs: tuple[int, ...]
     setup_inputs: tuple[int, ...]
     call_inputs: tuple[int, ...]
+    num_shared: int
 
 
 def cut(
@@ -144,7 +154,9 @@ def cut(
         known = task.known()
         flattened = flat.flatten(
             closed,
-            lambda body, reads: bool(reads & known) or _has_mark_inside(body),
+            lambda body, reads: (
+                bool(reads & known) or any(_is_marked(e, (_MARK,)) for e in body.eqns)
+            ),
             task.expose,
             cost.OPAQUE,
         )
@@ -158,7 +170,7 @@ def cut(
     whole = jex.ClosedJaxpr(jaxpr, [])
     empty = jaxpr.replace(invars=[], outvars=[], eqns=[], effects=set())
     nothing = jex.ClosedJaxpr(empty, [])
-    return Cut(nothing, nothing, whole, (), (), tuple(range(len(inputs))))
+    return Cut(nothing, nothing, whole, (), (), tuple(range(len(inputs))), 0)
 
 
 def derive(
@@ -188,12 +200,13 @@ def derive(
     setup = parts.setup
     if not setup.jaxpr.outvars:
         return shared, []
+    before, shared = shared, shared[: parts.num_shared]
     inputs = {i: values[i] for i in parts.setup_inputs}
     own = [i for i in inputs if layered[i]]
 
     def one(own_values: list[Any]) -> list[Any]:
         read = inputs | dict(zip(own, own_values, strict=True))
-        return jex.jaxpr_as_fun(setup)(*shared, *read.values())
+        return jex.jaxpr_as_fun(setup)(*before, *read.values())
 
     if not cost.can_batch(setup.jaxpr):
         batch_size = 1
@@ -234,7 +247,7 @@ class _Task(NamedTuple):
             return None
         outer = [self._describe(mask) for mask in reads]
         if all(i.known for i in outer) or (
-            all(i.fixed for i in outer) and any(map(_has_mark_inside, flat.bodies(eqn)))
+            all(i.fixed for i in outer) and _is_marked(eqn, (_MARK, _HOISTED))
         ):
             return None
         return expose(self, eqn, outer)
@@ -284,7 +297,7 @@ def _rest_of_scan(eqn: jex.JaxprEqn, parts: Cut, derived: list[Atom]) -> jex.Jax
     constants = [i for i in parts.call_inputs if i < carried.start]
     mapped = [i for i in parts.call_inputs if i >= carried.stop]
     order = [*constants, *carried, *mapped]
-    count = len(parts.shared.jaxpr.outvars)
+    count = parts.num_shared
     operands = [
         *derived[:count],
         *(eqn.invars[i] for i in order),
@@ -356,8 +369,12 @@ def _rest_of_while(
 
 def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
     """Moves what is known in each branch of a known `cond` into one before it."""
-    if not outer[0].known:  # Which branch runs is not known: none may run before.
+    if not outer[0].fixed:  # Which branch runs is not known: none may run before.
         return None
+    if eqn.params.get("branches_platforms") is not None:
+        return None  # The platform tells which branch runs, when it is known.
+    if not outer[0].known:
+        task = task._replace(policy="marked")
     cuts = [task.inner(branch, outer[1:], "cond") for branch in eqn.params["branches"]]
     slots = _Slots([parts.shared.out_avals for parts in cuts])
     if not slots.avals or any(map(_is_key, slots.avals)):
@@ -378,7 +395,10 @@ def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
 
     def run(index: Any, *values: Any) -> list[Any]:
         branches = list(map(filling, cuts, slots.of))
-        return jax.lax.switch(index, branches, [values[i] for i in read])
+        derived = jax.lax.switch(index, branches, [values[i] for i in read])
+        if task.policy == "marked":
+            return [checkpoint_name(v, _HOISTED) for v in derived]
+        return derived
 
     after = functools.partial(_rest_of_cond, eqn, cuts, slots)
     return Exposed(_trace(run, eqn), after)
@@ -478,7 +498,7 @@ def _describe_carry(
 
 def _count(parts: Cut) -> int:
     """The number of derived values."""
-    return len(parts.shared.jaxpr.outvars) + len(parts.setup.jaxpr.outvars)
+    return parts.num_shared + len(parts.setup.jaxpr.outvars)
 
 
 def _closed_bodies(eqn: jex.JaxprEqn) -> Iterator[jex.ClosedJaxpr]:
@@ -505,7 +525,10 @@ def _is_key(aval: Any) -> bool:
 
 
 def _has_references(flattened: Flat) -> bool:
-    """Whether mutable references are read or written: their order is their meaning."""
+    """Whether an effect names an input by its position, which a cut would change.
+
+    Those on mutable references do, in earlier versions of JAX.
+    """
     return any(
         hasattr(effect, "input_index")
         for node in flattened.nodes
@@ -514,20 +537,43 @@ def _has_references(flattened: Flat) -> bool:
 
 
 def _split(flattened: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]) -> Cut:
-    # A derived value that another one replaced in the call need not be computed.
+    """The parts of a function, given which values are derived."""
     outputs = flattened.outputs
-    used = flat.variables(outputs)
-    for node in flat.needed(flattened.nodes, outputs, derived, with_effects=True):
-        used |= flat.variables(node.eqn.invars)
     layered = bits(i.layered for i in inputs)
-    shared = [v for v in derived if v in used and not flattened.reads[v] & layered]
-    own = [v for v in derived if v in used and flattened.reads[v] & layered]
-    shared_program, shared_inputs = flat.program(flattened, shared)
-    setup, setup_inputs = flat.program(flattened, own, shared)
+    derived = _used(flattened, outputs, derived)
+    shared = [v for v in derived if not flattened.reads[v] & layered]
+    own = [v for v in derived if flattened.reads[v] & layered]
+    once = [
+        v
+        for node in flat.needed(flattened.nodes, own, shared)
+        if not node.reads & layered
+        and cost.is_expensive(node.eqn, _elements(flattened, node.reads))
+        for v in node.eqn.outvars
+    ]
+    before = [*shared, *_used(flattened, own, [v for v in once if v not in shared])]
+    shared_program, shared_inputs = flat.program(flattened, before)
+    setup, setup_inputs = flat.program(flattened, own, before)
     call, call_inputs = flat.program(
         flattened, outputs, [*shared, *own], with_effects=True
     )
-    return Cut(shared_program, setup, call, shared_inputs, setup_inputs, call_inputs)
+    positions = shared_inputs, setup_inputs, call_inputs
+    return Cut(shared_program, setup, call, *positions, len(shared))
+
+
+def _used(
+    flattened: Flat, outputs: Sequence[Atom], given: Sequence[jex.Var]
+) -> list[jex.Var]:
+    """Those of `given` that are read, if all are given, to compute `outputs`."""
+    used = flat.variables(outputs)
+    for node in flat.needed(flattened.nodes, outputs, given, with_effects=True):
+        used |= flat.variables(node.eqn.invars)
+    return [v for v in given if v in used]
+
+
+def _elements(flattened: Flat, reads: int) -> int:
+    """The number of elements of the inputs `reads`."""
+    inputs = enumerate(flattened.jaxpr.invars)
+    return sum(cost.size(v) for i, v in inputs if reads >> i & 1)
 
 
 def _settle_marks(
@@ -537,31 +583,29 @@ def _settle_marks(
     fixed = bits(i.fixed for i in inputs)
     nodes, marked = [], []
     for node in flattened.nodes:
-        eqn = node.eqn
-        name = eqn.params["name"] if eqn.primitive.name == "name" else None
-        is_fixed = not node.reads & ~fixed
-        if name == _MARK and not is_fixed:
-            raise ValueError(_explain_mark(eqn, inputs, node.reads & ~fixed, where))
-        inside = any(map(_has_mark_inside, flat.bodies(eqn)))
-        if inside and not is_fixed:
-            found = _name_inputs(inputs, node.reads & ~fixed)
-            raise ValueError(
-                f"{where}: hk_stack.hoist was called inside a {eqn.primitive.name} "
-                f"that depends on {found}; the cut does not look into it. Compute the "
-                "marked value before it."
-            )
-        if is_fixed and (inside or name in (_MARK, _HOISTED)):
+        eqn, others = node.eqn, node.reads & ~fixed
+        if not others and _is_marked(eqn, (_MARK, _HOISTED)):
             marked.extend(eqn.outvars)
+        elif others and _is_marked(eqn, (_MARK,)) and eqn.params.get("length") != 0:
+            raise ValueError(_explain_mark(eqn, inputs, others, where))
         nodes.append(node._replace(eqn=_weaken(eqn)))
     return flattened._replace(nodes=nodes), marked
 
 
+def _is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
+    """Whether `eqn` is one of `marks`, or holds one."""
+    is_mark = _name(eqn) == "name" and eqn.params["name"] in marks
+    return is_mark or any(
+        _is_marked(e, marks) for body in flat.bodies(eqn) for e in body.eqns
+    )
+
+
 def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     """`eqn` with its mark, or the marks inside, weakened."""
-    if eqn.primitive.name == "name" and eqn.params["name"] == _MARK:
-        return eqn.replace(params={**eqn.params, "name": _HOISTED})
-    if not any(map(_has_mark_inside, flat.bodies(eqn))):
+    if not _is_marked(eqn, (_MARK,)):
         return eqn
+    if _name(eqn) == "name":
+        return eqn.replace(params={**eqn.params, "name": _HOISTED})
 
     def weaken(param: Any) -> Any:
         if isinstance(param, jex.Jaxpr):
@@ -573,22 +617,21 @@ def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     return eqn.replace(params={k: weaken(p) for k, p in eqn.params.items()})
 
 
-def _has_mark_inside(jaxpr: jex.Jaxpr) -> bool:
-    return any(
-        (eqn.primitive.name == "name" and eqn.params["name"] == _MARK)
-        or any(map(_has_mark_inside, flat.bodies(eqn)))
-        for eqn in jaxpr.eqns
-    )
-
-
 def _explain_mark(
     eqn: jex.JaxprEqn, inputs: Sequence[Input], culprits: int, where: str
 ) -> str:
+    found = _name_inputs(inputs, culprits)
+    if _name(eqn) != "name":
+        return (
+            f"{where}: hk_stack.hoist was called inside a {_name(eqn)} that depends on "
+            f"{found}; the cut cannot take it out of there. Compute the marked value "
+            "before it."
+        )
     return (
         f"{where}: hk_stack.hoist was given a value ({eqn.invars[0].aval.str_short()}) "
-        f"that depends on {_name_inputs(inputs, culprits)}. Setup may depend on "
-        "parameters, constants and arrays closed over from outside the stack only. "
-        "Remove this hoist, or call it on the part that does not depend on it."
+        f"that depends on {found}. Setup may depend on parameters, constants and "
+        "arrays closed over from outside the stack only. Remove this hoist, or call it "
+        "on the part that does not depend on it."
     )
 
 
@@ -615,9 +658,6 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
         given = zip(inputs, task.inputs, strict=True)
         frontier = {v: frozenset([v]) for v, i in given if i.known}
 
-    def elements(reads: int) -> int:
-        return sum(cost.size(v) for i, v in enumerate(inputs) if reads >> i & 1)
-
     def behind(atoms: Iterable[Atom]) -> frozenset[jex.Var]:
         read = flat.variables(atoms)
         return frozenset().union(*(frontier.get(v, ()) for v in read))
@@ -627,7 +667,9 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
         is_known = not node.reads & ~known
         if not is_known:
             chosen |= before
-        expensive = is_known and cost.is_expensive(node.eqn, elements(node.reads))
+        expensive = is_known and cost.is_expensive(
+            node.eqn, _elements(flattened, node.reads)
+        )
         for v in node.eqn.outvars:
             if v in marked or expensive:
                 frontier[v] = frozenset([v])
@@ -646,21 +688,27 @@ def _share(
     chosen: frozenset[jex.Var], tails: dict[jex.Var, frozenset[jex.Var]]
 ) -> frozenset[jex.Var]:
     """Replaces cheap values with what several of them come from, where smaller."""
+    readers: dict[jex.Var, list[jex.Var]] = {}  # The values that come from one.
+    for v, before in tails.items():
+        for behind in before:
+            readers.setdefault(behind, []).append(v)
 
     def coming_from(source: frozenset[jex.Var]) -> set[jex.Var]:
-        found = set(source)
-        for v, before in tails.items():  # In the order in which they are computed.
-            if before <= found:
-                found.add(v)
+        found, waiting = set(source), list(source)
+        while waiting:
+            for v in readers.get(waiting.pop(), ()):
+                if v not in found and tails[v] <= found:
+                    found.add(v)
+                    waiting.append(v)
         return found
 
     for v in tails:
         source = frozenset([v])
         while v in chosen and (deeper := _one_step_back(source, tails)) != source:
             source = deeper
-            rest = chosen - coming_from(source)
-            if cost.nbytes(rest | source) < cost.nbytes(chosen):
-                chosen = rest | source
+            replaced = chosen & coming_from(source)
+            if cost.nbytes(source) < cost.nbytes(replaced):
+                chosen = (chosen - replaced) | source
     return chosen
 
 

@@ -107,6 +107,7 @@ def flatten(
     effect = 1 << len(jaxpr.invars)
     flat = Flat(jaxpr, [], [], reads)
     opened: set[int] = set()
+    made: set[int] = set()
 
     def visit(
         jaxpr: jex.Jaxpr, args: Sequence[Atom], regions: Any, caller: Any = None
@@ -131,9 +132,12 @@ def flatten(
                 outs = visit(body, eqn.invars, inside, eqn)
                 env.update(zip(eqn.outvars, outs, strict=True))
                 continue
-            if exposed := expose(eqn, masks):
-                first = visit(exposed.before.jaxpr, eqn.invars, regions)
-                eqn = exposed.after(first)
+            # What an exposed equation became is not exposed again.
+            if id(jaxpr) not in made and (exposed := expose(eqn, masks)):
+                assert not exposed.before.consts
+                before = exposed.before.jaxpr
+                made.add(id(before))
+                eqn = exposed.after(visit(before, eqn.invars, regions))
             mask = _union(flat.dependencies(a) for a in eqn.invars)
             if eqn.effects or eqn.primitive.name in effects:
                 mask |= effect
@@ -154,7 +158,9 @@ def _union(masks: Iterable[int]) -> int:
 def _copy(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """`jaxpr` with variables of its own."""
     run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
-    return jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars)).jaxpr
+    copy = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
+    assert not copy.consts
+    return copy.jaxpr
 
 
 def program(

@@ -76,7 +76,9 @@ def in_batches(
         # In the loop over batches nothing can be merged with the backward pass; outside
         # of one XLA would undo the rematerialisation.
         batch = jax.checkpoint(batch, prevent_cse=size >= num_layers)
-    if size == 1 or num_layers == 1:
+    if num_layers == 1:
+        return [result[None] for result in batch([v[0] for v in values])]
+    if size == 1:
         return jax.lax.map(batch, values)
     if size >= num_layers:
         return batch(values)

@@ -1,39 +1,133 @@
 """`partition`: a function cut into setup and call, to set up once and call often."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import checks, cut
-from hk_stack.report import Report, origin, report
+from hk_stack.report import Report, hoisted_names, report
 
 Derived = dict[str, dict[str, jax.Array]]
 
 
-class Partition(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+    """Setup and call as functions of pytrees.
+
+    Attributes:
+      parts: The cut function, whose inputs are constants, known leaves, then the rest.
+      hoisted: Names of the values that setup computes.
+      num_constants: How many constants there are.
+      leaves: Names of the known leaves.
+      names: Names of the arguments.
+      avals: The types of the arguments.
+      result: The structure of what the function returns.
+      where: Names the function in errors.
+    """
+
+    parts: cut.Cut
+    hoisted: list[str]
+    num_constants: int
+    leaves: list[str]
+    names: list[str]
+    avals: tuple[Any, ...]
+    result: Any
+    where: str
+
+    def setup(self, constants: list[Any], known: Any) -> Derived:
+        what = f"{self.where}, setup: argument `{self.names[0]}`"
+        checks.same_leaves(known, self.avals[0], what)
+        inputs = [*constants, *jax.tree.leaves(known)]
+        run = jex.jaxpr_as_fun(self.parts.shared)
+        made = run(*(inputs[i] for i in self.parts.shared_inputs))
+        kept = {self._name(i): inputs[i] for i in self.kept()}
+        return {"hoisted": dict(zip(self.hoisted, made, strict=True)), "kept": kept}
+
+    def call(self, constants: list[Any], derived: Derived, *rest: Any) -> Any:
+        self._check(derived, rest)
+        inputs = dict(enumerate(constants))
+        inputs |= {i: derived["kept"][self._name(i)] for i in self.kept()}
+        start = self.num_constants + len(self.leaves)
+        inputs |= dict(enumerate(jax.tree.leaves(rest), start))
+        made = [derived["hoisted"][name] for name in self.hoisted]
+        run = jex.jaxpr_as_fun(self.parts.call)
+        outputs = run(*made, *(inputs[i] for i in self.parts.call_inputs))
+        return jax.tree.unflatten(self.result, outputs)
+
+    def _check(self, derived: Any, rest: tuple[Any, ...]) -> None:
+        """Checks what `call` is given; this runs when it is traced."""
+        made = zip(self.hoisted, self.parts.shared.out_avals, strict=True)
+        known = jax.tree.leaves(self.avals[0])
+        kept = {self._name(i): known[i - self.num_constants] for i in self.kept()}
+        expected = {"hoisted": dict(made), "kept": kept}
+        checks.derived_values(derived, expected, self.where)
+        checks.same_count(rest, self.names[1:], self.where)
+        for name, tree, aval in zip(self.names[1:], rest, self.avals[1:], strict=True):
+            checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
+
+    def kept(self) -> list[int]:
+        """The known inputs that the call reads."""
+        known = range(self.num_constants, self.num_constants + len(self.leaves))
+        return [i for i in self.parts.call_inputs if i in known]
+
+    def _name(self, i: int) -> str:
+        return self.leaves[i - self.num_constants]
+
+
+class Partition:
     """A function in two parts; made by `partition`.
 
     Its `str` is a report of what `setup` computes, and of what stays in `call` and why;
     `rich.print` and notebooks show the same as a table.
 
     Attributes:
-      setup: `known -> derived`. The derived values are a dict of two dicts of arrays:
-        `"hoisted"` holds what is computed from `known`, `"kept"` the leaves of `known`
-        that the call reads as they are.
-      call: `(derived, *rest) -> result`.
       report: What `str` shows, as data.
     """
 
-    setup: Callable[[Any], Derived]
-    call: Callable[..., Any]
-    report: Report
+    def __init__(self, parts: _Parts, constants: list[Any], report: Report):
+        self.report = report
+        # Compiled functions take constants as arguments, or they would hold copies.
+        self._setup = functools.partial(jax.jit(parts.setup), constants)
+        self._call = functools.partial(jax.jit(parts.call), constants)
+
+    def setup(self, known: Any, /) -> Derived:
+        """Computes the derived values.
+
+        Args:
+          known: The first argument of the function.
+
+        Returns:
+          A dict of two dicts of arrays: `"hoisted"` holds what is computed from
+          `known`; `"kept"` the leaves of `known` that the call reads as they are, which
+          are not copied: who donates the derived values donates them.
+
+        Raises:
+          TypeError: If `known` has another structure than the example.
+          ValueError: If a leaf has another shape or dtype.
+        """
+        return self._setup(known)
+
+    def call(self, derived: Derived, /, *rest: Any) -> Any:
+        """Computes the result from derived values and the other arguments.
+
+        Args:
+          derived: What `setup` returned.
+          *rest: The arguments of the function after the first.
+
+        Raises:
+          TypeError: If an argument has another structure than the example's.
+          ValueError: If a leaf has another shape or dtype.
+        """
+        return self._call(derived, *rest)
 
     def __str__(self) -> str:
         return str(self.report)
+
+    __repr__ = __str__
 
     def __rich__(self) -> Any:
         return self.report.__rich__()
@@ -60,7 +154,8 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
 
     Loops, conditionals, `jit` and `jax.checkpoint` are looked into: a decoding loop
     around a stack keeps nothing of the stack's setup, and the setup of all layers
-    leaves a scan over layers (of Haiku, Flax or plain JAX).
+    leaves a scan over layers (of Haiku, Flax or plain JAX). What a loop computes from
+    a counter that it carries along stays in it.
 
     >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
     >>> def layer(x):
@@ -89,92 +184,46 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
       The two parts.
 
     Raises:
-      TypeError: If `fn` is not callable, or an argument is no array; by the parts, if
-        they are given a pytree of another structure.
-      ValueError: If a value marked with `hoist` depends on another argument; by the
-        parts, if a leaf has another shape or dtype than in `example_args`.
+      TypeError: If `fn` is not callable, or an argument is no array.
+      ValueError: If a value marked with `hoist` depends on another argument.
     """
     where = checks.partitioned(fn, example_args)
-    known, *rest = example_args
-    name, *names = checks.argument_names(fn, len(example_args))
-    with checks.static_arguments(where):
+    names = checks.argument_names(fn, len(example_args))
+    with checks.while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
-        closed, result = trace(known, *rest)
-    leaves = checks.leaf_names(known)
+        closed, result = trace(*example_args)
+    leaves = _unique(checks.leaf_names(example_args[0]))
     inputs = [
         *(cut.Input("a constant", True, True, False) for _ in closed.consts),
         *(cut.Input(leaf, True, True, False) for leaf in leaves),
         *(
             cut.Input(f"argument `{name}`", False, False, False)
-            for name, tree in zip(names, rest, strict=True)
+            for name, tree in zip(names[1:], example_args[1:], strict=True)
             for _ in jax.tree.leaves(tree)
         ),
     ]
-    parts = cut.cut(closed, inputs, "auto", where, reuse=True)
-    pure = _Parts(parts, len(closed.consts), leaves, jax.tree.structure(result))
-    setup = functools.partial(jax.jit(pure.setup), closed.consts)
-    call = functools.partial(jax.jit(pure.call), closed.consts)
-    expected = jax.eval_shape(setup, known)
-
-    def checked_setup(given: Any) -> Derived:
-        checks.same_leaves(given, known, f"{where}, setup: argument `{name}`")
-        return setup(given)
-
-    def checked_call(derived: Derived, *others: Any) -> Any:
-        checks.derived_values(derived, expected, where)
-        checks.same_count(others, names, where)
-        for argument, given, example in zip(names, others, rest, strict=True):
-            checks.same_leaves(given, example, f"{where}, call: argument `{argument}`")
-        return call(derived, *others)
-
-    flags = [i.known for i in inputs]
-    kept = list(expected["kept"].values())
-    return Partition(checked_setup, checked_call, report(parts, flags, kept, where))
+    separate = cut.cut(closed, inputs, "auto", where, reuse=True)
+    avals = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
+    parts = _Parts(
+        separate,
+        hoisted_names(separate.shared.jaxpr),
+        len(closed.consts),
+        leaves,
+        names,
+        avals,
+        jax.tree.structure(result),
+        where,
+    )
+    kept = [closed.in_avals[i - len(closed.consts)] for i in parts.kept()]
+    described = report(separate, [i.known for i in inputs], kept, where)
+    return Partition(parts, closed.consts, described)
 
 
-class _Parts(NamedTuple):
-    """Setup and call as functions of pytrees.
-
-    Attributes:
-      parts: The cut function, whose inputs are constants, known leaves, then the rest.
-      num_constants: How many constants there are.
-      leaves: Names of the known leaves.
-      result: The structure of what the function returns.
-    """
-
-    parts: cut.Cut
-    num_constants: int
-    leaves: list[str]
-    result: Any
-
-    def setup(self, constants: list[Any], known: Any) -> Derived:
-        inputs = [*constants, *jax.tree.leaves(known)]
-        run = jex.jaxpr_as_fun(self.parts.shared)
-        made = run(*(inputs[i] for i in self.parts.shared_inputs))
-        kept = {self._name(i): jnp.asarray(inputs[i]) for i in self._kept()}
-        return {"hoisted": dict(zip(self._hoisted(), made, strict=True)), "kept": kept}
-
-    def call(self, constants: list[Any], derived: Derived, *rest: Any) -> Any:
-        kept = {i: derived["kept"][self._name(i)] for i in self._kept()}
-        start = self.num_constants + len(self.leaves)
-        inputs = dict(enumerate(constants)) | kept
-        inputs |= dict(enumerate(jax.tree.leaves(rest), start))
-        made = [derived["hoisted"][name] for name in self._hoisted()]
-        run = jex.jaxpr_as_fun(self.parts.call)
-        outputs = run(*made, *(inputs[i] for i in self.parts.call_inputs))
-        return jax.tree.unflatten(self.result, outputs)
-
-    def _hoisted(self) -> list[str]:
-        """Names of the values that setup computes, unique by their numbers."""
-        jaxpr = self.parts.shared.jaxpr
-        made = (origin(jaxpr, v)[1] for v in jaxpr.outvars)
-        digits = len(str(len(jaxpr.outvars)))  # In order, also when sorted as text.
-        return [f"{i:0{digits}}_{primitive}" for i, primitive in enumerate(made)]
-
-    def _kept(self) -> list[int]:
-        """The known inputs that the call reads."""
-        known = range(self.num_constants, self.num_constants + len(self.leaves))
-        return [i for i in self.parts.call_inputs if i in known]
-
-    def _name(self, i: int) -> str:
-        return self.leaves[i - self.num_constants]
+def _unique(names: list[str]) -> list[str]:
+    """`names`, with a number after those that were there before."""
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            names[i] = f"{name}#{seen[name]}"
+    return names

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from hk_stack import cost, cut, flat
-from hk_stack.flat import Atom
 
 
 class Group(NamedTuple):
@@ -132,12 +131,19 @@ def report(
     return Report(where, groups, len(kept), nbytes, tuple(stayed))
 
 
+def hoisted_names(setup: jex.Jaxpr) -> list[str]:
+    """A name for each output of `setup`, unique by its number: `3_fft`."""
+    digits = len(str(len(setup.outvars)))  # In order, also when sorted as text.
+    made = enumerate(_origins(setup))
+    return [f"{i:0{digits}}_{primitive}" for i, (_, primitive) in made]
+
+
 def _groups(setup: jex.Jaxpr) -> Iterator[Group]:
     """The outputs of `setup`, those of one line together."""
     nodes = [flat.Node(eqn, (), 0) for eqn in setup.eqns]
     found: dict[tuple[str, str], list[Any]] = {}
-    for v in setup.outvars:
-        found.setdefault(origin(setup, v), []).append(v)
+    for v, origin in zip(setup.outvars, _origins(setup), strict=True):
+        found.setdefault(origin, []).append(v)
     counted: set[int] = set()
     for (source, primitive), made in found.items():
         new = {
@@ -150,9 +156,16 @@ def _groups(setup: jex.Jaxpr) -> Iterator[Group]:
         yield Group(source, primitive, shapes, cost.nbytes(made), sum(new.values()))
 
 
-def origin(jaxpr: jex.Jaxpr, value: Atom) -> tuple[str, str]:
-    """The source line and the primitive that a value comes from."""
+def _origins(jaxpr: jex.Jaxpr) -> list[tuple[str, str]]:
+    """The source line and the primitive that each output comes from."""
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
+    return [_origin(made, value) for value in jaxpr.outvars]
+
+
+def _origin(
+    made: dict[jex.Var, tuple[jex.JaxprEqn, int]], value: Any
+) -> tuple[str, str]:
+    """The same for one value, given which equation and output each comes from."""
     while value in made:
         eqn, i = made[value]
         before = list(flat.variables(eqn.invars))
@@ -162,15 +175,15 @@ def origin(jaxpr: jex.Jaxpr, value: Atom) -> tuple[str, str]:
             break
         value = before[0]
     else:
-        return "", "an input"
+        return flat.UNKNOWN, "an input"
+    line, primitive = flat.source_line(eqn), eqn.primitive.name
     for body in flat.bodies(eqn):
         if len(body.outvars) == len(eqn.outvars):
-            inner = body.outvars[i]
-            if any(inner in e.outvars for e in body.eqns):
-                source, primitive = origin(body, inner)
-                known = source != flat.UNKNOWN
-                return source if known else flat.source_line(eqn), primitive
-    return flat.source_line(eqn), eqn.primitive.name
+            inner = flat.variables([body.outvars[i]])
+            if any(v in e.outvars for e in body.eqns for v in inner):
+                inner_line, primitive = _origins(body)[i]
+                return (line if inner_line == flat.UNKNOWN else inner_line), primitive
+    return line, primitive
 
 
 def _stayed(
@@ -198,7 +211,7 @@ def _stayed(
         elif read & values:
             values |= set(eqn.outvars)
             if not cost.is_layout(eqn):
-                why = "it is cheap, and would be larger than what it is made of"
+                why = "it is cheap, and no smaller than what it is made of"
                 yield Stayed(source, name, why)
 
 
@@ -216,7 +229,7 @@ def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Staye
         known = [flag and not first <= i < last for i, flag in enumerate(known)]
     for body in flat.bodies(eqn):
         flags = known[len(known) - len(body.invars) :]
-        if len(flags) != len(body.invars):
+        if len(flags) != len(body.invars) or name == "while":
             continue
         inner = list(_stayed(body, flags, source))
         if name in _CUT:

@@ -314,8 +314,9 @@ class _Plan(NamedTuple):
 
     def key(self) -> Hashable:
         """All that `run` depends on."""
-        programs = tuple(map(eager.structure, self.parts[:3]))
-        return programs, self.parts[3:], self[1:]
+        shared, setup, call, *positions = self.parts
+        programs = tuple(map(eager.structure, (shared, setup, call)))
+        return programs, tuple(positions), self[1:]
 
     def run(self, values: list[Any]) -> list[Any]:
         """Runs setup for all layers, then the loop over calls."""

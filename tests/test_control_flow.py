@@ -171,6 +171,21 @@ class TestScan:
 
         assert_hoisted(fn, W, X)
 
+    def test_what_all_turns_share_is_computed_once(self):
+        def fn(w, x):
+            def turn(x, i):
+                return jnp.tanh(jnp.roll(slow(w), i, axis=0) @ x), None
+
+            return jax.lax.scan(turn, x, jnp.arange(50))[0]
+
+        split = hk_stack.partition(fn, W, X)
+        setup = jax.make_jaxpr(split.setup)(W).jaxpr
+        (sort,) = (e for e in jaxprs.equations(setup) if e.primitive.name == "sort")
+        assert sort.outvars[0].aval.shape == (4, 4)
+        loops = [e for e in jaxprs.equations(setup) if e.primitive.name == "scan"]
+        assert not any("sort" in jaxprs.names(e.params["jaxpr"].jaxpr) for e in loops)
+        assert_hoisted(fn, W, X)
+
 
 class TestWhile:
     def test_what_does_not_change(self):
@@ -243,6 +258,17 @@ class TestCond:
             return jax.lax.cond(x[0] > 0, lambda x: x @ slow(w), lambda x: x, x)
 
         assert_stays(fn, W, X)
+
+    def test_branches_by_platform(self):
+        def fn(w, x):
+            return x @ jax.lax.platform_dependent(
+                w, cpu=lambda w: jax.lax.linalg.schur(w)[0], default=slow
+            )
+
+        split = hk_stack.partition(fn, W, X)
+        both = jax.jit(lambda w, x: split.call(split.setup(w), x))
+        assert_close(both(W, X), fn(W, X))
+        both.trace(W, X).lower(lowering_platforms=("tpu",))  # No schur there.
 
     def test_gradient_of_a_branch_that_is_not_taken(self):
         def fn(params, x):
@@ -336,6 +362,54 @@ class TestMarks:
         model = hk.transform(lambda x: hk_stack.layer_stack(3, name="s")(layer)(x))
         with pytest.raises(ValueError, match=r"'s'.*inside a scan.*carry of a scan"):
             model.init(KEY, X)
+
+    @pytest.mark.parametrize("kind", ["scan", "cond", "batches", "one turn"])
+    def test_on_parameters_and_arrays_closed_over(self, kind):
+        size = (4, 900, 900) if kind == "batches" else (3, 4, 4)
+        closed = jax.random.normal(KEY, size)[: 1 if kind == "one turn" else None]
+
+        def mark(a, w):
+            if kind == "cond":
+                return hk_stack.hoist(jax.lax.cond(w[0, 0] > 0, slow, jnp.sin, a + w))
+            if kind == "batches":
+                return hk_stack.hoist(jnp.sin(a + w[0, 0])[:4, :4])
+            return hk_stack.hoist(slow(a) if kind == "one turn" else slow(a + w))
+
+        def layer(x):
+            w = hk.get_parameter("w", [4, 4], init=hk.initializers.RandomNormal())
+            return jax.lax.scan(
+                lambda x, a: (jnp.tanh(x @ mark(a, w)), None), x, closed
+            )[0]
+
+        model, plain = (
+            hk.transform(lambda x, stack=stack: stack(2, name="s")(layer)(x))
+            for stack in (hk_stack.layer_stack, hk.layer_stack)
+        )
+        params = plain.init(KEY, X)
+        assert_close(model.apply(params, None, X), plain.apply(params, None, X))
+
+    def test_in_a_cond_on_an_array_closed_over(self):
+        flag = jnp.bool(True)
+
+        def layer(x):
+            w = hk.get_parameter("w", [4, 4], init=hk.initializers.RandomNormal())
+            return jax.lax.cond(
+                flag, lambda x: x @ hk_stack.hoist(slow(w)), lambda x: x, x
+            )
+
+        model = hk.transform(lambda x: hk_stack.layer_stack(3)(layer)(x))
+        params = model.init(KEY, X)
+        jaxpr = jax.make_jaxpr(model.apply)(params, None, X).jaxpr
+        assert "sort" not in jaxprs.names(jaxprs.body(jaxpr, 3))
+        plain = hk.transform(lambda x: hk.layer_stack(3)(layer)(x))
+        assert_close(model.apply(params, None, X), plain.apply(params, None, X))
+
+    def test_in_a_loop_that_never_runs(self):
+        def fn(ws, x):
+            return jax.lax.scan(lambda x, w: (hk_stack.hoist(w) @ x, None), x, ws)[0]
+
+        split = hk_stack.partition(fn, jnp.zeros([0, 4, 4]), X)
+        assert_close(split.call(split.setup(jnp.zeros([0, 4, 4])), X), X)
 
 
 class TestStack:

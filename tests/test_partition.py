@@ -166,6 +166,21 @@ class TestDerivedValues:
         assert_close(y, expected)
         assert_close(calls(again, X)[0], expected)
 
+    def test_leaves_whose_names_collide(self):
+        params = {"a/b": {"c": jnp.eye(4)}, "a": {"b/c": 3 * jnp.eye(4)}}
+
+        def fn(params, x):
+            return x @ params["a/b"]["c"] @ params["a"]["b/c"]
+
+        split = hk_stack.partition(fn, params, X)
+        assert_close(through(split)(params, X), fn(params, X))
+        assert len(split.setup(params)["kept"]) == 2
+
+    def test_types_that_jax_narrows(self):
+        spec = jax.ShapeDtypeStruct((4, 4), np.float64)
+        split = hk_stack.partition(lambda w, x: x @ slow(w), spec, X)
+        assert_close(split.call(split.setup(np.eye(4)), X), X @ slow(jnp.eye(4)))
+
     def test_one_setup_serves_new_parameters_and_specs(self):
         model = hk.transform(stacked)
         spec = jax.eval_shape(model.init, KEY, X)
@@ -247,7 +262,7 @@ class TestReport:
         assert sort.source.startswith("test_partition.py:")
         assert sort.source.endswith("in slow")
         assert {s.primitive: s.why for s in report.stayed}["cond"].startswith("the cut")
-        assert any("larger" in s.why for s in report.stayed)
+        assert any("no smaller" in s.why for s in report.stayed)
         assert sort.source in str(split) and "float32[4,4]" in str(split)
         assert "kept" in str(split) and str(split) == str(report)
 
@@ -313,6 +328,28 @@ class TestMistakes:
         assert "scale" in mistake(lambda: call(self.derived, X))
         assert "argument `p`" in mistake(lambda: setup({"w": jnp.eye(4)}))
         assert "(at w)" in mistake(lambda: setup({**self.params, "w": jnp.eye(3)}))
+
+    def test_what_is_no_array(self):
+        fn = self.fn
+        for wrong in ("a", object(), np.array(["a"])):
+            message = mistake(
+                lambda wrong=wrong: hk_stack.partition(fn, {}, wrong, 1.0)
+            )
+            assert "`x`" in message and "functools.partial" in message
+        if hasattr(jax, "Ref"):
+            ref = jax.new_ref(jnp.eye(4))
+            message = mistake(lambda: hk_stack.partition(lambda r: r[...], ref))
+            assert "jax.Ref" in message
+        assert "hoist" in mistake(lambda: hk_stack.hoist("a"))
+
+    def test_names_of_a_call(self):
+        for call in (
+            lambda: self.split.call(self.derived, x=X),
+            lambda: self.split.setup(self.params, X),
+        ):
+            assert "Partition." in mistake(call)
+        message = mistake(lambda: hk_stack.partition(lambda w, x: w, jnp.eye(2)))
+        assert "argument" in message
 
     def test_mark_on_what_is_not_known(self):
         message = mistake(
@@ -434,6 +471,13 @@ class TestAccumulate:
             lambda: hk_stack.accumulate(lambda p, x: (x.sum(), x), {}, self.xs)
         )
         assert "function" in mistake(lambda: hk_stack.accumulate(3, {}, self.xs))
+        assert "pair (loss, aux)" in mistake(
+            lambda: hk_stack.accumulate(lambda p, x: x, {}, self.xs, has_aux=True)
+        )
+        wrong = {"f": jnp.tanh}
+        assert "(at f)" in mistake(lambda: hk_stack.accumulate(loss, wrong, self.xs))
+        spec = jax.ShapeDtypeStruct((5, 2, 4), jnp.float32)
+        assert "ShapeDtypeStruct" in mistake(lambda: run(self.xs, spec))
 
 
 class TestMemoryOfSetup:
@@ -501,5 +545,7 @@ class TestMemoryOfSetup:
     def test_mistakes(self):
         message = mistake(lambda: hk_stack.layer_stack(3, setup_batch_size=0, name="s"))
         assert "setup_batch_size" in message and "'s'" in message
-        message = mistake(lambda: hk_stack.layer_stack(3, setup_remat="no", name="s"))
-        assert "setup_remat" in message and "'no'" in message
+        for wrong in ("no", 1, np.array([1, 2])):
+            stack = functools.partial(hk_stack.layer_stack, 3, setup_remat=wrong)
+            message = mistake(functools.partial(stack, name="s"))
+            assert "setup_remat" in message and repr(wrong) in message
