@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SETUP = (ROOT / "docs" / "setup.md").read_text()
 
 
 def test_python_blocks_run_one_after_the_other():
@@ -39,9 +40,24 @@ def test_figures_are_there():
 def test_figure_is_that_of_the_result_file(figure):
     table, program, measure, *shown = figure
     for name, ratio in zip(("cpu", "h100"), shown, strict=True):
-        result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
-        rows = result["tables"][table]
-        key = {"run": "run_s", "temp": "temp_bytes"}[measure]
-        samples, first = rows[program][key], next(iter(rows.values()))[key]
-        ratios = [a / b for a, b in zip(samples, first, strict=True)]
-        assert f"{statistics.median(ratios):.2f}" == ratio
+        assert _ratio(name, table, program, measure) == ratio
+
+
+def _ratio(name, table, program, measure):
+    """Of a program to the first of its table, as it is shown."""
+    result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    rows = result["tables"][table]
+    key = {"run": "run_s", "temp": "temp_bytes"}[measure]
+    samples, first = rows[program][key], next(iter(rows.values()))[key]
+    ratios = [a / b for a, b in zip(samples, first, strict=True)]
+    return f"{statistics.median(ratios):.2f}"
+
+
+@pytest.mark.parametrize("text", [README, SETUP], ids=["README.md", "setup.md"])
+def test_figures_of_reuse_and_setup_are_those_of_the_result_file(text):
+    row = r"^\| `(.+?)` \| `(.+?)` \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) > 10
+    for table, program, run, temp in rows:
+        assert _ratio("cpu", table, program, "run") == run, (table, program)
+        assert _ratio("cpu", table, program, "temp") == temp, (table, program)
