@@ -146,7 +146,7 @@ def accumulate(repeat: int) -> dict[str, Any]:
             ),
         ]
         name = f"accumulate, {mode}"
-        tables |= _jitted(name, programs, max(3, repeat // 3))
+        tables |= _jitted(name, programs, max(5, repeat // 2))
     return tables
 
 
@@ -177,7 +177,7 @@ def setup(repeat: int) -> dict[str, Any]:
         programs = [_applied(name, m, params, x) for name, m in models.items()]
         programs = [_gradient(p) for p in (*_linen_s4(x, mode), *programs)]
         name = f"setup, {mode}, gradient"
-        tables |= _jitted(name, programs, max(3, repeat // 3))
+        tables |= _jitted(name, programs, max(5, repeat // 2))
     models = {
         name: _recurrence(functools.partial(hk_stack.layer_stack, **options))
         for name, options in _setup_options(16)
