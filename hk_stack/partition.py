@@ -192,7 +192,8 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
     with checks.while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
         closed, result = trace(*example_args)
-    leaves = _unique(checks.leaf_names(example_args[0]))
+    known = checks.leaf_names(example_args[0])
+    leaves = _unique([name or names[0] for name in known])  # It may be one array.
     inputs = [
         *(cut.Input("a constant", True, True, False) for _ in closed.consts),
         *(cut.Input(leaf, True, True, False) for leaf in leaves),
