@@ -106,15 +106,14 @@ def flatten(
     reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
     effect = 1 << len(jaxpr.invars)
     flat = Flat(jaxpr, [], [], reads)
-    opened: set[int] = set()
     made: set[int] = set()
 
     def visit(
         jaxpr: jex.Jaxpr, args: Sequence[Atom], regions: Any, caller: Any = None
     ) -> list[Atom]:
-        if id(jaxpr) in opened:  # JAX shares bodies; variables must be unique.
+        # Bodies are shared, and so are variables by bodies made from one another.
+        if any(v in reads for eqn in jaxpr.eqns for v in eqn.outvars):
             jaxpr = _copy(jaxpr)
-        opened.add(id(jaxpr))
         env = dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom: Atom) -> Atom:

@@ -159,7 +159,12 @@ def _groups(setup: jex.Jaxpr) -> Iterator[Group]:
 def _origins(jaxpr: jex.Jaxpr) -> list[tuple[str, str]]:
     """The source line and the primitive that each output comes from."""
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
-    return [_origin(made, value) for value in jaxpr.outvars]
+    return [
+        (flat.UNKNOWN, "a constant")
+        if isinstance(value, jex.Literal)
+        else _origin(made, value)
+        for value in jaxpr.outvars
+    ]
 
 
 def _origin(

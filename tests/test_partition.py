@@ -242,8 +242,33 @@ class TestTransformations:
             through(hk_stack.partition(generate, params, X))(params, X), expected
         )
 
+    def test_bodies_that_share_their_variables(self):
+        @jax.jit
+        def mixed(x, w):
+            return jnp.tanh(x @ hk_stack.hoist(slow(w)))
+
+        def layer(x):
+            w = hk.get_parameter("w", [4, 4], init=hk.initializers.RandomNormal(0.3))
+            return mixed(mixed(x, w), 2.0 * w)
+
+        model = hk.transform(
+            lambda x: hk_stack.layer_stack(2, setup="inline")(layer)(x)
+        )
+        params = model.init(KEY, X)
+        split = hk_stack.partition(model.apply, params, None, X)
+        assert_close(through(split)(params, None, X), model.apply(params, None, X))
+
 
 class TestReport:
+    def test_derived_values_that_are_constants(self):
+        def fn(flag, x):
+            branches = [lambda x: x * 2.0, lambda x: x * slow(jnp.ones([4]))]
+            return jax.lax.switch(flag, branches, x)
+
+        split = hk_stack.partition(fn, jnp.int32(1), X[0])
+        assert "hoisted" in str(split)
+        assert_close(through(split)(jnp.int32(1), X[0]), fn(jnp.int32(1), X[0]))
+
     def test_says_what_was_hoisted_from_where_and_what_stayed(self):
         def fn(params, x):
             kernel = slow(params["w"])
