@@ -210,14 +210,16 @@ def _lift(
 
 def _stacked(options: _Options, tree: layout.Modules) -> Any:
     """The stack's own tree `[L, ...]`, from the tree that the transform stores."""
-    return layout.stack_params(tree, options.naming_map) if options.naming_map else tree
+    if options.naming_map is None:
+        return tree
+    return layout.stack_modules(tree, options.naming_map)
 
 
 def _stored(options: _Options, tree: layout.Modules) -> Any:
     """The inverse of `_stacked`."""
     if options.naming_map is None:
         return tree
-    return layout.unstack_params(tree, options.naming_map, options.num_layers)
+    return layout.unstack_modules(tree, options.naming_map, options.num_layers)
 
 
 def _as_array(leaf: Any) -> jax.Array:
