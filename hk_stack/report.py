@@ -61,10 +61,10 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         titles = ["hoisted", "primitive", "derived values", "bytes", "FLOPs"]
         lines = [self._headline()]
-        lines += _aligned([titles, *map(_cells, self.hoisted)]) if self.hoisted else []
+        lines += aligned([titles, *map(_cells, self.hoisted)]) if self.hoisted else []
         if self.stayed:
             rows = [list(s) for s in self.stayed]
-            lines += _aligned([["stays in the call", "primitive", "why"], *rows])
+            lines += aligned([["stays in the call", "primitive", "why"], *rows])
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
@@ -108,8 +108,8 @@ class Report(NamedTuple):
         if not self.hoisted:
             hoisted = "nothing to hoist"
         else:
-            hoisted = f"hoisted {_si(nbytes)}B from {_si(flops)}FLOP"
-        kept = f"{self.kept} arrays ({_si(self.kept_nbytes)}B) kept as they are"
+            hoisted = f"hoisted {si(nbytes)}B from {si(flops)}FLOP"
+        kept = f"{self.kept} arrays ({si(self.kept_nbytes)}B) kept as they are"
         return f"{self.where}: {hoisted}; {kept}"
 
 
@@ -249,11 +249,12 @@ _CUT = ("scan", "jit", "pjit", "checkpoint", "remat", "remat2")
 
 def _cells(group: Group) -> list[str]:
     shapes = ", ".join(group.shapes).replace(" ", "")
-    flops, nbytes = _si(group.flops), _si(group.nbytes)
+    flops, nbytes = si(group.flops), si(group.nbytes)
     return [group.source, group.primitive, shapes, f"{nbytes}B", flops]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, with its columns under one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
@@ -261,10 +262,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
     """`number` with three digits and a decimal prefix.
 
-    >>> _si(0), _si(12), _si(1536), _si(2.5e9)
+    >>> si(0), si(12), si(1536), si(2.5e9)
     ('0 ', '12 ', '1.54 k', '2.5 G')
     """
     for prefix in ("", "k", "M", "G"):

@@ -1,0 +1,271 @@
+"""Porting: Flax variables to Haiku parameters and state, and back.
+
+Both trees are read in one vocabulary (`leaves`), paired by name and layer (`match`),
+and what goes where is written down (`plan`) before any array moves. Flax itself is not
+needed: Linen's variables and NNX's states are taken as the trees that they are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hk_stack import layout
+from hk_stack.port import leaves, match, names
+from hk_stack.port import plan as plans
+from hk_stack.port.gru import GRU
+from hk_stack.port.plan import Plan, Row
+
+__all__ = (
+    "GRU",
+    "SAME",
+    "TRANSPOSED",
+    "Plan",
+    "Row",
+    "flax_to_haiku",
+    "haiku_to_flax",
+    "plan",
+)
+
+Change = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
+
+SAME: Change = (lambda kernel: kernel, lambda kernel: kernel)
+TRANSPOSED: Change = (
+    lambda kernel: np.swapaxes(kernel, -1, -2),
+    lambda kernel: np.swapaxes(kernel, -1, -2),
+)
+
+
+def flax_to_haiku(
+    variables: Any,
+    like: tuple[Any, Any],
+    *,
+    rename: Mapping[str, str] | None = None,
+    leaf: Mapping[str, Change] | None = None,
+    ignore: Sequence[str] = (),
+    layer_axis: int | Mapping[str, int] | None = None,
+    interleave: bool | None = None,
+    cast: bool = False,
+    strict: bool = True,
+) -> Any:
+    """Flax variables as the parameters and state of the same model in Haiku.
+
+    Equal to this loop over the rows of the plan, in which a leaf may be several arrays
+    of either tree:
+
+    ```
+    for flax_leaf, haiku_leaf, change in plan(variables, like).rows:
+        haiku[haiku_leaf] = change(variables[flax_leaf])
+    ```
+
+    >>> import numpy as np
+    >>> variables = {"params": {"Dense_0": {"kernel": np.ones([3, 4])}}}
+    >>> like = {"linear": {"w": jax.ShapeDtypeStruct([3, 4], np.float32)}}, {}
+    >>> params, state = flax_to_haiku(variables, like, cast=True)
+    >>> params["linear"]["w"].shape
+    (3, 4)
+
+    Args:
+      variables: Linen's variables (`{"params": ..., "batch_stats": ...}`), an NNX
+        state, or a plain dict of either. Gradients and moments of an optimiser, which
+        are shaped like parameters, are ported as `{"params": gradients}`.
+      like: The model's parameters and state, `(params, state)`: what its `init` gives,
+        or what `jax.eval_shape` gives for it. `state` is `{}` for a model without.
+      rename: Beginnings of paths in Flax (without the collection, or with it), and what
+        they are in Haiku. `*` stands for any text in one part of a path, and is copied:
+        `{"encoder/layers_*": "encoder/block_*"}`.
+      leaf: Beginnings of paths in Flax, and two functions: from Flax's array of one
+        layer to Haiku's, and back.
+      ignore: Beginnings of paths in Flax or Haiku that may be left over.
+      layer_axis: The axis that `nn.scan` or `nn.vmap` put the layers on
+        (`variable_axes={"params": 1}`): one for all, or by the beginning of a path in
+        Flax. By default it is found out, if it can be.
+      interleave: Where layers are both numbered and on an axis (`layers/block_0` and
+        `layers/block_1`, `[L/2, ...]`): True if the scan is over blocks of layers,
+        False if each numbered module is a stack of its own.
+      cast: Whether to convert dtypes to those of `like`.
+      strict: Whether every leaf of both trees has to be used exactly once.
+
+    Returns:
+      `(params, state)`, with new arrays: NumPy arrays where `like` has these, JAX
+      arrays elsewhere, sharded as `like` says. With `strict=False`, the pair of that
+      and of the plan's rows that say what was left over; those leaves are as in `like`.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If a leaf is left over, does not fit, or could fit in two ways.
+    """
+    found = plan(
+        variables,
+        like,
+        rename=rename,
+        leaf=leaf,
+        ignore=ignore,
+        layer_axis=layer_axis,
+        interleave=interleave,
+        cast=cast,
+    )
+    return _port(found, "flax", variables, like, "flax_to_haiku", strict)
+
+
+def haiku_to_flax(
+    params_and_state: tuple[Any, Any],
+    like: Any,
+    *,
+    rename: Mapping[str, str] | None = None,
+    leaf: Mapping[str, Change] | None = None,
+    ignore: Sequence[str] = (),
+    layer_axis: int | Mapping[str, int] | None = None,
+    interleave: bool | None = None,
+    cast: bool = False,
+    strict: bool = True,
+) -> Any:
+    """The inverse of `flax_to_haiku`: parameters and state as Flax variables.
+
+    Args:
+      params_and_state: Haiku's `(params, state)`; `state` is `{}` for a model without.
+      like: Variables, an NNX state or a plain dict of either, as the model's `init`
+        gives them, or as `jax.eval_shape` gives them for it.
+      rename: As in `flax_to_haiku`, from Flax to Haiku.
+      leaf: As in `flax_to_haiku`.
+      ignore: As in `flax_to_haiku`.
+      layer_axis: As in `flax_to_haiku`.
+      interleave: As in `flax_to_haiku`.
+      cast: As in `flax_to_haiku`.
+      strict: As in `flax_to_haiku`.
+
+    Returns:
+      A tree as `like`, with new arrays; as in `flax_to_haiku`.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If a leaf is left over, does not fit, or could fit in two ways.
+    """
+    found = plan(
+        like,
+        params_and_state,
+        rename=rename,
+        leaf=leaf,
+        ignore=ignore,
+        layer_axis=layer_axis,
+        interleave=interleave,
+        cast=cast,
+    )
+    return _port(found, "haiku", params_and_state, like, "haiku_to_flax", strict)
+
+
+def plan(
+    variables: Any,
+    like: tuple[Any, Any],
+    *,
+    rename: Mapping[str, str] | None = None,
+    leaf: Mapping[str, Change] | None = None,
+    ignore: Sequence[str] = (),
+    layer_axis: int | Mapping[str, int] | None = None,
+    interleave: bool | None = None,
+    cast: bool = False,
+) -> Plan:
+    """What `flax_to_haiku` and `haiku_to_flax` would do, to print and to look at.
+
+    >>> import numpy as np
+    >>> of = jax.ShapeDtypeStruct
+    >>> kernel = of([8, 2, 4], np.float32)
+    >>> variables = {"params": {"query": {"kernel": kernel}}}
+    >>> like = {"query": {"w": of([8, 8], np.float32)}}, {}
+    >>> print(plan(variables, like))
+    1 leaves of Flax -> 1 leaves of Haiku, 256 B
+      Flax                                Haiku                        change ...
+      params/query/kernel float32[8,2,4]  params/query/w float32[8,8]  reshape ...
+
+    Args:
+      variables: As in `flax_to_haiku`; arrays or `jax.ShapeDtypeStruct`s.
+      like: As in `flax_to_haiku`.
+      rename: As in `flax_to_haiku`.
+      leaf: As in `flax_to_haiku`.
+      ignore: As in `flax_to_haiku`.
+      layer_axis: As in `flax_to_haiku`.
+      interleave: As in `flax_to_haiku`.
+      cast: As in `flax_to_haiku`.
+
+    Returns:
+      A plan: a table as text, and in colour with `rich.print`.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+    """
+    params, state = _pair(like)
+    renames = names.Rules("rename", rename or {})
+    by_leaf = names.Rules("leaf", leaf or {})
+    ignored = names.Rules("ignore", dict.fromkeys(ignore))
+    axes = {"": layer_axis} if isinstance(layer_axis, int) else (layer_axis or {})
+    by_axis = names.Rules("layer_axis", axes)
+    flax = leaves.of_flax(variables, renames)
+    haiku = leaves.of_haiku(params, state)
+    options = match.Options(by_leaf, by_axis, interleave)
+    found = match.match(flax, haiku, options)
+    plans_rows = plans.of_match(found, ignored, cast=cast, rules=())
+    raw = {one.raw: None for one in (*flax, *haiku)}
+    said = plans.unused((renames, by_leaf, ignored, by_axis), raw)
+    return plans_rows._replace(unused_rules=tuple(said))
+
+
+def _pair(like: Any) -> tuple[Any, Any]:
+    if not isinstance(like, (tuple, list)) or len(like) != 2:
+        raise TypeError(
+            "port: Haiku's side must be a pair (params, state), not "
+            f"{type(like).__name__}. Write (params, {{}}) for a model without state."
+        )
+    return like[0], like[1]
+
+
+def _port(
+    found: Plan, source: str, tree: Any, like: Any, what: str, strict: bool
+) -> Any:
+    """Carries out a plan, from the side `source`."""
+    bad = [row for row in found.rows if row.status not in ("ok", "ignored")]
+    if found.unused_rules or (strict and bad):
+        raise ValueError("\n".join([f"{what}: {found.headline()}", *found.problems()]))
+    given = jax.tree.leaves(tree)
+    made, structure = jax.tree.flatten(like)
+    for move in found.moves:
+        for index, array in _moved(move, source, given, made).items():
+            made[index] = array
+    result = jax.tree.unflatten(structure, made)
+    return result if strict else (result, bad)
+
+
+def _moved(
+    move: match.Move, source: str, given: Sequence[Any], like: Sequence[Any]
+) -> dict[int, Any]:
+    """New arrays for the pieces that a move fills, by their place in the tree."""
+    sides = (move.flax, move.haiku)
+    old, new = sides if source == "flax" else sides[::-1]
+    change = move.change.to_haiku if source == "flax" else move.change.to_flax
+    arrays = {p.place: _values(given[p.place], p) for x in old.leaves for p in x.pieces}
+    filled = {
+        p.place: layout.empty(p.shape, p.dtype) for x in new.leaves for p in x.pieces
+    }
+    for layer in range(new.num_layers):
+        leaf, _ = old.place(layer)
+        value = change(leaf.codec.read(old.views(layer, arrays)))
+        leaf, _ = new.place(layer)
+        leaf.codec.write(value, new.views(layer, filled))
+    return {index: _as_like(array, like[index]) for index, array in filled.items()}
+
+
+def _values(leaf: Any, piece: leaves.Piece) -> np.ndarray:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"port: {piece.name} is a jax.ShapeDtypeStruct, which has no values. Only "
+            "`like` may hold these."
+        )
+    return np.asarray(leaf)
+
+
+def _as_like(array: np.ndarray, like: Any) -> Any:
+    """`array` as NumPy or JAX has it, on the devices of `like`."""
+    is_wide = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+    if isinstance(like, np.ndarray) or is_wide:
+        return array
+    return jax.device_put(array, getattr(like, "sharding", None))

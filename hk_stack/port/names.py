@@ -1,0 +1,144 @@
+"""Names on both sides: what Flax and Haiku call the same module.
+
+Names are compared part by part, after three habits are evened out: Flax names a
+module without a name of its own `Dense_0`, Haiku `linear`; Haiku numbers from the
+second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than the call.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from hk_stack import layout
+
+Path = tuple[str, ...]
+
+_ALIASES = {
+    "Conv": "conv",
+    "ConvTranspose": "conv_transpose",
+    "Dense": "linear",
+    "DenseGeneral": "linear",
+    "Embed": "embed",
+    "GRUCell": "gru",
+    "GroupNorm": "group_norm",
+    "LSTMCell": "lstm",
+    "Linear": "linear",
+    "LinearGeneral": "linear",
+    "MultiHeadAttention": "multi_head_attention",
+    "MultiHeadDotProductAttention": "multi_head_attention",
+    "OptimizedLSTMCell": "lstm",
+    "SelfAttention": "multi_head_attention",
+    "SpectralNorm": "spectral_norm",
+    "conv1_d": "conv",
+    "conv1_d_transpose": "conv_transpose",
+    "conv2_d": "conv",
+    "conv2_d_transpose": "conv_transpose",
+    "conv3_d": "conv",
+    "conv3_d_transpose": "conv_transpose",
+    "depthwise_conv1_d": "conv",
+    "depthwise_conv2_d": "conv",
+    "depthwise_conv3_d": "conv",
+    "sn_params_tree": "spectral_norm",
+}
+
+
+class Part(NamedTuple):
+    """One part of a module's name: `block_3` is `("block", 3)`, `block` `("block", 0)`.
+
+    Attributes:
+      base: The name without its number, as Haiku writes it.
+      number: From 0.
+    """
+
+    base: str
+    number: int
+
+
+def parts(path: Iterable[str]) -> tuple[Part, ...]:
+    """The parts of a module's name, in either framework's habit.
+
+    >>> parts(["Block_2", "Dense_0"]) == parts(["block_2", "~", "linear"])
+    True
+    >>> parts(["layers", "3", "kernel"])  # a list of modules in NNX
+    (Part(base='layers', number=3), Part(base='kernel', number=0))
+    """
+    found: list[Part] = []
+    for name in path:
+        if name == "~":
+            continue
+        if name.isdecimal() and found and found[-1].number == 0:
+            found[-1] = Part(found[-1].base, int(name))
+        else:
+            found.append(_part(name))
+    return tuple(found)
+
+
+def _part(name: str) -> Part:
+    match = re.fullmatch(r"(.+?)_(\d+)", name)
+    base, number = (match[1], int(match[2])) if match else (name, 0)
+    base = _ALIASES.get(base) or _snake_case(base)
+    # Each wrapped layer has a SpectralNorm of its own in Flax, and a name in it.
+    return Part(base, 0 if base == "spectral_norm" else number)
+
+
+def _snake_case(name: str) -> str:
+    """`S4Block` as Haiku names it: `s4_block`."""
+    if not name[:1].isupper():
+        return name
+    return re.sub(r"((?<=[a-z0-9])[A-Z]|(?!^)[A-Z](?=[a-z]))", r"_\1", name).lower()
+
+
+def is_transposed_convolution(path: Path) -> bool | None:
+    """Whether a module's name says so; None if it says nothing."""
+    bases = [part.base for part in parts(path)]
+    if not bases:
+        return None
+    if re.search("transpos|deconv", bases[-1]):
+        return True
+    return False if "conv" in bases[-1] else None
+
+
+def _pattern(pattern: str) -> str:
+    template = "/".join(part for part in pattern.split("/") if part)
+    return layout.pattern(template, "") if template else "(?P<inside>.*)"
+
+
+class Rules:
+    """What users say about paths: patterns, and what each stands for.
+
+    A pattern is a path, or the beginning of one; `*` stands for any text in one part.
+    The empty pattern is the beginning of every path.
+    """
+
+    def __init__(self, argument: str, rules: Mapping[str, Any]):
+        """Takes rules as the user wrote them, in the argument of that name."""
+        self.argument = argument
+        self.rules = dict(rules)
+        self.used: set[str] = set()
+
+    def find(self, *paths: str) -> tuple[Any, re.Match[str]] | None:
+        """The first rule that fits one of the `paths`, and how."""
+        for pattern, value in self.rules.items():
+            for path in paths:
+                match = re.fullmatch(_pattern(pattern), path)
+                if match:
+                    self.used.add(pattern)
+                    return value, match
+        return None
+
+    def unused(self) -> list[str]:
+        """Patterns that fit nothing."""
+        return [pattern for pattern in self.rules if pattern not in self.used]
+
+
+def renamed(rename: Rules, collection: str, path: Path) -> tuple[Path, int] | None:
+    """The new beginning of a path, and how many of its parts it stands for."""
+    found = rename.find("/".join(path), "/".join((collection, *path)))
+    if found is None:
+        return None
+    new, match = found
+    *texts, inside = match.groups()
+    pieces = new.split("*")
+    filled = pieces[0] + "".join(t + p for t, p in zip(texts, pieces[1:], strict=True))
+    rest = len([p for p in (inside or "").split("/") if p])
+    return tuple(p for p in filled.split("/") if p), len(path) - rest

@@ -1,0 +1,59 @@
+"""Flax to Haiku and back: every module, every layout of layers, every mistake."""
+
+import jax
+import numpy as np
+import pytest
+from agreement import assert_equal
+
+flax = pytest.importorskip("flax")
+
+from port_cases import CASES
+
+import hk_stack
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+
+
+def outputs(case, variables, params, state, dtype):
+    x = case.inputs(dtype)
+    expected = case.linen().apply(variables, x)
+    found, _ = case.transformed().apply(params, state, jax.random.key(0), x)
+    return found, expected
+
+
+@every_case
+def test_outputs_agree(case):
+    variables = case.variables()
+    params, state = hk_stack.flax_to_haiku(variables, case.like(), **case.rules)
+    with jax.default_matmul_precision("highest"):
+        found, expected = outputs(case, variables, params, state, np.float32)
+    assert relative_error(found, expected) <= 1e-6
+
+
+@every_case
+def test_outputs_agree_in_double_precision(case):
+    # Both frameworks add constants in float32.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        variables = case.variables(np.float64)
+        like = case.like(np.float64)
+        params, state = hk_stack.flax_to_haiku(variables, like, **case.rules)
+        found, expected = outputs(case, variables, params, state, np.float64)
+        assert relative_error(found, expected) <= 1e-12
+
+
+@every_case
+def test_round_trips_are_bit_identical(case):
+    variables = case.variables()
+    ported = hk_stack.flax_to_haiku(variables, case.like(), **case.rules)
+    back = hk_stack.haiku_to_flax(ported, variables, **case.rules)
+    if case.exact:
+        assert_equal(back, variables)
+    again = hk_stack.flax_to_haiku(back, case.like(), **case.rules)
+    if case.exact:
+        assert_equal(again, ported)
