@@ -93,7 +93,7 @@ def haiku_batch_norm(x, name=None):
 
 
 def flax_rnn(cell):
-    return lambda x: nn.RNN(cell())(x)
+    return lambda x: nn.RNN(cell(x.dtype))(x)
 
 
 def haiku_rnn(core):
@@ -257,15 +257,15 @@ CASES = [
     ),
     Case(
         "lstm",
-        flax_rnn(lambda: nn.LSTMCell(4)),
+        flax_rnn(lambda dtype: nn.LSTMCell(4, param_dtype=dtype)),
         haiku_rnn(lambda: hk.LSTM(4)),
         exact=False,
     ),
     Case(
         "optimised lstm",
-        flax_rnn(lambda: nn.OptimizedLSTMCell(4)),
+        flax_rnn(lambda dtype: nn.OptimizedLSTMCell(4, param_dtype=dtype)),
         haiku_rnn(lambda: hk.LSTM(4)),
         exact=False,
     ),
-    Case("gru", flax_rnn(lambda: nn.GRUCell(4)), haiku_rnn(lambda: port.GRU(4))),
+    Case("gru", flax_rnn(lambda dtype: nn.GRUCell(4, param_dtype=dtype)), haiku_rnn(lambda: port.GRU(4))),
 ]

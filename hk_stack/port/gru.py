@@ -12,13 +12,15 @@ class GRU(hk.RNNCore):
     `tanh(W_ia x + W_ha (r * h) + b)`, Flax's `GRUCell` after:
 
     ```
-    r = sigmoid(W_ir x + W_hr h + b_r)
-    z = sigmoid(W_iz x + W_hz h + b_z)
-    n = tanh(W_in x + b_n + r * (W_hn h + b_h))
+    r = sigmoid(W_ir x + b_ir + W_hr h)
+    z = sigmoid(W_iz x + b_iz + W_hz h)
+    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
     h = (1 - z) * n + z * h
     ```
 
-    No parameters make the two agree, so a Flax model with a GRU needs this one.
+    No parameters make the two agree, so a Flax model with a GRU needs this one. Its
+    parameters are `w_i` `[features, 3 D]`, `w_h` `[D, 3 D]`, `b_i` `[3 D]` and `b_h`
+    `[D]`, with the gates in the order r, z, n.
     """
 
     def __init__(
@@ -54,9 +56,9 @@ class GRU(hk.RNNCore):
         init = hk.initializers.VarianceScaling()
         w_i = hk.get_parameter("w_i", [inputs.shape[-1], 3 * size], dtype, init)
         w_h = hk.get_parameter("w_h", [size, 3 * size], dtype, init)
-        b = hk.get_parameter("b", [3 * size], dtype, jnp.zeros)
+        b_i = hk.get_parameter("b_i", [3 * size], dtype, jnp.zeros)
         gates = inputs @ w_i
-        gates = gates + jnp.broadcast_to(b, gates.shape)
+        gates = gates + jnp.broadcast_to(b_i, gates.shape)
         r_x, z_x, n_x = jnp.split(gates, 3, axis=-1)
         r, z, n = jnp.split(state @ w_h, 3, axis=-1)
         if self.with_hidden_bias:

@@ -368,7 +368,7 @@ def _cell_leaves(
     yield leaf(("w_i",), pieces("i", "kernel"), Gates(same, 1), 2)
     yield leaf(("w_h",), pieces("h", "kernel"), Gates(same, 1), 2)
     if biases := pieces("i", "bias"):
-        yield leaf(("b",), biases, Gates(same, 0), 1)
+        yield leaf(("b_i",), biases, Gates(same, 0), 1)
     if biases := pieces("h", "bias"):
         yield leaf(("b_h",), biases, Plain(), 1)
 

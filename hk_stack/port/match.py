@@ -11,6 +11,7 @@ import collections
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,12 +106,10 @@ class Unfit(NamedTuple):
 
 
 class Near(NamedTuple):
-    """A renaming that would pair leaves, one of them, and how many families."""
+    """A renaming that would pair families of leaves, and how many."""
 
-    old: names.Path
-    new: names.Path
-    flax: Leaf
-    haiku: Leaf
+    old: str
+    new: str
     hits: int
 
 
@@ -384,15 +383,30 @@ def _is_layered(flax: Family, haiku: Family) -> bool:
 
 def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near]:
     """Renamings that would pair families, best first."""
-    scored = []
+    found = []
     for renaming in _renamings(theirs, ours):
         hits = renaming.hits(theirs, ours)
-        key = hits[0]
-        first = next(iter(theirs[key].values()))
-        second = next(iter(ours[renaming.of(key)].values()))  # type: ignore[index]
-        scored.append(Near(*renaming, first, second, len(hits)))
-    scored.sort(key=lambda near: (-near.hits, len(near.old) + len(near.new)))
-    return scored
+        flax, haiku = theirs[hits[0]], ours[renaming.of(hits[0])]  # type: ignore[index]
+        old = _written(renaming.old, flax)
+        new = _written(renaming.new, haiku, numbered=old.count("*"))
+        found.append(Near(old, new, len(hits)))
+    found.sort(key=lambda near: (-near.hits, len(near.old) + len(near.new)))
+    return found
+
+
+def _written(scope: names.Path, family: Family, numbered: int = 0) -> str:
+    """A scope as a rule names it, with `*` where there are many numbers."""
+    numbers, leaf = next(iter(family.items()))
+    raw = [part for part in leaf.raw.split("/") if part != "~"][: len(scope)]
+    several = [len({n[i] for n in family}) > 1 for i in range(len(numbers))]
+    parts = [
+        f"{re.sub('_[0-9]+$', '', part)}_*" if several[i] else part
+        for i, part in enumerate(raw)
+    ]
+    missing = numbered - "/".join(parts).count("*")
+    if parts and missing > 0:  # The numbers count layers, which have no name here.
+        parts[-1] += "_*" * missing
+    return "/".join(parts)
 
 
 # Layers

@@ -139,6 +139,11 @@ def renamed(rename: Rules, collection: str, path: Path) -> tuple[Path, int] | No
     new, match = found
     *texts, inside = match.groups()
     pieces = new.split("*")
+    if len(pieces) != len(texts) + 1:
+        raise ValueError(
+            f"port: rename to {new!r} has {len(pieces) - 1} '*', the path in Flax has "
+            f"{len(texts)}. What they stand for is copied in order, so give as many."
+        )
     filled = pieces[0] + "".join(t + p for t, p in zip(texts, pieces[1:], strict=True))
     rest = len([p for p in (inside or "").split("/") if p])
     return tuple(p for p in filled.split("/") if p), len(path) - rest

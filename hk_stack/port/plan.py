@@ -1,5 +1,6 @@
 """What goes where: the readable plan of a port, and what is wrong with it."""
 
+import collections
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -107,11 +108,9 @@ class Plan(NamedTuple):
         """The best renaming, as one would write it."""
         if not self.near:
             return []
-        near = self.near[0]
-        old = "/".join(near.flax.raw.split("/")[: len(near.old)])
-        new = "/".join(near.haiku.path[: len(near.new)])
-        count = f"{near.hits} more" + (" names" if near.hits > 1 else " name")
-        return [f'rename={{"{old}": "{new}"}} would match {count}, by name at least.']
+        old, new, hits = self.near[0]
+        count = f"{hits} more names" if hits > 1 else "one more name"
+        return [f'rename={{"{old}": "{new}"}} would match {count}, if all fits.']
 
 
 _TITLES = ["Flax", "Haiku", "change", "shape", "status"]
@@ -198,16 +197,30 @@ def _left_over(
     ignore: names.Rules,
     status: str,
 ) -> Iterator[Row]:
+    counts = collections.Counter(map(_name, left))
     for leaf in left:
         is_ignored = ignore.find(leaf.raw, f"{leaf.collection}/{leaf.raw}") is not None
         found = "ignored" if is_ignored else status
         why = "" if is_ignored else _nearest(leaf, others)
+        if counts[_name(leaf)] > 1 and not is_ignored:
+            why = f"{counts[_name(leaf)]} leaves have this name in Haiku: {_said(leaf)}"
         sides = (str(leaf), "") if status == "unused" else ("", str(leaf))
         yield Row(*sides, "", "", found, why)
 
 
+def _name(leaf: leaves.Leaf) -> tuple[Any, ...]:
+    """What a leaf is matched by."""
+    return leaf.kind, names.parts(leaf.path[:-1]), leaf.path[-1]
+
+
+def _said(leaf: leaves.Leaf) -> str:
+    return f"{'/'.join(leaf.path)}. Rename all but one"
+
+
 def _nearest(leaf: leaves.Leaf, others: Sequence[leaves.Leaf]) -> str:
     """The leaves that look most like one, of those that are left over as well."""
+    if leaf.path[-1] == "b_i" and isinstance(leaf.codec, leaves.Gates):
+        return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
 
     def likeness(other: leaves.Leaf) -> float:
         named = difflib.SequenceMatcher(None, "/".join(leaf.path), "/".join(other.path))
