@@ -31,8 +31,10 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
     >>> names.flat_to_stacked("embed")  # no part of the stack
 
     It serves `stack_params`, `unstack_params`, and transparent stacks of both
-    `hk.layer_stack` and `hk_stack.layer_stack`. Nested stacks take one map for each
-    level: `NumberedLayers("outer_*/inner_{}", "outer_*/inner")`, then
+    `hk.layer_stack` and `hk_stack.layer_stack`. For these, names begin inside of the
+    module around the stack: `block_{}`, which the whole tree has as `model/block_{}`.
+    Nested stacks take one map for each level:
+    `NumberedLayers("outer_*/inner_{}", "outer_*/inner")`, then
     `NumberedLayers("outer_{}", "outer")`.
 
     Attributes:
@@ -52,30 +54,17 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.per_layer, str) or not self.per_layer:
-            raise TypeError(
-                f"NumberedLayers: expected a name such as 'block_{{}}', found "
-                f"{self.per_layer!r}."
-            )
+        _check_per_layer(self.per_layer)
         names = (self.stacked,) if isinstance(self.stacked, str) else self.stacked
-        default = re.sub(r"[_/.]?\{\}", "", self.per_layer)
-        object.__setattr__(self, "stacked", tuple(names) or (default,))
-        if self.per_layer.count("{}") > 1:
+        if names == ():
+            names = (re.sub(r"[_/.]?\{\}", "", self.per_layer),)
+        _check_stacked(names, self.per_layer)
+        object.__setattr__(self, "stacked", tuple(names))
+        depth = self.num_layers
+        if depth is not None and (type(depth) is not int or depth < 1):
             raise ValueError(
-                f"NumberedLayers: {self.per_layer!r} has more than one '{{}}'. Nested "
-                "stacks take one map for each level, with '*' for the other numbers: "
-                "'outer_*/inner_{}', then 'outer_{}'."
-            )
-        for name in self.stacked:
-            if name.count("*") != self.per_layer.count("*") or "{}" in name:
-                raise ValueError(
-                    f"NumberedLayers: the stacked name {name!r} must have no '{{}}', "
-                    f"and as many '*' as {self.per_layer!r}."
-                )
-        if len(set(self.stacked)) < len(self.stacked):
-            raise ValueError(
-                f"NumberedLayers: two blocks of the pattern {self.stacked} have one "
-                "name. Give each a name of its own."
+                f"NumberedLayers: num_layers must be a positive int, found {depth!r}. "
+                "Leave it out to stack all layers that a tree holds."
             )
 
     def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
@@ -85,7 +74,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
           ValueError: If the module is no part of the stack.
         """
         for position, name in enumerate(self.stacked):
-            match = re.fullmatch(_pattern(name, ""), stacked_module_name)
+            match = re.fullmatch(pattern(name, ""), stacked_module_name)
             if match:
                 *texts, inside = match.groups()
                 number = scan_idx * len(self.stacked) + position
@@ -103,8 +92,8 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         habit = r"(?:_(?P<number>[1-9]\d*))?"
         has_number = "{}" in self.per_layer
         template = self.per_layer if has_number else f"{self.per_layer}{{}}"
-        pattern = _pattern(template, number if has_number else habit)
-        match = re.fullmatch(pattern, unstacked_module_name)
+        regex = pattern(template, number if has_number else habit)
+        match = re.fullmatch(regex, unstacked_module_name)
         if match is None:
             return None
         layer, position = divmod(int(match["number"] or 0), len(self.stacked))
@@ -117,7 +106,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
     def stack_of(self, stacked_module_name: str) -> tuple[str, ...]:
         """Tells apart stacks that one map serves: what `*` stands for."""
         for name in self.stacked:
-            match = re.fullmatch(_pattern(name, ""), stacked_module_name)
+            match = re.fullmatch(pattern(name, ""), stacked_module_name)
             if match:
                 return match.groups()[:-1]
         return ()
@@ -128,7 +117,63 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         return f"NumberedLayers({self.per_layer!r}, {names!r}{more})"
 
 
-def _pattern(template: str, number: str) -> str:
+def _check_per_layer(name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(
+            f"NumberedLayers: expected a name such as 'block_{{}}', found {name!r}."
+        )
+    if name.count("{}") > 1:
+        raise ValueError(
+            f"NumberedLayers: {name!r} has more than one '{{}}'. Nested stacks take "
+            "one map for each level, with '*' for the other numbers: "
+            "'outer_*/inner_{}', then 'outer_{}'."
+        )
+    if re.search(r"[{}]", name.replace("{}", "")):
+        raise ValueError(
+            f"NumberedLayers: {name!r} has a brace that is not part of '{{}}'. The "
+            "layer's number is written '{}', with nothing in it: 'block_{}'."
+        )
+    numbered = name if "{}" in name else f"{name}{{}}"
+    if re.search(r"\*\*|\*\{\}|\{\}\*", numbered):
+        raise ValueError(
+            f"NumberedLayers: in {name!r} nothing tells where the text of '*' ends. "
+            "Write '{}' for the layer's number, and something between it and '*': "
+            "'*_{}' or '*/block_{}'."
+        )
+
+
+def _check_stacked(names: Any, per_layer: str) -> None:
+    wrong = [n for n in names if not isinstance(n, str)] if _is_list(names) else [names]
+    if wrong:
+        raise TypeError(
+            f"NumberedLayers: the stacked name must be a name such as 'block', or a "
+            f"sequence of names for a pattern of blocks; found {wrong[0]!r}."
+        )
+    for name in names:
+        if not name:
+            raise ValueError(
+                f"NumberedLayers: {per_layer!r} leaves no name for the stack. Give "
+                f"one: NumberedLayers({per_layer!r}, 'layers')."
+            )
+        if name.count("*") != per_layer.count("*") or re.search(r"[{}]", name):
+            raise ValueError(
+                f"NumberedLayers: the stacked name {name!r} must have no '{{}}', "
+                f"and as many '*' as {per_layer!r}."
+            )
+    for one, other in itertools.permutations(names, 2):
+        if f"{other}/".startswith(f"{one}/"):
+            raise ValueError(
+                f"NumberedLayers: two blocks of the pattern {tuple(names)} have one "
+                f"name, or one is inside of the other: {one!r} and {other!r}. Give "
+                "each a name of its own."
+            )
+
+
+def _is_list(names: Any) -> bool:
+    return isinstance(names, Sequence) and len(names) > 0
+
+
+def pattern(template: str, number: str) -> str:
     """A regular expression for a module of `template`, or one inside of it."""
     parts = re.split(r"(\{\}|\*)", template)
     texts = itertools.count()
@@ -172,6 +217,9 @@ def stack_params(tree: Any, naming_map: hk.LayerStackTransparencyMapping) -> Any
 
     Returns:
       The same tree with leaves `[L, ...]` of the same kind, by stacked module name.
+      Leaves outside of the stack are those of `tree`, not copies. What an optimiser
+      does by a parameter's number of axes, it does to a stack with one axis more: mask
+      by name instead.
 
     Raises:
       ValueError: If no module of the tree is known to the map, two modules claim one
@@ -182,9 +230,10 @@ def stack_params(tree: Any, naming_map: hk.LayerStackTransparencyMapping) -> Any
     def has_layers(module: str) -> bool:
         return naming_map.flat_to_stacked(module) is not None
 
-    def convert(modules: Modules) -> dict[str, dict[str, Any]]:
-        rest = {m: dict(leaves) for m, leaves in modules.items() if not has_layers(m)}
-        return _joined(rest, stack_modules(modules, naming_map), "stack_params")
+    def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
+        rest = {m: leaves for m, leaves in modules.items() if not has_layers(m)}
+        _none_taken([m for m in rest if _is_stacked(naming_map, m)], "stack_params")
+        return rest | stack_modules(modules, naming_map)
 
     return _convert(tree, has_layers, convert, f"stack_params with {naming_map}")
 
@@ -218,22 +267,18 @@ def unstack_params(
       ValueError: If no module of the tree is known to the map, two layers map to one
         module, or leaves are of different depth.
     """
+    is_stacked = functools.partial(_is_stacked, naming_map)
 
-    def is_stacked(module: str) -> bool:
-        try:
-            flat = naming_map.stacked_to_flat(module, 0)
-        except ValueError:
-            return False
-        return naming_map.flat_to_stacked(flat) == (module, 0)
-
-    def convert(modules: Modules) -> dict[str, dict[str, Any]]:
-        rest = {m: dict(leaves) for m, leaves in modules.items() if not is_stacked(m)}
-        of_stack = {m: leaves for m, leaves in modules.items() if m not in rest}
-        flat: dict[str, dict[str, Any]] = {}
+    def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:
+        flat = {m: leaves for m, leaves in modules.items() if not is_stacked(m)}
+        of_stack = {m: leaves for m, leaves in modules.items() if m not in flat}
         for members in _stacks(naming_map, of_stack):
-            depth = _depth(members, num_layers)
-            flat = _joined(flat, unstack_modules(members, naming_map, depth), "unstack")
-        return _joined(rest, flat, "unstack_params")
+            depth = _depth(members, trees, num_layers)
+            _check_depth(naming_map, depth)
+            layers = unstack_modules(members, naming_map, depth)
+            _none_taken(sorted(flat.keys() & layers.keys()), "unstack_params")
+            flat |= layers
+        return flat
 
     return _convert(tree, is_stacked, convert, f"unstack_params with {naming_map}")
 
@@ -252,21 +297,14 @@ def stack_modules(
     for (module, _), found in layers.items():
         stack = _stack_of(naming_map, module)
         depths[stack] = max(depths.get(stack, 0), 1 + max(found))
-    for (module, name), found in layers.items():
-        depth = depths[_stack_of(naming_map, module)]
-        flat_names = [
-            f"{naming_map.stacked_to_flat(module, i)}/{name}" for i in range(depth)
-        ]
-        missing = [flat_names[i] for i in range(depth) if i not in found]
-        if missing:
-            raise ValueError(
-                f"stack_params: {module}/{name} has {len(found)} of {depth} layers; "
-                f"missing: {', '.join(missing)}.{_advice(naming_map, found)}"
-            )
+    for place, found in layers.items():
+        depth = depths[_stack_of(naming_map, place.module)]
+        _none_missing(place, found, depth, naming_map)
         trees = [found[i] for i in range(depth)]
-        _same_types(trees, flat_names)
-        stacked.setdefault(module, {})[name] = jax.tree.map(_stack, *trees)
-    return stacked
+        _same_types(trees, [place.in_layer(i, naming_map) for i in range(depth)])
+        of_module = stacked.setdefault(place.module, {})
+        of_module[place.leaf] = jax.tree.map(_stack, *trees)
+    return {module: _whole(leaves) for module, leaves in stacked.items()}
 
 
 def unstack_modules(
@@ -279,7 +317,7 @@ def unstack_modules(
     """
     flat: dict[str, dict[str, Any]] = {}
     for module, leaves in modules.items():
-        split = {name: _unstack(leaf, num_layers) for name, leaf in leaves.items()}
+        split = {n: _unstack(leaf, num_layers) for n, leaf in _by_name(leaves).items()}
         for i in range(num_layers):
             flat_name = naming_map.stacked_to_flat(module, i)
             if flat_name in flat:
@@ -287,7 +325,7 @@ def unstack_modules(
                     f"unstack_params: layer {i} of {module} maps to {flat_name}, which "
                     "another layer has taken. Give each layer a name of its own."
                 )
-            flat[flat_name] = {name: of_layer[i] for name, of_layer in split.items()}
+            flat[flat_name] = _whole({n: of_layer[i] for n, of_layer in split.items()})
     return flat
 
 
@@ -306,16 +344,18 @@ def drop_layers(tree: Any) -> Any:
 def _convert(
     tree: Any,
     is_known: Callable[[str], bool],
-    convert: Callable[[Modules], Any],
+    convert: Callable[[Modules, Sequence[Modules]], Any],
     what: str,
 ) -> Any:
-    """`tree` with all trees of modules in it converted, wherever they are."""
+    """`tree` with all trees of modules in it converted, wherever they are.
+
+    `convert` takes one of them, and all.
+    """
 
     def is_modules(node: Any) -> bool:
-        return (
-            isinstance(node, Mapping)
-            and all(isinstance(leaves, Mapping) for leaves in node.values())
-            and any(isinstance(name, str) and is_known(name) for name in node)
+        return isinstance(node, Mapping) and any(
+            isinstance(name, str) and is_known(name) and _is_module(leaves)
+            for name, leaves in node.items()
         )
 
     nodes = jax.tree.leaves_with_path(tree, is_leaf=is_modules)
@@ -323,24 +363,47 @@ def _convert(
     if not found:
         raise ValueError(
             f"{what}: no module of the tree belongs to the stack. It holds: "
-            f"{_some_modules(tree)}."
+            f"{_some_modules(tree)}. Write names as the tree does, from the outermost "
+            "module on ('*' stands for one), or is the tree converted already?"
         )
     _no_other_shapes(found, what)
+    trees = [node for _, node in found]
     return jax.tree.map(
-        lambda node: convert(node) if is_modules(node) else node,
+        lambda node: convert(node, trees) if is_modules(node) else node,
         tree,
         is_leaf=is_modules,
     )
 
 
-def _some_modules(tree: Any, most: int = 8) -> str:
+def _is_module(leaves: Any) -> bool:
+    return isinstance(leaves, Mapping) or not jax.tree.leaves(leaves)
+
+
+def _by_name(leaves: Any) -> Mapping[str, Any]:
+    """A module's leaves by name; one without any, masked by optax, as a whole."""
+    return leaves if isinstance(leaves, Mapping) and leaves else {"": leaves}
+
+
+def _whole(leaves: dict[str, Any]) -> Any:
+    """The inverse of `_by_name`."""
+    return leaves.get("", leaves)
+
+
+def _some_modules(tree: Any) -> str:
     """Names that a tree holds where modules should be."""
     names: dict[str, None] = {}
     for path, _ in jax.tree.leaves_with_path(tree):
         keys = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
-        names.update(dict.fromkeys(map(str, keys[-2:-1])))
-    listed = ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")
-    return listed or "none"
+        names.update(dict.fromkeys(map(str, keys[-2:][:1])))
+    return _listed(list(names)[:_MOST], len(names)) or "no modules"
+
+
+_MOST = 8  # names in an error
+
+
+def _listed(names: Sequence[str], count: int) -> str:
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return ", ".join(names) + more
 
 
 def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
@@ -352,31 +415,39 @@ def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
     """
     shapes: dict[Any, tuple[str, Any]] = {}
     for path, modules in found:
-        names = tuple((m, tuple(leaves)) for m, leaves in sorted(modules.items()))
-        for module, leaves in modules.items():
-            for name, leaf in leaves.items():
-                if not hasattr(leaf, "shape"):
-                    continue
-                at = f"{jax.tree_util.keystr(path)}[{module!r}][{name!r}]"
-                first = shapes.setdefault((names, module, name), (at, leaf.shape))
-                if first[1] != leaf.shape:
-                    raise ValueError(
-                        f"{what}: {first[0]} has shape {first[1]}, and {at} has shape "
-                        f"{leaf.shape}. This optimiser keeps something else than one "
-                        "number for each parameter, and would keep another for a stack "
-                        "of layers. Convert the parameters, and start its state anew: "
-                        "optimiser.init(params)."
-                    )
+        places = [place for place, _ in _leaves(modules)]
+        for place, leaf in _leaves(modules):
+            if not hasattr(leaf, "shape"):
+                continue
+            at = f"{jax.tree_util.keystr(path)}[{place.module!r}][{place.leaf!r}]"
+            key = (frozenset(places), place)
+            first, shape = shapes.setdefault(key, (at, leaf.shape))
+            if shape != leaf.shape:
+                raise ValueError(
+                    f"{what}: {first} has shape {shape}, and {at} has shape "
+                    f"{leaf.shape}. If this is the state of an optimiser, it keeps "
+                    "something else than one number for each parameter, and would "
+                    "keep another for a stack of layers: convert the parameters, and "
+                    "start its state anew with optimiser.init(params). If these are "
+                    "two models, convert them one by one."
+                )
 
 
-def _joined(first: dict[str, Any], second: dict[str, Any], what: str) -> dict[str, Any]:
-    taken = sorted(first.keys() & second.keys())
+def _is_stacked(naming_map: hk.LayerStackTransparencyMapping, module: str) -> bool:
+    try:
+        flat = naming_map.stacked_to_flat(module, 0)
+    except Exception:  # Maps other than ours may raise what they like.
+        return False
+    return naming_map.flat_to_stacked(flat) == (module, 0)
+
+
+def _none_taken(taken: Sequence[str], what: str) -> None:
     if taken:
         raise ValueError(
             f"{what}: the name {taken[0]} is taken by a module that is no part of the "
-            "stack. Choose other names in the naming map."
+            "stack. Give the stack another name, NumberedLayers(per_layer, stacked), "
+            "or is the tree converted already?"
         )
-    return first | second
 
 
 # Stacks
@@ -386,26 +457,36 @@ class _Place(NamedTuple):
     module: str
     leaf: str
 
+    def __str__(self) -> str:
+        return f"{self.module}/{self.leaf}" if self.leaf else self.module
+
+    def in_layer(self, i: int, naming_map: hk.LayerStackTransparencyMapping) -> str:
+        return str(_Place(naming_map.stacked_to_flat(self.module, i), self.leaf))
+
+
+def _leaves(modules: Modules) -> Iterator[tuple[_Place, Any]]:
+    for module, leaves in modules.items():
+        for name, leaf in _by_name(leaves).items():
+            yield _Place(module, name), leaf
+
 
 def _by_layer(
     modules: Modules, naming_map: hk.LayerStackTransparencyMapping
 ) -> dict[_Place, dict[int, Any]]:
     """Leaves of per-layer modules, by their place in the stack and their layer."""
     layers: dict[_Place, dict[int, Any]] = {}
-    for flat_name, leaves in modules.items():
-        place = naming_map.flat_to_stacked(flat_name)
-        if place is None:
+    for flat, leaf in _leaves(modules):
+        stacked = naming_map.flat_to_stacked(flat.module)
+        if stacked is None:
             continue
-        module, layer = place
-        for name, leaf in leaves.items():
-            taken = layers.setdefault(_Place(module, name), {})
-            if layer in taken:
-                raise ValueError(
-                    f"stack_params: {flat_name}/{name} maps to layer {layer} of "
-                    f"{module}/{name}, which another module has taken. "
-                    "Give each layer a name of its own in the naming map."
-                )
-            taken[layer] = leaf
+        place, layer = _Place(stacked[0], flat.leaf), stacked[1]
+        taken = layers.setdefault(place, {})
+        if layer in taken:
+            raise ValueError(
+                f"stack_params: {flat} maps to layer {layer} of {place}, which another "
+                "module has taken. Give each layer a name of its own in the naming map."
+            )
+        taken[layer] = leaf
     return layers
 
 
@@ -425,49 +506,104 @@ def _stacks(
     yield from stacks.values()
 
 
-def _depth(modules: Modules, num_layers: int | None) -> int:
-    """The leading axis of all leaves of a stack."""
-    first = "num_layers"
-    for module, leaves in modules.items():
-        for path, leaf in jax.tree.leaves_with_path(leaves):
-            at = f"{module}/{path[0].key}"
-            found = leaf.shape[0] if getattr(leaf, "shape", ()) else None
-            if num_layers is None:
-                first, num_layers = f"{at} of shape {leaf.shape}", found
-            if found is None or found != num_layers:
-                raise ValueError(
-                    f"unstack_params: {at} has shape {leaf.shape}; expected a leading "
-                    f"axis of {num_layers} layers, as {first} says. Is each of them "
-                    "part of the same stack?"
-                )
-    return num_layers or 0
+def _depth(members: Modules, trees: Sequence[Modules], num_layers: int | None) -> int:
+    """How many layers the modules of a stack have.
+
+    The leaves of optimiser states may all be masked. Those of `trees` that have the
+    same modules, such as the parameters, tell then.
+    """
+    depth = _leading_axis(members, num_layers)
+    if depth is not None:
+        return depth
+    alike = [tree for tree in trees if members.keys() <= tree.keys()]
+    found = [_leading_axis({m: tree[m] for m in members}, None) for tree in alike]
+    depths = {depth for depth in found if depth is not None}
+    if len(depths) != 1:
+        raise ValueError(
+            f"unstack_params: no array says how many layers {next(iter(members))} has. "
+            "Convert the parameters together with this tree, or give num_layers: "
+            "unstack_params(tree, naming_map, num_layers)."
+        )
+    return depths.pop()
 
 
-def _advice(
-    naming_map: hk.LayerStackTransparencyMapping, found: Mapping[int, Any]
-) -> str:
-    whole = next(i for i in range(len(found) + 1) if i not in found)
-    if not isinstance(naming_map, NumberedLayers) or len(naming_map.stacked) == 1:
+def _leading_axis(modules: Modules, num_layers: int | None) -> int | None:
+    """The leading axis of all leaves of a stack, if there are any."""
+    shapes = [
+        (place, np.shape(leaf))
+        for place, tree in _leaves(modules)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    says = "num_layers"
+    if num_layers is None and shapes and shapes[0][1]:
+        says, num_layers = f"{shapes[0][0]} of shape {shapes[0][1]}", shapes[0][1][0]
+    for place, shape in shapes:
+        if shape[:1] != (num_layers,):
+            depth = "" if num_layers is None else f" of {num_layers}, as {says} says"
+            raise ValueError(
+                f"unstack_params: {place} has shape {shape}; expected a leading axis "
+                f"of layers{depth}. Are all modules of that name part of the stack, "
+                "and stacked?"
+            )
+    return num_layers
+
+
+def _check_depth(naming_map: hk.LayerStackTransparencyMapping, num_layers: int) -> None:
+    if not isinstance(naming_map, NumberedLayers) or naming_map.num_layers is None:
+        return
+    if num_layers > naming_map.num_layers:
+        raise ValueError(
+            f"unstack_params: the tree holds {num_layers} layers, more than "
+            f"{naming_map}. Give the map num_layers={num_layers}, or leave it out."
+        )
+
+
+def _none_missing(
+    place: _Place,
+    found: Mapping[int, Any],
+    depth: int,
+    naming_map: hk.LayerStackTransparencyMapping,
+) -> None:
+    missing = [i for i in range(depth) if i not in found]
+    if missing:
+        names = [place.in_layer(i, naming_map) for i in missing[:_MOST]]
+        advice = ""
+        if isinstance(naming_map, NumberedLayers):
+            advice = _advice(missing, depth, len(naming_map.stacked))
+        raise ValueError(
+            f"stack_params: {place} has {len(found)} of {depth} layers; missing: "
+            f"{_listed(names, len(missing))}.{advice}"
+        )
+
+
+def _advice(missing: Sequence[int], depth: int, pattern: int) -> str:
+    if missing == [0]:
+        return " Layers are numbered from 0."
+    if missing[0] and len(missing) == depth - missing[0]:
+        return (
+            " To leave a remainder outside of the stack, give the naming map "
+            f"num_layers={missing[0]}."
+        )
+    if pattern > 1:
         return ""
-    return f" To leave a remainder outside of the stack, give num_layers={whole}."
+    return " For blocks that take turns, give the naming map a pattern of names."
 
 
 def _same_types(trees: Sequence[Any], names: Sequence[str]) -> None:
     """Checks that the leaves of all layers can be stacked."""
-    structure: Any = jax.tree.structure(trees[0])
-    for tree, name in zip(trees, names, strict=True):
-        if jax.tree.structure(tree) != structure:
+    first, *_ = types = [jax.tree.map(_type_of, tree) for tree in trees]
+    structure: Any = jax.tree.structure(first)
+    for of_layer, name in zip(types, names, strict=True):
+        found = f"stack_params: {name} is {of_layer}, {names[0]} is {first}."
+        if jax.tree.structure(of_layer) != structure:
             raise ValueError(
-                f"stack_params: {name} is {jax.tree.structure(tree)}, {names[0]} is "
-                f"{structure}. All layers of a stack must have one structure."
+                f"{found} All layers of a stack must have one structure; what masks "
+                "or labels parameters for an optimiser must treat them alike."
             )
-        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(trees[0]), strict=True):
-            if _type_of(x) != _type_of(y):
-                raise ValueError(
-                    f"stack_params: {name} is {_type_of(x)}, {names[0]} is "
-                    f"{_type_of(y)}. All layers of a stack must have the same shapes "
-                    "and dtypes."
-                )
+        if jax.tree.leaves(of_layer) != jax.tree.leaves(first):
+            raise ValueError(
+                f"{found} All layers of a stack must have the same shapes and dtypes."
+            )
 
 
 def _type_of(leaf: Any) -> str:
@@ -506,40 +642,62 @@ def _unstack(tree: Any, num_layers: int) -> list[Any]:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             sharding = _unstacked_on(leaf)
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
-        if isinstance(leaf, jax.Array) and is_on_host(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf[i, ...]  # Not leaf[i], which of scalars is no view.
+        if is_on_host(leaf):
             of_layer = empty(leaf.shape[1:], leaf.dtype)
             of_layer[...] = np.asarray(leaf)[i]
             return as_given(of_layer, [leaf])
         return leaf[i]
 
+    tree = jax.tree.map(_not_sharded_by_layer, tree)
     return [
         jax.tree.map(functools.partial(layer, i=i), tree) for i in range(num_layers)
     ]
 
 
+def _not_sharded_by_layer(leaf: Any) -> Any:
+    """`leaf` with all layers on each device, if JAX would not do so by itself."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    sharding = jax.typeof(leaf).sharding  # Has the axes of a mesh that are explicit.
+    if sharding.spec[:1] in ((), (None,)):
+        return leaf
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
+    on_each = jax.sharding.NamedSharding(sharding.mesh, spec)
+    return jax.sharding.reshard(leaf, on_each)
+
+
 def _stacked_on(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
     """The sharding of a stack of leaves, if they say how they are sharded."""
-    shardings = {_named_sharding(leaf) for leaf in leaves}
+    shardings = {_sharding(leaf) for leaf in leaves}
     sharding = shardings.pop()
-    if shardings or sharding is None:
-        return None
-    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
-    return jax.sharding.NamedSharding(sharding.mesh, spec)
+    return None if shardings else _with_spec(sharding, lambda spec: (None, *spec))
 
 
 def _unstacked_on(leaf: Any) -> jax.sharding.Sharding | None:
-    sharding = _named_sharding(leaf)
-    if sharding is None:
-        return None
-    spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
-    return jax.sharding.NamedSharding(sharding.mesh, spec)
+    return _with_spec(_sharding(leaf), lambda spec: spec[1:])
 
 
-def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
+def _with_spec(
+    sharding: jax.sharding.Sharding | None, change: Callable[[Any], Any]
+) -> jax.sharding.Sharding | None:
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = jax.sharding.PartitionSpec(*change(sharding.spec))
+    kind = sharding.memory_kind
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=kind)
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    """The sharding that an array of more or fewer axes can have as well."""
     if isinstance(leaf, jax.core.Tracer):
         return None
     sharding = getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    kept: Any = jax.sharding.NamedSharding
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        kept = (kept, jax.sharding.SingleDeviceSharding)
+    return sharding if isinstance(sharding, kept) else None
 
 
 def is_on_host(leaf: Any) -> bool:
@@ -566,7 +724,12 @@ _ALIGNMENT = 64
 
 
 def as_given(array: np.ndarray, examples: Sequence[Any]) -> Any:
-    """`array` as a JAX array if all `examples` are, on the device of the first."""
+    """`array` as a JAX array if all `examples` are, bound to a device as they are.
+
+    Programs over several devices take arrays that are bound to none.
+    """
     if not all(isinstance(example, jax.Array) for example in examples):
         return array
-    return jax.device_put(array, examples[0].sharding)
+    bound = [example.sharding for example in examples if example.committed]
+    with jax.enable_x64(True):  # Keeps float64 as it is.
+        return jax.device_put(array, *bound[:1])

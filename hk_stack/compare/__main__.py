@@ -24,12 +24,22 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import hk_stack
-from hk_stack.compare import in_haiku, plain
+from hk_stack.compare import in_haiku, plain, porting
 from hk_stack.compare import s4 as s4_maths
 
 _TABLES = flags.DEFINE_list(
     "tables",
-    ["s4", "recurrence", "init", "depth", "reuse", "accumulate", "setup", "decode"],
+    [
+        "s4",
+        "recurrence",
+        "init",
+        "depth",
+        "reuse",
+        "accumulate",
+        "setup",
+        "decode",
+        "port",
+    ],
     "What to measure.",
 )
 _REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each table.", lower_bound=1)
@@ -368,6 +378,14 @@ def depth(repeat: int) -> dict[str, Any]:
     return _jitted("init by depth", programs, repeat)
 
 
+def port(repeat: int) -> dict[str, Any]:
+    """Porting and stacking a tree of 24 layers, against copying its arrays."""
+    table = porting.measured(repeat)
+    _print("port", table)
+    print(f"The largest leaf has {porting.largest_leaf() / 1e6:.4g} MB.")
+    return {"port": table}
+
+
 TABLES = {
     "s4": s4,
     "recurrence": recurrence,
@@ -377,6 +395,7 @@ TABLES = {
     "accumulate": accumulate,
     "setup": setup,
     "decode": decode,
+    "port": port,
 }
 
 
@@ -495,6 +514,7 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("run_s", "run ms", 1e3),
     _Column("temp_bytes", "temp MB", 1e-6),
+    _Column("extra_bytes", "extra MB", 1e-6),
     _Column("trace_s", "trace s", 1.0),
     _Column("compile_s", "compile s", 1.0),
 )

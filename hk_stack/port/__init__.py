@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from hk_stack import layout
-from hk_stack.port import leaves, match, names
+from hk_stack.port import layers, leaves, match, names
 from hk_stack.port import plan as plans
 from hk_stack.port.gru import GRU
 from hk_stack.port.plan import Plan, Row
@@ -202,7 +202,7 @@ def plan(
     by_axis = names.Rules("layer_axis", axes)
     flax = leaves.of_flax(variables, renames)
     haiku = leaves.of_haiku(params, state)
-    options = match.Options(by_leaf, by_axis, interleave)
+    options = layers.Options(by_leaf, by_axis, interleave)
     found = match.match(flax, haiku, options)
     plans_rows = plans.of_match(found, ignored, cast=cast, rules=())
     raw = {one.raw: None for one in (*flax, *haiku)}
@@ -236,7 +236,7 @@ def _port(
 
 
 def _moved(
-    move: match.Move, source: str, given: Sequence[Any], like: Sequence[Any]
+    move: layers.Move, source: str, given: Sequence[Any], like: Sequence[Any]
 ) -> dict[int, Any]:
     """New arrays for the pieces that a move fills, by their place in the tree."""
     sides = (move.flax, move.haiku)
@@ -250,6 +250,11 @@ def _moved(
         leaf, _ = old.place(layer)
         value = change(leaf.codec.read(old.views(layer, arrays)))
         leaf, _ = new.place(layer)
+        if value.shape != new.one_layer():
+            raise ValueError(
+                f"port: {leaf} is given shape {list(value.shape)} for one layer, not "
+                f"{list(new.one_layer() or ())}. What does its rule in leaf= return?"
+            )
         leaf.codec.write(value, new.views(layer, filled))
     return {index: _as_like(array, like[index]) for index, array in filled.items()}
 

@@ -80,6 +80,21 @@ class Leaf(NamedTuple):
     standard: bool = False
 
     @property
+    def paths(self) -> tuple[str, str]:
+        """What rules for a leaf may say: its path, with the collection or without."""
+        return self.raw, f"{self.collection}/{self.raw}"
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is one of Flax's `kernel`s."""
+        return self.standard and self.raw.endswith("kernel")
+
+    @property
+    def least_rank(self) -> int:
+        """How many axes it has in one layer at the least."""
+        return 2 if self.is_kernel else self.rank or 0
+
+    @property
     def dtype(self) -> np.dtype:
         """That of its values, which a counter among its pieces is not."""
         return self.pieces[-1].dtype

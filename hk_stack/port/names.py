@@ -5,6 +5,7 @@ module without a name of its own `Dense_0`, Haiku `linear`; Haiku numbers from t
 second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than the call.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -63,16 +64,19 @@ def parts(path: Iterable[str]) -> tuple[Part, ...]:
     (Part(base='layers', number=3), Part(base='kernel', number=0))
     """
     found: list[Part] = []
+    before = ""
     for name in path:
         if name == "~":
             continue
-        if name.isdecimal() and found and found[-1].number == 0:
-            found[-1] = Part(found[-1].base, int(name))
+        if name.isdecimal() and before and not before.isdecimal():
+            found[-1] = Part(before, int(name))
         else:
-            found.append(_part(name))
+            found.append(Part("", int(name)) if name.isdecimal() else _part(name))
+        before = name
     return tuple(found)
 
 
+@functools.cache
 def _part(name: str) -> Part:
     match = re.fullmatch(r"(.+?)_(\d+)", name)
     base, number = (match[1], int(match[2])) if match else (name, 0)
@@ -88,14 +92,12 @@ def _snake_case(name: str) -> str:
     return re.sub(r"((?<=[a-z0-9])[A-Z]|(?!^)[A-Z](?=[a-z]))", r"_\1", name).lower()
 
 
-def is_transposed_convolution(path: Path) -> bool | None:
-    """Whether a module's name says so; None if it says nothing."""
-    bases = [part.base for part in parts(path)]
-    if not bases:
-        return None
-    if re.search("transpos|deconv", bases[-1]):
+def is_transposed(path: Path) -> bool | None:
+    """Whether a convolution's name says that it is transposed; None if it is silent."""
+    base = parts(path)[-1].base if path else ""
+    if re.search("transpos|deconv", base):
         return True
-    return False if "conv" in bases[-1] else None
+    return False if base == "conv" else None
 
 
 def _pattern(pattern: str) -> str:

@@ -2,13 +2,14 @@
 
 import collections
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from hk_stack import report
-from hk_stack.port import leaves, match, names
+from hk_stack.port import layers, leaves, match, names
 
 
 class Row(NamedTuple):
@@ -19,8 +20,8 @@ class Row(NamedTuple):
       haiku: Haiku's.
       change: How it changes on its way; "" if it does not.
       shape: The shape of one layer before and after.
-      status: "ok", or what is wrong: "differs", "dtype", "unused" (a leaf of Flax that
-        Haiku has no place for), "missing" (the other way round), "ignored".
+      status: "ok", or what is wrong: "differs", "dtype", "kind", "unused" (a leaf of
+        Flax that Haiku has no place for), "missing" (the other way round), "ignored".
       why: What is wrong, in words.
     """
 
@@ -43,7 +44,7 @@ class Plan(NamedTuple):
     """
 
     rows: tuple[Row, ...]
-    moves: tuple[match.Move, ...]
+    moves: tuple[layers.Move, ...]
     near: tuple[match.Near, ...]
     unused_rules: tuple[str, ...]
 
@@ -85,7 +86,7 @@ class Plan(NamedTuple):
             f"Haiku, {report.si(nbytes)}B{end}"
         )
 
-    def _sides(self, name: str) -> list[match.Side]:
+    def _sides(self, name: str) -> list[layers.Side]:
         return [getattr(move, name) for move in self.moves]
 
     def problems(self, most: int = 12) -> list[str]:
@@ -117,6 +118,7 @@ _TITLES = ["Flax", "Haiku", "change", "shape", "status"]
 _TITLES_OF_PROBLEMS = {
     "differs": "of one name, but not the same",
     "dtype": "of another dtype; cast=True converts",
+    "kind": "of another kind of number, which nothing converts",
     "unused": "in Flax only",
     "missing": "in Haiku only",
 }
@@ -149,17 +151,21 @@ def of_match(
     return Plan(tuple(rows), tuple(moves), tuple(found.near), tuple(rules))
 
 
-def _moved(move: match.Move, cast: bool) -> Row:
+def _moved(move: layers.Move, cast: bool) -> Row:
     flax, haiku = move.flax.leaves, move.haiku.leaves
     status, why = "ok", ""
-    old, new = flax[0].dtype, haiku[0].dtype
     labels = [x.codec.label for x in (flax[0], haiku[0])] + [move.change.label]
-    if old != new:
-        labels.append(f"{old} -> {new}")
-        if not cast or not _is_castable(old, new):
-            status, why = "dtype", f"{old} in Flax, {new} in Haiku"
+    old, new = ({leaf.dtype for leaf in side} for side in (flax, haiku))
+    if len(old | new) > 1:
+        text = [", ".join(sorted(map(str, dtypes))) for dtypes in (old, new)]
+        labels.append(f"{text[0]} -> {text[1]}")
+        if not all(map(_is_castable, *zip(*itertools.product(old, new), strict=True))):
+            status, why = "kind", f"{text[0]} in Flax, {text[1]} in Haiku"
+        elif not cast:
+            status, why = "dtype", f"{text[0]} in Flax, {text[1]} in Haiku"
     labels.append(_layers(move))
-    (before,), (after,) = match.one_layer(move.flax), match.one_layer(move.haiku)
+    before, after = move.flax.one_layer(), move.haiku.one_layer()
+    assert before is not None and after is not None
     shape = str(list(after)) if before == after else f"{list(before)} -> {list(after)}"
     change = ", ".join(label for label in labels if label)
     return Row(_all(flax), _all(haiku), change, shape, status, why)
@@ -171,19 +177,19 @@ def _is_castable(old: Any, new: Any) -> bool:
     return any(jnp.issubdtype(old, k) and jnp.issubdtype(new, k) for k in kinds)
 
 
-def _layers(move: match.Move) -> str:
+def _layers(move: layers.Move) -> str:
     flax, haiku = move.flax, move.haiku
-    if flax.num_layers == 1 or (flax.axis, flax.sizes) == (haiku.axis, haiku.sizes):
+    is_whole = len(flax.leaves) == len(haiku.leaves) == 1 and move.is_in_order
+    if flax.num_layers == 1 or is_whole:
         return ""
     return f"{flax.num_layers} layers {_where(flax)} -> {_where(haiku)}"
 
 
-def _where(side: match.Side) -> str:
+def _where(side: layers.Side) -> str:
     if not side.sizes:
         return "by name"
     by_name = "by name and " if len(side.leaves) > 1 else ""
-    axes = range(side.axis, side.axis + len(side.sizes))
-    return f"{by_name}on axis {', '.join(map(str, axes))}"
+    return f"{by_name}on axis {', '.join(map(str, side.axes))}"
 
 
 def _all(several: Sequence[leaves.Leaf]) -> str:
@@ -203,7 +209,7 @@ def _left_over(
         found = "ignored" if is_ignored else status
         why = "" if is_ignored else _nearest(leaf, others)
         if counts[_name(leaf)] > 1 and not is_ignored:
-            why = f"{counts[_name(leaf)]} leaves have this name in Haiku: {_said(leaf)}"
+            why = _twice(leaf, left)
         sides = (str(leaf), "") if status == "unused" else ("", str(leaf))
         yield Row(*sides, "", "", found, why)
 
@@ -213,8 +219,14 @@ def _name(leaf: leaves.Leaf) -> tuple[Any, ...]:
     return leaf.kind, names.parts(leaf.path[:-1]), leaf.path[-1]
 
 
-def _said(leaf: leaves.Leaf) -> str:
-    return f"{'/'.join(leaf.path)}. Rename all but one"
+def _twice(leaf: leaves.Leaf, left: Sequence[leaves.Leaf]) -> str:
+    _, module, name = _name(leaf)
+    path = "/".join(part.base for part in module)
+    same = [str(one) for one in left if _name(one) == _name(leaf) and one is not leaf]
+    return (
+        f"{', '.join(same)} would have its name in Haiku too, {path}/{name}; rename "
+        "one of them"
+    )
 
 
 def _nearest(leaf: leaves.Leaf, others: Sequence[leaves.Leaf]) -> str:
