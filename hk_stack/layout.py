@@ -231,7 +231,7 @@ def stack_params(tree: Any, naming_map: hk.LayerStackTransparencyMapping) -> Any
         return naming_map.flat_to_stacked(module) is not None
 
     def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
-        rest = {m: leaves for m, leaves in modules.items() if not has_layers(m)}
+        rest = {m: _plain(leaves) for m, leaves in modules.items() if not has_layers(m)}
         _none_taken([m for m in rest if _is_stacked(naming_map, m)], "stack_params")
         return rest | stack_modules(modules, naming_map)
 
@@ -270,7 +270,7 @@ def unstack_params(
     is_stacked = functools.partial(_is_stacked, naming_map)
 
     def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:
-        flat = {m: leaves for m, leaves in modules.items() if not is_stacked(m)}
+        flat = {m: _plain(leaves) for m, leaves in modules.items() if not is_stacked(m)}
         of_stack = {m: leaves for m, leaves in modules.items() if m not in flat}
         for members in _stacks(naming_map, of_stack):
             depth = _depth(members, trees, num_layers)
@@ -379,6 +379,11 @@ def _is_module(leaves: Any) -> bool:
     return isinstance(leaves, Mapping) or not jax.tree.leaves(leaves)
 
 
+def _plain(leaves: Any) -> Any:
+    """A module as a dictionary, which in old checkpoints of Haiku it is not."""
+    return dict(leaves) if isinstance(leaves, Mapping) else leaves
+
+
 def _by_name(leaves: Any) -> Mapping[str, Any]:
     """A module's leaves by name; one without any, masked by optax, as a whole."""
     return leaves if isinstance(leaves, Mapping) and leaves else {"": leaves}
@@ -413,19 +418,19 @@ def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
     an optimiser that keeps norms or factors of a parameter takes a stack of layers for
     one parameter, and keeps others.
     """
-    shapes: dict[Any, tuple[str, Any]] = {}
+    seen: dict[Any, tuple[str, Any]] = {}
     for path, modules in found:
         places = [place for place, _ in _leaves(modules)]
         for place, leaf in _leaves(modules):
-            if not hasattr(leaf, "shape"):
+            shape = str(jax.tree.map(np.shape, leaf))  # Of sm3, a list of them.
+            if not jax.tree.leaves(leaf):
                 continue
             at = f"{jax.tree_util.keystr(path)}[{place.module!r}][{place.leaf!r}]"
-            key = (frozenset(places), place)
-            first, shape = shapes.setdefault(key, (at, leaf.shape))
-            if shape != leaf.shape:
+            first, expected = seen.setdefault((frozenset(places), place), (at, shape))
+            if shape != expected:
                 raise ValueError(
-                    f"{what}: {first} has shape {shape}, and {at} has shape "
-                    f"{leaf.shape}. If this is the state of an optimiser, it keeps "
+                    f"{what}: {first} has shape {expected}, and {at} has shape "
+                    f"{shape}. If this is the state of an optimiser, it keeps "
                     "something else than one number for each parameter, and would "
                     "keep another for a stack of layers: convert the parameters, and "
                     "start its state anew with optimiser.init(params). If these are "
@@ -564,25 +569,28 @@ def _none_missing(
     depth: int,
     naming_map: hk.LayerStackTransparencyMapping,
 ) -> None:
-    missing = [i for i in range(depth) if i not in found]
-    if missing:
-        names = [place.in_layer(i, naming_map) for i in missing[:_MOST]]
+    missing = (i for i in range(depth) if i not in found)
+    some = list(itertools.islice(missing, _MOST))  # Of a wrong number, not millions.
+    if some:
+        count = depth - len(found)
+        names = [place.in_layer(i, naming_map) for i in some]
         advice = ""
         if isinstance(naming_map, NumberedLayers):
-            advice = _advice(missing, depth, len(naming_map.stacked))
+            advice = _advice(some[0], count, depth, len(naming_map.stacked))
         raise ValueError(
             f"stack_params: {place} has {len(found)} of {depth} layers; missing: "
-            f"{_listed(names, len(missing))}.{advice}"
+            f"{_listed(names, count)}.{advice}"
         )
 
 
-def _advice(missing: Sequence[int], depth: int, pattern: int) -> str:
-    if missing == [0]:
+def _advice(first: int, count: int, depth: int, pattern: int) -> str:
+    """What to do about `count` missing layers, where `first` is the first of them."""
+    if first == 0 and count == 1:
         return " Layers are numbered from 0."
-    if missing[0] and len(missing) == depth - missing[0]:
+    if first > 0 and count == depth - first:
         return (
             " To leave a remainder outside of the stack, give the naming map "
-            f"num_layers={missing[0]}."
+            f"num_layers={first}."
         )
     if pattern > 1:
         return ""

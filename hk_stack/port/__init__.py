@@ -79,8 +79,9 @@ def flax_to_haiku(
         layer to Haiku's, and back.
       ignore: Beginnings of paths in Flax or Haiku that may be left over.
       layer_axis: The axis that `nn.scan` or `nn.vmap` put the layers on
-        (`variable_axes={"params": 1}`): one for all, or by the beginning of a path in
-        Flax. By default it is found out, if it can be.
+        (`variable_axes={"params": 1}`): one for all stacks, or by the beginning of a
+        path in Flax, which then is that of a stack; a tuple for scans in a scan. By
+        default it is found out, if the shapes tell.
       interleave: Where layers are both numbered and on an axis (`layers/block_0` and
         `layers/block_1`, `[L/2, ...]`): True if the scan is over blocks of layers,
         False if each numbered module is a stack of its own.
@@ -195,11 +196,9 @@ def plan(
       TypeError: If an argument is of the wrong type.
     """
     params, state = _pair(like)
-    renames = names.Rules("rename", rename or {})
-    by_leaf = names.Rules("leaf", leaf or {})
-    ignored = names.Rules("ignore", dict.fromkeys(ignore))
-    axes = {"": layer_axis} if isinstance(layer_axis, int) else (layer_axis or {})
-    by_axis = names.Rules("layer_axis", axes)
+    renames, by_leaf, ignored, by_axis = _rules(rename, leaf, ignore, layer_axis)
+    if interleave not in (None, True, False):
+        raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
     flax = leaves.of_flax(variables, renames)
     haiku = leaves.of_haiku(params, state)
     options = layers.Options(by_leaf, by_axis, interleave)
@@ -208,6 +207,43 @@ def plan(
     raw = {one.raw: None for one in (*flax, *haiku)}
     said = plans.unused((renames, by_leaf, ignored, by_axis), raw)
     return plans_rows._replace(unused_rules=tuple(said))
+
+
+def _rules(rename: Any, leaf: Any, ignore: Any, layer_axis: Any) -> list[names.Rules]:
+    """The users' rules, after a check of what they are."""
+    if isinstance(ignore, str):
+        ignore = [ignore]
+    if isinstance(layer_axis, int):
+        layer_axis = {"": layer_axis}
+    given = {
+        "rename": rename or {},
+        "leaf": leaf or {},
+        "ignore": dict.fromkeys(ignore),
+        "layer_axis": {} if layer_axis is None else layer_axis,
+    }
+    rules = {argument: names.Rules(argument, said) for argument, said in given.items()}
+    for argument, (is_right, expected) in _EXPECTED.items():
+        for pattern, value in rules[argument].rules.items():
+            if not is_right(value):
+                raise TypeError(
+                    f"port: {argument} of {pattern!r} must be {expected}, not {value!r}."
+                )
+    return list(rules.values())
+
+
+def _is_axes(value: Any) -> bool:
+    axes = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+
+
+_EXPECTED = {
+    "rename": (lambda value: isinstance(value, str), "the path in Haiku"),
+    "leaf": (
+        lambda value: isinstance(value, tuple) and list(map(callable, value)) == [1, 1],
+        "a pair of functions, to Haiku and to Flax",
+    ),
+    "layer_axis": (_is_axes, "an axis, or a tuple of axes for nested scans"),
+}
 
 
 def _pair(like: Any) -> tuple[Any, Any]:
@@ -264,6 +300,13 @@ def _values(leaf: Any, piece: leaves.Piece) -> np.ndarray:
         raise TypeError(
             f"port: {piece.name} is a jax.ShapeDtypeStruct, which has no values. Only "
             "`like` may hold these."
+        )
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(f"port: {piece.name} is traced. Port outside of jit and grad.")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(
+            f"port: {piece.name} is spread over several processes. Gather it first, "
+            "for instance with jax.experimental.multihost_utils.process_allgather."
         )
     return np.asarray(leaf)
 

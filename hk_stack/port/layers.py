@@ -490,7 +490,8 @@ def _convolution(
     flax: Leaf, haiku: Leaf, old: Shape, new: Shape, is_stack: bool
 ) -> Change | str | None:
     """Transposed convolutions have their last two axes the other way round."""
-    said = {names.is_transposed(leaf.path[:-1]) for leaf in (flax, haiku)} - {None}
+    said = {names.is_transposed(leaf.raw.split("/")[:-1]) for leaf in (flax, haiku)}
+    said -= {None}
     swapped = (*old[:-2], old[-1], old[-2])
     if True in said:
         swap = Change("last axes swapped", _swapped, _swapped)

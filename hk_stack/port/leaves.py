@@ -288,6 +288,8 @@ def _flax_entries(variables: Any) -> list[_Entry]:
 
 def _paths(tree: Any) -> list[tuple[names.Path, Any]]:
     """Leaves by their keys; a box around an array (`nn.Partitioned`) is no key."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"port: expected a dict of modules, not {type(tree).__name__}.")
     return [
         (tuple(part for key in path for part in _key(key)), leaf)
         for path, leaf in jax.tree.leaves_with_path(tree)

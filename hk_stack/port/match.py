@@ -125,10 +125,7 @@ class _Pair(NamedTuple):
             tuple(self.haiku[n] for n in haiku),
             tuple((self.flax[theirs[n]], self.haiku[ours[n]]) for n in sorted(both)),
         )
-        holes = (
-            *numbers.holes(self.flax_name, flax, self.flax),
-            *numbers.holes(self.haiku_name, haiku, self.haiku),
-        )
+        holes = tuple(numbers.holes(self, flax, haiku))
         return group._replace(holes=holes)
 
 
@@ -155,28 +152,38 @@ class _Numbers:
         (kind, old), (_, new), (i, j) = pair.flax_name, pair.haiku_name, position
         return self._flax[kind, old[: i + 1]] == self._haiku[kind, new[: j + 1]]
 
-    def holes(
-        self, key: Key, numbers: Sequence[Numbers], family: Family
-    ) -> Iterator[str]:
+    def holes(self, pair: _Pair, flax: list[Numbers], haiku: list[Numbers]) -> Any:
         """Names of the leaves that are missing for the numbers to count layers."""
-        if len(numbers) < 2:
-            return
-        varying = [
-            i for i, n in enumerate(zip(*numbers, strict=True)) if len(set(n)) > 1
-        ]
-        sides = (self._flax, self._haiku)
-        for i in varying:
-            known = max((side[key[0], key[1][: i + 1]] for side in sides), key=len)
-            for number in sorted(set(range(max(known) + 1)) - {n[i] for n in numbers}):
-                raw = family[numbers[0]].raw.split("/")
-                yield "/".join(_renumbered(raw, i, number))
+        yield from _holes(pair.flax_name, flax, pair.flax, self._flax)
+        yield from _holes(pair.haiku_name, haiku, pair.haiku, self._haiku)
 
 
-def _renumbered(raw: Sequence[str], position: int, number: int) -> list[str]:
-    """The parts of a path with another number in one of them."""
-    kept = [part for part in raw if part != "~"]
-    kept[position] = re.sub("(_[0-9]+)?$", f"_{number}", kept[position], count=1)
-    return kept
+def _holes(
+    key: Key,
+    numbers: Sequence[Numbers],
+    family: Family,
+    known: Mapping[Key, set[int]],
+) -> Iterator[str]:
+    (kind, name), count = key, len(numbers[0])
+    for i in range(count):
+        found = {n[i] for n in numbers}
+        if len(found) > 1:
+            several = range(max(known[kind, name[: i + 1]]) + 1)
+            for number in sorted(set(several) - found):
+                yield _renumbered(family[numbers[0]], i - count, number)
+
+
+def _renumbered(leaf: Leaf, position: int, number: int) -> str:
+    """The path of a leaf with another number in a part, counted from the end."""
+    *_, name = leaf.raw.split("/")
+    parts = _modules(leaf)
+    parts[position] = re.sub("(_[0-9]+)?$", f"_{number}", parts[position], count=1)
+    return "/".join((*parts, name))
+
+
+def _modules(leaf: Leaf) -> list[str]:
+    """The parts of a leaf's module, as its tree has them."""
+    return [part for part in leaf.raw.split("/")[:-1] if part != "~"]
 
 
 def _count(key: Key, family: Family, into: dict[Key, set[int]]) -> None:
@@ -186,13 +193,18 @@ def _count(key: Key, family: Family, into: dict[Key, set[int]]) -> None:
             into[kind, name[: i + 1]].add(number)
 
 
-def _families(leaves: Iterable[Leaf], spoken: bool = False) -> dict[Key, Family]:
+def _families(
+    leaves: Iterable[Leaf],
+    literal: frozenset[tuple[names.Part, ...]] = frozenset(),
+    spoken: bool = False,
+) -> dict[Key, Family]:
     """Leaves by name. Where two have one name and number, neither has a place."""
     families: dict[Key, Family] = {}
     twice = set()
     for leaf in leaves:
         *module, name = leaf.spoken if spoken else leaf.path
-        found = names.parts(module)
+        found = names.parts(module, literal=True)
+        found = found if found in literal else names.parts(module)
         key = (leaf.kind, (*(part.base for part in found), name))
         numbers = tuple(part.number for part in found)
         family = families.setdefault(key, {})
@@ -202,6 +214,31 @@ def _families(leaves: Iterable[Leaf], spoken: bool = False) -> dict[Key, Family]
     for key, numbers in twice:
         del families[key][numbers]
     return {key: family for key, family in families.items() if family}
+
+
+def _to_tell_apart(haiku: Iterable[Leaf]) -> frozenset[tuple[names.Part, ...]]:
+    """Modules of Haiku that have a name of their own only as it is written.
+
+    `conv1_d` and `conv2_d` are both the first convolution of their kind.
+    """
+    written: dict[Any, set[tuple[names.Part, ...]]] = collections.defaultdict(set)
+    for leaf in haiku:
+        module = leaf.path[:-1]
+        key = leaf.kind, names.parts(module), leaf.path[-1]
+        written[key].add(names.parts(module, literal=True))
+    several = (found for found in written.values() if len(found) > 1)
+    return frozenset(itertools.chain.from_iterable(several))
+
+
+def _stripped(families: dict[Key, Family], length: int) -> dict[Key, Family]:
+    """Without the first parts of all names, unless these count something."""
+    first = {n[:length] for family in families.values() for n in family}
+    if len(first) > 1:
+        return families
+    return {
+        (kind, name[length:]): {n[length:]: leaf for n, leaf in family.items()}
+        for (kind, name), family in families.items()
+    }
 
 
 class _Renaming(NamedTuple):
@@ -222,9 +259,11 @@ class _Renaming(NamedTuple):
         after = ((len(self.old) + n, len(self.new) + n) for n in rest)
         return (*_common_parts(self.old, self.new), *after)
 
-    def hits(self, theirs: Iterable[Key], ours: Mapping[Key, Any]) -> list[Key]:
+    def mapping(self, theirs: Iterable[Key], ours: Iterable[Key]) -> dict[Key, Key]:
         """The families that it pairs."""
-        return [key for key in theirs if (other := self.of(key)) and other in ours]
+        there = set(ours)
+        both = ((key, self.of(key)) for key in theirs)
+        return {key: other for key, other in both if other and other in there}
 
     def pairs_all(self, theirs: Iterable[Key], ours: Iterable[Key]) -> bool:
         """Whether it leaves nothing over of the scopes that it speaks of."""
@@ -271,32 +310,38 @@ def _paired(
 ) -> tuple[list[_Pair], list[Near]]:
     """Families of one name, and renamings that would make more of them."""
     pairs: list[_Pair] = []
-    ours = _families(haiku)
-    theirs = _families(flax)
+    literal = _to_tell_apart(haiku)
+    theirs, ours = _families(flax, literal), _families(haiku, literal)
+    old, new = _around_everything(theirs, ours)
+    theirs, ours = _stripped(theirs, old), _stripped(ours, new)
 
     def take(theirs: dict[Key, Family], renaming: _Renaming) -> None:
-        for key in renaming.hits(theirs, ours):
-            other = renaming.of(key)
-            assert other is not None
+        for key, other in renaming.mapping(theirs, ours).items():
             both = theirs.pop(key), ours.pop(other)
             pairs.append(_Pair(*both, key, other, renaming.aligned(key[1])))
 
-    whole = _whole_tree(theirs, ours)
-    take(theirs, whole)
-    left = [leaf for family in theirs.values() for leaf in family.values()]
+    same = _Renaming((), ())
+    take(theirs, same)
     # What looked like a module of Flax's may be one of the user's own.
-    own = _families([leaf for leaf in left if leaf.spoken != leaf.path], spoken=True)
-    take(own, whole)
+    left = [leaf for family in theirs.values() for leaf in family.values()]
+    left = [leaf for leaf in left if leaf.spoken != leaf.path]
+    take(_stripped(_families(left, literal, spoken=True), old), same)
     paired = {id(x) for pair in pairs for x in pair.flax.values()}
-    theirs = _families([leaf for leaf in left if id(leaf) not in paired])
+    theirs = {
+        key: family
+        for key, family in theirs.items()
+        if not any(id(leaf) in paired for leaf in family.values())
+    }
     is_only = not any(_is_layered(pair.flax, pair.haiku) for pair in pairs)
     while renaming := _scope_of_layers(theirs, ours, is_only):
         take(theirs, renaming)
     return pairs, _near(theirs, ours)
 
 
-def _whole_tree(theirs: Iterable[Key], ours: Mapping[Key, Any]) -> _Renaming:
-    """What modules around everything are called, which one tree may not have."""
+def _around_everything(
+    theirs: Iterable[Key], ours: Mapping[Key, Any]
+) -> tuple[int, int]:
+    """How many modules are around everything in one tree and not in the other."""
 
     def around(keys: Iterable[Key]) -> names.Path:
         paths = [name[:-1] for _, name in keys]
@@ -306,7 +351,8 @@ def _whole_tree(theirs: Iterable[Key], ours: Mapping[Key, Any]) -> _Renaming:
     choices = [_Renaming(old[:i], ()) for i in range(len(old) + 1)]
     choices += [_Renaming((), new[:j]) for j in range(len(new) + 1)]
     choices.sort(key=lambda r: len(r.old) + len(r.new))
-    return max(choices, key=lambda r: len(r.hits(theirs, ours)))
+    best = max(choices, key=lambda r: len(r.mapping(theirs, ours)))
+    return len(best.old), len(best.new)
 
 
 def _scope_of_layers(
@@ -319,23 +365,31 @@ def _scope_of_layers(
     named them (`ScanBlock_0`) or each tree has no other stack, where nothing is left
     over of either.
     """
-    found: list[tuple[list[Key], _Renaming]] = []
+    found: list[tuple[dict[Key, Key], _Renaming]] = []
     for renaming in _renamings(theirs, ours):
-        hits = renaming.hits(theirs, ours)
+        hits = renaming.mapping(theirs, ours)
         is_all = is_only and len(hits) == len(theirs) == len(ours)
         if (
             (is_all or renaming.drops_only() or renaming.is_of_no_name())
             and renaming.pairs_all(theirs, ours)
-            and any(_is_layered(theirs[k], ours[renaming.of(k)]) for k in hits)  # type: ignore[index]
+            and any(_is_layered(theirs[a], ours[b]) for a, b in hits.items())
         ):
             found.append((hits, renaming))
-    if not found:
-        return None
-    most = max(len(hits) for hits, _ in found)
-    best = [renaming for hits, renaming in found if len(hits) == most]
-    best.sort(key=lambda r: len(r.old) + len(r.new))
-    meant = {frozenset((k, r.of(k)) for k in r.hits(theirs, ours)) for r in best}
-    return best[0] if len(meant) == 1 else None
+    found.sort(key=lambda f: (-len(f[0]), len(f[1].old) + len(f[1].new)))
+    for hits, renaming in found:
+        rivals = [other for other, _ in found if len(other) >= len(hits)]
+        if not any(_are_rivals(hits, other) for other in rivals):
+            return renaming
+    return None
+
+
+def _are_rivals(one: dict[Key, Key], other: dict[Key, Key]) -> bool:
+    """Whether two choices pair one family with different ones."""
+    there = {value: key for key, value in other.items()}
+    return any(
+        other.get(key, value) != value or there.get(value, key) != key
+        for key, value in one.items()
+    )
 
 
 def _renamings(theirs: Iterable[Key], ours: Iterable[Key]) -> list[_Renaming]:
@@ -363,11 +417,12 @@ def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near
     """Renamings that would pair families, best first."""
     found = []
     for renaming in _renamings(theirs, ours):
-        hits = renaming.hits(theirs, ours)
-        flax, haiku = theirs[hits[0]], ours[renaming.of(hits[0])]  # type: ignore[index]
-        old = _written(renaming.old, flax)
-        new = _written(renaming.new, haiku, numbered=old.count("*"))
-        found.append(Near(old, new, len(hits)))
+        hits = renaming.mapping(theirs, ours)
+        key, other = next(iter(hits.items()))
+        old = _written(renaming.old, theirs[key])
+        new = _written(renaming.new, ours[other], numbered=old.count("*"))
+        if old.count("*") == new.count("*"):
+            found.append(Near(old, new, len(hits)))
     found.sort(key=lambda near: (-near.hits, len(near.old) + len(near.new)))
     return found
 
@@ -375,8 +430,11 @@ def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near
 def _written(scope: names.Path, family: Family, numbered: int = 0) -> str:
     """A scope as a rule names it, with `*` where there are many numbers."""
     numbers, leaf = next(iter(family.items()))
-    raw = [part for part in leaf.raw.split("/") if part != "~"][: len(scope)]
-    several = [len({n[i] for n in family}) > 1 for i in range(len(numbers))]
+    raw = _modules(leaf)
+    around = max(0, len(raw) - len(numbers))  # Modules around everything.
+    raw = raw[: around + len(scope)]
+    several = [False] * around
+    several += [len({n[i] for n in family}) > 1 for i in range(len(numbers))]
     parts = [
         f"{re.sub('_[0-9]+$', '', part)}_*" if several[i] else part
         for i, part in enumerate(raw)

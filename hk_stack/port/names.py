@@ -7,7 +7,7 @@ second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than th
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hk_stack import layout
@@ -55,8 +55,8 @@ class Part(NamedTuple):
     number: int
 
 
-def parts(path: Iterable[str]) -> tuple[Part, ...]:
-    """The parts of a module's name, in either framework's habit.
+def parts(path: Iterable[str], literal: bool = False) -> tuple[Part, ...]:
+    """The parts of a module's name, in either framework's habit; or as it is written.
 
     >>> parts(["Block_2", "Dense_0"]) == parts(["block_2", "~", "linear"])
     True
@@ -70,16 +70,20 @@ def parts(path: Iterable[str]) -> tuple[Part, ...]:
             continue
         if name.isdecimal() and before and not before.isdecimal():
             found[-1] = Part(before, int(name))
+        elif name.isdecimal():
+            found.append(Part("", int(name)))
         else:
-            found.append(Part("", int(name)) if name.isdecimal() else _part(name))
+            found.append(_part(name, literal))
         before = name
     return tuple(found)
 
 
 @functools.cache
-def _part(name: str) -> Part:
+def _part(name: str, literal: bool) -> Part:
     match = re.fullmatch(r"(.+?)_(\d+)", name)
     base, number = (match[1], int(match[2])) if match else (name, 0)
+    if literal:
+        return Part(base, number)
     base = _ALIASES.get(base) or _snake_case(base)
     # Each wrapped layer has a SpectralNorm of its own in Flax, and a name in it.
     return Part(base, 0 if base == "spectral_norm" else number)
@@ -92,12 +96,12 @@ def _snake_case(name: str) -> str:
     return re.sub(r"((?<=[a-z0-9])[A-Z]|(?!^)[A-Z](?=[a-z]))", r"_\1", name).lower()
 
 
-def is_transposed(path: Path) -> bool | None:
-    """Whether a convolution's name says that it is transposed; None if it is silent."""
+def is_transposed(path: Sequence[str]) -> bool | None:
+    """Whether a name is that of a transposed convolution; None if it may be."""
     base = parts(path)[-1].base if path else ""
     if re.search("transpos|deconv", base):
         return True
-    return False if base == "conv" else None
+    return False if base in ("conv", "linear") else None
 
 
 def _pattern(pattern: str) -> str:
@@ -114,6 +118,11 @@ class Rules:
 
     def __init__(self, argument: str, rules: Mapping[str, Any]):
         """Takes rules as the user wrote them, in the argument of that name."""
+        if not isinstance(rules, Mapping) or not all(isinstance(k, str) for k in rules):
+            raise TypeError(
+                f"port: {argument} must be a dict by the beginnings of paths, such as "
+                f'{{"encoder/block_*": ...}}, not {rules!r}.'
+            )
         self.argument = argument
         self.rules = dict(rules)
         self.used: set[str] = set()

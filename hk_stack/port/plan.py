@@ -96,9 +96,11 @@ class Plan(NamedTuple):
             rows = [row for row in self.rows if row.status == status]
             if rows:
                 lines.append(f"{title} ({len(rows)}):")
-            for row in rows[:most]:
-                what = " -> ".join(name for name in (row.flax, row.haiku) if name)
-                lines.append(f"  {what}{': ' if row.why else ''}{row.why}")
+            for why, group in itertools.groupby(rows[:most], key=lambda row: row.why):
+                for row in group:
+                    what = " -> ".join(name for name in (row.flax, row.haiku) if name)
+                    lines.append(f"  {what}")
+                lines[-1] += f": {why}" if why else ""
             if len(rows) > most:
                 lines.append(f"  and {len(rows) - most} more")
         lines += self.unused_rules
