@@ -226,7 +226,8 @@ def _rules(rename: Any, leaf: Any, ignore: Any, layer_axis: Any) -> list[names.R
         for pattern, value in rules[argument].rules.items():
             if not is_right(value):
                 raise TypeError(
-                    f"port: {argument} of {pattern!r} must be {expected}, not {value!r}."
+                    f"port: {argument} of {pattern!r} must be {expected}, "
+                    f"not {value!r}."
                 )
     return list(rules.values())
 

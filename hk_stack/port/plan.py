@@ -139,7 +139,7 @@ def of_match(
     """
     rows = []
     moves = []
-    for move in found.moves:
+    for move in sorted(found.moves, key=lambda m: m.flax.leaves[0].pieces[0].place):
         row = _moved(move, cast)
         rows.append(row)
         if row.status == "ok":

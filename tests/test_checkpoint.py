@@ -1,0 +1,903 @@
+"""What is saved comes back bit for bit, or an error says what is wrong."""
+
+import base64
+import json
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import hk_stack
+from hk_stack import checkpoint
+
+optax = pytest.importorskip("optax")
+pytest.importorskip("safetensors")
+pytest.importorskip("orbax.checkpoint")
+
+L = 3
+
+
+class Numbered:
+    """Module `layers/linear` of the stack is `layer_2/linear` in layer 2."""
+
+    def stacked_to_flat(self, stacked_module_name, scan_idx):
+        scope, slash, module = stacked_module_name.partition("/")
+        if scope != "layers":
+            raise ValueError(f"{stacked_module_name} is no part of the stack.")
+        return f"layer_{scan_idx}{slash}{module}"
+
+    def flat_to_stacked(self, unstacked_module_name):
+        scope, slash, module = unstacked_module_name.partition("/")
+        if not scope.startswith("layer_"):
+            return None
+        return f"layers{slash}{module}", int(scope.removeprefix("layer_"))
+
+
+@pytest.fixture(params=["file", "folder"])
+def path(request, tmp_path):
+    """Where to save, in either format."""
+    return tmp_path / ("step.safetensors" if request.param == "file" else "step")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,))
+
+
+def bits(leaf):
+    if has_key(leaf):
+        return str(leaf.dtype), bits(jax.random.key_data(leaf))
+    array = np.asarray(leaf)
+    return array.dtype, array.shape, array.tobytes()
+
+
+def has_key(leaf):
+    return jax.dtypes.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key)
+
+
+def assert_same(found, expected):
+    """Structure, types, bits and, of JAX arrays, where they are."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for x, y in pairs:
+        assert type(x) is type(y)
+        assert bits(x) == bits(y)
+        if isinstance(x, jax.Array):
+            assert (x.sharding, x.committed) == (y.sharding, y.committed)
+
+
+def random_bits(dtype, shape=(4, 3)):
+    """An array of any bits that `dtype` may have: also NaNs with payload."""
+    dtype = np.dtype(dtype)
+    some = np.random.default_rng(0).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+    if dtype.name in ("bool", "int4"):
+        some %= 2
+    return some.view(dtype).reshape(shape)
+
+
+NUMPY_DTYPES = (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
+    "bfloat16 complex64 complex128 int4 float8_e4m3fn"
+).split()
+JAX_DTYPES = (
+    "bool int8 int32 uint8 uint32 float16 float32 bfloat16 complex64 int4 float8_e5m2"
+).split()
+
+LEAVES = {
+    **{f"numpy {dtype}": random_bits(dtype) for dtype in NUMPY_DTYPES},
+    **{f"jax {dtype}": jnp.asarray(random_bits(dtype)) for dtype in JAX_DTYPES},
+    "numpy []": np.asarray(1.5),
+    "numpy [0]": np.zeros([0]),
+    "numpy [2, 0, 3]": np.zeros([2, 0, 3], "bfloat16"),
+    "numpy scalar": np.float32(2.5),
+    "numpy transposed": np.arange(6.0).reshape(2, 3).T,
+    "numpy every second": np.arange(10)[::2],
+    "numpy broadcast": np.broadcast_to(np.float32(7), (2, 3)),
+    "jax []": jnp.asarray(3),
+    "jax [0]": jnp.zeros([0]),
+    "python int": 2**40,
+    "python float": 0.1,
+    "python bool": True,
+    "python complex": 1j,
+    "key": jax.random.key(7),
+    "keys": jax.random.split(jax.random.key(7, impl="rbg"), 6).reshape(2, 3),
+    "legacy key": jax.random.PRNGKey(7),
+    "committed": jax.device_put(jnp.ones(3), jax.devices()[2]),
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+def test_leaf_comes_back_as_it_was(path, leaf):
+    tree = {"a": {"leaf": leaf}, "rest": np.arange(3)}
+    checkpoint.save(path, tree)
+    assert_same(checkpoint.load(path, tree), tree)
+    without_like = checkpoint.load(path)
+    assert bits(without_like["a"]["leaf"]) == bits(leaf)
+    noted = checkpoint.metadata(path).leaves["a/leaf"]
+    assert noted.shape == np.shape(leaf)
+    assert noted.dtype == (leaf if has_key(leaf) else np.asarray(leaf)).dtype
+
+
+def test_numpy_arrays_can_be_written_to(path):
+    checkpoint.save(path, {"x": np.ones(3)})
+    for tree in (checkpoint.load(path), checkpoint.load(path, {"x": np.ones(3)})):
+        tree["x"] += 1
+        np.testing.assert_array_equal(tree["x"], 2)
+
+
+@pytest.mark.parametrize("spec", [P("b"), P(), P(None, "b")], ids=str)
+def test_shards_come_back_as_they_were(path, mesh, spec):
+    sharding = NamedSharding(mesh, spec)
+    keys = jax.random.split(jax.random.key(0), 16).reshape(4, 4)
+    tree = jax.device_put(
+        {"w": jnp.arange(32.0).reshape(4, 8), "k": keys, "empty": jnp.ones([4, 4, 0])},
+        sharding,
+    )
+    checkpoint.save(path, tree)
+    assert_same(checkpoint.load(path, tree), tree)
+
+
+def test_shards_come_back_in_other_shards(path, mesh):
+    x = jnp.arange(32.0).reshape(4, 8)
+    checkpoint.save(path, {"x": jax.device_put(x, NamedSharding(mesh, P("b")))})
+    for sharding in (
+        NamedSharding(mesh, P(None, "b")),
+        NamedSharding(jax.make_mesh((2, 2), ("a", "b")), P("b", "a")),
+        SingleDeviceSharding(jax.devices()[3]),
+    ):
+        like = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)}
+        assert_same(checkpoint.load(path, like), {"x": jax.device_put(x, sharding)})
+    assert_same(checkpoint.load(path, {"x": x}), {"x": x})
+    assert_same(checkpoint.load(path, {"x": np.asarray(x)}), {"x": np.asarray(x)})
+
+
+class Parts(hk.Module):
+    """Parameters and state of all ranks, in the stack and outside."""
+
+    def __call__(self, x):
+        x = jnp.tanh(hk.Linear(4, name="linear")(x))
+        with jax.numpy_dtype_promotion("standard"):  # Haiku's BatchNorm promotes.
+            return hk.BatchNorm(True, True, 0.9, name="norm")(x, is_training=True)
+
+
+def model(x):
+    x = hk_stack.layer_stack(L, name="layers")(Parts(name="parts"))(x)
+    return jnp.mean(hk.Linear(1, name="head")(x) ** 2)
+
+
+@pytest.fixture(scope="module")
+def training():
+    """A step of training as `(params, state, opt_state) -> the same, loss`; and one."""
+    transformed = hk.without_apply_rng(hk.transform_with_state(model))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(optax.adamw(0.1), lambda params: {m: m != "head" for m in params}),
+    )
+    x = jax.random.normal(jax.random.key(0), [5, 4])
+    params, state = transformed.init(jax.random.key(1), x)
+
+    @jax.jit
+    def step(params, state, opt_state):
+        def loss(params):
+            return transformed.apply(params, state, x)
+
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        with jax.numpy_dtype_promotion("standard"):  # As Optax's Adam does.
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), state, opt_state), value
+
+    return step, (params, state, optimizer.init(params))
+
+
+def named(parts):
+    return dict(zip(("params", "state", "opt_state"), parts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trees(training):
+    """A whole tree, stacked and per-layer."""
+    stacked = named(training[1])
+    return {
+        "stacked": stacked,
+        "per-layer": hk_stack.unstack_params(stacked, Numbered()),
+    }
+
+
+@pytest.mark.parametrize("layout", ["stacked", "per-layer"])
+def test_tree_comes_back_as_it_was(path, trees, layout):
+    tree = trees[layout]
+    checkpoint.save(path, tree, layers=Numbered())
+    assert_same(checkpoint.load(path, tree), tree)
+    specs = jax.eval_shape(lambda tree: tree, tree)
+    assert_same(checkpoint.load(path, specs), tree)
+    on_host = jax.tree.map(np.asarray, tree)
+    assert_same(checkpoint.load(path, on_host), on_host)
+    dicts = checkpoint.load(path)
+    assert_same(dicts["params"], on_host["params"])
+    assert_same(dicts["state"], on_host["state"])
+    found = checkpoint.metadata(path)
+    assert (found.layout, found.depth) == (layout, L)
+    assert len(found.leaves) == len(jax.tree.leaves(tree))
+
+
+def test_training_goes_on_as_if_nothing_had_been_saved(path, training):
+    step, parts = training
+    losses, on_the_way = [], None
+    for i in range(6):
+        if i == 3:
+            on_the_way = parts
+            checkpoint.save(path, named(parts), layers=Numbered())
+        parts, loss = step(*parts)
+        losses.append(loss)
+    like = jax.eval_shape(lambda parts: named(parts), on_the_way)
+    tree = checkpoint.load(path, like)
+    restored = (tree["params"], tree["state"], tree["opt_state"])
+    again = []
+    for _ in range(3):
+        restored, loss = step(*restored)
+        again.append(loss)
+    assert_same(again, losses[3:])
+    assert_same(restored, parts)
+
+
+@pytest.mark.parametrize("there", ["stacked", "per-layer"])
+def test_conversion_that_the_error_names(path, trees, there):
+    """A file of one layout, loaded for the other, as the error says."""
+    here = {"stacked": "per-layer", "per-layer": "stacked"}[there]
+    checkpoint.save(path, trees[there], layers=Numbered())
+    like = jax.eval_shape(lambda tree: tree, trees[here])
+    back, forth = {
+        "stacked": (hk_stack.stack_params, hk_stack.unstack_params),
+        "per-layer": (hk_stack.unstack_params, hk_stack.stack_params),
+    }[there]
+    expected = (
+        f"the checkpoint is {there} (L=3), like is {here}. Load it in its own layout, "
+        "and convert it: tree = checkpoint.load(path, "
+        f"hk_stack.{back.__name__}(like, naming_map)), then "
+        f"hk_stack.{forth.__name__}(tree, naming_map)."
+    )
+    assert_error(ValueError, [path, expected], checkpoint.load, path, like)
+    tree = checkpoint.load(path, back(like, Numbered()))
+    converted = forth(tree, Numbered())
+    expected = jax.tree.map(np.asarray, trees[here])
+    assert_same(jax.tree.map(np.asarray, converted), expected)
+    # Nested dicts can be converted, too.
+    params = forth(checkpoint.load(path)["params"], Numbered())
+    assert_same(jax.tree.map(np.asarray, params), expected["params"])
+
+
+NAMES = [
+    "opt_state/0/count",
+    "opt_state/0/mu/head/b",
+    "opt_state/0/mu/head/w",
+    "opt_state/0/mu/layers/linear/w",
+    "opt_state/0/nu/head/b",
+    "opt_state/0/nu/head/w",
+    "opt_state/0/nu/layers/linear/w",
+    "params/head/b",
+    "params/head/w",
+    "params/layers/linear/w",
+    "state/norm/~/mean_ema/average",
+    "steps/0",
+    "steps/1",
+]
+
+
+def test_names_are_where_leaves_are(path):
+    params = {"layers/linear": {"w": np.ones([2])}, "head": {"w": 1.0, "b": 1.0}}
+    tree = {
+        "params": params,
+        "state": {"norm/~/mean_ema": {"average": np.ones([2])}, "empty": {}},
+        "opt_state": jax.tree.map(np.asarray, optax.adam(0.1).init(params)),
+        "steps": [1, None, optax.MaskedNode(), 2][::3],
+    }
+    checkpoint.save(path, tree)
+    assert list(checkpoint.metadata(path).leaves) == NAMES
+
+
+def test_a_tree_may_be_one_array(path):
+    checkpoint.save(path, np.arange(3))
+    assert list(checkpoint.metadata(path).leaves) == ["leaf"]
+    assert_same(checkpoint.load(path, np.arange(3)), np.arange(3))
+    assert_same(checkpoint.load(path), np.arange(3))
+
+
+def test_file_is_one_of_safetensors(tmp_path):
+    from safetensors.numpy import load_file
+
+    path = tmp_path / "step.safetensors"
+    tree = {"linear": {"w": np.ones([2]), "b": random_bits("bfloat16")}}
+    checkpoint.save(path, tree)
+    checkpoint.save(tmp_path / "again.safetensors", tree)
+    plain = load_file(path)
+    assert_same(
+        plain, {"linear/" + name: leaf for name, leaf in tree["linear"].items()}
+    )
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_folder_is_one_of_orbax(tmp_path):
+    import orbax.checkpoint as orbax
+
+    checkpoint.save(tmp_path / "step", {"linear": {"w": np.ones([2])}})
+    with orbax.Checkpointer(orbax.CompositeCheckpointHandler()) as checkpointer:
+        args = orbax.args.Composite(arrays=orbax.args.PyTreeRestore())
+        plain = checkpointer.restore(tmp_path / "step", args=args)
+    assert_same(plain["arrays"], {"linear/w": np.ones([2])})
+
+
+# Written by `save(path, OLD, layers=Numbered())` of the first version of the format, to
+# be kept as it is: print(base64.b64encode(path.read_bytes())).
+OLD = {
+    "params": {"layers/linear": {"w": np.arange(4, dtype=np.float32).reshape(2, 2)}},
+    "key": jax.random.key(3),
+    "step": 5,
+}
+OLD_FILE = """
+MAMAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJoa19zdGFjay5jaGVja3BvaW50Ijoie1wiZm9ybWF0XCI6IFwiaGtf
+c3RhY2suY2hlY2twb2ludFwiLCBcInZlcnNpb25cIjogMSwgXCJsYXlvdXRcIjogXCJzdGFja2VkXCIsIFwiZGVw
+dGhcIjogMiwgXCJtb2R1bGVzXCI6IHtcImxheWVycy9saW5lYXJcIjogW1wibGF5ZXJfMC9saW5lYXJcIiwgXCJs
+YXllcl8xL2xpbmVhclwiLCBcImxheWVyXzIvbGluZWFyXCJdfSwgXCJsZWF2ZXNcIjoge1wia2V5XCI6IHtcInBh
+dGhcIjogW1wia2V5XCJdLCBcInNoYXBlXCI6IFsyXSwgXCJkdHlwZVwiOiBcInVpbnQzMlwiLCBcImNyYzMyXCI6
+IDIwMDY0MTM0NDcsIFwia2V5XCI6IFwidGhyZWVmcnkyeDMyXCJ9LCBcInBhcmFtcy9sYXllcnMvbGluZWFyL3dc
+Ijoge1wicGF0aFwiOiBbXCJwYXJhbXNcIiwgXCJsYXllcnMvbGluZWFyXCIsIFwid1wiXSwgXCJzaGFwZVwiOiBb
+MiwgMl0sIFwiZHR5cGVcIjogXCJmbG9hdDMyXCIsIFwiY3JjMzJcIjogNjI3MDU1NDk5fSwgXCJzdGVwXCI6IHtc
+InBhdGhcIjogW1wic3RlcFwiXSwgXCJzaGFwZVwiOiBbXSwgXCJkdHlwZVwiOiBcImludDY0XCIsIFwiY3JjMzJc
+IjogNzY3NzQyMjIxfX0sIFwiY3JjMzJcIjogMTc5MjI0Njk5MH0ifSwic3RlcCI6eyJkdHlwZSI6Ikk2NCIsInNo
+YXBlIjpbXSwiZGF0YV9vZmZzZXRzIjpbMCw4XX0sInBhcmFtcy9sYXllcnMvbGluZWFyL3ciOnsiZHR5cGUiOiJG
+MzIiLCJzaGFwZSI6WzIsMl0sImRhdGFfb2Zmc2V0cyI6WzgsMjRdfSwia2V5Ijp7ImR0eXBlIjoiVTMyIiwic2hh
+cGUiOlsyXSwiZGF0YV9vZmZzZXRzIjpbMjQsMzJdfX0FAAAAAAAAAAAAAAAAAIA/AAAAQAAAQEAAAAAAAwAAAA==
+"""
+
+
+def test_old_file_can_still_be_read(tmp_path):
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(base64.b64decode(OLD_FILE))
+    assert_same(checkpoint.load(path, OLD), OLD)
+    assert checkpoint.metadata(path)[:2] == ("stacked", 2)
+
+
+# Errors.
+
+
+def assert_error(kind, parts, f, *args, **kwargs):
+    """`f` fails with an error that says all `parts`."""
+    with pytest.raises(kind) as caught:
+        f(*args, **kwargs)
+    for part in parts:
+        assert str(part) in str(caught.value)
+    return caught.value
+
+
+STACKED = {
+    "params": {
+        "layers/linear": {"w": np.ones([12, 4, 4], np.float32)},
+        "head": {"b": np.ones([4], np.float32)},
+    }
+}
+
+
+def per_layer(depth):
+    w = np.ones([4, 4], np.float32)
+    layers = {f"layer_{i}/linear": {"w": w} for i in range(depth)}
+    return {"params": {**layers, "head": {"b": np.ones([4], np.float32)}}}
+
+
+def changed(**leaves):
+    """`STACKED` with other leaves in its head."""
+    params = STACKED["params"]
+    head = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    return {"params": {"layers/linear": params["layers/linear"], "head": head}}
+
+
+def test_another_depth(path):
+    checkpoint.save(path, STACKED, layers=Numbered())
+    like = jax.tree.map(lambda x: x[:6] if x.ndim == 3 else x, STACKED)
+    expected = (
+        "the checkpoint holds L=12 layers (stacked), like has 6. Change num_layers to "
+        "12, or take the layers you want from what checkpoint.load(path) gives: x[:n] "
+        "of leaves [L, ...]."
+    )
+    assert_error(ValueError, [path, expected], checkpoint.load, path, like)
+
+
+@pytest.mark.parametrize("depth, said", [(6, "6"), (12 + 5, "more"), (13, "more")])
+def test_another_depth_per_layer(path, depth, said):
+    checkpoint.save(path, per_layer(12), layers=Numbered())
+    expected = (
+        f"the checkpoint holds L=12 layers (per-layer), like has {said}. Change "
+        "num_layers to 12"
+    )
+    assert_error(ValueError, [path, expected], checkpoint.load, path, per_layer(depth))
+
+
+def test_layers_are_noted_on_request_only(path):
+    checkpoint.save(path, STACKED)
+    assert checkpoint.metadata(path)[:2] == ("none", None)
+    parts = [
+        "The checkpoint lacks 2: params/layer_0/linear/w float32[4, 4], params/layer_1",
+        "Like lacks 1: params/layers/linear/w float32[12, 4, 4].",
+        "checkpoint.load(path)",
+    ]
+    error = assert_error(ValueError, parts, checkpoint.load, path, per_layer(2))
+    assert "L=" not in str(error)
+
+
+def test_only_some_names_are_listed(path):
+    checkpoint.save(path, per_layer(12))
+    parts = ["Like lacks 12: params/layer_0/linear/w float32[4, 4], ", ", ...."]
+    error = assert_error(ValueError, parts, checkpoint.load, path, STACKED)
+    assert "layer_5" not in str(error)
+
+
+def test_another_model(path):
+    checkpoint.save(path, STACKED, layers=Numbered())
+    like = {"params": {"embed": {"w": np.ones(3)}}}
+    parts = [path, "lacks 1: params/embed/w float64[3]", "stacked, with L=12 layers"]
+    assert_error(ValueError, parts, checkpoint.load, path, like)
+
+
+FITS = np.ones([4], np.float32)
+MISFITS = {
+    "axis": (np.ones([5], np.float32), "float32[5] in like: axis 0 differs"),
+    "rank": (np.ones([4, 1], np.float32), "float32[4, 1] in like: the number of axes"),
+    "dtype": (FITS.astype("bfloat16"), "into a like of float32, and convert it"),
+    "key": (jax.random.split(jax.random.key(0), 4), "jax.random.key_data or wrap_key"),
+}
+
+
+@pytest.mark.parametrize("leaf, said", MISFITS.values(), ids=MISFITS)
+def test_another_type(path, leaf, said):
+    checkpoint.save(path, STACKED, layers=Numbered())
+    at = "leaf 'params/head/b' is float32[4] in the checkpoint"
+    assert_error(ValueError, [path, at, said], checkpoint.load, path, changed(b=leaf))
+
+
+def test_leaves_of_several_depths_are_compared_one_by_one(path):
+    like = {"params": {**STACKED["params"], "layers/norm": {"b": np.ones([3, 4])}}}
+    checkpoint.save(path, STACKED, layers=Numbered())
+    parts = ["The checkpoint lacks 1: params/layers/norm/b float64[3, 4]."]
+    assert_error(ValueError, parts, checkpoint.load, path, like)
+
+
+def test_a_narrower_dtype_is_refused(path):
+    checkpoint.save(path, {"x": np.ones(3)})
+    parts = ["leaf 'x' is float64", "jax_enable_x64", "numpy"]
+    like = {"x": jax.ShapeDtypeStruct([3], np.float64)}
+    assert_error(ValueError, parts, checkpoint.load, path, like)
+    with jax.enable_x64(True):
+        assert checkpoint.load(path, like)["x"].dtype == np.float64
+
+
+def test_shardings_that_do_not_fit(path, mesh):
+    checkpoint.save(path, {"x": np.ones(6, np.float32)})
+
+    def like(mesh):
+        sharding = NamedSharding(mesh, P("b"))
+        return {"x": jax.ShapeDtypeStruct([6], np.float32, sharding=sharding)}
+
+    parts = [path, "leaf 'x'", "sharding", "6"]
+    assert_error(ValueError, parts, checkpoint.load, path, like(mesh))
+    parts = [path, "leaf 'x'", "without devices", "NamedSharding(mesh, spec)"]
+    assert_error(ValueError, parts, checkpoint.load, path, like(mesh.abstract_mesh))
+
+
+BAD_LEAVES = {
+    "text": ("adam", TypeError, "is a str ('adam'); expected an array"),
+    "object": (np.asarray([None]), TypeError, "expected an array"),
+    "function": (len, TypeError, "expected an array"),
+    "spec": (jax.ShapeDtypeStruct([2], float), TypeError, "is a ShapeDtypeStruct"),
+    "big int": (2**70, TypeError, "is a int"),
+    "byte order": (np.ones(2, ">f4"), ValueError, "newbyteorder('=')"),
+}
+
+
+@pytest.mark.parametrize("leaf, kind, said", BAD_LEAVES.values(), ids=BAD_LEAVES)
+def test_leaf_that_is_no_array(path, leaf, kind, said):
+    tree = {"a": np.ones(2), "b": {"c": leaf}}
+    parts = [f"checkpoint.save to {path}: leaf 'b/c'", said]
+    assert_error(kind, parts, checkpoint.save, path, tree)
+    assert not path.exists()
+
+
+def test_leaf_that_is_no_array_in_like(path):
+    checkpoint.save(path, {"a": 1})
+    parts = [f"checkpoint.load of {path}: like: leaf 'a' is a str"]
+    assert_error(TypeError, parts, checkpoint.load, path, {"a": "one"})
+
+
+def test_traced_and_donated_leaves(path):
+    def inside(x):
+        checkpoint.save(path, {"x": x})
+
+    assert_error(TypeError, ["'x' is traced"], jax.jit(inside), jnp.ones(2))
+    x = jnp.ones(2)
+    x.delete()
+    assert_error(ValueError, ["'x' was donated"], checkpoint.save, path, {"x": x})
+
+
+def test_two_leaves_of_one_name(path):
+    tree = {"a/b": {"c": np.ones(2)}, "a": {"b/c": np.ones(2)}}
+    parts = ["['a']['b/c']", "['a/b']['c']", "both be named 'a/b/c'"]
+    assert_error(ValueError, parts, checkpoint.save, path, tree)
+    assert not path.exists()
+
+
+def test_trees_that_cannot_be_named(path):
+    parts = ["the tree has no leaves"]
+    assert_error(ValueError, parts, checkpoint.save, path, {"a": {}})
+    parts = ["a leaf named '__metadata__'"]
+    assert_error(ValueError, parts, checkpoint.save, path, {"__metadata__": np.ones(1)})
+
+
+def test_naming_map_that_does_not_fit(path):
+    def save(tree):
+        checkpoint.save(path, tree, layers=Numbered())
+
+    parts = ["no module of the tree is a layer", "head/b", "leave `layers` out"]
+    assert_error(ValueError, parts, save, {"head": {"b": np.ones(2)}})
+    parts = ["layer_0/linear/w is of one layer, layers/linear/w of a stack"]
+    leaf = {"w": np.ones([2, 2])}
+    mixed = {"layers/linear": leaf, "layer_0/linear": leaf}
+    assert_error(ValueError, parts, save, mixed)
+    parts = ["layers/a/w has shape (2, 2), layers/b/w has shape ()", "one leading axis"]
+    assert_error(ValueError, parts, save, {"layers/a": leaf, "layers/b": {"w": 1.0}})
+    assert not path.exists()
+
+
+def test_parameters_say_how_deep_a_stack_is(path):
+    """Not what an optimiser keeps of another shape, such as Adafactor."""
+    params = STACKED["params"]
+    opt_state = optax.adafactor(0.1).init(params)
+    tree = {"params": params, "opt_state": jax.tree.map(np.asarray, opt_state)}
+    checkpoint.save(path, tree, layers=Numbered())
+    assert checkpoint.metadata(path)[:2] == ("stacked", 12)
+
+
+class Habit:
+    """`linear`, `linear_1`, ...: the first is named as the stack is."""
+
+    def stacked_to_flat(self, stacked_module_name, scan_idx):
+        if stacked_module_name != "linear":
+            raise ValueError(stacked_module_name)
+        return f"linear_{scan_idx}" if scan_idx else "linear"
+
+    def flat_to_stacked(self, unstacked_module_name):
+        name, _, number = unstacked_module_name.partition("_")
+        return (name, int(number or 0)) if name == "linear" else None
+
+
+def test_first_layer_may_be_named_as_the_stack(path, tmp_path):
+    w = np.ones([2, 4])
+    flat = {"linear": {"w": w[0]}, "linear_1": {"w": w[1]}}
+    checkpoint.save(path, flat, layers=Habit())
+    assert checkpoint.metadata(path)[:2] == ("per-layer", 2)
+    parts = ["the checkpoint is per-layer (L=2), like is stacked"]
+    assert_error(ValueError, parts, checkpoint.load, path, {"linear": {"w": w}})
+
+
+def test_paths_that_are_not_there(path, tmp_path):
+    for f in (checkpoint.load, checkpoint.metadata):
+        assert_error(FileNotFoundError, [path, "no such path"], f, path)
+    checkpoint.save(path, {"a": 1})
+    is_file = path.suffix == ".safetensors"
+    other = tmp_path / ("step" if is_file else "step.safetensors")
+    assert_error(FileNotFoundError, [f"There is {path}"], checkpoint.load, other)
+    path.rename(other)
+    found = "this is a file" if is_file else "this is a folder"
+    assert_error(ValueError, [other, found, "*.safetensors"], checkpoint.load, other)
+
+
+def test_folders_on_the_way_are_made(path):
+    path = path.parent / "run" / "7" / path.name
+    checkpoint.save(path, {"a": 1})
+    assert checkpoint.load(path, {"a": 0}) == {"a": 1}
+
+
+def test_relative_paths(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    checkpoint.save(path.name, {"a": 1})
+    assert checkpoint.load(path.name, {"a": 0}) == {"a": 1}
+
+
+def test_a_file_is_replaced_a_folder_is_not(path):
+    checkpoint.save(path, {"a": 1})
+    if path.suffix == ".safetensors":
+        checkpoint.save(path, {"a": 2})
+        assert checkpoint.load(path, {"a": 0}) == {"a": 2}
+        return
+    parts = [path, "cannot be replaced in one step", "remove it"]
+    assert_error(ValueError, parts, checkpoint.save, path, {"a": 2})
+    assert checkpoint.load(path, {"a": 0}) == {"a": 1}
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    path = tmp_path / "step.safetensors"
+    path.mkdir()
+    parts = [path, "this is a folder"]
+    assert_error(ValueError, parts, checkpoint.save, path, {"a": 1})
+
+
+def test_checkpoints_of_others(tmp_path):
+    import orbax.checkpoint as orbax
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.ones(2)}, tmp_path / "a.safetensors")
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", {"a": np.ones(2)})
+    for name, library in (("a.safetensors", "safetensors"), ("a", "orbax")):
+        path = tmp_path / name
+        parts = [path, "no metadata of hk_stack.checkpoint", f"with {library} itself"]
+        assert_error(ValueError, parts, checkpoint.load, path)
+
+
+def test_a_later_version(path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_VERSION", 2)
+    checkpoint.save(path, {"a": 1})
+    monkeypatch.undo()
+    parts = [path, "of version 2", "knows version 1", "Update hk_stack"]
+    assert_error(ValueError, parts, checkpoint.load, path)
+
+
+@pytest.mark.parametrize("library", ["safetensors", "orbax"])
+def test_libraries_are_extras(tmp_path, monkeypatch, library):
+    path = tmp_path / ("step.safetensors" if library == "safetensors" else "step")
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    parts = [f"needs {library}", "pip install 'hk_stack[checkpoint]'"]
+    assert_error(ImportError, parts, checkpoint.save, path, {"a": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_libraries_are_imported_when_used():
+    code = (
+        "import sys, hk_stack.checkpoint\n"
+        "assert not {'safetensors', 'orbax'} & {name.partition('.')[0] for name in "
+        "sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# What was altered.
+
+
+def small_tree():
+    w = np.random.default_rng(0).normal(size=[2, 8])
+    return {"layers/linear": {"w": w}, "key": jax.random.key(0), "none": np.ones([0])}
+
+
+def fate(path, tree, like=None):
+    """What loading gives: the tree as it was, or a clear error."""
+    try:
+        leaves = jax.tree.leaves(checkpoint.load(path, like))
+    except (ValueError, FileNotFoundError) as error:
+        assert str(path) in str(error)
+        return str(error)
+    expected = jax.tree.leaves(tree)
+    assert list(map(bits, leaves)) == list(map(bits, expected))
+    return "as it was"
+
+
+def test_every_altered_byte_of_a_file_is_found(tmp_path):
+    path = tmp_path / "step.safetensors"
+    tree = small_tree()
+    checkpoint.save(path, tree, layers=Numbered())
+    data = path.read_bytes()
+    for at in range(len(data)):
+        altered = bytearray(data)
+        altered[at] ^= 1 << (at % 8)
+        path.write_bytes(altered)
+        assert "altered" in fate(path, tree, like=(tree, None)[at % 2])
+    path.write_bytes(data)
+    assert fate(path, tree) == "as it was"
+
+
+def test_every_truncation_of_a_file_is_found(tmp_path):
+    path = tmp_path / "step.safetensors"
+    tree = small_tree()
+    checkpoint.save(path, tree)
+    data = path.read_bytes()
+    for length in [*range(0, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:length])
+        assert "is no whole file of safetensors" in fate(path, tree)
+    path.write_bytes(data + b"more")
+    assert "is no whole file of safetensors" in fate(path, tree)
+
+
+def test_altered_data_names_the_leaf(tmp_path):
+    path = tmp_path / "step.safetensors"
+    tree = {"params": {"linear": {"b": np.zeros(4), "w": np.ones(4)}}}
+    checkpoint.save(path, tree)
+    data = path.read_bytes()
+    at = data.index(np.ones(4).tobytes())
+    path.write_bytes(data[:at] + b"\1" + data[at + 1 :])
+    parts = [path, "leaf 'params/linear/w' is not what was saved", "another copy"]
+    assert_error(ValueError, parts, checkpoint.load, path, tree)
+
+
+def alter_folder(path):
+    """Alters each file of a folder in several ways; prints what loading gives."""
+    tree = small_tree()
+    checkpoint.save(path, tree, layers=Numbered())
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        data = file.read_bytes()
+        bad = [data[: len(data) // 2], b"", None]
+        for at in range(0, len(data), 1 + len(data) // 6):
+            bad.append(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        for altered in bad:
+            file.unlink(missing_ok=True)
+            if altered is not None:
+                file.write_bytes(altered)
+            for like in (tree, None):
+                said = fate(path, tree, like)
+                print(json.dumps([str(file.relative_to(path)), said]))
+        file.write_bytes(data)
+    assert fate(path, tree) == "as it was"
+
+
+def test_alterations_of_a_folder_are_found_or_do_no_harm(tmp_path):
+    # In another process: where orbax gives up reading, it leaves threads and coroutines
+    # that complain later.
+    code = "import pathlib, sys, test_checkpoint\n"
+    code += "test_checkpoint.alter_folder(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "step"],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    fates = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {file for file, said in fates if said != "as it was"}
+    assert {"about/metadata", "arrays/_METADATA", "arrays/manifest.ocdbt"} <= found
+    data = [said for file, said in fates if file.startswith("arrays/d/")]
+    assert data
+    assert all("altered: orbax cannot read it" in said for said in data)
+
+
+# What was interrupted.
+
+
+def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    path = tmp_path / "step.safetensors"
+    checkpoint.save(path, {"a": 1})
+    write = safetensors.numpy.save_file
+
+    def half(arrays, partial, metadata):
+        write(arrays, partial, metadata)
+        os.truncate(partial, 40)
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    def refuse(*args):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", half)
+    parts = [path, "No space left on device"]
+    assert_error(ValueError, parts, checkpoint.save, path, {"a": 2})
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", refuse)
+    assert_error(PermissionError, [], checkpoint.save, path, {"a": 2})
+    assert list(tmp_path.iterdir()) == [path]
+    assert checkpoint.load(path, {"a": 0}) == {"a": 1}
+
+
+CHILD = """
+    import os, signal, sys
+    import numpy as np
+    from hk_stack import checkpoint
+
+    path, when = sys.argv[1:]
+
+    def tree(step):
+        return {"step": np.asarray(step), "x": np.full(2_000_000, float(step))}
+
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save(path.format(0), tree(0))
+    if when != "any time":
+        setattr(os, when, die)
+    print("saved", flush=True)
+    for step in range(1, 1000):
+        checkpoint.save(path.format(step), tree(step))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    "name, when",
+    [
+        ("step.safetensors", "fsync"),
+        ("step.safetensors", "replace"),
+        ("step.safetensors", "any time"),
+        ("step_{}", "any time"),
+    ],
+)
+def test_killed_save_leaves_nothing_half(tmp_path, name, when):
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), tmp_path / name, when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"saved\n"
+        if when == "any time":
+            time.sleep(0.1 + 0.1 * np.random.default_rng().random())
+            child.kill()
+        assert child.wait() == -signal.SIGKILL
+    prefix = name.partition("_{")[0]
+    found = [
+        path
+        for path in tmp_path.iterdir()
+        if path.name.startswith(prefix) and not path.name.endswith("-tmp")
+    ]
+    assert found
+    for path in found:
+        tree = checkpoint.load(path)
+        np.testing.assert_array_equal(tree["x"], float(tree["step"]))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="has no such modes")
+def test_file_may_be_read_by_whoever_may_read_others(tmp_path):
+    path = tmp_path / "step.safetensors"
+    checkpoint.save(path, {"a": 1})
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+# In the background.
+
+
+def test_arrays_may_change_while_they_are_written(tmp_path):
+    x, y = np.arange(1e6), jnp.arange(1e6)
+    saving = checkpoint.save_async(tmp_path / "step", {"x": x, "y": y})
+    expected = np.arange(1e6)
+    x[:] = -1
+    jax.block_until_ready(jax.jit(lambda y: y * 0, donate_argnums=0)(y))
+    saving.wait()
+    saving.wait()
+    found = checkpoint.load(tmp_path / "step")
+    np.testing.assert_array_equal(found["x"], expected)
+    np.testing.assert_array_equal(found["y"], expected.astype(np.float32))
+
+
+def test_several_may_be_on_their_way(tmp_path):
+    paths = [tmp_path / f"step_{i}" for i in range(3)]
+    savings = [
+        checkpoint.save_async(path, {"x": np.full(1000, i)})
+        for i, path in enumerate(paths)
+    ]
+    for saving in savings:
+        saving.wait()
+    for i, path in enumerate(paths):
+        np.testing.assert_array_equal(checkpoint.load(path)["x"], i)
+
+
+def test_failure_in_the_background_is_told(tmp_path):
+    path = tmp_path / "step"
+    tree = {"x": np.ones(3, "uint4")}  # Orbax finds out late.
+    saving = checkpoint.save_async(path, tree)
+    parts = [f"checkpoint.save to {path}: orbax could not write it", "uint4"]
+    assert_error(ValueError, parts, saving.wait)
+    assert_error(ValueError, [path, "orbax did not write it"], saving.wait)
+    assert not path.exists()
+    checkpoint.save(path, {"x": np.ones(3)})
+    checkpoint.save(tmp_path / "step.safetensors", tree)
+    assert_same(checkpoint.load(tmp_path / "step.safetensors", tree), tree)
+
+
+def test_files_are_not_written_in_the_background(tmp_path):
+    path = tmp_path / "step.safetensors"
+    parts = [path, "not written in the background", "checkpoint.save(path, tree)"]
+    assert_error(ValueError, parts, checkpoint.save_async, path, {"a": 1})

@@ -1,0 +1,1074 @@
+"""Trees of a stack and of a Python loop: of every model, optimiser and kind of array.
+
+`L` is the number of layers, `B` the batch, `D` the features.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from agreement import FAST, assert_close, assert_equal
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import hk_stack
+from hk_stack import NumberedLayers, stack_params, unstack_params
+
+L, B, D = 3, 8, 4
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (B, D))
+P = jax.sharding.PartitionSpec
+BLOCKS = NumberedLayers("block_{}", "layers/block")
+
+jit = functools.partial(jax.jit, compiler_options=FAST)
+
+
+def stacked_by(maps, tree):
+    for naming_map in maps:
+        tree = stack_params(tree, naming_map)
+    return tree
+
+
+def unstacked_by(maps, tree):
+    for naming_map in reversed(maps):
+        tree = unstack_params(tree, naming_map)
+    return tree
+
+
+def assert_same(found, expected):
+    """The same trees bit for bit, and the same kinds of leaves."""
+    assert_equal(found, expected)
+    assert jax.tree.map(type, found) == jax.tree.map(type, expected)
+
+
+def types(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+# Models
+
+
+class Block(hk.Module):
+    """Parameters of several modules, and state."""
+
+    def __call__(self, x):
+        x = x + jnp.tanh(hk.Linear(D)(hk.LayerNorm(-1, True, True)(x)))
+        with jax.numpy_dtype_promotion("standard"):  # Haiku's BatchNorm promotes.
+            return x + 0.2 * jnp.sin(hk.BatchNorm(True, True, 0.9)(x, True))
+
+
+class Global(hk.Module):
+    """A block of other modules and shapes than `Block`."""
+
+    def __call__(self, x):
+        mean = jnp.mean(x, axis=0, keepdims=True)
+        return x + hk.Linear(D, name="out")(jnp.sin(hk.Linear(2 * D)(x - mean)))
+
+
+def plain(x):
+    """A layer that is no module."""
+    y = jax.nn.relu(hk.Linear(2 * D)(hk.LayerNorm(-1, True, True)(x)))
+    return x + hk.Linear(D)(y)
+
+
+class Row(NamedTuple):
+    """A model, `layers` of it in a loop or in a stack, and the maps between them.
+
+    Attributes:
+      maps: For `stack_params`, in turn.
+      model: From `layers`, a function of a name, a depth, a layer function in a stack,
+        and how the loop calls layer i, to the model.
+    """
+
+    maps: tuple[NumberedLayers, ...]
+    model: Callable[[Callable[..., Any]], Callable[[jax.Array], jax.Array]]
+
+    def transformed(self, layers):
+        return hk.transform_with_state(lambda x: self.model(layers)(x))
+
+
+def in_loop(depth, in_stack, of_loop, name="layers"):
+    del in_stack, name
+
+    def run(x):
+        for i in range(depth):
+            x = of_loop(i)(x)
+        return x
+
+    return run
+
+
+def in_stack(depth, in_stack, of_loop, name="layers", layer_stack=None):
+    del of_loop
+    return (layer_stack or hk_stack.layer_stack)(depth, name=name)(in_stack)
+
+
+def block(name=None):
+    return lambda x: Block(name=name)(x)
+
+
+def scopes(layers):
+    def model(x):
+        x = hk.Linear(D, name="embed")(x)
+        x = layers(L, block("block"), lambda i: block(f"block_{i}"))(x)
+        return hk.Linear(2, name="head")(x)
+
+    return model
+
+
+def unnamed_scope(layers):
+    return layers(L, block("block"), lambda i: block(f"block_{i}"), None)
+
+
+def suffixes(layers):
+    return layers(L, block(), lambda i: block())
+
+
+def suffixes_of_functions(layers):
+    return layers(L, plain, lambda i: plain)
+
+
+def nested(layers):
+    class Outer(hk.Module):
+        def __call__(self, x):
+            x = layers(2, block("inner"), lambda j: block(f"inner_{j}"), "inners")(x)
+            return hk.Linear(D)(x)
+
+    def outer(name):
+        return lambda x: Outer(name=name)(x)
+
+    return layers(L, outer("outer"), lambda i: outer(f"outer_{i}"), "outers")
+
+
+def pattern(layers):
+    """Two local blocks, then a global one, and so on for 8 blocks."""
+    kinds = (Block, Block, Global)
+
+    def of_stack(x):
+        for kind, name in zip(kinds, ("first", "second", "third"), strict=True):
+            x = kind(name=name)(x)
+        return x
+
+    def of_loop(i):
+        def three(x):
+            for k, kind in enumerate(kinds):
+                x = kind(name=f"block_{3 * i + k}")(x)
+            return x
+
+        return three
+
+    def model(x):
+        x = layers(2, of_stack, of_loop)(x)
+        return Block(name="block_7")(Block(name="block_6")(x))
+
+    return model
+
+
+def made_in_init(layers):
+    class Net(hk.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = hk.Linear(D, name="embed")
+            self.blocks = []
+            if layers is in_loop:
+                self.blocks = [Block(name=f"block_{i}") for i in range(L)]
+
+        def __call__(self, x):
+            return layers(L, block("block"), lambda i: self.blocks[i])(self.embed(x))
+
+    return lambda x: Net()(x)
+
+
+def encoder_and_decoder(layers):
+    class Half(hk.Module):
+        def __init__(self, depth, name):
+            super().__init__(name)
+            self.depth = depth
+
+        def __call__(self, x):
+            return layers(self.depth, block("block"), lambda i: block(f"block_{i}"))(x)
+
+    return lambda x: Half(3, "decoder")(Half(2, "encoder")(x))
+
+
+# fmt: off
+ROWS = {
+    "scopes": Row((BLOCKS,), scopes),
+    "unnamed_scope": Row(
+        (NumberedLayers("block_{}", "__layer_stack_no_per_layer/block"),),
+        unnamed_scope),
+    "suffixes": Row((NumberedLayers("block", "layers/block"),), suffixes),
+    "suffixes_of_functions": Row(
+        (NumberedLayers("linear", ["layers/linear", "layers/linear_1"]),
+         NumberedLayers("layer_norm", "layers/layer_norm")),
+        suffixes_of_functions),
+    "nested": Row(
+        (NumberedLayers("outer_*/inner_{}", "outer_*/inners/inner"),
+         NumberedLayers("outer_{}", "outers/outer")),
+        nested),
+    "pattern": Row(
+        (NumberedLayers(
+            "block_{}", ["layers/first", "layers/second", "layers/third"], 2),),
+        pattern),
+    "made_in_init": Row(
+        (NumberedLayers("net/~/block_{}", "net/layers/block"),), made_in_init),
+    "encoder_and_decoder": Row(
+        (NumberedLayers("*/block_{}", "*/layers/block"),), encoder_and_decoder),
+}
+# fmt: on
+
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+
+
+def initial(model):
+    """Parameters and state, no two leaves of them equal."""
+    shapes = jax.eval_shape(model.init, KEY, X)
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(shapes)
+    drawn = [rng.uniform(0.1, 0.9, s.shape).astype(s.dtype) for s in leaves]
+    return jax.tree.unflatten(tree, map(jnp.asarray, drawn))
+
+
+def everything(model):
+    """Output, new state and gradient."""
+
+    def run(params, state):
+        def loss(params):
+            y, after = model.apply(params, state, None, X)
+            weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype))
+            return jnp.sum(weights * y.ravel()), (y, after)
+
+        gradient, (y, after) = jax.grad(loss, has_aux=True)(params)
+        return y, after, gradient
+
+    return jit(run)
+
+
+@every_row
+def test_a_loop_runs_as_a_stack_and_back(row):
+    loop, stack = row.transformed(in_loop), row.transformed(in_stack)
+    tree = initial(loop)
+    stacked = stacked_by(row.maps, tree)
+    assert types(stacked) == types(jax.eval_shape(stack.init, KEY, X))
+    assert_same(unstacked_by(row.maps, stacked), tree)
+
+    y, state, gradient = everything(stack)(*stacked)
+    per_layer = (y, *unstacked_by(row.maps, (state, gradient)))
+    assert_close(per_layer, everything(loop)(*tree), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["scopes", "nested", "pattern"])
+def test_checkpoints_of_haikus_own_stacks(name):
+    row = ROWS[name]
+    layers = functools.partial(in_stack, layer_stack=hk.layer_stack)
+    shapes = jax.eval_shape(row.transformed(layers).init, KEY, X)
+    of_loop = jax.eval_shape(row.transformed(in_loop).init, KEY, X)
+    assert types(unstacked_by(row.maps, shapes)) == types(of_loop)
+
+
+def test_gradients_of_a_loop_through_a_stack():
+    row = ROWS["scopes"]
+    loop, stack = row.transformed(in_loop), row.transformed(in_stack)
+    params, state = initial(loop)
+
+    def through_stack(params):
+        tree = stack_params((params, state), BLOCKS)
+        return jnp.cos(stack.apply(*tree, None, X)[0]).sum()
+
+    def loss(params):
+        return jnp.cos(loop.apply(params, state, None, X)[0]).sum()
+
+    assert_close(jit(jax.grad(through_stack))(params), jit(jax.grad(loss))(params))
+
+
+# Transparent stacks
+
+
+class Net(hk.Module):
+    """A layer before and after, and between them blocks in a loop or in a stack."""
+
+    def __init__(self, layer_stack, in_stack, of_loop, naming_map):
+        super().__init__()
+        self.layer_stack = layer_stack
+        self.in_stack = in_stack
+        self.of_loop = of_loop
+        self.naming_map = naming_map
+
+    def __call__(self, x):
+        x = hk.Linear(D, name="before")(x)
+        if self.layer_stack is None:
+            for i in range(L):
+                x = self.of_loop(i)(x)
+        else:
+            stack = self.layer_stack(
+                L, transparent=True, transparency_map=self.naming_map
+            )
+            x = stack(self.in_stack)(x)
+        return hk.Linear(D, name="after")(x)
+
+
+def local_and_global(*names):
+    def layer(x):
+        return Global(name=names[1])(Block(name=names[0])(x))
+
+    return layer
+
+
+TRANSPARENT = {
+    "scopes": (
+        NumberedLayers("block_{}"),
+        block("block"),
+        lambda i: block(f"block_{i}"),
+    ),
+    "suffixes": (NumberedLayers("block"), block("block"), lambda i: block()),
+    "pattern": (
+        NumberedLayers("block_{}", ["local", "global"], L),
+        local_and_global("local", "global"),
+        lambda i: local_and_global(f"block_{2 * i}", f"block_{2 * i + 1}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_stacks_have_the_tree_of_the_loop(name):
+    naming_map, layer, of_loop = TRANSPARENT[name]
+
+    def model(layer_stack):
+        net = functools.partial(Net, layer_stack, layer, of_loop, naming_map)
+        return hk.transform_with_state(lambda x: net()(x))
+
+    loop, stack, haiku = map(model, (None, hk_stack.layer_stack, hk.layer_stack))
+    tree = initial(loop)
+    expected = everything(loop)(*tree)
+    assert types(jax.eval_shape(stack.init, KEY, X)) == types(tree)
+    assert_close(everything(stack)(*tree), expected, 1e-4)
+    # Haiku's stores the new state under the names of the stack, so not that.
+    assert types(jax.eval_shape(haiku.init, KEY, X)[0]) == types(tree[0])
+    assert_close(jit(haiku.apply)(*tree, None, X)[0], expected[0], 1e-4)
+
+
+# Optimisers
+
+
+def of_weights(tree):
+    """Which parameters decay."""
+    return {m: {name: name == "w" for name in leaves} for m, leaves in tree.items()}
+
+
+def of_modules(tree):
+    """A prefix of the parameters' tree, as optax allows it."""
+    return {m: "norm" not in m for m in tree}
+
+
+def by_module(tree):
+    return {m: "stack" if "block" in m else "outside" for m in tree}
+
+
+def by_leaf(tree):
+    return {m: {name: name for name in leaves} for m, leaves in tree.items()}
+
+
+ADAM = optax.adam(1e-2)
+EACH = {name: ADAM for name in ("w", "b", "scale", "offset")}
+OPTIMISERS = {
+    "adamw": optax.adamw(1e-2, mask=of_weights),
+    "momentum": optax.sgd(1e-2, momentum=0.9, nesterov=True),
+    "chain": optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.scale_by_adam(mu_dtype=jnp.bfloat16),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1e-2, 8)),
+        optax.scale(-1.0),
+    ),
+    "lion": optax.lion(1e-3),
+    "masked": optax.chain(optax.masked(optax.trace(0.9), of_weights), optax.sgd(1e-2)),
+    "masked_modules": optax.chain(optax.masked(ADAM, of_modules), optax.scale(-1e-2)),
+    "partition": optax.partition({**EACH, "b": optax.lion(1e-3)}, by_leaf),
+    "frozen": optax.partition(
+        {"stack": optax.set_to_zero(), "outside": ADAM}, by_module
+    ),
+    "inject": optax.inject_hyperparams(optax.adamw)(
+        learning_rate=optax.linear_schedule(1e-2, 1e-3, 8), weight_decay=1e-3
+    ),
+    "multi_steps": optax.MultiSteps(ADAM, 2),
+    "ema": optax.chain(ADAM, optax.ema(0.9)),
+    "schedule_free": optax.contrib.schedule_free_sgd(1e-2),
+}
+
+
+@functools.cache
+def loss_and_gradient(layers):
+    model = ROWS["scopes"].transformed(layers)
+
+    def loss(params, state, x):
+        y, state = model.apply(params, state, None, x)
+        return jnp.mean(jnp.square(y - 1.0)), state
+
+    return jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def train(layers, optimiser, checkpoint, steps):
+    """Losses, and the checkpoint after some steps."""
+
+    @jit
+    def update(gradient, opt_state, params):
+        with jax.numpy_dtype_promotion("standard"):  # As optax does.
+            updates, opt_state = optimiser.update(gradient, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+    params, state, opt_state = checkpoint
+    losses = []
+    for i in range(steps):
+        (loss, state), gradient = loss_and_gradient(layers)(params, state, X * (1 + i))
+        params, opt_state = update(gradient, opt_state, params)
+        losses.append(loss)
+    return losses, (params, state, opt_state)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return initial(ROWS["scopes"].transformed(in_loop))
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_training_goes_on_in_the_other_layout(name, untrained):
+    optimiser = OPTIMISERS[name]
+    checkpoint = (*untrained, optimiser.init(untrained[0]))
+    _, checkpoint = train(in_loop, optimiser, checkpoint, 3)
+    stacked = stack_params(checkpoint, BLOCKS)
+    expected = jax.eval_shape(optimiser.init, stacked[0])
+    assert jax.tree.structure(stacked[2]) == jax.tree.structure(expected)
+    assert types(stacked[2]) == types(expected)
+    assert_same(unstack_params(stacked, BLOCKS), checkpoint)
+
+    losses, stacked = train(in_stack, optimiser, stacked, 3)
+    expected_losses, checkpoint = train(in_loop, optimiser, checkpoint, 3)
+    assert_close(losses, expected_losses)
+    assert_close(unstack_params(stacked, BLOCKS), checkpoint, 1e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_states_convert_without_the_parameters(name, untrained):
+    state = OPTIMISERS[name].init(untrained[0])
+    if not any(leaf.ndim for leaf in jax.tree.leaves(state)):
+        pytest.skip("holds no parameters")
+    stacked = stack_params(state, BLOCKS)
+    assert_same(unstack_params(stacked, BLOCKS, L), state)
+
+
+OTHER_SHAPES = {
+    "novograd": (optax.novograd(1e-2), [".mu['", ".nu['"]),
+    "adafactor": (optax.adafactor(1e-2, min_dim_size_to_factor=2), [".v_row['"]),
+    "adafactor_unfactored": (optax.adafactor(1e-2), [".v_row['"]),
+    "lbfgs": (optax.scale_by_lbfgs(2), [".diff_params_memory['"]),
+    "sm3": (optax.sm3(1e-2), [".mu['", "[("]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("convert", [stack_params, unstack_params])
+def test_states_of_other_shapes_are_refused(name, alone, convert, untrained):
+    optimiser, texts = OTHER_SHAPES[name]
+    params, _ = untrained
+    if convert is unstack_params:
+        params = stack_params(params, BLOCKS)
+    state = optimiser.init(params)
+    with pytest.raises(ValueError) as error:
+        convert(state if alone else {"params": params, "optimiser": state}, BLOCKS)
+    for text in [convert.__name__, *texts, "optimiser.init(params)", "has shape"]:
+        assert text in str(error.value)
+
+
+# Leaves
+
+
+def per_layer(make, num_layers=L):
+    return {f"block_{i}/linear": {"w": make(i)} for i in range(num_layers)}
+
+
+def weight(stacked):
+    return stacked["layers/block/linear"]["w"]
+
+
+def mesh(kind):
+    return jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def numbers(shape, dtype, i=0):
+    return np.asarray(np.random.default_rng(i).integers(0, 2, shape)).astype(dtype)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float64", "float32", "bfloat16", "float8_e4m3fn", "int8", "int64", "bool"],
+)
+def test_numpy_stays_numpy(dtype, shape):
+    dtype = jnp.dtype(dtype)
+    tree = per_layer(functools.partial(numbers, shape, dtype))
+    stacked = stack_params(tree, BLOCKS)
+    assert type(weight(stacked)) is np.ndarray
+    assert weight(stacked).dtype == dtype
+    expected = np.stack([leaves["w"] for leaves in tree.values()])
+    assert_equal(weight(stacked), expected)
+    found = unstack_params(stacked, BLOCKS)
+    assert_same(found, tree)
+    for leaves in found.values():
+        assert np.shares_memory(leaves["w"], weight(stacked)) or not leaves["w"].size
+
+
+def test_memory_mapped_layers_are_views_of_the_file(tmp_path):
+    stacked = np.lib.format.open_memmap(tmp_path / "w.npy", "w+", shape=(L, D, D))
+    stacked[...] = np.arange(L * D * D).reshape(L, D, D)
+    tree = unstack_params({"layers/block/linear": {"w": stacked}}, BLOCKS)
+    for leaves in tree.values():
+        assert np.shares_memory(leaves["w"], stacked)
+    assert_equal(weight(stack_params(tree, BLOCKS)), stacked)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_])
+@pytest.mark.parametrize("shape", [(), (0, 2), (2, 3)])
+def test_jax_stays_jax(dtype, shape):
+    tree = per_layer(lambda i: jnp.asarray(numbers(shape, dtype, i)))
+    stacked = stack_params(tree, BLOCKS)
+    assert isinstance(weight(stacked), jax.Array)
+    assert_same(unstack_params(stacked, BLOCKS), tree)
+    assert_same(jit(lambda tree: stack_params(tree, BLOCKS))(tree), stacked)
+    assert_same(jit(lambda tree: unstack_params(tree, BLOCKS))(stacked), tree)
+
+
+def test_float64_of_jax_stays_float64():
+    with jax.enable_x64(True):
+        tree = per_layer(lambda i: jnp.full([2], 1 / 3 + i, jnp.float64))
+    stacked = stack_params(tree, BLOCKS)
+    assert weight(stacked).dtype == np.float64
+    assert_same(unstack_params(stacked, BLOCKS), tree)
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_random_keys(shape):
+    tree = per_layer(lambda i: jax.random.split(jax.random.key(i), shape))
+    stacked = stack_params(tree, BLOCKS)
+    assert weight(stacked).shape == (L, *shape)
+    assert jnp.issubdtype(weight(stacked).dtype, jax.dtypes.prng_key)
+    assert_same(unstack_params(stacked, BLOCKS), tree)
+    assert_same(jit(lambda tree: stack_params(tree, BLOCKS))(tree), stacked)
+
+
+def test_arrays_stay_on_their_device():
+    device = jax.devices()[1]
+    tree = per_layer(lambda i: jax.device_put(jnp.ones([D]) * i, device))
+    stacked = stack_params(tree, BLOCKS)
+    for leaf in jax.tree.leaves((stacked, unstack_params(stacked, BLOCKS))):
+        assert leaf.devices() == {device}
+        assert leaf.committed
+
+
+def test_arrays_that_are_bound_to_no_device_stay_so():
+    """Programs on a batch that is sharded take parameters as `init` returns them."""
+    tree = per_layer(lambda i: jnp.ones([D]) * i)
+    stacked = stack_params(tree, BLOCKS)
+    batch = jax.device_put(
+        X, jax.NamedSharding(mesh(jax.sharding.AxisType.Auto), P("x"))
+    )
+    for leaf in jax.tree.leaves((stacked, unstack_params(stacked, BLOCKS))):
+        assert jax.jit(lambda leaf, x: leaf.sum() + x.sum())(leaf, batch).shape == ()
+
+
+@pytest.mark.parametrize("kind", [*jax.sharding.AxisType][:2], ids=str)
+@pytest.mark.parametrize("spec", [(), ("x",), (None, "y"), ("y", "x"), (("x", "y"),)])
+def test_sharding_is_kept(kind, spec):
+    def on(*spec):
+        return jax.NamedSharding(mesh(kind), P(*spec))
+
+    def make(i):
+        return jax.device_put(jnp.arange(32.0).reshape(4, 8) + i, on(*spec))
+
+    tree = per_layer(make)
+    stacked = stack_params(tree, BLOCKS)
+    assert weight(stacked).sharding.is_equivalent_to(on(None, *spec), 3)
+    found = unstack_params(stacked, BLOCKS)
+    assert_same(found, tree)
+    for leaf in jax.tree.leaves(found):
+        assert leaf.sharding.is_equivalent_to(on(*spec), 2)
+
+
+@pytest.mark.parametrize("kind", [*jax.sharding.AxisType][:2], ids=str)
+@pytest.mark.parametrize("spec", [("x",), ("x", None, "y"), (("x", "y"),)])
+def test_stacks_sharded_by_layer(kind, spec):
+    sharding = jax.NamedSharding(mesh(kind), P(*spec))
+    values = np.arange(4 * 4 * 8.0).reshape(4, 4, 8).astype(np.float32)
+    stacked = {"layers/block/linear": {"w": jax.device_put(values, sharding)}}
+    expected = unstack_params({"layers/block/linear": {"w": values}}, BLOCKS)
+    for convert in (unstack_params, jit(unstack_params, static_argnums=1)):
+        found = convert(stacked, BLOCKS)
+        assert_equal(found, expected)
+        for leaf in jax.tree.leaves(found):
+            on = jax.NamedSharding(mesh(kind), P(*spec[1:]))
+            assert leaf.sharding.is_equivalent_to(on, 2)
+
+
+def test_shapes_without_values():
+    tree = per_layer(lambda i: jax.ShapeDtypeStruct((D, 2), jnp.bfloat16))
+    stacked = stack_params(tree, BLOCKS)
+    assert weight(stacked) == jax.ShapeDtypeStruct((L, D, 2), jnp.bfloat16)
+    assert unstack_params(stacked, BLOCKS) == tree
+
+
+def shardings():
+    on = mesh(jax.sharding.AxisType.Auto)
+    kind = jax.devices()[0].addressable_memories()[-1].kind
+    named = functools.partial(jax.NamedSharding, on)
+    return {
+        "named": (named(P("x")), named(P(None, "x"))),
+        "memory": (
+            named(P("x"), memory_kind=kind),
+            named(P(None, "x"), memory_kind=kind),
+        ),
+        "device": (jax.sharding.SingleDeviceSharding(jax.devices()[1]),) * 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["named", "memory", "device"])
+def test_shapes_keep_their_sharding(name):
+    of_layer, of_stack = shardings()[name]
+    tree = per_layer(
+        lambda i: jax.ShapeDtypeStruct((D, 2), jnp.float32, sharding=of_layer)
+    )
+    stacked = stack_params(tree, BLOCKS)
+    expected = jax.ShapeDtypeStruct((L, D, 2), jnp.float32, sharding=of_stack)
+    assert weight(stacked) == expected
+    assert unstack_params(stacked, BLOCKS) == tree
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_writing_to_numpy_arrays_changes_no_others(order):
+    tree = per_layer(lambda i: np.array(numbers((4, 6), np.float32, i), order=order))
+    expected = jax.tree.map(np.copy, tree)
+    stacked = stack_params(tree, BLOCKS)
+    for leaf in jax.tree.leaves(tree):
+        leaf[...] = -1
+    assert_same(unstack_params(stacked, BLOCKS), expected)
+    weight(stacked)[...] = -2
+    for leaf in jax.tree.leaves(tree):
+        assert (leaf == -1).all()
+
+
+@pytest.mark.parametrize("num_layers", [1, L])
+@pytest.mark.parametrize("size", [1, 2, 1024])
+def test_donated_arrays_share_nothing_with_converted_ones(num_layers, size):
+    donate = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0
+    )
+    tree = per_layer(lambda i: jnp.full([size], float(i)), num_layers)
+    values = jax.tree.map(np.array, tree)
+    stacked_values = stack_params(values, BLOCKS)
+
+    stacked = stack_params(tree, BLOCKS)
+    donate(tree)
+    assert_equal(stacked, stacked_values)
+    tree = unstack_params(stacked, BLOCKS)
+    donate(stacked)
+    assert_equal(tree, values)
+    stacked = stack_params(tree, BLOCKS)
+    assert_equal(donate(stacked), jax.tree.map(lambda w: w + 1, stacked_values))
+    assert_equal(tree, values)
+
+
+def test_modules_outside_are_the_same_arrays():
+    tree = {"embed": {"w": np.ones([D])}, **per_layer(lambda i: np.ones([D]))}
+    stacked = stack_params(tree, BLOCKS)
+    assert stacked["embed"]["w"] is tree["embed"]["w"]
+    assert unstack_params(stacked, BLOCKS)["embed"]["w"] is tree["embed"]["w"]
+
+
+# Any tree
+
+
+class Names(NamedTuple):
+    """Names of an encoder's and a decoder's layers, each of k blocks.
+
+    Attributes:
+      scope: Of the blocks; `*` is the encoder or the decoder.
+      block: Name of a block without its number.
+      blocks: Names of the k blocks in the stack.
+      is_habit: Whether blocks are numbered as Haiku does it.
+    """
+
+    scope: str
+    block: str
+    blocks: list[str]
+    is_habit: bool
+
+    def naming_map(self, num_layers=None):
+        number = "" if self.is_habit else "_{}"
+        stacked = [f"{self.scope}{name}" for name in self.blocks]
+        return NumberedLayers(f"{self.scope}{self.block}{number}", stacked, num_layers)
+
+    def of_loop(self, half, number):
+        block = f"{self.scope.replace('*', half)}{self.block}"
+        return block if self.is_habit and not number else f"{block}_{number}"
+
+    def of_stack(self, half, position):
+        return self.scope.replace("*", half) + self.blocks[position]
+
+
+@st.composite
+def names(draw):
+    part = st.sampled_from(["net", "~", "block_2", "a_b"])
+    scope = [*draw(st.lists(part, max_size=2)), *draw(st.sampled_from([[], ["*"]]))]
+    return Names(
+        scope="".join(f"{part}/" for part in draw(st.permutations(scope))),
+        block=draw(st.sampled_from(["linear", "block", "block_1", "h2"])),
+        blocks=draw(
+            st.sampled_from([["stack"], ["s/a", "s/a_1"], ["s/local", "s/b", "stack"]])
+        ),
+        is_habit=draw(st.booleans()),
+    )
+
+
+@st.composite
+def modules(draw):
+    """The modules inside of a block, as numbers to make leaves of."""
+    leaf = st.tuples(
+        st.lists(st.integers(0, 2), max_size=2),
+        st.sampled_from(["float32", "float64", "int8", "bfloat16"]),
+    )
+    leaves = st.dictionaries(st.sampled_from(["w", "b", "scale"]), leaf, max_size=2)
+    inside = st.sampled_from(["", "/linear", "/linear_1", "/~/mlp/linear_0"])
+    return draw(st.dictionaries(inside, leaves, min_size=1, max_size=3))
+
+
+def make(rng, kind):
+    """The arrays of one block, by module."""
+    return {
+        inside: {
+            name: rng.integers(-4, 4, shape).astype(jnp.dtype(dtype))
+            for name, (shape, dtype) in leaves.items()
+        }
+        for inside, leaves in kind.items()
+    }
+
+
+def both_trees(rng, ours, half, kinds, depth):
+    """That of a loop, and that of a stack."""
+    of_loop, of_stack = {}, {}
+    for position, kind in enumerate(kinds):
+        blocks = [make(rng, kind) for _ in range(depth)]
+        for inside in kind:
+            of_module = [of_block[inside] for of_block in blocks]
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_module)
+            of_stack[ours.of_stack(half, position) + inside] = stacked
+            for i, of_layer in enumerate(of_module):
+                flat = ours.of_loop(half, i * len(kinds) + position)
+                of_loop[flat + inside] = of_layer
+    return of_loop, of_stack
+
+
+@st.composite
+def cases(draw):
+    """A map, a tree of a loop, and that of the stack."""
+    ours, rng = draw(names()), np.random.default_rng(draw(st.integers(0, 9)))
+    kinds = [draw(modules()) for _ in ours.blocks]
+    assume(any(leaves for kind in kinds for leaves in kind.values()))
+    left_over = draw(st.integers(0, len(kinds) - 1))
+    of_loop, of_stack = {}, {}
+    depth = draw(st.integers(1, 3))
+    for half in ["encoder", "decoder_1"] if "*" in ours.scope else [""]:
+        depth = depth if left_over else draw(st.integers(1, 3))
+        loop, stack = both_trees(rng, ours, half, kinds, depth)
+        outside = {f"{half}/embed": make(rng, kinds[0]).popitem()[1]}
+        for number in range(left_over):
+            flat = ours.of_loop(half, depth * len(kinds) + number)
+            outside |= {flat + m: leaves for m, leaves in make(rng, kinds[0]).items()}
+        of_loop |= loop | outside
+        of_stack |= stack | outside
+    return ours.naming_map(depth if left_over else None), of_loop, of_stack
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([np.asarray, jnp.asarray]))
+def test_any_tree_comes_back_bit_for_bit(case, kind):
+    with jax.enable_x64(True):
+        of_loop, of_stack = jax.tree.map(kind, case[1:])
+    found = stack_params(of_loop, case[0])
+    assert_same(found, of_stack)
+    assert_same(unstack_params(found, case[0]), of_loop)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    names(),
+    st.text("ab_01~", max_size=3),
+    st.sampled_from(["", "/linear", "/linear_1/~/b_2"]),
+    st.integers(0, 123),
+)
+def test_names_come_back(ours, half, inside, layer):
+    naming_map = ours.naming_map()
+    for position in range(len(ours.blocks)):
+        module = ours.of_stack(half, position) + inside
+        flat = naming_map.stacked_to_flat(module, layer)
+        number = layer * len(ours.blocks) + position
+        assert flat == ours.of_loop(half, number) + inside
+        assert naming_map.flat_to_stacked(flat) == (module, layer)
+        assert ours.naming_map(layer + 1).flat_to_stacked(flat) == (module, layer)
+        assert layer == 0 or ours.naming_map(layer).flat_to_stacked(flat) is None
+
+
+@pytest.mark.parametrize(
+    ("naming_map", "module"),
+    [
+        (NumberedLayers("block_{}"), "block"),
+        (NumberedLayers("block_{}"), "block_"),
+        (NumberedLayers("block_{}"), "block_01"),
+        (NumberedLayers("block_{}"), "block_-1"),
+        (NumberedLayers("block_{}"), "block_1a/linear"),
+        (NumberedLayers("block_{}"), "block_1_1"),
+        (NumberedLayers("block_{}"), "net/block_1"),
+        (NumberedLayers("block_{}"), "my_block_1"),
+        (NumberedLayers("block_{}/linear"), "block_1/linear_1"),
+        (NumberedLayers("a.b_{}"), "acb_1"),
+        (NumberedLayers("linear"), "linear_0"),
+        (NumberedLayers("linear"), "linear_a"),
+        (NumberedLayers("linear"), "linear2"),
+        (NumberedLayers("*/block_{}"), "block_1"),
+        (NumberedLayers("*/block_{}"), "net/encoder/block_1"),
+    ],
+    ids=str,
+)
+def test_other_modules_are_no_part_of_the_stack(naming_map, module):
+    assert naming_map.flat_to_stacked(module) is None
+
+
+# Errors
+
+
+class Foreign:
+    """A naming map of a user's, which takes all modules for one."""
+
+    def stacked_to_flat(self, stacked_module_name, scan_idx):
+        return "block"
+
+    def flat_to_stacked(self, unstacked_module_name):
+        return "block", 0
+
+
+W = np.ones([2, D], np.float32)
+
+
+def leaves(*names):
+    """Modules of one array each."""
+    return {name: {"w": W} for name in names}
+
+
+def frozen():
+    return {"layers/block": {"w": optax.MaskedNode()}, "embed": {"w": W}}
+
+
+def habit(tree):
+    return unstack_params(tree, NumberedLayers("linear"))
+
+
+PATTERN = ["layers/local", "layers/global"]
+OF_PATTERN = NumberedLayers("block_{}", PATTERN)
+
+# fmt: off
+ERRORS = {
+    "no modules": (lambda: stack_params({}, BLOCKS), ValueError,
+        ["stack_params with NumberedLayers('block_{}', 'layers/block')", "no modules"]),
+    "other names": (lambda: stack_params(leaves("embed", "net/block_0"), BLOCKS),
+        ValueError, ["no module of the tree", "embed, net/block_0", "outermost"]),
+    "one flat dictionary": (lambda: stack_params({"block_0/w": W}, BLOCKS), ValueError,
+        ["no module of the tree", "block_0/w"]),
+    "many modules": (
+        lambda: stack_params(leaves(*(f"h_{i}" for i in range(99))), BLOCKS),
+        ValueError, ["h_0, h_1, h_10", " and 91 more."]),
+    "a loop unstacked": (lambda: unstack_params(leaves("block_0", "block_1"), BLOCKS),
+        ValueError, ["unstack_params with", "block_0, block_1", "converted already"]),
+    "missing layer": (
+        lambda: stack_params(leaves("block_0", "block_2", "block_3"), BLOCKS),
+        ValueError, ["layers/block/w has 3 of 4 layers", "missing: block_1/w"]),
+    "missing leaf": (
+        lambda: stack_params(
+            {"block_0": {"w": W, "b": W}, "block_1": {"w": W}}, BLOCKS),
+        ValueError, ["layers/block/b has 1 of 2 layers", "missing: block_1/b"]),
+    "missing module": (
+        lambda: stack_params(
+            leaves("block_0", "block_0/a", "block_1", "block_1/a", "block_2"), BLOCKS),
+        ValueError, ["layers/block/a/w has 2 of 3", "missing: block_2/a/w",
+                     "num_layers=2"]),
+    "numbers from one": (lambda: stack_params(leaves("block_1", "block_2"), BLOCKS),
+        ValueError, ["missing: block_0/w", "numbered from 0"]),
+    "blocks take turns": (
+        lambda: stack_params(
+            leaves("block_0/a", "block_1/b", "block_2/a", "block_3/b"), BLOCKS),
+        ValueError, ["layers/block/a/w has 2 of 4", "block_1/a/w", "pattern"]),
+    "a number that is none of a layer": (
+        lambda: stack_params(leaves("block_0", "block_20260101"), BLOCKS),
+        ValueError, ["has 2 of 20260102 layers", "block_1/w, ", "and 20260092 more"]),
+    "remainder": (
+        lambda: stack_params(leaves(*(f"block_{i}" for i in range(5))), OF_PATTERN),
+        ValueError, ["layers/global/w has 2 of 3 layers", "missing: block_5/w",
+                     "remainder", "num_layers=2"]),
+    "masked in some layers": (
+        lambda: stack_params(
+            {"block_0": {"w": optax.MaskedNode()}, "block_1": {"w": W}}, BLOCKS),
+        ValueError, ["block_1/w is float32[2, 4]", "block_0/w is MaskedNode()",
+                     "masks", "alike"]),
+    "modules masked in some layers": (
+        lambda: stack_params(
+            {"block_0": optax.MaskedNode(), "block_1": {"w": W}}, BLOCKS),
+        ValueError, ["layers/block", "has 1 of 2 layers", "block_"]),
+    "other shape": (
+        lambda: stack_params({"block_0": {"w": W}, "block_1": {"w": W[0]}}, BLOCKS),
+        ValueError, ["block_1/w is float32[4]", "block_0/w is float32[2, 4]",
+                     "same shapes and dtypes"]),
+    "other dtype": (
+        lambda: stack_params(
+            {"block_0": {"w": W}, "block_1": {"w": W.astype(np.int8)}}, BLOCKS),
+        ValueError, ["block_1/w is int8[2, 4]", "block_0/w is float32[2, 4]"]),
+    "two modules in one layer": (
+        lambda: stack_params(leaves("block_0", "block_1"), Foreign()), ValueError,
+        ["block_1/w maps to layer 0 of block/w", "another module", "name of its own"]),
+    "two layers in one module": (lambda: unstack_params(leaves("block"), Foreign()),
+        ValueError, ["layer 1 of block maps to block", "another layer",
+                     "name of its own"]),
+    "stacked name taken": (
+        lambda: stack_params(leaves("block_0", "block"), NumberedLayers("block_{}")),
+        ValueError, ["stack_params", "the name block is taken",
+                     "NumberedLayers(per_layer, stacked)"]),
+    "stacked name taken by an outer module": (
+        lambda: stack_params(leaves("block_0", "block/b"), NumberedLayers("block_{}")),
+        ValueError, ["the name block/b is taken"]),
+    "layer's name taken": (
+        lambda: unstack_params(leaves("layers/block", "block_1"), BLOCKS),
+        ValueError, ["unstack_params", "the name block_1 is taken"]),
+    "unstacked twice": (lambda: habit(habit(leaves("linear"))), ValueError,
+        ["the name linear_1 is taken", "converted already"]),
+    "other depth": (
+        lambda: unstack_params(
+            {"layers/block": {"w": W}, "layers/block/a": {"w": W.T}}, BLOCKS),
+        ValueError, ["layers/block/a/w has shape (4, 2)", "axis of layers of 2",
+                     "layers/block/w of shape (2, 4) says"]),
+    "other depth than said": (
+        lambda: unstack_params(leaves("layers/block"), BLOCKS, 3),
+        ValueError, ["has shape (2, 4)", "of 3, as num_layers says"]),
+    "deeper than the map": (
+        lambda: unstack_params(
+            leaves("layers/local"), NumberedLayers("block_{}", PATTERN, 1)),
+        ValueError, ["holds 2 layers", "num_layers=1", "Give the map num_layers=2"]),
+    "scalar": (lambda: unstack_params({"layers/block": {"w": W[0, 0]}}, BLOCKS),
+        ValueError, ["layers/block/w has shape ()", "a leading axis of layers."]),
+    "number": (lambda: unstack_params({"layers/block": {"w": 1.0}}, BLOCKS),
+        ValueError, ["layers/block/w has shape ()", "a leading axis of layers."]),
+    "no array left": (lambda: unstack_params(frozen(), BLOCKS), ValueError,
+        ["how many layers layers/block has", "num_layers", "parameters together"]),
+    "two models": (
+        lambda: stack_params(
+            [{"block_0": {"w": W}}, {"block_0": {"w": W[0]}}], BLOCKS),
+        ValueError, ["[0]['block_0']['w'] has shape (2, 4)",
+                     "[1]['block_0']['w'] has shape (4,)", "two models"]),
+    "one number for each array": (
+        lambda: stack_params(
+            {"params": {"block_0": {"w": W, "b": W}},
+             "norms": {"block_0": {"b": W[0, 0], "w": W[0, 0]}}}, BLOCKS),
+        ValueError, ["['norms']['block_0']['w'] has shape ()",
+                     "['params']['block_0']['w'] has shape (2, 4)",
+                     "optimiser.init(params)"]),
+    "no name": (lambda: NumberedLayers(""), TypeError, ["'block_{}'", "''"]),
+    "no string": (lambda: NumberedLayers(3), TypeError, ["'block_{}'", "found 3"]),
+    "two numbers": (lambda: NumberedLayers("a_{}/b_{}"), ValueError,
+        ["'a_{}/b_{}' has more than one '{}'", "one map for each level", "'outer_{}'"]),
+    "named number": (lambda: NumberedLayers("block_{i}"), ValueError,
+        ["'block_{i}'", "written '{}'"]),
+    "number with zeros": (lambda: NumberedLayers("block_{:02d}"), ValueError,
+        ["'block_{:02d}'", "written '{}'"]),
+    "star for the number": (lambda: NumberedLayers("block_*"), ValueError,
+        ["'block_*'", "Write '{}' for the layer's number"]),
+    "star beside the number": (lambda: NumberedLayers("block*{}"), ValueError,
+        ["'block*{}'", "'*_{}'"]),
+    "two stars": (lambda: NumberedLayers("**/block_{}"), ValueError, ["'**/block_{}'"]),
+    "too few stars": (lambda: NumberedLayers("*/block_{}", "block"), ValueError,
+        ["'block'", "as many '*' as '*/block_{}'"]),
+    "number in the stacked name": (lambda: NumberedLayers("b_{}", "b_{}"), ValueError,
+        ["the stacked name 'b_{}' must have no '{}'"]),
+    "two blocks of one name": (lambda: NumberedLayers("b_{}", ["a", "a"]), ValueError,
+        ["('a', 'a')", "name of its own"]),
+    "a block in another": (lambda: NumberedLayers("b_{}", ["a/c", "a"]), ValueError,
+        ["('a/c', 'a')", "inside of the other", "name of its own"]),
+    "stacked name left out": (lambda: NumberedLayers("{}"), ValueError,
+        ["'{}' leaves no name", "NumberedLayers('{}', 'layers')"]),
+    "stacked names left out": (lambda: NumberedLayers("b_{}", []), TypeError,
+        ["a name such as 'block'", "found []"]),
+    "stacked name of another type": (lambda: NumberedLayers("b_{}", 3), TypeError,
+        ["a name such as 'block'", "found 3"]),
+    "one of them of another type": (lambda: NumberedLayers("b_{}", ["a", None]),
+        TypeError, ["a name such as 'block'", "found None"]),
+    "no layers": (lambda: NumberedLayers("b_{}", num_layers=0), ValueError,
+        ["num_layers must be a positive int", "found 0"]),
+    "layers of another type": (lambda: NumberedLayers("b_{}", num_layers=2.0),
+        ValueError, ["num_layers must be a positive int", "found 2.0"]),
+    "no part of the stack": (lambda: BLOCKS.stacked_to_flat("embed", 0), ValueError,
+        ["NumberedLayers('block_{}', 'layers/block')", "'embed' is no part",
+         "NumberedLayers(per_layer, stacked)"]),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_was_found_and_what_to_write(case):
+    call, kind, texts = ERRORS[case]
+    with pytest.raises(kind) as error:
+        call()
+    for text in texts:
+        assert text in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_the_advice_for_a_remainder_works():
+    tree = leaves(*(f"block_{i}" for i in range(5)))
+    naming_map = NumberedLayers("block_{}", PATTERN, num_layers=2)
+    stacked = stack_params(tree, naming_map)
+    assert stacked.keys() == {*PATTERN, "block_4"}
+    for back in (naming_map, OF_PATTERN):
+        assert_same(unstack_params(stacked, back), tree)
+
+
+def test_masked_modules_have_the_depth_of_the_parameters_or_of_num_layers():
+    masked = {name: {"w": optax.MaskedNode()} for name in ("block_0", "block_1")}
+    expected = {"embed": {"w": W}, **masked}
+    assert_same(unstack_params(frozen(), BLOCKS, 2), expected)
+    together = [frozen(), leaves("embed", "layers/block")]
+    assert_same(unstack_params(together, BLOCKS)[0], expected)
+
+
+def test_models_of_several_depths_in_one_tree():
+    teacher = leaves(*(f"block_{i}" for i in range(4)), "embed")
+    student = leaves("block_0", "block_1")
+    tree = {"teacher": teacher, "student": [student, 3], "step": W, "none": None}
+    stacked = stack_params(tree, BLOCKS)
+    assert stacked["teacher"]["layers/block"]["w"].shape == (4, *W.shape)
+    assert stacked["student"][0]["layers/block"]["w"].shape == (2, *W.shape)
+    assert stacked["step"] is W
+
+
+def test_old_checkpoints_of_haiku_become_dictionaries():
+    tree = leaves("embed", "block_0", "block_1")
+    old = hk.data_structures.to_immutable_dict(tree)
+    stacked = stack_params([old, ADAM.init(old)], BLOCKS)
+    expected = stack_params([tree, ADAM.init(tree)], BLOCKS)
+    assert_same(stacked, expected)
+    assert_same(unstack_params(stacked, BLOCKS), [tree, ADAM.init(tree)])
+
+
+def test_trees_of_flax_keep_their_modules_inside():
+    tree = {"params": {f"block_{i}": {"dense": {"kernel": W * i}} for i in range(L)}}
+    stacked = stack_params(tree, NumberedLayers("block_{}", "blocks"))
+    assert stacked["params"]["blocks"]["dense"]["kernel"].shape == (L, *W.shape)
+    assert_same(unstack_params(stacked, NumberedLayers("block_{}", "blocks")), tree)
