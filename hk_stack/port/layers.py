@@ -176,7 +176,7 @@ def moves(groups: Sequence[Group], options: Options) -> Iterator[Move | str]:
     _same_in_module(read)
     votes = _Votes(read)
     for one in read:
-        yield _chosen(one, votes, options)
+        yield _chosen(one, votes)
 
 
 # Readings
@@ -197,30 +197,31 @@ class _Readings(NamedTuple):
     Attributes:
       group: The group.
       fitting: The moves that fit, by their layer axes in Flax.
-      reason: Why none fits, or why the group is not clear even so.
-      is_unclear: Whether the reason stands although some fit.
+      unclear: What is not clear of others, by their layer axes in Flax.
+      said: The layer axes that the user names, and whether just for this path.
     """
 
     group: Group
     fitting: dict[Axes, list[Move]]
-    reason: str
-    is_unclear: bool
+    unclear: dict[Axes, str]
+    said: tuple[Axes, bool] | None
 
     @classmethod
     def of(cls, group: Group, depth: int | None, options: Options) -> "_Readings":
         """Tries all axes, and those that the user names."""
-        said = options.layer_axis.find(*group.flax[0].paths)
-        named = [_named_axes(said[0])] if said else []
-        fitting: dict[Axes, list[Move]] = {}
-        reason, is_unclear = "", False
-        for axes in () if group.holes else (*named, *_AXES):
+        rule = options.layer_axis.find(*group.flax[0].paths)
+        said = None
+        if rule is not None:
+            axes = rule[0] if isinstance(rule[0], tuple) else (rule[0],)
+            said = axes, rule[1].start("inside") != 0  # Not of all paths.
+        read = cls(group, {}, {}, said)
+        for axes in () if group.holes else (*([said[0]] if said else []), *_AXES):
             for found in _readings(group, axes, depth, options):
                 if isinstance(found, Move):
-                    fitting.setdefault(axes, []).append(found)
+                    read.fitting.setdefault(axes, []).append(found)
                 else:
-                    reason = reason or found
-                    is_unclear = is_unclear or axes == ()
-        return cls(group, fitting, reason or _difference(group), is_unclear)
+                    read.unclear.setdefault(axes, found)
+        return read
 
     @property
     def module(self) -> tuple[str, str]:
@@ -237,10 +238,6 @@ class _Readings(NamedTuple):
         return list(found.values())
 
 
-def _named_axes(said: Any) -> Axes:
-    return (said,) if isinstance(said, int) else tuple(said)
-
-
 def _readings(
     group: Group, axes: Axes, depth: int | None, options: Options
 ) -> Iterator[Move | str]:
@@ -248,13 +245,21 @@ def _readings(
     in_front = [tuple(range(n)) for n in range(3)]
     for flax in _sides(group.flax, [axes], options):
         for haiku in _sides(group.haiku, in_front, options):
-            if not _are_same_layers(flax, haiku):
+            if not _count_the_same(flax, haiku):
                 continue
             found = _change(flax, haiku, depth, options)
-            if isinstance(found, Change):
-                yield Move(flax, haiku, found)
-            elif found:
+            is_nested = min(len(flax.factors), len(haiku.factors)) > 1
+            if isinstance(found, str):
                 yield found
+            elif found and not (is_nested and flax.factors != haiku.factors):
+                yield Move(flax, haiku, found)
+            elif found and (
+                options.interleave is not None or not _is_mixed(flax, haiku)
+            ):
+                yield (
+                    f"its layers are nested as {flax.factors} in Flax, and as "
+                    f"{haiku.factors} in Haiku; port into a tree that is nested alike"
+                )
 
 
 def _sides(
@@ -273,11 +278,17 @@ def _sides(
                 yield side._replace(interleaved=interleaved)
 
 
-def _are_same_layers(flax: Side, haiku: Side) -> bool:
-    """Whether both have the same number of layers, nested alike if both are nested."""
+_NESTED = "its layers are nested as"
+
+
+def _may_be_nested(flax: Side, haiku: Side, options: Options) -> bool:
+    """Whether nesting is meant, and not only possible."""
+    return options.interleave is not None or not (flax.is_mixed or haiku.is_mixed)
+
+
+def _count_the_same(flax: Side, haiku: Side) -> bool:
+    """Whether both have the same number of layers."""
     if flax.num_layers != haiku.num_layers:
-        return False
-    if min(len(flax.factors), len(haiku.factors)) > 1 and flax.factors != haiku.factors:
         return False
     if min(len(flax.leaves), len(haiku.leaves)) == 1:
         return True
@@ -344,13 +355,14 @@ def _scopes(one: _Readings) -> Iterator[tuple[str, str]]:
         module = module.rpartition("/")[0]
 
 
-def _chosen(one: _Readings, votes: _Votes, options: Options) -> Move | str:
+def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     """The one reading that is meant, or why that is not clear."""
-    if not one.fitting or one.is_unclear:
-        return one.reason
-    said = options.layer_axis.find(*one.group.flax[0].paths)
-    is_of_path = said is not None and said[1].start("inside") != 0  # Not of all paths.
-    found = _said(one, _named_axes(said[0]), is_of_path) if said else one.moves()
+    unclear = {axes: text for axes, text in one.unclear.items() if _may_be(one, axes)}
+    found = _said(one, *one.said) if one.said else one.moves()
+    is_plain = all(move.is_in_order for move in found)
+    for text in unclear.values():
+        if is_plain or text.startswith(_NESTED):
+            return text
     if len(found) > 1:
         voted = votes.of(one)
         found = [
@@ -361,6 +373,11 @@ def _chosen(one: _Readings, votes: _Votes, options: Options) -> Move | str:
     if len(found) == 1:
         return found[0]
     return _unclear(one, found) if found else _difference(one.group)
+
+
+def _may_be(one: _Readings, axes: Axes) -> bool:
+    """Whether some axes are not ruled out by those that the user names."""
+    return one.said is None or not one.said[1] or axes != () or not one.fitting
 
 
 def _said(one: _Readings, axes: Axes, is_of_path: bool) -> list[Move]:
