@@ -253,12 +253,10 @@ def _readings(
                 yield found
             elif found and not (is_nested and flax.factors != haiku.factors):
                 yield Move(flax, haiku, found)
-            elif found and (
-                options.interleave is not None or not _is_mixed(flax, haiku)
-            ):
+            elif found and _may_be_nested(flax, haiku, options):
                 yield (
-                    f"its layers are nested as {flax.factors} in Flax, and as "
-                    f"{haiku.factors} in Haiku; port into a tree that is nested alike"
+                    f"{_NESTED} {flax.factors} in Flax, and as {haiku.factors} in "
+                    "Haiku; port into a tree that is nested alike"
                 )
 
 
