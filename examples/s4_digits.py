@@ -178,7 +178,12 @@ def linen_model(config: Config) -> Model:
         rngs = {} if key is None else {"dropout": key}
         return model.apply(variables, x, is_training, rngs=rngs)
 
-    return Model(model.init, logits, lambda variables: in_linen.to_haiku(variables)[0])
+    def to_haiku(variables: Any) -> Any:
+        x = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
+        like = jax.eval_shape(haiku_model(config).init, jax.random.key(0), x)
+        return hk_stack.flax_to_haiku(variables, (like, {}))[0]
+
+    return Model(model.init, logits, to_haiku)
 
 
 MODELS = {"haiku": haiku_model, "linen": linen_model}

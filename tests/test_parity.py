@@ -82,6 +82,19 @@ def layers_variables(model, way, **options):
     return {name: in_way(way, values["layers"]) for name, values in variables.items()}
 
 
+def to_haiku(variables, model, **options):
+    """Parameters and state of the layers in Haiku."""
+    return hk_stack.flax_to_haiku(variables, haiku_types(model, **options))
+
+
+@functools.cache
+def haiku_types(model, **options):
+    init = hk.transform_with_state(haiku_layers(model, **options)).init
+    training = {"is_training": True} if options else {}
+    init = functools.partial(init, **training)
+    return jax.eval_shape(init, jax.random.key(0), inputs())
+
+
 def in_way(way, layers):
     if way == "hack":
         return {"stack": layers["block"]}
@@ -118,10 +131,8 @@ def test_parameters_are_those_of_an_initialisation(model, way):
     variables = jax.eval_shape(init, jax.random.key(0), inputs())
     given = layers_variables(model, way)
     assert jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, variables)
-    params, _ = in_linen.to_haiku(given)
-    own = jax.eval_shape(
-        hk.transform(haiku_layers(model)).init, jax.random.key(0), inputs()
-    )
+    params, _ = to_haiku(given, model)
+    own, _ = haiku_types(model)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, own)
 
 
@@ -130,11 +141,11 @@ def test_parameters_are_those_of_an_initialisation(model, way):
 @every_layer_stack
 def test_outputs_and_gradients(model, way, layer_stack):
     variables = layers_variables(model, way)
-    params, _ = in_linen.to_haiku(variables)
+    params, _ = to_haiku(variables, model)
     value, (grads, x_grad) = haiku_value_and_grads(model, layer_stack)(params, inputs())
     expected, (expected_grads, expected_x_grad) = linen_value_and_grads(model, way)
     assert_close(value, expected)
-    assert_close(grads, in_linen.to_haiku({"params": expected_grads})[0])
+    assert_close(grads, to_haiku({"params": expected_grads}, model)[0])
     assert_close(x_grad, expected_x_grad)
 
 
@@ -172,7 +183,7 @@ def value_and_grads(apply):
 @every_layer_stack
 def test_dropout_masks(model, way, layer_stack):
     variables = layers_variables(model, way)
-    params, _ = in_linen.to_haiku(variables)
+    params, _ = to_haiku(variables, model)
     y = haiku_training_output(model, layer_stack)(params, jax.random.key(7), inputs())
     keys = dropout_keys(layer_stack, jax.random.key(7))
     expected = linen_training_output(model, way)(variables, inputs(), keys)
@@ -223,7 +234,7 @@ def test_linen_draws_its_own_keys_unless_given_some(way):
 @pytest.mark.parametrize("way", ["scan", "loop"])  # HackStack has no place for them.
 def test_running_statistics(way):
     variables = layers_variables("s4", way, norm="batch")
-    params, state = in_linen.to_haiku(variables)
+    params, state = to_haiku(variables, "s4", norm="batch")
     haiku = haiku_with_statistics()
     layers = linen_layers("s4", way, norm="batch")
     linen = jax.jit(
@@ -234,7 +245,8 @@ def test_running_statistics(way):
         expected, statistics = linen(variables, inputs(step), True)
         variables = {**variables, **statistics}
         assert_close(y, expected)
-    assert_close(averages(state), averages(in_linen.to_haiku(variables)[1]))
+    expected = to_haiku(variables, "s4", norm="batch")[1]
+    assert_close(averages(state), averages(expected))
     y, after = haiku(params, state, None, inputs(3), is_training=False)
     assert_close(y, linen(variables, inputs(3), False)[0])
     jax.tree.map(np.testing.assert_array_equal, after, state)
@@ -256,14 +268,16 @@ def averages(state):
 @every_model
 def test_loss_curves(model):
     variables = scan_variables(model)
-    params, _ = in_linen.to_haiku(variables)
     classifier = functools.partial(
         in_haiku.classifier,
         layers=haiku_layers(model),
         width=WIDTH,
         num_classes=CLASSES,
     )
-    curve = train(hk.without_apply_rng(hk.transform(classifier)).apply, params)
+    haiku = hk.without_apply_rng(hk.transform(classifier))
+    like = jax.eval_shape(haiku.init, jax.random.key(0), inputs())
+    params, _ = hk_stack.flax_to_haiku(variables, (like, {}))
+    curve = train(haiku.apply, params)
     linen = linen_classifier(model, "scan")
     expected = train(
         lambda params, x: linen.apply({"params": params}, x), variables["params"]

@@ -353,8 +353,9 @@ def test_linen_decodes_as_haiku_does(mode, states):
     solves = inside_time_loop(run, primed, tokens, cache) & SOLVES
     assert solves == (SOLVES if mode == "step" else set())
 
-    params, _ = in_linen.to_haiku(variables)
     haiku = hk.without_apply_rng(hk.transform(haiku_next_token))
+    like = jax.eval_shape(haiku.init, jax.random.key(0), tokens)
+    params, _ = hk_stack.flax_to_haiku(variables, (like, {}))
     steps = jax.jit(over_time(haiku.apply))(params, tokens, states)
     assert logits.shape == (*TOKENS, KINDS)
     assert relative_error(logits, steps) < 1e-4

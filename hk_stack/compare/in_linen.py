@@ -1,9 +1,9 @@
 """The models in Flax Linen, with three ways to stack blocks.
 
-Shapes as in `in_haiku`. Parameters and initial distributions are the same; `to_haiku`
-copies variables over. Blocks take optional dropout `keys`, one for each of their two
-dropouts: Linen derives its own keys from module paths, so that two frameworks can only
-draw the same masks if the keys are passed in.
+Shapes as in `in_haiku`. Parameters and initial distributions are the same, and
+`hk_stack.flax_to_haiku` copies variables over. Blocks take optional dropout `keys`, one
+for each of their two dropouts: Linen derives its own keys from module paths, so that
+two frameworks can only draw the same masks if the keys are passed in.
 
 S4 blocks can also decode, one step of time per call: see `S4` and `prime`.
 """
@@ -18,13 +18,11 @@ from hk_stack.compare import s4
 
 try:
     import flax.linen as nn
-    from flax.traverse_util import flatten_dict
 except ImportError as error:
     raise ImportError(
         "hk_stack.compare.in_linen needs Flax: pip install 'hk_stack[flax]'"
     ) from error
 
-Tree = dict[str, dict[str, jax.Array]]
 Mode = Literal["convolution", "term by term", "step", "primed step"]
 
 
@@ -271,69 +269,6 @@ def prime(model: nn.Module, params: Any, x: jax.Array) -> Mapping[str, Any]:
       systems in collection `"prime"`.
     """
     return model.apply({"params": params}, x, mutable=["cache", "prime"])[1]
-
-
-def to_haiku(variables: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Parameters and state of the same model in Haiku, stacked `[L, ...]`.
-
-    For the models of this file only. Gradients, which are shaped like parameters, can
-    be passed as `{"params": gradients}`.
-
-    Args:
-      variables: of a `Classifier`, or of a stack on its own, in any of the three ways.
-    """
-    params: Tree = {}
-    state: Tree = {}
-    statistics = _flatten(variables.get("batch_stats", {}))
-    for path, value in _flatten(variables["params"]).items():
-        if (*path[:-1], "mean") in statistics:
-            value = value[:, None, None]  # [L, D]; Haiku's BatchNorm has [L, 1, 1, D]
-        module, leaf, value = _haiku_parameter(path, value)
-        params.setdefault(module, {})[leaf] = value
-    for (*scope, leaf), value in statistics.items():
-        state["/".join([*scope, "~", f"{leaf}_ema"])] = _haiku_average(value)
-    return params, state
-
-
-def _flatten(variables: Mapping[str, Any]) -> dict[tuple[str, ...], jax.Array]:
-    """Leaves by path, as if every stack were a `ScanStack` called `layers`."""
-    if "layers" not in variables:
-        variables = {"layers": variables}
-    return flatten_dict({**variables, "layers": _as_scanned(variables["layers"])})
-
-
-def _as_scanned(layers: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "stack" in layers:
-        return {"block": layers["stack"]}
-    if "block_0" in layers:
-        blocks = [layers[f"block_{i}"] for i in range(len(layers))]
-        return {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
-    return layers
-
-
-def _haiku_parameter(
-    path: tuple[str, ...], value: jax.Array
-) -> tuple[str, str, jax.Array]:
-    """Haiku's module name, parameter name and shape of one of Linen's parameters."""
-    *scope, module, leaf = path
-    if module.endswith("norm"):
-        leaf = {"scale": "scale", "bias": "offset"}[leaf]
-    elif module != "s4":
-        leaf = {"kernel": "w", "bias": "b"}[leaf]
-    if module in ("query", "key", "value"):  # [.., heads, k] -> [.., heads k]
-        value = value.reshape(*value.shape[:-2], -1)
-    elif module == "out":
-        module = "linear"
-        value = value.reshape(len(value), -1, value.shape[-1]) if leaf == "w" else value
-    return "/".join([*scope, module]), leaf, value
-
-
-def _haiku_average(value: jax.Array) -> dict[str, jax.Array]:
-    """State of Haiku's moving average that goes on as Linen's `[L, D]` does."""
-    value = value[:, None, None]
-    # Haiku divides by 1 - decay ** counter, Linen by nothing: let that be one.
-    counter = jnp.full(len(value), 1_000_000, jnp.int32)
-    return {"counter": counter, "hidden": value, "average": value}
 
 
 def _dropouts(
