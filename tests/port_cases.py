@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hk_stack import port
+
+nn = pytest.importorskip("flax.linen")
 
 B, T, D = 2, 5, 6
 
@@ -129,6 +131,32 @@ def rank_free(run):
             return run(x)
 
     return free
+
+
+class Normalised(hk.Module):
+    """A linear layer whose weights are divided by something."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def __call__(self, x):
+        init = hk.initializers.VarianceScaling()
+        w = hk.get_parameter("w", [x.shape[-1], 4], x.dtype, init)
+        b = hk.get_parameter("b", [4], x.dtype, jnp.zeros)
+        y = x @ self.weights(w)
+        return y + jnp.broadcast_to(b, y.shape)
+
+
+def spectral(w):
+    norm = hk.SpectralNorm(eps=1e-12, name="spectral")
+    return norm(w, update_stats=hk.running_init())
+
+
+def by_scale(w):
+    scale = hk.get_parameter("scale", [w.shape[-1]], w.dtype, jnp.ones)
+    norm = jnp.sqrt(jnp.sum(w**2, axis=0))
+    return w * jnp.broadcast_to(scale / norm, w.shape)
 
 
 IMAGE = (B, 5, 5, 4)
@@ -267,5 +295,38 @@ CASES = [
         haiku_rnn(lambda: hk.LSTM(4)),
         exact=False,
     ),
-    Case("gru", flax_rnn(lambda dtype: nn.GRUCell(4, param_dtype=dtype)), haiku_rnn(lambda: port.GRU(4))),
+    Case(
+        "spectral norm",
+        lambda x: nn.SpectralNorm(nn.Dense(4))(x, update_stats=False),
+        lambda x: Normalised(spectral)(x),
+        rules={
+            "rename": {
+                "SpectralNorm_0/Dense_0/kernel": "normalised/spectral",
+                "Dense_0": "normalised",
+            }
+        },
+    ),
+    Case(
+        "weight norm of the user's own",
+        lambda x: nn.WeightNorm(nn.Dense(4))(x),
+        lambda x: Normalised(by_scale)(x),
+        rules={
+            "rename": {
+                "WeightNorm_0/Dense_0/kernel/scale": "normalised/scale",
+                "Dense_0": "normalised",
+            }
+        },
+    ),
+    Case(
+        "transposed conv of a name of its own",
+        lambda x: nn.ConvTranspose(4, (3, 3), (2, 2), name="up")(x),
+        lambda x: hk.Conv2DTranspose(4, 3, stride=2, name="up")(x),
+        IMAGE,
+        rules={"leaf": {"up/kernel": port.TRANSPOSED}},
+    ),
+    Case(
+        "gru",
+        flax_rnn(lambda dtype: nn.GRUCell(4, param_dtype=dtype)),
+        haiku_rnn(lambda: port.GRU(4)),
+    ),
 ]

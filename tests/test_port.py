@@ -4,9 +4,6 @@ import jax
 import numpy as np
 import pytest
 from agreement import assert_equal
-
-flax = pytest.importorskip("flax")
-
 from port_cases import CASES
 
 import hk_stack

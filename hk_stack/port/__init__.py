@@ -76,12 +76,12 @@ def flax_to_haiku(
         they are in Haiku. `*` stands for any text in one part of a path, and is copied:
         `{"encoder/layers_*": "encoder/block_*"}`.
       leaf: Beginnings of paths in Flax, and two functions: from Flax's array of one
-        layer to Haiku's, and back.
+        layer to Haiku's, and back; `SAME` and `TRANSPOSED` are two such pairs.
       ignore: Beginnings of paths in Flax or Haiku that may be left over.
       layer_axis: The axis that `nn.scan` or `nn.vmap` put the layers on
         (`variable_axes={"params": 1}`): one for all stacks, or by the beginning of a
-        path in Flax, which then is that of a stack; a tuple for scans in a scan. By
-        default it is found out, if the shapes tell.
+        path in Flax, which then is that of a stack; a tuple for scans in a scan, ()
+        for none. By default it is found out, if the shapes tell.
       interleave: Where layers are both numbered and on an axis (`layers/block_0` and
         `layers/block_1`, `[L/2, ...]`): True if the scan is over blocks of layers,
         False if each numbered module is a stack of its own.
@@ -203,16 +203,16 @@ def plan(
     haiku = leaves.of_haiku(params, state)
     options = layers.Options(by_leaf, by_axis, interleave)
     found = match.match(flax, haiku, options)
-    plans_rows = plans.of_match(found, ignored, cast=cast, rules=())
-    raw = {one.raw: None for one in (*flax, *haiku)}
-    said = plans.unused((renames, by_leaf, ignored, by_axis), raw)
-    return plans_rows._replace(unused_rules=tuple(said))
+    rows = plans.of_match(found, ignored, cast=cast)
+    rules = (renames, by_leaf, ignored, by_axis)
+    said = plans.unused(rules, [one.raw for one in (*flax, *haiku)])
+    return rows._replace(unused_rules=tuple(said))
 
 
 def _rules(rename: Any, leaf: Any, ignore: Any, layer_axis: Any) -> list[names.Rules]:
     """The users' rules, after a check of what they are."""
     if isinstance(ignore, str):
-        ignore = [ignore]
+        raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
     if isinstance(layer_axis, int):
         layer_axis = {"": layer_axis}
     given = {
@@ -317,4 +317,5 @@ def _as_like(array: np.ndarray, like: Any) -> Any:
     is_wide = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
     if isinstance(like, np.ndarray) or is_wide:
         return array
-    return jax.device_put(array, getattr(like, "sharding", None))
+    is_free = isinstance(like, jax.Array) and not like.committed
+    return jax.device_put(array, None if is_free else getattr(like, "sharding", None))

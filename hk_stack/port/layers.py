@@ -79,6 +79,11 @@ class Side(NamedTuple):
         return len(self.leaves) * math.prod(self.sizes)
 
     @property
+    def num_levels(self) -> int:
+        """How often layers are nested."""
+        return len(self.axes) + (len(self.leaves) > 1)
+
+    @property
     def is_mixed(self) -> bool:
         """Whether layers are on axes and by number."""
         return len(self.leaves) > 1 and bool(self.sizes)
@@ -161,6 +166,19 @@ class Move(NamedTuple):
         return all(list(axes) == sorted(axes) for axes in self.order)
 
 
+class Doubt(NamedTuple):
+    """Why a reading is not clear, or does not fit though it might have.
+
+    Attributes:
+      text: What to tell the user.
+      stands: Whether this reading makes others unclear: "always", "in order" (if they
+        give the same values as it would), or "alone" (it does not).
+    """
+
+    text: str
+    stands: str
+
+
 class Options(NamedTuple):
     """What users may say; see `flax_to_haiku`."""
 
@@ -198,13 +216,13 @@ class _Readings(NamedTuple):
       group: The group.
       fitting: The moves that fit, by their layer axes in Flax.
       unclear: What is not clear of others, by their layer axes in Flax.
-      said: The layer axes that the user names, and whether just for this path.
+      said: The layer axes that the user may mean, and whether just for this path.
     """
 
     group: Group
     fitting: dict[Axes, list[Move]]
-    unclear: dict[Axes, str]
-    said: tuple[Axes, bool] | None
+    unclear: dict[Axes, Doubt]
+    said: tuple[list[Axes], bool] | None
 
     @classmethod
     def of(cls, group: Group, depth: int | None, options: Options) -> "_Readings":
@@ -212,10 +230,9 @@ class _Readings(NamedTuple):
         rule = options.layer_axis.find(*group.flax[0].paths)
         said = None
         if rule is not None:
-            axes = rule[0] if isinstance(rule[0], tuple) else (rule[0],)
-            said = axes, rule[1].start("inside") != 0  # Not of all paths.
+            said = _meant(rule[0]), rule[1].start("inside") != 0  # Not of all paths.
         read = cls(group, {}, {}, said)
-        for axes in () if group.holes else (*([said[0]] if said else []), *_AXES):
+        for axes in () if group.holes else (*(said[0] if said else ()), *_AXES):
             for found in _readings(group, axes, depth, options):
                 if isinstance(found, Move):
                     read.fitting.setdefault(axes, []).append(found)
@@ -234,29 +251,40 @@ class _Readings(NamedTuple):
         found: dict[Any, Move] = {}
         for axes in which or sorted(self.fitting, key=len):
             for move in self.fitting.get(axes, ()):
-                found.setdefault(move.order, move)
+                # What a rule does may depend on the axes that it is given.
+                is_rule = move.change.label == _RULE
+                key = (move.order, move.flax.axes) if is_rule else move.order
+                found.setdefault(key, move)
         return list(found.values())
+
+
+def _meant(axes: int | Axes) -> list[Axes]:
+    """What a user may mean by the axes of layers: an axis may be that of two scans."""
+    if isinstance(axes, tuple):
+        return [axes]
+    return [(axes,)] if axes < 0 else [(axes,), (axes, axes + 1)]
 
 
 def _readings(
     group: Group, axes: Axes, depth: int | None, options: Options
-) -> Iterator[Move | str]:
-    """The readings of a group with layers on some axes; text if one is not clear."""
+) -> Iterator[Move | Doubt]:
+    """The readings of a group with layers on some axes, and doubtful ones."""
     in_front = [tuple(range(n)) for n in range(3)]
     for flax in _sides(group.flax, [axes], options):
         for haiku in _sides(group.haiku, in_front, options):
-            if not _count_the_same(flax, haiku):
+            if not _count_the_same(flax, haiku, depth):
                 continue
             found = _change(flax, haiku, depth, options)
             is_nested = min(len(flax.factors), len(haiku.factors)) > 1
-            if isinstance(found, str):
+            if isinstance(found, Doubt):
                 yield found
             elif found and not (is_nested and flax.factors != haiku.factors):
                 yield Move(flax, haiku, found)
             elif found and _may_be_nested(flax, haiku, options):
-                yield (
-                    f"{_NESTED} {flax.factors} in Flax, and as {haiku.factors} in "
-                    "Haiku; port into a tree that is nested alike"
+                yield Doubt(
+                    f"its layers are nested as {flax.factors} in Flax, and as "
+                    f"{haiku.factors} in Haiku; port into a tree that is nested alike",
+                    "always",
                 )
 
 
@@ -276,22 +304,30 @@ def _sides(
                 yield side._replace(interleaved=interleaved)
 
 
-_NESTED = "its layers are nested as"
-
-
 def _may_be_nested(flax: Side, haiku: Side, options: Options) -> bool:
     """Whether nesting is meant, and not only possible."""
     return options.interleave is not None or not (flax.is_mixed or haiku.is_mixed)
 
 
-def _count_the_same(flax: Side, haiku: Side) -> bool:
+def _count_the_same(flax: Side, haiku: Side, depth: int | None) -> bool:
     """Whether both have the same number of layers."""
     if flax.num_layers != haiku.num_layers:
         return False
+    if flax.axes and haiku.axes and flax.num_levels != haiku.num_levels:
+        # Nested in one tree only: too much to guess of leaves like any others.
+        is_known = len(haiku.axes) == depth or _is_matrix(haiku)
+        return is_known or flax.is_mixed or haiku.is_mixed
     if min(len(flax.leaves), len(haiku.leaves)) == 1:
         return True
     # Where names have other numbers in both trees, one of them has axes too.
     return flax.is_mixed != haiku.is_mixed
+
+
+def _is_matrix(haiku: Side) -> bool:
+    """Whether a layer has the weights of a linear layer, by name and by shape."""
+    leaf, shape = haiku.leaves[0], haiku.one_layer()
+    bases = [part.base for part in names.parts(leaf.path)]
+    return bases[-2:] == ["linear", "w"] and shape is not None and len(shape) == 2
 
 
 def _side(leaves: tuple[Leaf, ...], axes: Axes) -> Side | None:
@@ -334,10 +370,18 @@ class _Votes:
         self._votes: dict[tuple[str, str], set[Axes]] = collections.defaultdict(set)
         for one in read:
             found = one.moves()
-            if len(found) == 1:
-                vote = () if found[0].is_in_order else found[0].flax.axes
-                for scope in _scopes(one):
-                    self._votes[scope].add(vote)
+            if len(found) != 1:
+                continue
+            # An axis of size one is everywhere, and tells nothing.
+            in_front = all(axes == tuple(range(len(axes))) for axes in one.fitting)
+            if found[0].is_in_order and in_front:
+                vote: Axes = ()
+            elif not found[0].is_in_order and len(one.fitting) == 1:
+                vote = found[0].flax.axes
+            else:
+                continue
+            for scope in _scopes(one):
+                self._votes[scope].add(vote)
 
     def of(self, one: _Readings) -> set[Axes]:
         """The votes in the nearest scope that has some."""
@@ -355,12 +399,13 @@ def _scopes(one: _Readings) -> Iterator[tuple[str, str]]:
 
 def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     """The one reading that is meant, or why that is not clear."""
-    unclear = {axes: text for axes, text in one.unclear.items() if _may_be(one, axes)}
     found = _said(one, *one.said) if one.said else one.moves()
-    is_plain = all(move.is_in_order for move in found)
-    for text in unclear.values():
-        if is_plain or text.startswith(_NESTED):
-            return text
+    stand = {"always"}
+    if all(move.is_in_order for move in found):
+        stand |= {"in order"} if found else {"in order", "alone"}
+    for axes, doubt in one.unclear.items():
+        if doubt.stands in stand and _may_be(one, axes):
+            return doubt.text
     if len(found) > 1:
         voted = votes.of(one)
         found = [
@@ -378,10 +423,9 @@ def _may_be(one: _Readings, axes: Axes) -> bool:
     return one.said is None or not one.said[1] or axes != () or not one.fitting
 
 
-def _said(one: _Readings, axes: Axes, is_of_path: bool) -> list[Move]:
+def _said(one: _Readings, meant: list[Axes], is_of_path: bool) -> list[Move]:
     """The readings with the axes that the user names."""
-    nested = (axes[0], axes[0] + 1) if len(axes) == 1 and axes[0] >= 0 else axes
-    layered = [a for a in (axes, nested) if a in one.fitting]
+    layered = [axes for axes in meant if axes in one.fitting]
     if not layered:
         return one.moves(())
     return one.moves(*layered) if is_of_path else one.moves(*layered, ())
@@ -397,6 +441,11 @@ def _unclear(one: _Readings, found: Sequence[Move]) -> str:
             "its layers are both numbered and on an axis; say interleave=True if a "
             "step along the axis runs all numbered modules (a scan over blocks of "
             "layers), or False if each numbered module is a stack"
+        )
+    if any(move.change.label == _RULE for move in found):
+        return (
+            "its rule in leaf= may be for all of it, or for each of its layers; say "
+            f'layer_axis={{"{leaf.raw}": ()}}, or the axis of the layers instead of ()'
         )
     axes = list(dict.fromkeys(move.flax.axes for move in found if move.flax.axes))
     where = " or ".join(f"axis {', '.join(map(str, a))}" for a in axes[:4])
@@ -467,8 +516,8 @@ def _swapped(array: np.ndarray) -> np.ndarray:
 
 def _change(
     flax: Side, haiku: Side, depth: int | None, options: Options
-) -> Change | str | None:
-    """How one layer changes; None if it does not fit, text if that is not clear."""
+) -> Change | Doubt | None:
+    """How one layer changes; None if it does not fit."""
     old, new = flax.one_layer(), haiku.one_layer()
     if old is None or new is None:
         return None
@@ -477,7 +526,8 @@ def _change(
         return None
     rule = options.leaf.find(*leaf.paths)
     if rule is not None:
-        return _by_rule(rule[0], old, new, leaf)
+        is_other = depth is not None and len(haiku.axes) != depth
+        return None if is_other else _by_rule(rule[0], old, new, leaf)
     if leaf.is_kernel and len(old) == len(new) >= 3:
         is_stack = not haiku.axes and bool(depth)
         return _convolution(leaf, haiku.leaves[0], old, new, is_stack)
@@ -488,22 +538,25 @@ def _change(
     return None
 
 
-def _by_rule(rule: Any, old: Shape, new: Shape, leaf: Leaf) -> Change | str | None:
+_RULE = "rule"
+
+
+def _by_rule(rule: Any, old: Shape, new: Shape, leaf: Leaf) -> Change | Doubt:
     to_haiku, to_flax = rule
     try:
         found = np.shape(to_haiku(np.zeros(old, leaf.dtype)))
     except Exception as error:  # A function of the user's, on a shape of ours.
-        return f"its rule in leaf= fails on shape {list(old)}: {error!r}"
+        text = f"its rule in leaf= fails on shape {list(old)}: {error!r}"
+        return Doubt(text, "alone")
     if found == new:
-        return Change("rule", to_haiku, to_flax)
-    return (
-        f"its rule in leaf= makes shape {list(found)} of {list(old)}, not {list(new)}"
-    )
+        return Change(_RULE, to_haiku, to_flax)
+    text = f"its rule in leaf= makes {list(found)} of {list(old)}, not {list(new)}"
+    return Doubt(text, "alone")
 
 
 def _convolution(
     flax: Leaf, haiku: Leaf, old: Shape, new: Shape, is_stack: bool
-) -> Change | str | None:
+) -> Change | Doubt | None:
     """Transposed convolutions have their last two axes the other way round."""
     said = {names.is_transposed(leaf.raw.split("/")[:-1]) for leaf in (flax, haiku)}
     said -= {None}
@@ -512,9 +565,10 @@ def _convolution(
         swap = Change("last axes swapped", _swapped, _swapped)
         return swap if swapped == new else None
     if old == new == swapped and not (said or is_stack):
-        return (
+        return Doubt(
             "it may be a convolution or a transposed one, as its sizes are equal; say "
-            f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED'
+            f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED',
+            "in order",
         )
     return Change("", _same, _same) if old == new else None
 

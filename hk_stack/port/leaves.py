@@ -99,14 +99,24 @@ class Leaf(NamedTuple):
         """That of its values, which a counter among its pieces is not."""
         return self.pieces[-1].dtype
 
+    @property
+    def dtypes(self) -> set[np.dtype]:
+        """Those of all pieces that are put together."""
+        pieces = self.pieces if isinstance(self.codec, Gates) else self.pieces[-1:]
+        return {piece.dtype for piece in pieces}
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return size(self.codec.shape([piece.shape for piece in self.pieces]))
+
     def __str__(self) -> str:
         if len(self.pieces) == 1:
             return str(self.pieces[0])
         scope = "/".join(_common([piece.name.split("/") for piece in self.pieces]))
-        inside = ", ".join(
-            str(piece).removeprefix(scope).lstrip("/") for piece in self.pieces
-        )
-        return f"{scope}/{{{inside}}}"
+        inside = [piece.name[len(scope) :].lstrip("/") for piece in self.pieces]
+        last = str(self.pieces[-1]).rpartition(" ")[2]
+        return f"{scope}/{{{','.join(inside)}}} {last}"
 
 
 class Plain:
@@ -237,25 +247,18 @@ def of_flax(variables: Any, rename: names.Rules) -> list[Leaf]:
     for entry in entries:
         for i in range(len(entry.path)):
             inside[entry.kind, entry.path[:i]].add(entry.path[i])
-    cells = {
-        place: gates
-        for place, found in inside.items()
-        if (gates := _cell(found, inside, place)) is not None
-    }
     leaves: list[Leaf] = []
-    for (kind, module), gates in cells.items():
+    for (kind, module), found in inside.items():
         by_name = {
             entry.path[len(module) :]: entry
             for entry in entries
             if entry.kind == kind and entry.path[: len(module)] == module
         }
-        leaves += _cell_leaves(module, by_name, gates, rename)
-    for entry in entries:
-        if not any(
-            (entry.kind, entry.path[:i]) in cells for i in range(len(entry.path))
-        ):
-            leaves.append(_flax_leaf(entry, inside, rename))
-    return leaves
+        if cell := _cell(found, by_name):
+            leaves += _cell_leaves(module, by_name, cell, rename)
+    taken = {piece.place for leaf in leaves for piece in leaf.pieces}
+    rest = [entry for entry in entries if entry.piece.place not in taken]
+    return leaves + [_flax_leaf(entry, inside, rename) for entry in rest]
 
 
 class _Entry(NamedTuple):
@@ -313,7 +316,11 @@ def _variable_types(variables: Any) -> list[str]:
     nodes = jax.tree.leaves(variables, is_leaf=is_variable)
     if not any(map(is_variable, nodes)):
         return []
-    return [type(node).__name__ for node in nodes for _ in jax.tree.leaves(node)]
+    return [
+        "Param" if "Param" in (c.__name__ for c in type(node).__mro__) else "state"
+        for node in nodes
+        for _ in jax.tree.leaves(node)
+    ]
 
 
 def _piece(name: str, index: int, leaf: Any) -> Piece:
@@ -329,65 +336,83 @@ _LSTM = ("i", "f", "g", "o")
 _GRU = ("r", "z", "n")
 
 
-def _cell(found: set[str], inside: Mapping[Any, set[str]], place: Any) -> str | None:
+class _Cell(NamedTuple):
+    """A recurrent cell.
+
+    Attributes:
+      gates: Its gates, in Flax's order.
+      is_fused: Whether one kernel holds all of them.
+    """
+
+    gates: tuple[str, ...]
+    is_fused: bool
+
+    def entries(
+        self, side: str, name: str, by_name: Mapping[names.Path, _Entry]
+    ) -> list[_Entry]:
+        """The kernels or biases of one side ("i" or "h"), if all gates have one."""
+        if self.is_fused:
+            paths: list[names.Path] = [(f"dense_{side}", name)]
+        else:
+            paths = [(f"{side}{gate}", name) for gate in self.gates]
+        # NNX writes `if_`, as `if` is a word of Python.
+        paths = [p if p in by_name else (f"{p[0]}_", name) for p in paths]
+        return [by_name[p] for p in paths] if all(p in by_name for p in paths) else []
+
+
+def _cell(found: set[str], by_name: Mapping[names.Path, _Entry]) -> _Cell | None:
     """Which recurrent cell a module is, by what is inside of it."""
-    kind, module = place
-    gates = {name.removesuffix("_") for name in found}
-    if gates >= {side + gate for side in "ih" for gate in _LSTM}:
-        return "lstm"
-    if gates >= {side + gate for side in "ih" for gate in _GRU}:
-        return "gru"
-    if found == {"dense_i", "dense_h"}:
-        has_bias = "bias" in inside[kind, (*module, "dense_h")]
-        return "fused lstm" if has_bias else "fused gru"
-    return None
+    if found >= {"dense_i", "dense_h"}:
+        is_lstm = ("dense_h", "bias") in by_name
+        cell = _Cell(_LSTM if is_lstm else _GRU, is_fused=True)
+    else:
+        is_lstm = "hf" in found
+        cell = _Cell(_LSTM if is_lstm else _GRU, is_fused=False)
+    for side in "ih":
+        kernels = cell.entries(side, "kernel", by_name)
+        shapes = {entry.piece.shape for entry in kernels}
+        # Gates of other widths are those of another cell.
+        if len(shapes) != 1 or len(min(shapes)) < 2:
+            return None
+        if cell.is_fused and min(shapes)[-1] % len(cell.gates):
+            return None
+    return cell
 
 
 def _cell_leaves(
     module: names.Path,
-    entries: Mapping[names.Path, _Entry],
-    cell: str,
+    by_name: Mapping[names.Path, _Entry],
+    cell: _Cell,
     rename: names.Rules,
 ) -> Iterable[Leaf]:
     """The leaves of a recurrent cell in Haiku."""
-    gates = _LSTM if cell.endswith("lstm") else _GRU
-    fused = cell.startswith("fused")
-
-    def pieces(side: str, name: str) -> list[_Entry]:
-        if fused:
-            return [entries[p] for p in [(f"dense_{side}", name)] if p in entries]
-        at = [(f"{side}{gate}", name) for gate in gates]
-        at = [path if path in entries else (f"{path[0]}_", name) for path in at]
-        return [entries[path] for path in at if path in entries]
 
     def leaf(path: names.Path, parts: list[_Entry], codec: Codec, rank: int) -> Leaf:
         entry = parts[0]
-        new, count = names.renamed(rename, entry.collection, module) or (
-            module,
-            len(module),
-        )
+        found = names.renamed(rename, entry.collection, module)
+        new, count = found or (module, len(module))
         path = (*new, *module[count:], *path)
-        pieces = tuple(entry.piece for entry in parts)
+        pieces = tuple(part.piece for part in parts)
         raw = "/".join((*module, path[-1]))
-        return Leaf(entry.kind, path, pieces, codec, raw, entry.collection, path, rank)
+        kind, collection = entry.kind, entry.collection
+        return Leaf(kind, path, pieces, codec, raw, collection, path, rank)
 
-    if gates == _LSTM:
+    of_inputs, of_state = (cell.entries(side, "kernel", by_name) for side in "ih")
+    if cell.gates == _LSTM:
         # Haiku orders the gates i, g, f, o, and adds one to the forget gate.
         order = (0, 2, 1, 3)
-        kernels = pieces("i", "kernel") + pieces("h", "kernel")
-        yield leaf(("linear", "w"), kernels, Gates(order, 2), 2)
-        biases = pieces("h", "bias")
-        if biases:
+        yield leaf(("linear", "w"), of_inputs + of_state, Gates(order, 2), 2)
+        if biases := cell.entries("h", "bias", by_name):
             codec = Gates(order, 0, offsets=(0.0, 0.0, 1.0, 0.0))
             yield leaf(("linear", "b"), biases, codec, 1)
         return
-    same = range(3)
-    yield leaf(("w_i",), pieces("i", "kernel"), Gates(same, 1), 2)
-    yield leaf(("w_h",), pieces("h", "kernel"), Gates(same, 1), 2)
-    if biases := pieces("i", "bias"):
+    same = range(len(cell.gates))
+    yield leaf(("w_i",), of_inputs, Gates(same, 1), 2)
+    yield leaf(("w_h",), of_state, Gates(same, 1), 2)
+    if biases := cell.entries("i", "bias", by_name):
         yield leaf(("b_i",), biases, Gates(same, 0), 1)
-    if biases := pieces("h", "bias"):
-        yield leaf(("b_h",), biases, Plain(), 1)
+    if bias := by_name.get(("hn", "bias")):
+        yield leaf(("b_h",), [bias], Plain(), 1)
 
 
 _NORMS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
@@ -464,11 +489,7 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
             index += 1
     for (kind, module), found in modules.items():
         by_name = dict(found)
-        if module[-1:] in (("mean_ema",), ("var_ema",)) and by_name.keys() == {
-            "average",
-            "counter",
-            "hidden",
-        }:
+        if _is_average(module, by_name):
             pieces = tuple(by_name[n] for n in ("counter", "hidden", "average"))
             scope = _without_methods(module[:-1])
             path = (*scope, module[-1].removesuffix("_ema"))
@@ -480,6 +501,17 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
             raw = "/".join((*module, name))
             leaves.append(Leaf(kind, path, (piece,), Plain(), raw, kind, path))
     return leaves
+
+
+def _is_average(module: names.Path, pieces: Mapping[str, Piece]) -> bool:
+    """Whether a module is one of the moving averages of a BatchNorm."""
+    if module[-1:] not in (("mean_ema",), ("var_ema",)):
+        return False
+    if pieces.keys() != {"average", "counter", "hidden"}:
+        return False
+    hidden, average = pieces["hidden"], pieces["average"]
+    is_alike = (hidden.shape, hidden.dtype) == (average.shape, average.dtype)
+    return is_alike and pieces["counter"].dtype == np.int32
 
 
 def _without_methods(module: names.Path) -> names.Path:

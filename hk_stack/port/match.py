@@ -112,18 +112,29 @@ class _Pair(NamedTuple):
         flax = _split(self.flax, [i for i, _ in same])
         haiku = _split(self.haiku, [j for _, j in same])
         for at in sorted(flax.keys() & haiku.keys()):
-            yield self._group(flax[at], haiku[at], numbers)
+            (first, *more), (other, *others) = flax[at], haiku[at]
+            is_other = any(first[i] != other[j] for i, j in self.aligned)
+            if more or others or not is_other:
+                yield self._group(flax[at], haiku[at], numbers)
 
     def _group(
         self, flax: list[Numbers], haiku: list[Numbers], numbers: "_Numbers"
     ) -> Group:
         theirs = {tuple(n[i] for i, _ in self.aligned): n for n in flax}
         ours = {tuple(n[j] for _, j in self.aligned): n for n in haiku}
-        both = theirs.keys() & ours.keys()
+        both = sorted(theirs.keys() & ours.keys())
+        vary = [
+            (len(set(a)) > 1, len(set(b)) > 1)
+            for a, b in zip(
+                zip(*theirs, strict=True), zip(*ours, strict=True), strict=True
+            )
+        ]
+        if (True, False) in vary and (False, True) in vary:
+            both = []  # Each tree counts something else.
         group = Group(
             tuple(self.flax[n] for n in flax),
             tuple(self.haiku[n] for n in haiku),
-            tuple((self.flax[theirs[n]], self.haiku[ours[n]]) for n in sorted(both)),
+            tuple((self.flax[theirs[n]], self.haiku[ours[n]]) for n in both),
         )
         holes = tuple(numbers.holes(self, flax, haiku))
         return group._replace(holes=holes)
@@ -421,6 +432,14 @@ def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near
         key, other = next(iter(hits.items()))
         old = _written(renaming.old, theirs[key])
         new = _written(renaming.new, ours[other], numbered=old.count("*"))
+        if "*" in new and "*" not in old:  # One of several modules: of which sizes?
+            sizes = [next(iter(theirs[k].values())).num_elements for k in hits]
+            family = {
+                numbers: leaf
+                for numbers, leaf in ours[other].items()
+                if leaf.num_elements == sizes[0]
+            }
+            new = _written(renaming.new, dict([*family.items()][:1]) or ours[other])
         if old.count("*") == new.count("*"):
             found.append(Near(old, new, len(hits)))
     found.sort(key=lambda near: (-near.hits, len(near.old) + len(near.new)))

@@ -3,7 +3,7 @@
 import collections
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -126,16 +126,13 @@ _TITLES_OF_PROBLEMS = {
 }
 
 
-def of_match(
-    found: match.Matched, ignore: names.Rules, *, cast: bool, rules: Sequence[str]
-) -> Plan:
+def of_match(found: match.Matched, ignore: names.Rules, *, cast: bool) -> Plan:
     """The plan of a match.
 
     Args:
       found: The match.
       ignore: Patterns of leaves that may be left over.
       cast: Whether dtypes may change.
-      rules: What to say of rules that fit nothing.
     """
     rows = []
     moves = []
@@ -150,14 +147,14 @@ def of_match(
         )
     rows += _left_over(found.flax, found.haiku, ignore, "unused")
     rows += _left_over(found.haiku, found.flax, ignore, "missing")
-    return Plan(tuple(rows), tuple(moves), tuple(found.near), tuple(rules))
+    return Plan(tuple(rows), tuple(moves), tuple(found.near), ())
 
 
 def _moved(move: layers.Move, cast: bool) -> Row:
     flax, haiku = move.flax.leaves, move.haiku.leaves
     status, why = "ok", ""
     labels = [x.codec.label for x in (flax[0], haiku[0])] + [move.change.label]
-    old, new = ({leaf.dtype for leaf in side} for side in (flax, haiku))
+    old, new = (set().union(*(x.dtypes for x in s)) for s in (flax, haiku))
     if len(old | new) > 1:
         text = [", ".join(sorted(map(str, dtypes))) for dtypes in (old, new)]
         labels.append(f"{text[0]} -> {text[1]}")
@@ -238,9 +235,7 @@ def _nearest(leaf: leaves.Leaf, others: Sequence[leaves.Leaf]) -> str:
 
     def likeness(other: leaves.Leaf) -> float:
         named = difflib.SequenceMatcher(None, "/".join(leaf.path), "/".join(other.path))
-        same_size = leaves.size(leaf.pieces[-1].shape) == leaves.size(
-            other.pieces[-1].shape
-        )
+        same_size = leaf.num_elements == other.num_elements
         return named.ratio() + (0.5 if same_size else 0.0)
 
     ranked = sorted(others, key=likeness, reverse=True)[:2]
@@ -252,12 +247,12 @@ def _cells(row: Row) -> list[str]:
     return [row.flax, row.haiku, row.change, row.shape]
 
 
-def unused(rules: Sequence[names.Rules], paths: Mapping[str, Any]) -> list[str]:
+def unused(rules: Sequence[names.Rules], paths: Sequence[str]) -> list[str]:
     """What to say of rules that fit no leaf."""
     lines = []
     for group in rules:
         for pattern in group.unused():
-            close = difflib.get_close_matches(pattern, list(paths), n=2, cutoff=0.4)
+            close = difflib.get_close_matches(pattern, paths, n=2, cutoff=0.4)
             near = f" Near it are: {', '.join(close)}." if close else ""
             lines.append(
                 f"{group.argument}: {pattern!r} is the beginning of no leaf's path."

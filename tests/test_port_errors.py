@@ -1,0 +1,1357 @@
+"""What cannot be ported for certain is refused, and the error says what to write.
+
+All trees here are made by hand, with another value in every element of every leaf: so
+whatever is ported can be compared with what is right.
+"""
+
+import collections
+import io
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_equal
+from hypothesis import strategies as st
+
+import hk_stack
+from hk_stack import port
+
+MODELS = int(os.environ.get("HK_STACK_MODELS", "300"))
+
+_numbers = itertools.count(1)
+
+
+def new(*shape, dtype=np.float32):
+    """An array of numbers that no other array has."""
+    count = math.prod(shape)
+    values = np.fromiter(itertools.islice(_numbers, count), np.int64, count)
+    return values.reshape(shape).astype(dtype)
+
+
+def types(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def dense(*shape, bias=True, **options):
+    leaves = {"kernel": new(*shape, **options)}
+    return leaves | ({"bias": new(*shape[:-2], shape[-1], **options)} if bias else {})
+
+
+def linear(*shape, bias=True, **options):
+    leaves = {"w": new(*shape, **options)}
+    return leaves | ({"b": new(*shape[:-2], shape[-1], **options)} if bias else {})
+
+
+def layers(make, *shape, names="block_{}", numbers=range(4), **options):
+    return {names.format(i): make(*shape, **options) for i in numbers}
+
+
+# Mistakes
+
+
+class Mistake(NamedTuple):
+    """Two trees that are not the same, and what the error says of them.
+
+    Attributes:
+      flax: Parameters, or all variables if these are among them.
+      haiku: Parameters, or the pair of parameters and state.
+      texts: Parts of the message.
+      rules: What the user says.
+    """
+
+    flax: Any
+    haiku: Any
+    texts: tuple[str, ...]
+    rules: dict[str, Any] = {}  # noqa: RUF012, never changed
+
+    def trees(self):
+        has_collections = "params" in self.flax
+        flax = self.flax if has_collections else {"params": self.flax}
+        is_pair = isinstance(self.haiku, tuple)
+        return flax, self.haiku if is_pair else (self.haiku, {})
+
+
+def lstm(biases="h", **more):
+    cell = {f"i{g}": dense(3, 4, bias="i" in biases) for g in "ifgo"}
+    cell |= {f"h{g}": dense(4, 4, bias="h" in biases) for g in "ifgo"}
+    return {"LSTMCell_0": cell | more}
+
+
+def gru(biases=("ir", "iz", "in", "hn"), **more):
+    sides = {"i": 3, "h": 4}
+    names = [side + gate for side in sides for gate in "rzn"]
+    cell = {n: dense(sides[n[0]], 4, bias=n in biases) for n in names}
+    return {"GRUCell_0": cell | more}
+
+
+HAIKU_LSTM = {"lstm/linear": {"w": new(7, 16), "b": new(16)}}
+HAIKU_GRU = {"gru": {"w_i": new(3, 12), "w_h": new(4, 12), "b": new(12)}}
+
+
+def scanned_gates():
+    """All gates, of other widths than one another."""
+    cell = lstm()["LSTMCell_0"]
+    return {
+        "LSTMCell_0": {
+            **cell,
+            "ig": dense(3, 5, bias=False),
+            "hg": dense(4, 5),
+            "io": dense(3, 3, bias=False),
+            "ho": dense(4, 3),
+        }
+    }
+
+
+def statistics(shape=(4,), **more):
+    average = {"average": new(1, *shape), "hidden": new(1, *shape)}
+    average |= {"counter": np.int32(1)}
+    return {f"batch_norm/~/{m}_ema": {**average, **more} for m in ("mean", "var")}
+
+
+NORM = {"BatchNorm_0": {"scale": new(4), "bias": new(4)}}
+HAIKU_NORM = {"batch_norm": {"scale": new(1, 4), "offset": new(1, 4)}}
+MEAN_AND_VAR = {"BatchNorm_0": {"mean": new(4), "var": new(4)}}
+
+MISTAKES = {
+    # Names
+    "other names": Mistake(
+        {"Dense_0": dense(3, 4), "head": dense(5, 6)},
+        {"linear": linear(3, 4), "logits": linear(5, 6)},
+        (
+            "in Flax only (2)",
+            "params/head/kernel float32[5,6]: nearest are params/logits/w float32[5,6]",
+            "in Haiku only (2)",
+            "params/logits/b float32[6]: nearest are params/head/bias float32[6]",
+            'rename={"head": "logits"}',
+        ),
+    ),
+    "more in Flax": Mistake(
+        {"Dense_0": dense(3, 4), "Dense_1": dense(4, 4)},
+        {"linear": linear(3, 4)},
+        ("in Flax only (2)", "params/Dense_1/kernel float32[4,4]"),
+    ),
+    "more in Haiku": Mistake(
+        {"Dense_0": dense(3, 4)},
+        {"linear": linear(3, 4), "linear_1": linear(4, 4)},
+        ("in Haiku only (2)", "params/linear_1/b float32[4]"),
+    ),
+    "more leaves in a module": Mistake(
+        {"Dense_0": dense(3, 4)},
+        {"linear": linear(3, 4, bias=False)},
+        ("in Flax only (1)", "params/Dense_0/bias float32[4]"),
+    ),
+    "nothing in Haiku": Mistake(
+        {"Dense_0": dense(3, 4)}, {}, ("params/Dense_0/kernel float32[3,4]",)
+    ),
+    "nothing in Flax": Mistake(
+        {"params": {}}, {"linear": linear(3, 4)}, ("params/linear/w float32[3,4]",)
+    ),
+    "none where a leaf is wanted": Mistake(
+        {"Dense_0": {"kernel": None}},
+        {"linear": linear(3, 4, bias=False)},
+        ("in Haiku only (1)", "params/linear/w float32[3,4]"),
+    ),
+    "two of one name": Mistake(
+        {"Dense_0": dense(3, 3), "DenseGeneral_0": dense(3, 3)},
+        {"linear": linear(3, 3), "linear_1": linear(3, 3)},
+        (
+            "params/Dense_0/kernel float32[3,3]: params/DenseGeneral_0/kernel",
+            "linear/w",
+            "rename one of them",
+            "params/linear_1/w float32[3,3]",
+        ),
+    ),
+    "two of one name by renaming": Mistake(
+        {"Dense_0": dense(3, 3), "Dense_1": dense(3, 3)},
+        {"linear": linear(3, 3), "linear_1": linear(3, 3)},
+        ("params/Dense_0/kernel", "params/Dense_1/kernel", "rename one of them"),
+        {"rename": {"Dense_0": "linear_1"}},
+    ),
+    "statistics twice": Mistake(
+        {"params": NORM, "batch_stats": MEAN_AND_VAR, "averages": MEAN_AND_VAR},
+        (HAIKU_NORM, statistics()),
+        ("batch_stats/BatchNorm_0/mean float32[4]: averages/BatchNorm_0/mean",),
+    ),
+    "no statistics": Mistake(
+        NORM,
+        (HAIKU_NORM, statistics()),
+        ("in Haiku only (2)", "state/batch_norm/~/mean_ema/{", "float32[1,4]"),
+    ),
+    "no place for statistics": Mistake(
+        {"params": NORM, "batch_stats": MEAN_AND_VAR},
+        HAIKU_NORM,
+        ("in Flax only (2)", "batch_stats/BatchNorm_0/var float32[4]"),
+    ),
+    "statistics among parameters": Mistake(
+        {"params": {"BatchNorm_0": {**NORM["BatchNorm_0"], "mean": new(4)}}},
+        (HAIKU_NORM, statistics()),
+        ("params/BatchNorm_0/mean float32[4]", "state/batch_norm/~/mean_ema/{"),
+    ),
+    "another collection": Mistake(
+        {"params": {"Dense_0": dense(3, 4)}, "cache": {"Dense_0": {"index": new(2)}}},
+        {"linear": linear(3, 4)},
+        ("in Flax only (1)", "cache/Dense_0/index float32[2]"),
+    ),
+    # The same names, with something else in them
+    "bias of another norm": Mistake(
+        {
+            "LayerNorm_0": {"scale": new(4), "bias": new(4)},
+            "LayerNorm_1": {"scale": new(4)},
+        },
+        {
+            "layer_norm": {"scale": new(4)},
+            "layer_norm_1": {"scale": new(4), "offset": new(4)},
+        },
+        ("params/LayerNorm_0/bias float32[4]", "params/layer_norm_1/offset float32[4]"),
+    ),
+    "bias of another layer": Mistake(
+        {f"Dense_{i}": dense(4, 4, bias=i < 2) for i in range(3)},
+        {
+            f"linear{'' if not i else f'_{i}'}": linear(4, 4, bias=i != 1)
+            for i in range(3)
+        },
+        ("in Flax only", "params/Dense_1/bias", "in Haiku only", "params/linear_2/b"),
+    ),
+    "layers in another alternation": Mistake(
+        {
+            f"block_{i}": {
+                "attention": dense(4, 4),
+                "moe" if i % 2 else "mlp": dense(4, 5),
+            }
+            for i in range(4)
+        },
+        {
+            name: linear(4, 4 if kind == "attention" else 5)
+            for i in range(4)
+            for kind in ("attention", "moe" if i > 1 else "mlp")
+            for name in [f"block_{i}/{kind}" if i else f"block/{kind}"]
+        },
+        (
+            "params/block_2/mlp/kernel float32[4,5]",
+            "params/block_1/moe/bias float32[5]",
+            "params/block_1/mlp/w float32[4,5]",
+            "params/block_2/moe/b float32[5]",
+        ),
+    ),
+    "another model beside the same": Mistake(
+        {n: {"layers": {"Dense_0": dense(3, 4, 5)}} for n in ("generator", "critic")},
+        {f"{n}/layers/linear": linear(3, 4, 5) for n in ("generator", "ema_generator")},
+        (
+            "params/critic/layers/Dense_0/kernel float32[3,4,5]",
+            "params/ema_generator/layers/linear/w float32[3,4,5]",
+        ),
+    ),
+    "query and key": Mistake(
+        {"query": dense(4, 4)}, {"key": linear(4, 4)}, ("params/query/kernel",)
+    ),
+    "two stacks swapped for others": Mistake(
+        {n: {"layers": {"Dense_0": dense(3, 4, 5)}} for n in ("encoder", "decoder")},
+        {f"{n}/layers/linear": linear(3, 4, 5) for n in ("front", "back")},
+        ("params/encoder/layers/Dense_0/bias float32[3,5]", "params/front/layers"),
+    ),
+    # Shapes
+    "other size": Mistake(
+        {"Dense_0": dense(3, 4)},
+        {"linear": linear(3, 5)},
+        (
+            "params/Dense_0/kernel float32[3,4] -> params/linear/w float32[3,5]",
+            "shape [3, 4] in Flax, [3, 5] in Haiku; axis 1 is 4, not 5",
+            "params/Dense_0/bias float32[4] -> params/linear/b float32[5]",
+        ),
+    ),
+    "transposed": Mistake(
+        {"Dense_0": dense(3, 4, bias=False)},
+        {"linear": linear(4, 3, bias=False)},
+        (
+            "params/Dense_0/kernel float32[3,4] -> params/linear/w float32[4,3]",
+            "axis 0 is 3, not 4; axis 1 is 4, not 3",
+        ),
+    ),
+    "other heads": Mistake(
+        {"query": dense(6, 2, 4, bias=False)},
+        {"query": linear(6, 9, bias=False)},
+        ("params/query/kernel float32[6,2,4] -> params/query/w float32[6,9]",),
+    ),
+    "other rank": Mistake(
+        {"mixer": {"alpha": new(3, 4)}},
+        {"mixer": {"alpha": new(12)}},
+        (
+            "params/mixer/alpha float32[3,4] -> params/mixer/alpha float32[12]",
+            "shape [3, 4] in Flax, [12] in Haiku",
+        ),
+    ),
+    "convolution of another direction": Mistake(
+        {"Conv_0": dense(3, 4, 5)},
+        {"conv1_d": {"w": new(3, 5, 4), "b": new(5)}},
+        (
+            "params/Conv_0/kernel float32[3,4,5] -> params/conv1_d/w float32[3,5,4]",
+            "axis 1 is 4, not 5; axis 2 is 5, not 4",
+        ),
+    ),
+    "transposed convolution of another name": Mistake(
+        {"up": dense(3, 3, 4, 5, bias=False)},
+        {"up": linear(3, 3, 5, 4, bias=False)},
+        (
+            "params/up/kernel float32[3,3,4,5] -> params/up/w float32[3,3,5,4]",
+            'leaf={"up/kernel": hk_stack.port.TRANSPOSED}',
+        ),
+    ),
+    **{
+        f"convolution or not, {name} of rank {len(shape)}": Mistake(
+            {name: {"kernel": new(*shape), "bias": new(4)}},
+            {name: {"w": new(*shape), "b": new(4)}},
+            (
+                f"params/{name}/kernel",
+                f'leaf={{"{name}/kernel": hk_stack.port.SAME}}',
+                "hk_stack.port.TRANSPOSED",
+            ),
+        )
+        for name in ("up", "conv_up", "upconv", "conv1")
+        for shape in ((3, 4, 4), (3, 3, 4, 4), (2, 2, 2, 4, 4))
+    },
+    # Dtypes
+    "other dtype": Mistake(
+        {"Dense_0": dense(3, 4, dtype=np.float64)},
+        {"linear": linear(3, 4)},
+        (
+            "params/Dense_0/kernel float64[3,4] -> params/linear/w float32[3,4]",
+            "float64 in Flax, float32 in Haiku",
+            "cast=True",
+        ),
+    ),
+    "other dtype in one layer": Mistake(
+        {
+            **layers(dense, 3, 4, numbers=[0, 2, 3]),
+            **layers(dense, 3, 4, numbers=[1], dtype=np.float64),
+        },
+        {"block": linear(4, 3, 4)},
+        ("params/block_0/kernel", "params/block/w float32[4,3,4]", "float64"),
+    ),
+    "other dtype in one gate": Mistake(
+        lstm(hg=dense(4, 4, dtype=np.float16)), HAIKU_LSTM, ("LSTMCell_0", "float16")
+    ),
+    "no integers": Mistake(
+        {"Dense_0": dense(3, 4)},
+        {"linear": linear(3, 4, dtype=np.int32)},
+        (
+            "params/Dense_0/kernel float32[3,4] -> params/linear/w int32[3,4]",
+            "float32 in Flax, int32 in Haiku",
+        ),
+        {"cast": True},
+    ),
+    "no integer in one layer": Mistake(
+        {
+            **layers(dense, 3, 4, numbers=[0, 2, 3]),
+            **layers(dense, 3, 4, numbers=[1], dtype=np.int32),
+        },
+        {"block": linear(4, 3, 4)},
+        ("params/block_0/kernel", "int32"),
+        {"cast": True},
+    ),
+    # Layers
+    "a layer is missing": Mistake(
+        layers(dense, 3, 4, numbers=[0, 1, 3]),
+        {"block": linear(4, 3, 4)},
+        ("params/block_0/kernel float32[3,4]", "block_2/kernel", "missing"),
+    ),
+    "a layer is missing in a loop": Mistake(
+        layers(dense, 3, 4, numbers=[0, 1, 3]),
+        {f"block_{i}" if i else "block": linear(3, 4) for i in range(4)},
+        ("params/block_2/w float32[3,4]",),
+    ),
+    "a module of a layer is missing": Mistake(
+        {
+            f"block_{i}": {
+                "Dense_0": dense(3, 4),
+                **({"Dense_1": dense(4, 3)} if i != 2 else {}),
+            }
+            for i in range(4)
+        },
+        {"block/linear": linear(4, 3, 4), "block/linear_1": linear(4, 4, 3)},
+        ("params/block_0/Dense_1/kernel", "block_2/Dense_1/kernel"),
+    ),
+    "fewer layers": Mistake(
+        {"layers": {"Dense_0": dense(4, 3, 5)}},
+        {"layers/linear": linear(6, 3, 5)},
+        (
+            "params/layers/Dense_0/kernel float32[4,3,5] -> params/layers/linear/w",
+            "axis 0 is 4, not 6",
+        ),
+    ),
+    "fewer layers in a loop": Mistake(
+        layers(dense, 3, 5),
+        {"layers": linear(6, 3, 5)},
+        ("params/block_0/kernel float32[3,5]", "params/layers/w float32[6,3,5]"),
+    ),
+    "more layers in a loop": Mistake(
+        layers(dense, 3, 5, numbers=range(5)),
+        {f"block_{i}" if i else "block": linear(3, 5) for i in range(4)},
+        ("in Flax only (2)", "params/block_4/kernel float32[3,5]"),
+    ),
+    "one layer is larger": Mistake(
+        {**layers(dense, 3, 4), "block_2": dense(3, 5)},
+        {"block": linear(4, 3, 4)},
+        ("params/block_0/kernel float32[3,4]", "params/block/w float32[4,3,4]"),
+    ),
+    "layers on which axis": Mistake(
+        {"layers": {"Dense_0": dense(4, 4, 4)}},
+        {"layers/linear": linear(4, 4, 4)},
+        (
+            "params/layers/Dense_0/kernel float32[4,4,4]",
+            "axis 1",
+            'layer_axis={"layers/Dense_0": ',
+            'variable_axes={"params": ',
+        ),
+    ),
+    "layers on another axis in one of two stacks": Mistake(
+        {
+            "encoder": {"Dense_0": dense(4, 4, 6)},
+            "decoder": {"Dense_0": dense(4, 4, 4)},
+        },
+        {"encoder/linear": linear(4, 4, 6), "decoder/linear": linear(4, 4, 4)},
+        ("params/decoder/Dense_0/kernel", 'layer_axis={"decoder/Dense_0": '),
+    ),
+    "layers on an axis that there is not": Mistake(
+        {"layers": {"Dense_0": dense(4, 3, 5, bias=False)}},
+        {"layers/linear": linear(3, 4, 5, bias=False)},
+        ("params/layers/Dense_0/kernel float32[4,3,5]", "params/layers/linear/w"),
+        {"layer_axis": {"layers": 2}},
+    ),
+    "layers both numbered and on an axis": Mistake(
+        {"layers": layers(dense, 2, 3, 4, names="Block_{}", numbers=range(2))},
+        {"layers/block": linear(4, 3, 4)},
+        ("params/layers/Block_0/kernel float32[2,3,4]", "interleave=True", "False"),
+    ),
+    **{
+        f"scan over blocks, loop over stacks, {said}": Mistake(
+            {"layers": layers(dense, 2, 3, 4, names="Block_{}", numbers=range(2))},
+            {f"layers{n}/block": linear(2, 3, 4) for n in ("", "_1")},
+            ("params/layers/Block_0/kernel", "params/layers/block/w"),
+            {} if said is None else {"interleave": said},
+        )
+        for said in (None, True, False)
+    },
+    "stacks nested otherwise": Mistake(
+        {"layers": {"inner": {"Dense_0": dense(3, 2, 4, 5)}}},
+        {"layers/inner/linear": linear(2, 3, 4, 5)},
+        ("params/layers/inner/Dense_0/kernel", "params/layers/inner/linear/w"),
+    ),
+    "blocks nested otherwise": Mistake(
+        {"layers": layers(dense, 3, 3, 3, bias=False, numbers=range(2))},
+        {"layers/inner": linear(2, 3, 3, 3, bias=False)},
+        ("params/layers/block_0/kernel", "params/layers/inner/w"),
+        {
+            "interleave": True,
+            "layer_axis": {"layers": 1},
+            "rename": {"layers/block_*": "layers/inner_*"},
+        },
+    ),
+    # Recurrent cells
+    "input biases of an LSTM": Mistake(
+        lstm(biases="ih"), HAIKU_LSTM, ("LSTMCell_0/ii/bias float32[4]",)
+    ),
+    "a norm in an LSTM": Mistake(
+        lstm(ln={"scale": new(4)}), HAIKU_LSTM, ("LSTMCell_0/ln/scale float32[4]",)
+    ),
+    "a leaf in an LSTM": Mistake(
+        lstm(peephole=new(4)), HAIKU_LSTM, ("LSTMCell_0/peephole float32[4]",)
+    ),
+    "an LSTM without a bias": Mistake(
+        lstm(hf=dense(4, 4, bias=False)),
+        HAIKU_LSTM,
+        ("LSTMCell_0", "hi/bias float32[4]", "params/lstm/linear/b float32[16]"),
+    ),
+    "an LSTM without a gate": Mistake(
+        {"LSTMCell_0": {k: v for k, v in lstm()["LSTMCell_0"].items() if k != "ig"}},
+        HAIKU_LSTM,
+        ("LSTMCell_0/hg/kernel float32[4,4]", "params/lstm/linear/w float32[7,16]"),
+    ),
+    "an LSTM with gates of other widths": Mistake(
+        scanned_gates(), HAIKU_LSTM, ("LSTMCell_0", "float32[3,5]")
+    ),
+    "an LSTM of another width": Mistake(
+        lstm(),
+        {"lstm/linear": {"w": new(8, 20), "b": new(20)}},
+        ("LSTMCell_0", "params/lstm/linear/w float32[8,20]", "axis 0 is 7, not 8"),
+    ),
+    "input bias of a fused LSTM": Mistake(
+        {"lstm": {"dense_i": dense(3, 16), "dense_h": dense(4, 16)}},
+        HAIKU_LSTM,
+        ("lstm/dense_i/bias float32[16]",),
+    ),
+    "a GRU of Haiku": Mistake(
+        gru(), HAIKU_GRU, ("GRUCell_0", "params/gru/b float32[12]", "hk_stack.port.GRU")
+    ),
+    "a fused GRU to one of Haiku": Mistake(
+        {"gru": {"dense_i": dense(3, 12), "dense_h": dense(4, 12, bias=False)}},
+        HAIKU_GRU,
+        ("params/gru/dense_i/bias float32[12]", "hk_stack.port.GRU"),
+    ),
+    # Moving averages
+    "a moving average of two shapes": Mistake(
+        {"params": NORM, "batch_stats": MEAN_AND_VAR},
+        (HAIKU_NORM, statistics(hidden=new(1, 5))),
+        ("state/batch_norm/~/mean_ema", "float32[1,5]"),
+    ),
+    "a moving average of two dtypes": Mistake(
+        {"params": NORM, "batch_stats": MEAN_AND_VAR},
+        (HAIKU_NORM, statistics(hidden=new(1, 4, dtype=np.float16))),
+        ("state/batch_norm/~/mean_ema", "float16"),
+    ),
+    "a moving average with more in it": Mistake(
+        {"params": NORM, "batch_stats": MEAN_AND_VAR},
+        (HAIKU_NORM, statistics(median=new(1, 4))),
+        ("state/batch_norm/~/mean_ema/median float32[1,4]",),
+    ),
+    # Rules
+    **{
+        f"{argument} for nothing": Mistake(
+            {"encoder": dense(3, 4)},
+            {"encoder": linear(3, 4)},
+            (argument, f"'{typo}'", "no leaf", "encoder/"),
+            {argument: {typo: value} if value is not None else [typo]},
+        )
+        for argument, typo, value in [
+            ("rename", "encodr", "encoder"),
+            ("leaf", "encoder/kernell", port.SAME),
+            ("ignore", "encoderr", None),
+            ("layer_axis", "encodder", 1),
+        ]
+    },
+    "more stars in Flax": Mistake(
+        {"block_0": dense(3, 4)},
+        {"layer": linear(3, 4)},
+        ("'layer'", "'*'", "0", "1"),
+        {"rename": {"block_*": "layer"}},
+    ),
+    "more stars in Haiku": Mistake(
+        {"block_0": dense(3, 4)},
+        {"layer": linear(3, 4)},
+        ("'layer_*'", "'*'", "0", "1"),
+        {"rename": {"block_0": "layer_*"}},
+    ),
+    "a leaf rule with a wrong shape": Mistake(
+        {"up": dense(3, 4, bias=False)},
+        {"up": linear(3, 4, bias=False)},
+        ("params/up/kernel float32[3,4] -> params/up/w", "leaf=", "[2, 4]"),
+        {"leaf": {"up": (lambda x: x[:2], lambda x: x)}},
+    ),
+    "a leaf rule that raises": Mistake(
+        {"up": dense(3, 4, bias=False)},
+        {"up": linear(3, 4, bias=False)},
+        ("params/up/kernel float32[3,4]", "leaf=", "no such thing"),
+        {"leaf": {"up": (lambda x: {}["no such thing"], lambda x: x)}},
+    ),
+}
+
+every_mistake = pytest.mark.parametrize("name", MISTAKES)
+
+
+@every_mistake
+def test_a_mistake_is_an_error_that_names_the_leaves(name):
+    flax, haiku = MISTAKES[name].trees()
+    texts, rules = MISTAKES[name].texts, MISTAKES[name].rules
+    with pytest.raises(ValueError) as to_haiku:
+        hk_stack.flax_to_haiku(flax, types(haiku), **rules)
+    with pytest.raises(ValueError) as to_flax:
+        hk_stack.haiku_to_flax(haiku, types(flax), **rules)
+    for text in texts:
+        assert text in str(to_haiku.value)
+        assert text in str(to_flax.value)
+
+
+@every_mistake
+def test_a_plan_shows_the_same_mistakes(name):
+    """Without an error, but for rules that cannot be read."""
+    mistake = MISTAKES[name]
+    flax, haiku = mistake.trees()
+    if "stars" in name:
+        return
+    found = port.plan(flax, types(haiku), **mistake.rules)
+    assert not found.ok
+    for text in mistake.texts:
+        assert text in str(found)
+
+
+@every_mistake
+def test_what_is_no_mistake_is_ported_nevertheless(name):
+    """With `strict=False`: each leaf is new or as it was, and the rest is listed."""
+    mistake = MISTAKES[name]
+    flax, haiku = mistake.trees()
+    if " for nothing" in name or "stars" in name:
+        with pytest.raises(ValueError):
+            hk_stack.flax_to_haiku(flax, haiku, strict=False, **mistake.rules)
+        return
+    flax["params"]["good"] = dense(2, 2)
+    haiku[0]["good"] = linear(2, 2)
+    try:
+        ported, rows = hk_stack.flax_to_haiku(
+            flax, haiku, strict=False, **mistake.rules
+        )
+        back, same = hk_stack.haiku_to_flax(haiku, flax, strict=False, **mistake.rules)
+        np.testing.assert_array_equal(
+            ported[0]["good"]["w"], flax["params"]["good"]["kernel"]
+        )
+        np.testing.assert_array_equal(
+            back["params"]["good"]["bias"], haiku[0]["good"]["b"]
+        )
+        assert rows and same == rows
+        assert all(row.status not in ("ok", "ignored") for row in rows)
+        assert_untouched_or_listed(ported, haiku, [row.haiku for row in rows])
+        assert_untouched_or_listed(back, flax, [row.flax for row in rows])
+    finally:
+        del flax["params"]["good"], haiku[0]["good"]
+
+
+def assert_untouched_or_listed(found, like, listed):
+    """Leaves are either new arrays, or the very ones of `like` and in the list."""
+    without_numbers = re.sub(r"_\d+", "", " ".join(listed))
+    for (path, leaf), old in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(like), strict=True
+    ):
+        module = str(path[-2].key).split("/")[-1]
+        is_listed = re.sub(r"_\d+", "", module) in without_numbers
+        assert leaf is not old or is_listed
+
+
+# Types
+
+
+def test_the_source_has_values():
+    flax, haiku = {"params": {"Dense_0": dense(3, 4)}}, ({"linear": linear(3, 4)}, {})
+    with pytest.raises(TypeError, match=r"params/Dense_0/bias is a jax\.Shape"):
+        hk_stack.flax_to_haiku(types(flax), haiku)
+    with pytest.raises(TypeError, match=r"params/linear/b is a jax\.Shape"):
+        hk_stack.haiku_to_flax(types(haiku), flax)
+
+
+@pytest.mark.parametrize(
+    "pair", [{"linear": linear(3, 4)}, 1, None, ({},), ({}, {}, {})]
+)
+def test_haiku_is_a_pair(pair):
+    flax = {"params": {"Dense_0": dense(3, 4)}}
+    for port_it in (
+        lambda: hk_stack.flax_to_haiku(flax, pair),
+        lambda: hk_stack.haiku_to_flax(pair, flax),
+        lambda: port.plan(flax, pair),
+    ):
+        with pytest.raises(TypeError, match=r"pair \(params, state\).*\(params, {}\)"):
+            port_it()
+
+
+@pytest.mark.parametrize(
+    "leaf", ["text", 1.0, object()], ids=["text", "float", "other"]
+)
+def test_leaves_are_arrays(leaf):
+    flax, haiku = {"params": {"Dense_0": {"kernel": leaf}}}, {"linear": {"w": leaf}}
+    good = {"Dense_0": dense(3, 4, bias=False)}, {"linear": linear(3, 4, bias=False)}
+    kind = type(leaf).__name__
+    with pytest.raises(TypeError, match=f"params/Dense_0/kernel is a {kind}"):
+        hk_stack.flax_to_haiku(flax, (good[1], {}))
+    with pytest.raises(TypeError, match=f"params/linear/w is a {kind}"):
+        hk_stack.flax_to_haiku({"params": good[0]}, (haiku, {}))
+
+
+@pytest.mark.parametrize("tree", [1, "text", None, np.ones(3), [np.ones(3)]])
+def test_trees_are_dicts(tree):
+    with pytest.raises(TypeError, match="expected a dict"):
+        hk_stack.flax_to_haiku(tree, ({"linear": linear(3, 4)}, {}))
+    with pytest.raises(TypeError, match="expected a dict"):
+        hk_stack.flax_to_haiku({"params": {"Dense_0": dense(3, 4)}}, (tree, {}))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("rename", ["Dense_0"]),
+        ("rename", {"Dense_0": 1}),
+        ("rename", {1: "linear"}),
+        ("leaf", {"Dense_0": lambda x: x}),
+        ("leaf", {"Dense_0": ("a", "b")}),
+        ("ignore", "Dense_0"),
+        ("ignore", [1]),
+        ("layer_axis", "1"),
+        ("layer_axis", {"Dense_0": "1"}),
+        ("layer_axis", True),
+        ("layer_axis", 1.0),
+        ("interleave", "yes"),
+    ],
+)
+def test_rules_of_a_wrong_type(argument, value):
+    flax, haiku = {"params": {"Dense_0": dense(3, 4)}}, ({"linear": linear(3, 4)}, {})
+    with pytest.raises(TypeError, match=argument):
+        hk_stack.flax_to_haiku(flax, haiku, **{argument: value})
+
+
+def test_a_rule_that_gives_a_wrong_shape_on_the_way_back():
+    flax, haiku = {"params": {"up": dense(3, 4)}}, ({"up": linear(3, 4)}, {})
+    for back in (lambda x: x[:1], lambda x: x.sum(), lambda x: x.T):
+        rules = {"leaf": {"up/kernel": (lambda x: x, back)}}
+        with pytest.raises(ValueError, match=r"params/up/kernel.*\n?.*leaf="):
+            hk_stack.haiku_to_flax(haiku, flax, **rules)
+
+
+# What may be left over
+
+
+def test_strict_false_lists_what_is_left_over():
+    flax = {"params": {"Dense_0": dense(3, 4), "head": dense(5, 6, bias=False)}}
+    haiku = {"linear": linear(3, 4), "logits": linear(7, 6, bias=False)}, {}
+    (params, state), rows = hk_stack.flax_to_haiku(flax, haiku, strict=False)
+    theirs = flax["params"]["Dense_0"]
+    assert_equal(params["linear"], {"w": theirs["kernel"], "b": theirs["bias"]})
+    assert params["logits"]["w"] is haiku[0]["logits"]["w"] and state == {}
+    assert [(row.flax, row.haiku, row.status) for row in rows] == [
+        ("params/head/kernel float32[5,6]", "", "unused"),
+        ("", "params/logits/w float32[7,6]", "missing"),
+    ]
+    back, same = hk_stack.haiku_to_flax(haiku, flax, strict=False)
+    assert same == rows
+    assert back["params"]["head"]["kernel"] is flax["params"]["head"]["kernel"]
+    empty = types(flax)
+    left = hk_stack.haiku_to_flax(haiku, empty, strict=False)[0]["params"]["head"]
+    assert left["kernel"] == empty["params"]["head"]["kernel"]
+
+
+def test_strict_false_of_what_fits_lists_nothing():
+    flax, haiku = {"params": {"Dense_0": dense(3, 4)}}, ({"linear": linear(3, 4)}, {})
+    ported, rows = hk_stack.flax_to_haiku(flax, haiku, strict=False)
+    assert rows == []
+    assert_equal(ported, hk_stack.flax_to_haiku(flax, haiku))
+
+
+@pytest.mark.parametrize(
+    "patterns", [["head", "logits"], ["params/head", "params/logits"], ["*ea*", "lo*"]]
+)
+def test_what_is_ignored_may_be_left_over(patterns):
+    flax = {"params": {"Dense_0": dense(3, 4), "head": dense(5, 6)}}
+    haiku = {"linear": linear(3, 4), "logits": linear(7, 6)}, {}
+    params, _ = hk_stack.flax_to_haiku(flax, haiku, ignore=patterns)
+    np.testing.assert_array_equal(
+        params["linear"]["w"], flax["params"]["Dense_0"]["kernel"]
+    )
+    assert params["logits"]["w"] is haiku[0]["logits"]["w"]
+    rows = port.plan(flax, haiku, ignore=patterns).rows
+    assert [row.status for row in rows] == ["ok"] * 2 + ["ignored"] * 4
+
+
+def test_dtypes_change_on_request():
+    flax = {"params": {"Dense_0": dense(3, 4, dtype=np.float64)}}
+    haiku = {"linear": linear(3, 4, dtype=jnp.bfloat16)}, {}
+    params, _ = hk_stack.flax_to_haiku(flax, haiku, cast=True)
+    assert_equal(
+        params["linear"]["w"], flax["params"]["Dense_0"]["kernel"].astype(jnp.bfloat16)
+    )
+    back = hk_stack.haiku_to_flax((params, {}), flax, cast=True)
+    assert back["params"]["Dense_0"]["kernel"].dtype == np.float64
+
+
+def test_empty_trees():
+    for flax in ({}, {"params": {}}, {"params": {}, "batch_stats": {}}):
+        assert hk_stack.flax_to_haiku(flax, ({}, {})) == ({}, {})
+        assert hk_stack.haiku_to_flax(({}, {}), flax) == flax
+
+
+def test_parameters_without_the_collection_are_parameters():
+    """`model.params` rather than `{"params": model.params}` is as good."""
+    params = {"Dense_0": dense(3, 4), "LayerNorm_0": {"scale": new(4), "bias": new(4)}}
+    like = {"linear": linear(3, 4), "layer_norm": {"scale": new(4), "offset": new(4)}}
+    expected = hk_stack.flax_to_haiku({"params": params}, (like, {}))
+    assert_equal(hk_stack.flax_to_haiku(params, (like, {})), expected)
+    assert_equal(hk_stack.haiku_to_flax(expected, params), params)
+
+
+# Plans
+
+
+def test_a_plan_is_a_table():
+    flax = {
+        "Dense_0": dense(3, 4),
+        "head": dense(5, 6, bias=False),
+        **layers(dense, 4, 2, 3, bias=False),
+    }
+    haiku = {"linear": linear(3, 5), "block": linear(4, 4, 6, bias=False)}
+    found = port.plan({"params": flax}, (types(haiku), {}))
+    lines = str(found).splitlines()
+    assert lines[0].startswith("4 leaves of Flax -> 1 leaves of Haiku, 384 B")
+    assert lines[0].endswith("3 rows need a look")
+    assert lines[1].split() == ["Flax", "Haiku", "change", "shape", "status"]
+    row = next(line for line in lines if "block_0" in line)
+    assert "params/block_0/kernel float32[4,2,3] (and 3 more)" in row
+    assert "params/block/w float32[4,4,6]" in row
+    assert "reshape, 4 layers by name -> on axis 0" in row
+    assert "[4, 2, 3] -> [4, 6]" in row and row.rstrip().endswith("ok")
+    assert not found.ok and [row.status for row in found.rows].count("ok") == 1
+
+
+def test_a_plan_prints_in_colour():
+    rich_console = pytest.importorskip("rich.console")
+    flax = {"params": {"Dense_0": dense(3, 4), "head": dense(5, 6, bias=False)}}
+    haiku = types(({"linear": linear(3, 4)}, {}))
+    file = io.StringIO()
+    console = rich_console.Console(
+        file=file, width=200, force_terminal=True, color_system="standard"
+    )
+    console.print(port.plan(flax, haiku))
+    text = file.getvalue()
+    for part in (
+        "params/Dense_0/kernel float32[3,4]",
+        "params/linear/w",
+        "in Flax only",
+    ):
+        assert part in text
+    red = "\x1b[1;31m"
+    assert f"{red}unused" in text and f"{red}ok" not in text
+
+
+def test_flax_is_not_needed():
+    program = """
+import sys
+sys.modules["flax"] = None  # An import of it fails.
+import numpy as np, hk_stack
+flax = {"params": {"Dense_0": {"kernel": np.ones([3, 4], np.float32)}}}
+like = {"linear": {"w": np.zeros([3, 4], np.float32)}}, {}
+ported = hk_stack.flax_to_haiku(flax, like)
+print(hk_stack.haiku_to_flax(ported, flax)["params"]["Dense_0"]["kernel"].sum())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "12.0", done.stderr
+
+
+# Right or refused: what could be read in another way
+
+
+class Riddle(NamedTuple):
+    """Parameters with one right answer, that shapes do not tell from others.
+
+    Attributes:
+      flax: Parameters.
+      haiku: What they are in Haiku.
+      said: Rules with which the port is right; without them it may be refused.
+    """
+
+    flax: Any
+    haiku: Any
+    said: dict[str, Any] = {}  # noqa: RUF012, never changed
+
+
+def on_axis(axis, **modules):
+    """Layers of Dense in Flax that are on an axis, and in Haiku in front."""
+    flax = {"layers": {}}
+    haiku = {}
+    for name, shape in modules.items():
+        kernel = new(*shape)
+        front = np.moveaxis(kernel, axis, 0)
+        flax["layers"][name] = {"kernel": kernel}
+        haiku[f"layers/{name}"] = {"w": front}
+        if len(shape) == 2:
+            flax["layers"][name] = {"scale": kernel}
+            haiku[f"layers/{name}"] = {"scale": front}
+    return flax, haiku
+
+
+def beside(riddle, flax, haiku):
+    return {**riddle[0], **flax}, {**riddle[1], **haiku}
+
+
+def same(name, **leaves):
+    """A module that is the same in both trees, outside of all stacks."""
+    translated = (
+        {"kernel": "w", "bias": "b"} if "kernel" in leaves else {"bias": "offset"}
+    )
+    haiku = {translated.get(leaf, leaf): value for leaf, value in leaves.items()}
+    return {name: leaves}, {name: haiku}
+
+
+def attention(axis):
+    """Everything of one size: layers, features, heads, and features of heads."""
+    flax, haiku = {}, {}
+    for name in ("query", "key", "value", "out"):
+        kernel, is_out = new(4, 4, 4, 4), name == "out"
+        bias = new(4, 4) if is_out else new(4, 4, 4)
+        flax[name] = {"kernel": kernel, "bias": bias}
+        shape = (4, 16, 4) if is_out else (4, 4, 16)
+        module = f"layers/attention/{'linear' if is_out else name}"
+        haiku[module] = {
+            "w": np.moveaxis(kernel, axis, 0).reshape(shape),
+            "b": np.moveaxis(bias, axis, 0).reshape(4, -1),
+        }
+    return {"layers": {"attention": flax}}, haiku
+
+
+def stacked(flax, name="block_{}"):
+    """What a loop of layers in Flax is as a stack in Haiku."""
+    numbers = range(len(flax))
+    return np.stack([flax[name.format(i)]["kernel"] for i in numbers])
+
+
+def riddles():
+    for axis in range(3):
+        for width in (3, 4):
+            yield (
+                f"square kernels on axis {axis} of [4, 4, {width}]",
+                *on_axis(axis, a=(4, 4, width)),
+                {"layer_axis": {"layers": axis}},
+            )
+        for shape in ((3, 3, 1, 3), (1, 3, 3, 3), (3, 1, 3, 3)):
+            if shape[axis] == 3:
+                yield (
+                    f"convolutions on axis {axis} of {shape}",
+                    *on_axis(axis, conv1_d=shape),
+                    {"layer_axis": {"layers": (axis,)}},
+                )
+    for axis in range(2):
+        said = {"layer_axis": {"layers": axis}}
+        yield f"scales on axis {axis}", *on_axis(axis, norm=(3, 3)), said
+        yield f"attention on axis {axis}", *attention(axis), said
+        for width in (4, 5):
+            module = same("logits", kernel=new(4, width))
+            yield (
+                f"beside layers on axis {axis}, a kernel [4, {width}]",
+                *beside(on_axis(axis, a=(4, 4, 5), norm=(4, 4)), *module),
+                said,
+            )
+            module = same("norm", scale=new(4, width), bias=new(4, width))
+            yield (
+                f"beside layers on axis {axis}, a norm over [4, {width}]",
+                *beside(on_axis(axis, a=(4, 4, 5), norm=(4, 4)), *module),
+                {"layer_axis": {"layers": axis, "norm": ()}},
+            )
+        wide = new(4, 4, 4), new(4, 4, 4)
+        yield (
+            f"norms over two axes, on axis {axis}",
+            {"layers": {"norm": {"scale": wide[0], "bias": wide[1]}}},
+            {
+                "layers/norm": {
+                    "scale": np.moveaxis(wide[0], axis, 0),
+                    "offset": np.moveaxis(wide[1], axis, 0),
+                }
+            },
+            {"layer_axis": {"layers": (axis,)}},
+        )
+    one, kernel, bias = new(1, 3, 3), new(2, 4, 4, 4), new(2, 4, 4)
+    bias_of_one = new(3, 3)
+    yield (
+        "one feature, on axis 1",
+        {"layers": {"a": {"kernel": one, "bias": bias_of_one}}},
+        {"layers/a": {"w": np.moveaxis(one, 1, 0), "b": bias_of_one.T}},
+        {"layer_axis": {"layers": 1}},
+    )
+    yield (
+        "a scan on axis 0 around one on axis 1",
+        {"layers": {"inner": {"a": {"kernel": kernel, "bias": bias}}}},
+        {
+            "layers/inner/a": {
+                "w": np.moveaxis(kernel, 2, 1),
+                "b": np.moveaxis(bias, 2, 1),
+            }
+        },
+        {"layer_axis": {"layers": (0, 2)}},
+    )
+    alpha = new(4, 5)
+    yield (
+        "a rule for one layer",
+        {"layers": {"mixer": {"alpha": alpha}}},
+        {"layers/mixer": {"alpha": alpha[:, ::-1]}},
+        {
+            "leaf": {"layers/mixer": (lambda x: x[::-1], lambda x: x[::-1])},
+            "layer_axis": {"layers": 0},
+        },
+    )
+    loop = layers(dense, 3, 3, numbers=range(12), bias=False)
+    yield "twelve layers", loop, {"block": {"w": stacked(loop)}}, {}
+    loop = layers(dense, 3, 3, numbers=range(12), bias=False, names="block_{:02}")
+    yield (
+        "twelve layers, 00 to 11",
+        loop,
+        {"block": {"w": stacked(loop, "block_{:02}")}},
+        {},
+    )
+    loop = layers(dense, 3, 3, numbers=range(3), bias=False)
+    yield "three of three", loop, {"block": {"w": stacked(loop)}}, {}
+    stages = {
+        f"stage_{i}": layers(dense, 2, 2, numbers=range(2), bias=False)
+        for i in range(2)
+    }
+    of_stages = np.stack([stacked(stage) for stage in stages.values()])
+    yield "stages of blocks, nested", stages, {"stage/block": {"w": of_stages}}, {}
+    yield (
+        "stages of blocks, a loop over stacks",
+        stages,
+        {"stage/block": {"w": of_stages[0]}, "stage_1/block": {"w": of_stages[1]}},
+        {},
+    )
+    yield (
+        "stages of blocks, a stack over blocks",
+        stages,
+        {
+            "stage/block": {"w": of_stages[:, 0]},
+            "stage/block_1": {"w": of_stages[:, 1]},
+        },
+        {},
+    )
+    blocks = {"layers": layers(dense, 2, 2, 2, numbers=range(2), bias=False)}
+    of_blocks = stacked(blocks["layers"])
+    for interleave, layout in ((True, of_blocks.swapaxes(0, 1)), (False, of_blocks)):
+        yield (
+            f"blocks of layers, interleave={interleave}",
+            blocks,
+            {"layers/block": {"w": layout.reshape(4, 2, 2)}},
+            {"interleave": interleave, "layer_axis": {"layers": 0}},
+        )
+
+
+RIDDLES = {name: Riddle(*riddle) for name, *riddle in riddles()}
+
+
+def is_right(found, expected):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def right_or_refused(flax, haiku, **said):
+    """Whether the port is right, both ways; False if it is refused."""
+    try:
+        found = hk_stack.flax_to_haiku(flax, types(haiku), **said)
+        back = hk_stack.haiku_to_flax(haiku, types(flax), **said)
+    except ValueError:
+        return False
+    assert is_right(found, haiku) and is_right(back, flax)
+    return True
+
+
+@pytest.mark.parametrize("name", RIDDLES)
+def test_a_port_is_right_or_refused(name):
+    flax, haiku, said = RIDDLES[name]
+    right_or_refused({"params": flax}, (haiku, {}), leaf=said.get("leaf"))
+    assert right_or_refused({"params": flax}, (haiku, {}), **said)
+
+
+# The same for random models
+
+
+class Module(NamedTuple):
+    """A module of a kind in `KINDS`, and its sizes."""
+
+    kind: str
+    sizes: tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """Where the layers of a stack are.
+
+    Attributes:
+      kind: "stack", "block" (with a module around each layer), "loop", "nested" (a
+        stack in a stack), "blocks" (a stack over blocks of layers) or "stages" (a loop
+        over stacks).
+      parts: How many blocks or stages there are, or layers in an inner stack.
+      axis: The axis of the layers.
+    """
+
+    kind: str
+    parts: int = 1
+    axis: int = 0
+
+    def place(self, layer, depth):
+        """A layer's modules, its index on the layer axes, and these axes' sizes."""
+        each = depth // self.parts
+        if self.kind == "loop":
+            return (("block", layer),), (), ()
+        if self.kind == "stack":
+            return (("layers", None),), (layer,), (depth,)
+        if self.kind == "block":
+            return (("layers", None), ("block", 0)), (layer,), (depth,)
+        if self.kind == "nested":
+            index = divmod(layer, self.parts)
+            return (("layers", None), ("inner", None)), index, (each, self.parts)
+        if self.kind == "blocks":
+            step, block = divmod(layer, self.parts)
+            return (("layers", None), ("block", block)), (step,), (each,)
+        stage, step = divmod(layer, each)
+        return (("layers", stage),), (step,), (each,)
+
+
+class Stack(NamedTuple):
+    depth: int
+    layer: tuple[Module, ...]
+    flax: Layout
+    haiku: Layout
+
+
+class Model(NamedTuple):
+    """Modules, one stack or two, modules.
+
+    Attributes:
+      before: Modules.
+      stacks: Stacks.
+      after: Modules.
+      says_axis: Whether the user names the layer axes.
+    """
+
+    before: tuple[Module, ...]
+    stacks: tuple[Stack, ...]
+    after: tuple[Module, ...]
+    says_axis: bool
+
+
+def of_dense(i, o):
+    return [("kernel", "w", (i, o), (i, o)), ("bias", "b", (o,), (o,))]
+
+
+def of_heads(i, h, d):
+    return [("kernel", "w", (i, h, d), (i, h * d)), ("bias", "b", (h, d), (h * d,))]
+
+
+def of_norm(*sizes):
+    return [("scale", "scale", sizes, sizes), ("bias", "offset", sizes, sizes)]
+
+
+def of_batch_norm(n):
+    leaves = [("scale", "scale"), ("bias", "offset"), ("mean", "mean"), ("var", "var")]
+    return [(*names, (n,), (1, n)) for names in leaves]
+
+
+# What a module is called in each tree, how many sizes it has, and its leaves: their
+# names and shapes in both trees.
+KINDS = {
+    "dense": ("Dense", "linear", 2, of_dense),
+    "dense without bias": ("Dense", "linear", 2, lambda *s: of_dense(*s)[:1]),
+    "heads": ("heads", "heads", 3, of_heads),
+    "norm": ("LayerNorm", "layer_norm", 1, of_norm),
+    "norm over two axes": ("LayerNorm", "layer_norm", 2, of_norm),
+    "norm of another name": ("ln", "ln", 1, lambda *s: of_norm(*s)[:1]),
+    "batch norm": ("BatchNorm", "batch_norm", 1, of_batch_norm),
+    "custom": ("mixer", "mixer", 2, lambda *s: [("alpha", "alpha", s, s)]),
+}
+
+modules = st.sampled_from(list(KINDS)).flatmap(
+    lambda kind: st.builds(
+        Module, st.just(kind), st.tuples(*[st.sampled_from([2, 3, 4])] * KINDS[kind][2])
+    )
+)
+
+
+@st.composite
+def layouts(draw, depth, axes):
+    parts = [n for n in range(2, depth) if depth % n == 0]
+    kinds = ["stack", "block", "loop", *["nested", "blocks", "stages"] * bool(parts)]
+    kind = draw(st.sampled_from(kinds))
+    has_parts = kind in ("nested", "blocks", "stages")
+    axis = 0 if kind == "loop" else draw(st.sampled_from(axes))
+    return Layout(kind, draw(st.sampled_from(parts)) if has_parts else 1, axis)
+
+
+@st.composite
+def stacks(draw):
+    depth = draw(st.sampled_from([1, 2, 3, 4, 4, 6, 6]))
+    layer = draw(st.lists(modules, min_size=1, max_size=4))
+    flax, haiku = draw(layouts(depth, [0, 1])), draw(layouts(depth, [0]))
+    return Stack(depth, tuple(layer), flax, haiku)
+
+
+some_modules = st.lists(modules, max_size=2).map(tuple)
+models = st.builds(
+    Model,
+    some_modules,
+    st.lists(stacks(), min_size=1, max_size=2).map(tuple),
+    some_modules,
+    st.booleans(),
+)
+
+
+class Trees:
+    """A model's variables, and its parameters and state, leaf by leaf."""
+
+    def __init__(self, model):
+        self._flax = collections.defaultdict(dict)
+        self._haiku = collections.defaultdict(dict)
+        counts = collections.Counter()
+        nowhere = Layout("none"), (), (), ()
+        self._add(model.before, counts, nowhere, nowhere)
+        scopes = ["encoder", "decoder"] if len(model.stacks) > 1 else [None]
+        for scope, stack in zip(scopes, model.stacks, strict=True):
+            around = () if scope is None else ((scope, None),)
+            for i in range(stack.depth):
+                places = [
+                    (layout, around + place[0], *place[1:])
+                    for layout in (stack.flax, stack.haiku)
+                    for place in [layout.place(i, stack.depth)]
+                ]
+                self._add(stack.layer, collections.Counter(), *places)
+        self._add(model.after, counts, nowhere, nowhere)
+
+    def _add(self, modules, counts, flax, haiku):
+        """One layer of some modules, at a place in each tree."""
+        for kind, sizes in modules:
+            flax_name, haiku_name, _, leaves = KINDS[kind]
+            number = counts[flax_name]
+            counts[flax_name] += 1
+            flax_path = (*map(flax_part, flax[1]), flax_part((flax_name, number)))
+            haiku_path = (*map(haiku_part, haiku[1]), haiku_part((haiku_name, number)))
+            for old, new_name, old_shape, new_shape in leaves(*sizes):
+                value = new(*old_shape)
+                key = (*flax_path, old)
+                self._flax[key][flax[2]] = value, flax[3], flax[0].axis
+                key = ("/".join(haiku_path), new_name)
+                self._haiku[key][haiku[2]] = value.reshape(new_shape), haiku[3], 0
+
+    def variables(self):
+        """None if a leaf has no such axis as its layers should be on."""
+        tree = {"params": {}, "batch_stats": {}}
+        for path, layers in self._flax.items():
+            array = on_axes(layers)
+            if array is None:
+                return None
+            kind = "batch_stats" if path[-1] in ("mean", "var") else "params"
+            node = tree[kind]
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = array
+        return tree
+
+    def params_and_state(self):
+        params, state = {}, {}
+        for (module, name), layers in self._haiku.items():
+            array = on_axes(layers)
+            if name not in ("mean", "var"):
+                params.setdefault(module, {})[name] = array
+                continue
+            ((_, sizes, _), *_) = layers.values()
+            counter = np.full(sizes, 2**30, np.int32)
+            average = {"counter": counter, "hidden": array, "average": array}
+            state[f"{module}/~/{name}_ema"] = average
+        return params, state
+
+
+def flax_part(part):
+    name, number = part
+    return name if number is None else f"{name}_{number}"
+
+
+def haiku_part(part):
+    name, number = part
+    return f"{name}_{number}" if number else name
+
+
+def on_axes(layers):
+    """Layers by their indices, as one array."""
+    ((value, sizes, axis), *_) = layers.values()
+    if axis > value.ndim:
+        return None
+    array = np.empty((*sizes, *value.shape), value.dtype)
+    for index, (layer, _, _) in layers.items():
+        array[index] = layer
+    axes = range(len(sizes))
+    return np.moveaxis(array, axes, [axis + i for i in axes])
+
+
+def said_of(model):
+    """What a user has to say of a model, if that can be said."""
+    said = {}
+    order = {"blocks": True, "stages": False}
+    interleave = {
+        order[layout.kind]
+        for stack in model.stacks
+        for layout in (stack.flax, stack.haiku)
+        if layout.kind in order and stack.flax[:2] != stack.haiku[:2]
+    }
+    if len(interleave) == 1:
+        said["interleave"] = interleave.pop()
+    axes = [stack.flax.axis for stack in model.stacks]
+    scanned = [stack.flax.kind != "loop" for stack in model.stacks]
+    scopes = ["encoder", "decoder"] if len(axes) > 1 else [""]
+    named = {s: a for s, a, yes in zip(scopes, axes, scanned, strict=True) if yes}
+    if model.says_axis and named:
+        said["layer_axis"] = named
+    return said
+
+
+def over(strategy, count, seed=0):
+    """Runs a check on `count` random values, which are the same in each run."""
+
+    def decorate(check):
+        settings = hypothesis.settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        return hypothesis.seed(seed)(settings(hypothesis.given(strategy)(check)))
+
+    return decorate
+
+
+def test_random_models_are_right_or_refused():
+    outcomes = collections.Counter()
+
+    @over(models, MODELS)
+    def check(model):
+        trees = Trees(model)
+        variables = trees.variables()
+        if variables is not None:
+            pair = trees.params_and_state()
+            outcomes[right_or_refused(variables, pair, **said_of(model))] += 1
+
+    check()
+    assert outcomes[True] > outcomes[False] / 2
+
+
+def test_random_models_that_differ_are_refused():
+    """Each tree lacks a leaf that the other has, of the same shape if there is one."""
+    count = 0
+
+    @over(st.tuples(models, st.randoms(use_true_random=False)), MODELS)
+    def check(given):
+        nonlocal count
+        model, random = given
+        trees = Trees(model)
+        variables = trees.variables()
+        if variables is None:
+            return
+        pair = trees.params_and_state()
+        first = random.choice(leaves_of(variables))
+        alike = [other for other in leaves_of(pair) if other[1] == first[1]]
+        second = random.choice(alike or leaves_of(pair))
+        smaller = without(variables, first[0]), without(pair, second[0])
+        found = port.plan(smaller[0], types(smaller[1]), **said_of(model))
+        if not found.ok:
+            count += 1
+            return
+        # Then it was the same leaf that both trees lack.
+        assert right_or_refused(*smaller, **said_of(model))
+        both = port.plan(smaller[0], types(pair), **said_of(model))
+        assert not both.ok
+
+    check()
+    assert count > MODELS // 2
+
+
+def leaves_of(tree):
+    return [
+        (path, int(np.size(leaf))) for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+
+
+def without(tree, path):
+    """`tree` without one leaf; and without modules that are empty then."""
+    if isinstance(tree, tuple):
+        return tuple(
+            without(node, path[1:]) if i == path[0].idx else node
+            for i, node in enumerate(tree)
+        )
+    key = path[0].key
+    inside = {} if len(path) == 1 else without(tree[key], path[1:])
+    rest = {k: v for k, v in tree.items() if k != key}
+    return {**rest, key: inside} if inside or key == "params" else rest
