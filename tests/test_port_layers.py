@@ -131,8 +131,10 @@ def haiku_module(x):
     return HaikuBlock(name="block")(x)
 
 
-def haiku_stack(block=haiku_module, length=L, stack=hk_stack.layer_stack, **options):
-    return lambda x: stack(length, name="layers", **options)(block)(x)
+def haiku_stack(
+    block=haiku_module, length=L, name="layers", stack=hk_stack.layer_stack, **options
+):
+    return lambda x: stack(length, name=name, **options)(block)(x)
 
 
 def haiku_loop(x):
@@ -173,6 +175,7 @@ HAIKU = {
     "stack of functions": haiku_stack(haiku_block),
     "stack of modules": haiku_stack(),
     "hk.layer_stack": haiku_stack(stack=hk.layer_stack),
+    "unnamed stack": haiku_stack(name=None),
     "transparent stack": haiku_stack(
         transparent=True, transparency_map=hk_stack.NumberedLayers("block_{}")
     ),
