@@ -7,6 +7,7 @@ from agreement import assert_equal
 from port_cases import CASES
 
 import hk_stack
+from hk_stack.compare import porting
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -54,3 +55,22 @@ def test_round_trips_are_bit_identical(case):
     again = hk_stack.flax_to_haiku(back, case.like(), **case.rules)
     if case.exact:
         assert_equal(again, ported)
+
+
+def test_porting_and_stacking_need_no_second_copy(monkeypatch):
+    """At most one leaf more than the result, whatever way the layers are kept."""
+    for name, size in {"LAYERS": 4, "WIDTH": 128, "TOKENS": 20_000}.items():
+        monkeypatch.setattr(porting, name, size)
+    programs = porting.programs()
+    assert len(programs) == 8
+    for name, run in programs.items():
+        assert porting.extra_bytes(run) <= porting.largest_leaf(), name
+
+
+def test_results_share_no_memory_with_what_they_are_made_of():
+    variables = {"params": {"Dense_0": {"kernel": np.ones([3, 4], np.float32)}}}
+    like = {"linear": {"w": np.zeros([3, 4], np.float32)}}, {}
+    params, _ = hk_stack.flax_to_haiku(variables, like)
+    variables["params"]["Dense_0"]["kernel"][:] = 5
+    like[0]["linear"]["w"][:] = 7
+    assert np.all(params["linear"]["w"] == 1)

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 
 from hk_stack import layout
-from hk_stack.port import layers, leaves, match, names
-from hk_stack.port import plan as plans
+from hk_stack.port import layers, leaves, match, names, plans
 from hk_stack.port.gru import GRU
-from hk_stack.port.plan import Plan, Row
+from hk_stack.port.plans import Plan, Row
 
 __all__ = (
     "GRU",
@@ -28,13 +27,11 @@ __all__ = (
     "plan",
 )
 
-Change = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
+Axis = int | tuple[int, ...]
+Rule = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
-SAME: Change = (lambda kernel: kernel, lambda kernel: kernel)
-TRANSPOSED: Change = (
-    lambda kernel: np.swapaxes(kernel, -1, -2),
-    lambda kernel: np.swapaxes(kernel, -1, -2),
-)
+SAME: Rule = (layers.same, layers.same)
+TRANSPOSED: Rule = (layers.swapped, layers.swapped)
 
 
 def flax_to_haiku(
@@ -42,9 +39,9 @@ def flax_to_haiku(
     like: tuple[Any, Any],
     *,
     rename: Mapping[str, str] | None = None,
-    leaf: Mapping[str, Change] | None = None,
+    leaf: Mapping[str, Rule] | None = None,
     ignore: Sequence[str] = (),
-    layer_axis: int | Mapping[str, int] | None = None,
+    layer_axis: Axis | Mapping[str, Axis] | None = None,
     interleave: bool | None = None,
     cast: bool = False,
     strict: bool = True,
@@ -115,9 +112,9 @@ def haiku_to_flax(
     like: Any,
     *,
     rename: Mapping[str, str] | None = None,
-    leaf: Mapping[str, Change] | None = None,
+    leaf: Mapping[str, Rule] | None = None,
     ignore: Sequence[str] = (),
-    layer_axis: int | Mapping[str, int] | None = None,
+    layer_axis: Axis | Mapping[str, Axis] | None = None,
     interleave: bool | None = None,
     cast: bool = False,
     strict: bool = True,
@@ -161,9 +158,9 @@ def plan(
     like: tuple[Any, Any],
     *,
     rename: Mapping[str, str] | None = None,
-    leaf: Mapping[str, Change] | None = None,
+    leaf: Mapping[str, Rule] | None = None,
     ignore: Sequence[str] = (),
-    layer_axis: int | Mapping[str, int] | None = None,
+    layer_axis: Axis | Mapping[str, Axis] | None = None,
     interleave: bool | None = None,
     cast: bool = False,
 ) -> Plan:
@@ -194,6 +191,7 @@ def plan(
 
     Raises:
       TypeError: If an argument is of the wrong type.
+      ValueError: If a rule has another number of `*` than its path.
     """
     params, state = _pair(like)
     renames, by_leaf, ignored, by_axis = _rules(rename, leaf, ignore, layer_axis)
@@ -203,17 +201,15 @@ def plan(
     haiku = leaves.of_haiku(params, state)
     options = layers.Options(by_leaf, by_axis, interleave)
     found = match.match(flax, haiku, options)
-    rows = plans.of_match(found, ignored, cast=cast)
-    rules = (renames, by_leaf, ignored, by_axis)
-    said = plans.unused(rules, [one.raw for one in (*flax, *haiku)])
-    return rows._replace(unused_rules=tuple(said))
+    said = plans.unused((renames, by_leaf, ignored, by_axis), (*flax, *haiku))
+    return plans.of_match(found, flax, haiku, ignored, cast=cast, unused_rules=said)
 
 
 def _rules(rename: Any, leaf: Any, ignore: Any, layer_axis: Any) -> list[names.Rules]:
     """The users' rules, after a check of what they are."""
-    if isinstance(ignore, str):
+    if isinstance(ignore, str) or not all(isinstance(path, str) for path in ignore):
         raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
-    if isinstance(layer_axis, int):
+    if isinstance(layer_axis, (int, tuple)):
         layer_axis = {"": layer_axis}
     given = {
         "rename": rename or {},
@@ -285,15 +281,38 @@ def _moved(
     }
     for layer in range(new.num_layers):
         leaf, _ = old.place(layer)
-        value = change(leaf.codec.read(old.views(layer, arrays)))
+        value = _changed(change, leaf.codec.read(old.views(layer, arrays)), leaf)
         leaf, _ = new.place(layer)
-        if value.shape != new.one_layer():
-            raise ValueError(
-                f"port: {leaf} is given shape {list(value.shape)} for one layer, not "
-                f"{list(new.one_layer() or ())}. What does its rule in leaf= return?"
-            )
+        _check_value(value, new.one_layer() or (), leaf)
         leaf.codec.write(value, new.views(layer, filled))
     return {index: _as_like(array, like[index]) for index, array in filled.items()}
+
+
+def _changed(change: Any, array: np.ndarray, leaf: leaves.Leaf) -> np.ndarray:
+    """One layer as the other tree has it."""
+    try:
+        return np.asarray(change(array))
+    except Exception as error:
+        raise ValueError(
+            f"port: the rule in leaf= for {leaf} fails: {error!r}"
+        ) from error
+
+
+def _check_value(value: np.ndarray, shape: tuple[int, ...], leaf: leaves.Leaf) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"port: {leaf} is given shape {list(value.shape)} for one layer, not "
+            f"{list(shape)}. What does its rule in leaf= return?"
+        )
+    if value.dtype == leaf.dtype:
+        return
+    if not plans.is_castable(value.dtype, leaf.dtype):
+        raise ValueError(
+            f"port: {leaf} is given {value.dtype}. What does its rule in leaf= return?"
+        )
+    is_whole = jax.numpy.issubdtype(leaf.dtype, jax.numpy.integer)
+    if is_whole and not np.array_equal(value.astype(leaf.dtype), value):
+        raise ValueError(f"port: {leaf} cannot hold the values of {value.dtype}.")
 
 
 def _values(leaf: Any, piece: leaves.Piece) -> np.ndarray:

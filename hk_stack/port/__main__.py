@@ -11,6 +11,7 @@ safetensors, `.npz`, or of Flax's msgpack.
 
 import builtins
 import importlib
+import math
 import os
 import pathlib
 import re
@@ -112,7 +113,7 @@ def inspected(tree: Any) -> str:
     pieces = [
         piece for group in rows.values() for leaf in group for piece in leaf.pieces
     ]
-    params = sum(leaves.size(piece.shape) for piece in pieces)
+    params = sum(math.prod(piece.shape) for piece in pieces)
     head = f"{len(pieces)} leaves, {params:,} numbers, {report.si(_nbytes(pieces))}B"
     return "\n".join([head, *report.aligned([titles, *cells])])
 
@@ -129,7 +130,7 @@ def _cells(group: list[leaves.Leaf]) -> list[str]:
 
 
 def _nbytes(pieces: list[leaves.Piece]) -> int:
-    return sum(leaves.size(p.shape) * p.dtype.itemsize for p in pieces)
+    return sum(piece.nbytes for piece in pieces)
 
 
 # Reading

@@ -8,6 +8,7 @@ too, what is around has to say which is meant, or the user has.
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -229,11 +230,15 @@ class _Readings(NamedTuple):
         """Tries all axes, and those that the user names."""
         rule = options.layer_axis.find(*group.flax[0].paths)
         said = None
+        if differ := _other_rules(group, options):
+            return cls(group, {}, {(): Doubt(differ, "always")}, None)
         if rule is not None:
             said = _meant(rule[0]), rule[1].start("inside") != 0  # Not of all paths.
         read = cls(group, {}, {}, said)
+        in_front = [tuple(range(n)) for n in range(3)]
+        haikus = list(_sides(group.haiku, in_front, options))
         for axes in () if group.holes else (*(said[0] if said else ()), *_AXES):
-            for found in _readings(group, axes, depth, options):
+            for found in _readings(group, haikus, axes, depth, options):
                 if isinstance(found, Move):
                     read.fitting.setdefault(axes, []).append(found)
                 else:
@@ -258,6 +263,22 @@ class _Readings(NamedTuple):
         return list(found.values())
 
 
+def _other_rules(group: Group, options: Options) -> str:
+    """What to say if a rule is for some layers of a group only."""
+    for rules in (options.leaf, options.layer_axis):
+        found = {
+            leaf.raw: rule and (id(rule[0]), rule[1].re.pattern)
+            for leaf in group.flax
+            for rule in [rules.find(*leaf.paths)]
+        }
+        if len(set(found.values())) > 1:
+            return (
+                f"the rules in {rules.argument}= are not the same for all layers "
+                f"({', '.join(list(found)[:3])}, ...); write one, with * for the number"
+            )
+    return ""
+
+
 def _meant(axes: int | Axes) -> list[Axes]:
     """What a user may mean by the axes of layers: an axis may be that of two scans."""
     if isinstance(axes, tuple):
@@ -266,12 +287,15 @@ def _meant(axes: int | Axes) -> list[Axes]:
 
 
 def _readings(
-    group: Group, axes: Axes, depth: int | None, options: Options
+    group: Group,
+    haikus: Sequence[Side],
+    axes: Axes,
+    depth: int | None,
+    options: Options,
 ) -> Iterator[Move | Doubt]:
     """The readings of a group with layers on some axes, and doubtful ones."""
-    in_front = [tuple(range(n)) for n in range(3)]
     for flax in _sides(group.flax, [axes], options):
-        for haiku in _sides(group.haiku, in_front, options):
+        for haiku in haikus:
             if not _count_the_same(flax, haiku, depth):
                 continue
             found = _change(flax, haiku, depth, options)
@@ -368,7 +392,10 @@ class _Votes:
 
     def __init__(self, read: Iterable[_Readings]):
         self._votes: dict[tuple[str, str], set[Axes]] = collections.defaultdict(set)
+        self._layered: set[tuple[str, str]] = set()
         for one in read:
+            if layer_axes(one.group.flax[0], one.group.haiku[0]):
+                self._layered.update(_scopes(one))
             found = one.moves()
             if len(found) != 1:
                 continue
@@ -382,6 +409,18 @@ class _Votes:
                 continue
             for scope in _scopes(one):
                 self._votes[scope].add(vote)
+
+    def is_free_of_layers(self, one: _Readings) -> bool:
+        """Whether a kernel has nothing around it that is known to have layers.
+
+        That of a convolution of colours, `[3, 3, 3, 8]`, would often fit as a stack;
+        but a layer that returns more than it is given cannot be stacked.
+        """
+        leaf = one.group.flax[0]
+        shape = leaf.pieces[0].shape
+        if not leaf.is_kernel or len(shape) < 4 or shape[-1] == shape[-2]:
+            return False
+        return not any(scope in self._layered for scope in _scopes(one))
 
     def of(self, one: _Readings) -> set[Axes]:
         """The votes in the nearest scope that has some."""
@@ -413,6 +452,8 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
             for move in found
             if voted == {() if move.is_in_order else move.flax.axes}
         ] or found
+    if len(found) > 1 and not voted and votes.is_free_of_layers(one):
+        found = [move for move in found if move.is_in_order]
     if len(found) == 1:
         return found[0]
     return _unclear(one, found) if found else _difference(one.group)
@@ -450,7 +491,7 @@ def _unclear(one: _Readings, found: Sequence[Move]) -> str:
     axes = list(dict.fromkeys(move.flax.axes for move in found if move.flax.axes))
     where = " or ".join(f"axis {', '.join(map(str, a))}" for a in axes[:4])
     scope = leaf.raw.rpartition("/")[0] or leaf.raw
-    example = axes[0][0] if len(axes[0]) == 1 else axes[0]
+    example = axes[0]
     return (
         f"its layers may be on {where}, or in front, as some sizes are equal; say "
         f'which, as nn.scan was told (variable_axes={{"{leaf.collection}": ...}}): '
@@ -492,6 +533,9 @@ def layer_axes(flax: Leaf, haiku: Leaf) -> int | None:
     """How many of the axes of a leaf in Haiku are of layers, if its name tells."""
     if len(haiku.pieces) > 1:
         return len(haiku.pieces[0].shape)  # A counter has no axes of its own.
+    if flax.is_kernel:
+        rank = names.kernel_rank(haiku.raw.split("/")[:-1])
+        return None if rank is None else max(0, len(_shape(haiku)) - rank)
     if flax.rank is None:
         return None
     depth = sum(size != 1 for size in _shape(haiku)) - flax.rank
@@ -506,11 +550,13 @@ def _shape(leaf: Leaf) -> Shape:
 # Changes of one layer
 
 
-def _same(array: np.ndarray) -> np.ndarray:
+def same(array: np.ndarray) -> np.ndarray:
+    """No change."""
     return array
 
 
-def _swapped(array: np.ndarray) -> np.ndarray:
+def swapped(array: np.ndarray) -> np.ndarray:
+    """With the last two axes the other way round."""
     return np.swapaxes(array, -1, -2)
 
 
@@ -532,7 +578,7 @@ def _change(
         is_stack = not haiku.axes and bool(depth)
         return _convolution(leaf, haiku.leaves[0], old, new, is_stack)
     if old == new:
-        return Change("", _same, _same)
+        return Change("", same, same)
     if _is_reshape(leaf, old, new):
         return Change("reshape", lambda x: x.reshape(new), lambda x: x.reshape(old))
     return None
@@ -543,15 +589,22 @@ _RULE = "rule"
 
 def _by_rule(rule: Any, old: Shape, new: Shape, leaf: Leaf) -> Change | Doubt:
     to_haiku, to_flax = rule
-    try:
-        found = np.shape(to_haiku(np.zeros(old, leaf.dtype)))
-    except Exception as error:  # A function of the user's, on a shape of ours.
-        text = f"its rule in leaf= fails on shape {list(old)}: {error!r}"
-        return Doubt(text, "alone")
+    found = _result_of(to_haiku, old, leaf.dtype)
+    if isinstance(found, str):
+        return Doubt(f"its rule in leaf= fails on shape {list(old)}: {found}", "alone")
     if found == new:
         return Change(_RULE, to_haiku, to_flax)
     text = f"its rule in leaf= makes {list(found)} of {list(old)}, not {list(new)}"
     return Doubt(text, "alone")
+
+
+@functools.lru_cache(maxsize=1024)
+def _result_of(function: Any, shape: Shape, dtype: np.dtype) -> Shape | str:
+    """The shape that a user's function gives for one, or how it fails."""
+    try:
+        return np.shape(function(np.zeros(shape, dtype)))
+    except Exception as error:
+        return repr(error)
 
 
 def _convolution(
@@ -560,17 +613,17 @@ def _convolution(
     """Transposed convolutions have their last two axes the other way round."""
     said = {names.is_transposed(leaf.raw.split("/")[:-1]) for leaf in (flax, haiku)}
     said -= {None}
-    swapped = (*old[:-2], old[-1], old[-2])
+    turned = (*old[:-2], old[-1], old[-2])
     if True in said:
-        swap = Change("last axes swapped", _swapped, _swapped)
-        return swap if swapped == new else None
-    if old == new == swapped and not (said or is_stack):
+        swap = Change("last axes swapped", swapped, swapped)
+        return swap if turned == new else None
+    if old == new == turned and not (said or is_stack):
         return Doubt(
             "it may be a convolution or a transposed one, as its sizes are equal; say "
             f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED',
             "in order",
         )
-    return Change("", _same, _same) if old == new else None
+    return Change("", same, same) if old == new else None
 
 
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:

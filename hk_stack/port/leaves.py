@@ -7,6 +7,7 @@ them apart, one layer at a time, on the last axes of the arrays.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -33,6 +34,11 @@ class Piece(NamedTuple):
     place: int
     shape: Shape
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}".replace(", ", ",")
@@ -108,12 +114,13 @@ class Leaf(NamedTuple):
     @property
     def num_elements(self) -> int:
         """How many numbers it holds."""
-        return size(self.codec.shape([piece.shape for piece in self.pieces]))
+        return math.prod(self.codec.shape([piece.shape for piece in self.pieces]))
 
     def __str__(self) -> str:
         if len(self.pieces) == 1:
             return str(self.pieces[0])
-        scope = "/".join(_common([piece.name.split("/") for piece in self.pieces]))
+        paths = [tuple(piece.name.split("/")) for piece in self.pieces]
+        scope = "/".join(functools.reduce(names.beginning, paths))
         inside = [piece.name[len(scope) :].lstrip("/") for piece in self.pieces]
         last = str(self.pieces[-1]).rpartition(" ")[2]
         return f"{scope}/{{{','.join(inside)}}} {last}"
@@ -247,14 +254,12 @@ def of_flax(variables: Any, rename: names.Rules) -> list[Leaf]:
     for entry in entries:
         for i in range(len(entry.path)):
             inside[entry.kind, entry.path[:i]].add(entry.path[i])
+    near: dict[Any, dict[names.Path, _Entry]] = collections.defaultdict(dict)
+    for entry in entries:
+        near[entry.kind, entry.path[:-2]][entry.path[-2:]] = entry
     leaves: list[Leaf] = []
-    for (kind, module), found in inside.items():
-        by_name = {
-            entry.path[len(module) :]: entry
-            for entry in entries
-            if entry.kind == kind and entry.path[: len(module)] == module
-        }
-        if cell := _cell(found, by_name):
+    for (kind, module), by_name in near.items():
+        if cell := _cell(inside[kind, module], by_name):
             leaves += _cell_leaves(module, by_name, cell, rename)
     taken = {piece.place for leaf in leaves for piece in leaf.pieces}
     rest = [entry for entry in entries if entry.piece.place not in taken]
@@ -470,7 +475,7 @@ def _rank(entry: _Entry, siblings: set[str]) -> int | None:
         return 2
     is_norm = bool(module) and names.parts(module)[-1].base in _NORMS
     is_vector = name == "bias" and siblings & {"kernel", "scale"}
-    is_scale = name == "scale" and (is_norm or siblings == {"scale", "bias"})
+    is_scale = name == "scale" and (is_norm or siblings <= {"scale", "bias"})
     return 1 if is_vector or is_scale else None
 
 
@@ -483,7 +488,7 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
     modules: dict[tuple[str, names.Path], list[tuple[str, Piece]]] = {}
     index = 0
     for kind, tree in (("params", params), ("state", state)):
-        for path, leaf in _paths(tree):
+        for path, leaf in _paths({} if tree is None else tree):
             piece = _piece("/".join((kind, *path)), index, leaf)
             modules.setdefault((kind, path[:-1]), []).append((path[-1], piece))
             index += 1
@@ -524,18 +529,3 @@ def _spectral(module: names.Path) -> names.Path:
         return module
     inside = module[-1].split("__")
     return (*module[:-1], *(part for part in inside if part not in ("_tilde", "~")))
-
-
-def _common(paths: Sequence[Sequence[str]]) -> list[str]:
-    """The longest common beginning."""
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return common
-
-
-def size(shape: Shape) -> int:
-    """How many elements an array of `shape` has."""
-    return math.prod(shape)

@@ -11,7 +11,7 @@ import collections
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from hk_stack.port import layers, names
@@ -123,14 +123,8 @@ class _Pair(NamedTuple):
         theirs = {tuple(n[i] for i, _ in self.aligned): n for n in flax}
         ours = {tuple(n[j] for _, j in self.aligned): n for n in haiku}
         both = sorted(theirs.keys() & ours.keys())
-        vary = [
-            (len(set(a)) > 1, len(set(b)) > 1)
-            for a, b in zip(
-                zip(*theirs, strict=True), zip(*ours, strict=True), strict=True
-            )
-        ]
-        if (True, False) in vary and (False, True) in vary:
-            both = []  # Each tree counts something else.
+        if self.flax_name != self.haiku_name or _count_others(theirs, ours):
+            both = []  # Numbers are not known to be those of the same modules.
         group = Group(
             tuple(self.flax[n] for n in flax),
             tuple(self.haiku[n] for n in haiku),
@@ -138,6 +132,13 @@ class _Pair(NamedTuple):
         )
         holes = tuple(numbers.holes(self, flax, haiku))
         return group._replace(holes=holes)
+
+
+def _count_others(theirs: Iterable[Numbers], ours: Iterable[Numbers]) -> bool:
+    """Whether each tree has several numbers where the other has one."""
+    both = zip(zip(*theirs, strict=True), zip(*ours, strict=True), strict=True)
+    vary = {(len(set(a)) > 1, len(set(b)) > 1) for a, b in both}
+    return vary >= {(True, False), (False, True)}
 
 
 def _split(family: Family, positions: Sequence[int]) -> dict[Numbers, list[Numbers]]:
@@ -289,7 +290,7 @@ class _Renaming(NamedTuple):
 
     def is_of_no_name(self) -> bool:
         """Whether it renames a scope that has the name of its class only."""
-        start = len(_beginning(self.old, self.new))
+        start = len(names.beginning(self.old, self.new))
         old, new = self.old[start:], self.new[start:]
         return any(name.startswith(_OF_CLASSES) for name in (*old[:1], *new[:1]))
 
@@ -308,12 +309,6 @@ def _common_parts(old: names.Path, new: names.Path) -> list[tuple[int, int]]:
 
 # Of Flax's transforms, and of Haiku's stacks.
 _OF_CLASSES = ("scan_", "vmap_", "remat_", "checkpoint_", "__layer_stack_")
-
-
-def _beginning(a: names.Path, b: names.Path) -> names.Path:
-    """The longest common beginning."""
-    pairs = itertools.takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False))
-    return tuple(x for x, _ in pairs)
 
 
 def _paired(
@@ -344,7 +339,12 @@ def _paired(
         if not any(id(leaf) in paired for leaf in family.values())
     }
     is_only = not any(_is_layered(pair.flax, pair.haiku) for pair in pairs)
-    while renaming := _scope_of_layers(theirs, ours, is_only):
+    done = {
+        (name[0], name[1][:-1])
+        for pair in pairs
+        for name in (pair.flax_name, pair.haiku_name)
+    }
+    while renaming := _scope_of_layers(theirs, ours, done, is_only):
         take(theirs, renaming)
     return pairs, _near(theirs, ours)
 
@@ -356,7 +356,7 @@ def _around_everything(
 
     def around(keys: Iterable[Key]) -> names.Path:
         paths = [name[:-1] for _, name in keys]
-        return functools.reduce(_beginning, paths) if paths else ()
+        return functools.reduce(names.beginning, paths) if paths else ()
 
     old, new = around(theirs), around(ours)
     choices = [_Renaming(old[:i], ()) for i in range(len(old) + 1)]
@@ -367,7 +367,10 @@ def _around_everything(
 
 
 def _scope_of_layers(
-    theirs: Mapping[Key, Family], ours: Mapping[Key, Family], is_only: bool
+    theirs: Mapping[Key, Family],
+    ours: Mapping[Key, Family],
+    done: Set[Key],
+    is_only: bool,
 ) -> _Renaming | None:
     """The scope of a stack that has another name in the other tree, if one will do.
 
@@ -379,6 +382,8 @@ def _scope_of_layers(
     found: list[tuple[dict[Key, Key], _Renaming]] = []
     for renaming in _renamings(theirs, ours):
         hits = renaming.mapping(theirs, ours)
+        if any((kind, name[:-1]) in done for kind, name in (*hits, *hits.values())):
+            continue  # A module that has its namesake has no other partner.
         is_all = is_only and len(hits) == len(theirs) == len(ours)
         if (
             (is_all or renaming.drops_only() or renaming.is_of_no_name())
@@ -411,7 +416,7 @@ def _renamings(theirs: Iterable[Key], ours: Iterable[Key]) -> list[_Renaming]:
         for other_kind, other in ours:
             if kind != other_kind:
                 continue
-            same = len(_beginning(name[::-1], other[::-1]))
+            same = len(names.beginning(name[::-1], other[::-1]))
             for end in range(1, same + 1):
                 found[_Renaming(name[:-end], other[:-end])] = None
     return list(found)
@@ -425,40 +430,53 @@ def _is_layered(flax: Family, haiku: Family) -> bool:
 
 
 def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near]:
-    """Renamings that would pair families, best first."""
-    found = []
+    """Renamings that would pair families, best first, as one would write them."""
+    found: dict[tuple[str, str], Near] = {}
     for renaming in _renamings(theirs, ours):
         hits = renaming.mapping(theirs, ours)
         key, other = next(iter(hits.items()))
-        old = _written(renaming.old, theirs[key])
-        new = _written(renaming.new, ours[other], numbered=old.count("*"))
-        if "*" in new and "*" not in old:  # One of several modules: of which sizes?
-            sizes = [next(iter(theirs[k].values())).num_elements for k in hits]
-            family = {
-                numbers: leaf
-                for numbers, leaf in ours[other].items()
-                if leaf.num_elements == sizes[0]
-            }
-            new = _written(renaming.new, dict([*family.items()][:1]) or ours[other])
-        if old.count("*") == new.count("*"):
-            found.append(Near(old, new, len(hits)))
-    found.sort(key=lambda near: (-near.hits, len(near.old) + len(near.new)))
-    return found
+        flax, haiku = theirs[key], ours[other]
+        sized = [
+            x for x in haiku.values() if x.num_elements == _first(flax).num_elements
+        ]
+        after = len(key[1]) - len(renaming.old)
+        old, new = _written(flax, sized[0] if sized else _first(haiku), after)
+        if new:
+            near = Near(old, new, len(hits))
+            found[old, new] = max(
+                near, found.get((old, new), near), key=lambda n: n.hits
+            )
+    return sorted(found.values(), key=lambda n: (-n.hits, len(n.old) + len(n.new)))
 
 
-def _written(scope: names.Path, family: Family, numbered: int = 0) -> str:
-    """A scope as a rule names it, with `*` where there are many numbers."""
-    numbers, leaf = next(iter(family.items()))
-    raw = _modules(leaf)
-    around = max(0, len(raw) - len(numbers))  # Modules around everything.
-    raw = raw[: around + len(scope)]
-    several = [False] * around
-    several += [len({n[i] for n in family}) > 1 for i in range(len(numbers))]
-    parts = [
-        f"{re.sub('_[0-9]+$', '', part)}_*" if several[i] else part
-        for i, part in enumerate(raw)
-    ]
-    missing = numbered - "/".join(parts).count("*")
-    if parts and missing > 0:  # The numbers count layers, which have no name here.
-        parts[-1] += "_*" * missing
-    return "/".join(parts)
+def _first(family: Family) -> Leaf:
+    return next(iter(family.values()))
+
+
+def _written(flax: Family, haiku: Leaf, after: int) -> tuple[str, str]:
+    """A rule for all but the last parts of two names, with `*` for layers' numbers.
+
+    Args:
+      flax: A family in Flax.
+      haiku: A leaf of the one in Haiku.
+      after: How many parts, the leaf's own included, are the same in both.
+    """
+    leaf = _first(flax)
+    old, new = ([*_modules(x), ""] for x in (leaf, haiku))
+    old, new = old[: len(old) - after], new[: len(new) - after]
+    numbers = list(zip(*flax, strict=True))[: len(old)]
+    around = len(_modules(leaf)) - len(next(iter(flax)))
+    for i, found in enumerate(numbers, start=around):
+        if len(set(found)) > 1 and i < len(old):
+            base = _base(old[i])
+            old[i] = f"{base}_*"
+            same = [j for j, part in enumerate(new) if _base(part) == base]
+            if new:
+                j = same[0] if same else len(new) - 1
+                new[j] = f"{_base(new[j])}_*"
+    is_alike = "/".join(old).count("*") == "/".join(new).count("*")
+    return ("/".join(old), "/".join(new)) if is_alike else ("", "")
+
+
+def _base(part: str) -> str:
+    return re.sub("_[0-9]+$", "", part)

@@ -6,6 +6,7 @@ second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than th
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,13 @@ from typing import Any, NamedTuple
 from hk_stack import layout
 
 Path = tuple[str, ...]
+
+
+def beginning(a: Iterable[str], b: Iterable[str]) -> Path:
+    """The longest common beginning of two names."""
+    pairs = itertools.takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False))
+    return tuple(x for x, _ in pairs)
+
 
 _ALIASES = {
     "Conv": "conv",
@@ -96,6 +104,15 @@ def _snake_case(name: str) -> str:
     return re.sub(r"((?<=[a-z0-9])[A-Z]|(?!^)[A-Z](?=[a-z]))", r"_\1", name).lower()
 
 
+def kernel_rank(path: Sequence[str]) -> int | None:
+    """How many axes the kernel of a module of Haiku has, if the name tells."""
+    last = next((name for name in reversed(path) if name != "~"), "")
+    if _part(last, False).base == "linear":
+        return 2
+    match = re.fullmatch(r"(depthwise_)?conv([123])_d(_transpose)?(_\d+)?", last)
+    return int(match[2]) + 2 if match else None
+
+
 def is_transposed(path: Sequence[str]) -> bool | None:
     """Whether a name is that of a transposed convolution; None if it may be."""
     base = parts(path)[-1].base if path else ""
@@ -104,6 +121,7 @@ def is_transposed(path: Sequence[str]) -> bool | None:
     return False if base in ("conv", "linear") else None
 
 
+@functools.cache
 def _pattern(pattern: str) -> str:
     template = "/".join(part for part in pattern.split("/") if part)
     return layout.pattern(template, "") if template else "(?P<inside>.*)"
@@ -125,7 +143,6 @@ class Rules:
             )
         self.argument = argument
         self.rules = dict(rules)
-        self.used: set[str] = set()
 
     def find(self, *paths: str) -> tuple[Any, re.Match[str]] | None:
         """The first rule that fits one of the `paths`, and how."""
@@ -133,13 +150,16 @@ class Rules:
             for path in paths:
                 match = re.fullmatch(_pattern(pattern), path)
                 if match:
-                    self.used.add(pattern)
                     return value, match
         return None
 
-    def unused(self) -> list[str]:
-        """Patterns that fit nothing."""
-        return [pattern for pattern in self.rules if pattern not in self.used]
+    def unused(self, paths: Sequence[str]) -> list[str]:
+        """Patterns that fit none of the `paths`."""
+        return [
+            pattern
+            for pattern in self.rules
+            if not any(re.fullmatch(_pattern(pattern), path) for path in paths)
+        ]
 
 
 def renamed(rename: Rules, collection: str, path: Path) -> tuple[Path, int] | None:
@@ -153,8 +173,11 @@ def renamed(rename: Rules, collection: str, path: Path) -> tuple[Path, int] | No
     if len(pieces) != len(texts) + 1:
         raise ValueError(
             f"port: rename to {new!r} has {len(pieces) - 1} '*', the path in Flax has "
-            f"{len(texts)}. What they stand for is copied in order, so give as many."
+            f"{len(texts)}. What they stand for is copied in order, so give as many. A "
+            "number of layers is written even where Haiku has a stack: block_*."
         )
     filled = pieces[0] + "".join(t + p for t, p in zip(texts, pieces[1:], strict=True))
     rest = len([p for p in (inside or "").split("/") if p])
+    if len(match.string.split("/")) > len(path):  # The rule names the collection.
+        filled = filled.removeprefix(f"{collection}/")
     return tuple(p for p in filled.split("/") if p), len(path) - rest

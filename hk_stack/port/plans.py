@@ -1,7 +1,7 @@
 """What goes where: the readable plan of a port, and what is wrong with it."""
 
-import collections
 import difflib
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -41,12 +41,14 @@ class Plan(NamedTuple):
       moves: Those that can go.
       near: Renamings that would pair more leaves.
       unused_rules: Rules that fit nothing.
+      has_state: Whether there is something else than parameters, in Flax and in Haiku.
     """
 
     rows: tuple[Row, ...]
     moves: tuple[layers.Move, ...]
     near: tuple[match.Near, ...]
     unused_rules: tuple[str, ...]
+    has_state: tuple[bool, bool]
 
     @property
     def ok(self) -> bool:
@@ -68,26 +70,20 @@ class Plan(NamedTuple):
             style = "" if row.status in ("ok", "ignored") else "bold red"
             cells = [*map(rich.text.Text, _cells(row))]
             table.add_row(*cells, rich.text.Text(row.status, style=style))
-        texts = map(rich.text.Text, [self.headline(), "", *self.problems()])
-        first, _, *rest = texts
+        first, *rest = map(rich.text.Text, [self.headline(), *self.problems()])
         return rich.console.Group(first, table, *rest)
 
     def headline(self) -> str:
         """How much of both trees goes where, in one line."""
-        moved = [[p for x in s.leaves for p in x.pieces] for s in self._sides("flax")]
-        made = [[p for x in s.leaves for p in x.pieces] for s in self._sides("haiku")]
-        nbytes = sum(
-            leaves.size(p.shape) * p.dtype.itemsize for pieces in made for p in pieces
-        )
+        moved = [[p for x in m.flax.leaves for p in x.pieces] for m in self.moves]
+        made = [[p for x in m.haiku.leaves for p in x.pieces] for m in self.moves]
+        nbytes = sum(piece.nbytes for pieces in made for piece in pieces)
         bad = [row for row in self.rows if row.status not in ("ok", "ignored")]
         end = f"; {len(bad)} rows need a look" if bad else ""
         return (
             f"{sum(map(len, moved))} leaves of Flax -> {sum(map(len, made))} leaves of "
             f"Haiku, {report.si(nbytes)}B{end}"
         )
-
-    def _sides(self, name: str) -> list[layers.Side]:
-        return [getattr(move, name) for move in self.moves]
 
     def problems(self, most: int = 12) -> list[str]:
         """What is wrong and what to write, a line each."""
@@ -104,7 +100,7 @@ class Plan(NamedTuple):
             if len(rows) > most:
                 lines.append(f"  and {len(rows) - most} more")
         lines += self.unused_rules
-        lines += self._suggestions()
+        lines += [] if self.ok else [*self._suggestions(), *self._without_state()]
         return lines
 
     def _suggestions(self) -> list[str]:
@@ -114,6 +110,14 @@ class Plan(NamedTuple):
         old, new, hits = self.near[0]
         count = f"{hits} more names" if hits > 1 else "one more name"
         return [f'rename={{"{old}": "{new}"}} would match {count}, if all fits.']
+
+    def _without_state(self) -> list[str]:
+        """What to give if one tree has no state at all."""
+        if self.has_state == (False, True):
+            return ['The variables hold parameters only, no "batch_stats".']
+        if self.has_state == (True, False):
+            return ["There is no state in Haiku's tree: give (params, state)."]
+        return []
 
 
 _TITLES = ["Flax", "Haiku", "change", "shape", "status"]
@@ -126,13 +130,24 @@ _TITLES_OF_PROBLEMS = {
 }
 
 
-def of_match(found: match.Matched, ignore: names.Rules, *, cast: bool) -> Plan:
+def of_match(
+    found: match.Matched,
+    flax: Sequence[leaves.Leaf],
+    haiku: Sequence[leaves.Leaf],
+    ignore: names.Rules,
+    *,
+    cast: bool,
+    unused_rules: Sequence[str],
+) -> Plan:
     """The plan of a match.
 
     Args:
       found: The match.
+      flax: All leaves of Flax.
+      haiku: All leaves of Haiku.
       ignore: Patterns of leaves that may be left over.
       cast: Whether dtypes may change.
+      unused_rules: What to say of rules that fit nothing.
     """
     rows = []
     moves = []
@@ -142,12 +157,23 @@ def of_match(found: match.Matched, ignore: names.Rules, *, cast: bool) -> Plan:
         if row.status == "ok":
             moves.append(move)
     for unfit in found.unfit:
-        rows.append(
-            Row(_all(unfit.flax), _all(unfit.haiku), "", "", "differs", unfit.why)
-        )
+        both = (*unfit.flax, *unfit.haiku)
+        is_ignored = all(ignore.find(*leaf.paths) for leaf in both)
+        status, why = ("ignored", "") if is_ignored else ("differs", unfit.why)
+        rows.append(Row(_all(unfit.flax), _all(unfit.haiku), "", "", status, why))
     rows += _left_over(found.flax, found.haiku, ignore, "unused")
     rows += _left_over(found.haiku, found.flax, ignore, "missing")
-    return Plan(tuple(rows), tuple(moves), tuple(found.near), ())
+    return Plan(
+        tuple(rows),
+        tuple(moves),
+        tuple(found.near),
+        tuple(unused_rules),
+        (_has_state(flax), _has_state(haiku)),
+    )
+
+
+def _has_state(several: Sequence[leaves.Leaf]) -> bool:
+    return any(leaf.kind == "state" for leaf in several)
 
 
 def _moved(move: layers.Move, cast: bool) -> Row:
@@ -158,7 +184,7 @@ def _moved(move: layers.Move, cast: bool) -> Row:
     if len(old | new) > 1:
         text = [", ".join(sorted(map(str, dtypes))) for dtypes in (old, new)]
         labels.append(f"{text[0]} -> {text[1]}")
-        if not all(map(_is_castable, *zip(*itertools.product(old, new), strict=True))):
+        if not all(is_castable(a, b) for a in old for b in new):
             status, why = "kind", f"{text[0]} in Flax, {text[1]} in Haiku"
         elif not cast:
             status, why = "dtype", f"{text[0]} in Flax, {text[1]} in Haiku"
@@ -170,8 +196,8 @@ def _moved(move: layers.Move, cast: bool) -> Row:
     return Row(_all(flax), _all(haiku), change, shape, status, why)
 
 
-def _is_castable(old: Any, new: Any) -> bool:
-    """Between kinds of numbers nothing is cast, as that would lose what they mean."""
+def is_castable(old: Any, new: Any) -> bool:
+    """Whether two dtypes are of one kind: across kinds, casts lose what is meant."""
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
     return any(jnp.issubdtype(old, k) and jnp.issubdtype(new, k) for k in kinds)
 
@@ -202,15 +228,21 @@ def _left_over(
     ignore: names.Rules,
     status: str,
 ) -> Iterator[Row]:
-    counts = collections.Counter(map(_name, left))
+    same: dict[Any, list[leaves.Leaf]] = {}
     for leaf in left:
-        is_ignored = ignore.find(leaf.raw, f"{leaf.collection}/{leaf.raw}") is not None
-        found = "ignored" if is_ignored else status
-        why = "" if is_ignored else _nearest(leaf, others)
-        if counts[_name(leaf)] > 1 and not is_ignored:
-            why = _twice(leaf, left)
+        same.setdefault(_name(leaf), []).append(leaf)
+    for i, leaf in enumerate(left):
+        is_ignored = ignore.find(*leaf.paths) is not None
+        why = ""
+        # To compare each with each takes long, and nobody reads that much.
+        if not is_ignored and i < _MOST_COMPARED:
+            twins = [other for other in same[_name(leaf)] if other is not leaf]
+            why = _twice(leaf, twins) if twins else _nearest(leaf, others)
         sides = (str(leaf), "") if status == "unused" else ("", str(leaf))
-        yield Row(*sides, "", "", found, why)
+        yield Row(*sides, "", "", "ignored" if is_ignored else status, why)
+
+
+_MOST_COMPARED = 48
 
 
 def _name(leaf: leaves.Leaf) -> tuple[Any, ...]:
@@ -218,13 +250,12 @@ def _name(leaf: leaves.Leaf) -> tuple[Any, ...]:
     return leaf.kind, names.parts(leaf.path[:-1]), leaf.path[-1]
 
 
-def _twice(leaf: leaves.Leaf, left: Sequence[leaves.Leaf]) -> str:
+def _twice(leaf: leaves.Leaf, twins: Sequence[leaves.Leaf]) -> str:
     _, module, name = _name(leaf)
     path = "/".join(part.base for part in module)
-    same = [str(one) for one in left if _name(one) == _name(leaf) and one is not leaf]
     return (
-        f"{', '.join(same)} would have its name in Haiku too, {path}/{name}; rename "
-        "one of them"
+        f"{', '.join(map(str, twins))} would have its name in Haiku too, "
+        f"{path}/{name}; rename one of them"
     )
 
 
@@ -234,25 +265,35 @@ def _nearest(leaf: leaves.Leaf, others: Sequence[leaves.Leaf]) -> str:
         return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
 
     def likeness(other: leaves.Leaf) -> float:
-        named = difflib.SequenceMatcher(None, "/".join(leaf.path), "/".join(other.path))
-        same_size = leaf.num_elements == other.num_elements
-        return named.ratio() + (0.5 if same_size else 0.0)
+        same_size = 0.5 if leaf.num_elements == other.num_elements else 0.0
+        return same_size + _likeness("/".join(leaf.path), "/".join(other.path))
 
-    ranked = sorted(others, key=likeness, reverse=True)[:2]
+    # Those of the same size alone, where there are many.
+    alike = [other for other in others if leaf.num_elements == other.num_elements]
+    ranked = sorted((alike or others)[:_MOST_COMPARED], key=likeness, reverse=True)[:2]
     close = [str(other) for other in ranked if likeness(other) > 0.6]
     return f"nearest are {' and '.join(close)}" if close else ""
+
+
+@functools.cache
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _cells(row: Row) -> list[str]:
     return [row.flax, row.haiku, row.change, row.shape]
 
 
-def unused(rules: Sequence[names.Rules], paths: Sequence[str]) -> list[str]:
+def unused(
+    rules: Sequence[names.Rules], everything: Sequence[leaves.Leaf]
+) -> list[str]:
     """What to say of rules that fit no leaf."""
+    paths = [path for leaf in everything for path in leaf.paths]
     lines = []
     for group in rules:
-        for pattern in group.unused():
-            close = difflib.get_close_matches(pattern, paths, n=2, cutoff=0.4)
+        for pattern in group.unused(paths):
+            raw = list(dict.fromkeys(leaf.raw for leaf in everything))
+            close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
             near = f" Near it are: {', '.join(close)}." if close else ""
             lines.append(
                 f"{group.argument}: {pattern!r} is the beginning of no leaf's path."
