@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
-from hk_stack import report
+from hk_stack import checkpoint, report
 from hk_stack.port import leaves, names, plan
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
@@ -39,6 +39,7 @@ _IGNORE = flags.DEFINE_multi_string(
 _LAYER_AXIS = flags.DEFINE_integer(
     "layer_axis", None, "The axis on which nn.scan put the layers."
 )
+_CAST = flags.DEFINE_bool("cast", False, "Whether dtypes may differ.")
 _INTERLEAVE = flags.DEFINE_bool(
     "interleave", None, "Whether a scan is over blocks of numbered layers."
 )
@@ -46,6 +47,7 @@ _INTERLEAVE = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
     """Prints the checkpoint, or what goes where."""
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of each step.
     if len(argv) != 2:
         raise app.UsageError("expected one checkpoint: python -m hk_stack.port PATH")
     try:
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
             return
         found = plan(tree, _params_and_state(read(_LIKE.value)), **_rules())
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"{argv[1]}: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         sys.exit(2)
     _show(found)
     sys.exit(0 if found.ok else 1)
@@ -79,6 +81,7 @@ def _rules() -> dict[str, Any]:
         "ignore": _IGNORE.value,
         "layer_axis": _LAYER_AXIS.value,
         "interleave": _INTERLEAVE.value,
+        "cast": _CAST.value,
     }
 
 
@@ -145,25 +148,26 @@ def read(path: str) -> Any:
       ValueError: If it cannot be read.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError("there is no such file or folder.")
+        raise FileNotFoundError(f"{path}: there is no such file or folder.")
     suffix = pathlib.Path(path).suffix
     if suffix in (".pkl", ".pickle"):
         raise ValueError(
-            "a pickle runs code when it is read. Load it yourself if you trust it, and "
-            "call hk_stack.port.plan(variables, like)."
+            f"{path}: a pickle runs code when it is read. If you trust it, load it "
+            "yourself, and call hk_stack.port.plan(variables, like)."
         )
     reader = _folder if os.path.isdir(path) else _READERS.get(suffix, _msgpack)
     try:
-        tree = reader(path)
+        tree = _own(path) if _is_own(path) else reader(path)
     except (OSError, ImportError):
         raise
     except Exception as error:  # Of many libraries.
         kind = _KINDS[reader.__name__]
-        raise ValueError(f"it is no {kind}, or is damaged: {error}") from error
+        text = f"{path}: it is no {kind}, or is damaged: {error}"
+        raise ValueError(text) from error
     if not jax.tree.leaves(tree):
         steps = ", ".join(sorted(os.listdir(path))[:4]) if os.path.isdir(path) else ""
         inside = f" Name what is inside of it: {steps}." if steps else ""
-        raise ValueError(f"there are no arrays in it.{inside}")
+        raise ValueError(f"{path}: there are no arrays in it.{inside}")
     return jax.tree.map(_type, tree)
 
 
@@ -172,13 +176,31 @@ def _type(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
+def _is_own(path: str) -> bool:
+    """Whether `hk_stack.checkpoint` wrote it."""
+    if os.path.isdir(path):
+        return os.path.isdir(os.path.join(path, "about"))
+    if not path.endswith(".safetensors"):
+        return False
+    with _library("safetensors", "checkpoint").safe_open(path, "numpy") as file:
+        return "hk_stack.checkpoint" in (file.metadata() or {})
+
+
+def _own(path: str) -> Any:
+    """What `hk_stack.checkpoint` says of a checkpoint that it wrote."""
+    tree: dict[str, Any] = {}
+    for name, leaf in checkpoint.metadata(path).leaves.items():
+        _put(tree, name.split("/"), leaf)
+    return tree
+
+
 def _safetensors(path: str) -> Any:
     """Flat names, with slashes or with dots."""
     tree: dict[str, Any] = {}
     with _library("safetensors", "checkpoint").safe_open(path, "numpy") as file:
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
-            dtype = _DTYPES.get(part.get_dtype(), "uint8")
+            dtype = _DTYPES[part.get_dtype()]
             leaf = jax.ShapeDtypeStruct(part.get_shape(), dtype)
             _put(tree, re.split("/" if "/" in name else r"\.", name), leaf)
     return tree
@@ -211,9 +233,8 @@ def _folder(path: str) -> Any:
     """What orbax says of a folder; `value` is a box of NNX, no name."""
     orbax = _library("orbax.checkpoint", "checkpoint")
     folder = os.path.abspath(path)
-    for item in ("arrays", "default"):  # Of hk_stack, and of a checkpoint manager.
-        if os.path.isdir(os.path.join(folder, item)):
-            folder = os.path.join(folder, item)
+    if os.path.isdir(os.path.join(folder, "default")):  # Of a checkpoint manager.
+        folder = os.path.join(folder, "default")
     with orbax.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.metadata(folder)
     found = getattr(found, "item_metadata", found)

@@ -172,8 +172,8 @@ class Doubt(NamedTuple):
 
     Attributes:
       text: What to tell the user.
-      stands: Whether this reading makes others unclear: "always", "in order" (if they
-        give the same values as it would), or "alone" (it does not).
+      stands: Whether this reading makes others unclear: "always", "in order" or "out of
+        order" (if they are so), or "alone" (it does not).
     """
 
     text: str
@@ -304,11 +304,14 @@ def _readings(
                 yield found
             elif found and not (is_nested and flax.factors != haiku.factors):
                 yield Move(flax, haiku, found)
-            elif found and _may_be_nested(flax, haiku, options):
+            elif found:
+                is_meant = options.interleave is not None or not (
+                    flax.is_mixed or haiku.is_mixed
+                )
                 yield Doubt(
                     f"its layers are nested as {flax.factors} in Flax, and as "
                     f"{haiku.factors} in Haiku; port into a tree that is nested alike",
-                    "always",
+                    "always" if is_meant else "out of order",
                 )
 
 
@@ -328,11 +331,6 @@ def _sides(
                 yield side._replace(interleaved=interleaved)
 
 
-def _may_be_nested(flax: Side, haiku: Side, options: Options) -> bool:
-    """Whether nesting is meant, and not only possible."""
-    return options.interleave is not None or not (flax.is_mixed or haiku.is_mixed)
-
-
 def _count_the_same(flax: Side, haiku: Side, depth: int | None) -> bool:
     """Whether both have the same number of layers."""
     if flax.num_layers != haiku.num_layers:
@@ -349,9 +347,11 @@ def _count_the_same(flax: Side, haiku: Side, depth: int | None) -> bool:
 
 def _is_matrix(haiku: Side) -> bool:
     """Whether a layer has the weights of a linear layer, by name and by shape."""
-    leaf, shape = haiku.leaves[0], haiku.one_layer()
-    bases = [part.base for part in names.parts(leaf.path)]
-    return bases[-2:] == ["linear", "w"] and shape is not None and len(shape) == 2
+    return _is_linear(haiku.leaves[0]) and len(haiku.one_layer() or ()) == 2
+
+
+def _is_linear(haiku: Leaf) -> bool:
+    return names.kernel_rank(haiku.raw.split("/")[:-1]) == 2 and haiku.path[-1] == "w"
 
 
 def _side(leaves: tuple[Leaf, ...], axes: Axes) -> Side | None:
@@ -442,6 +442,8 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     stand = {"always"}
     if all(move.is_in_order for move in found):
         stand |= {"in order"} if found else {"in order", "alone"}
+    else:
+        stand |= {"out of order"}
     for axes, doubt in one.unclear.items():
         if doubt.stands in stand and _may_be(one, axes):
             return doubt.text
@@ -461,7 +463,9 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
 
 def _may_be(one: _Readings, axes: Axes) -> bool:
     """Whether some axes are not ruled out by those that the user names."""
-    return one.said is None or not one.said[1] or axes != () or not one.fitting
+    if one.said is None or not one.said[1] or not one.fitting:
+        return True
+    return axes in one.said[0]
 
 
 def _said(one: _Readings, meant: list[Axes], is_of_path: bool) -> list[Move]:
@@ -571,12 +575,14 @@ def _change(
     if flax.axes and len(old) < leaf.least_rank:
         return None
     rule = options.leaf.find(*leaf.paths)
-    if rule is not None:
+    is_usual = rule is not None and rule[0] == (same, same)
+    if rule is not None and not is_usual:
         is_other = depth is not None and len(haiku.axes) != depth
         return None if is_other else _by_rule(rule[0], old, new, leaf)
     if leaf.is_kernel and len(old) == len(new) >= 3:
         is_stack = not haiku.axes and bool(depth)
-        return _convolution(leaf, haiku.leaves[0], old, new, is_stack)
+        is_sure = is_usual or is_stack
+        return _convolution(leaf, haiku.leaves[0], old, new, is_sure)
     if old == new:
         return Change("", same, same)
     if _is_reshape(leaf, old, new):
@@ -608,7 +614,7 @@ def _result_of(function: Any, shape: Shape, dtype: np.dtype) -> Shape | str:
 
 
 def _convolution(
-    flax: Leaf, haiku: Leaf, old: Shape, new: Shape, is_stack: bool
+    flax: Leaf, haiku: Leaf, old: Shape, new: Shape, is_sure: bool
 ) -> Change | Doubt | None:
     """Transposed convolutions have their last two axes the other way round."""
     said = {names.is_transposed(leaf.raw.split("/")[:-1]) for leaf in (flax, haiku)}
@@ -617,10 +623,11 @@ def _convolution(
     if True in said:
         swap = Change("last axes swapped", swapped, swapped)
         return swap if turned == new else None
-    if old == new == turned and not (said or is_stack):
+    if old == new == turned and not (said or is_sure):
         return Doubt(
             "it may be a convolution or a transposed one, as its sizes are equal; say "
-            f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED',
+            f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED; '
+            'or leaf={"": hk_stack.port.SAME} if none of the model is transposed',
             "in order",
         )
     return Change("", same, same) if old == new else None
@@ -652,12 +659,18 @@ def _difference(group: Group) -> str:
         for side, name in ((group.flax, "Flax"), (group.haiku, "Haiku"))
         if len(side) > 1
     ]
+    if len(numbered) == 2:
+        return (
+            f"{' and '.join(numbered)}, but with other numbers; if they are the same "
+            "layers, say so of each: rename={...}"
+        )
     if numbered:
-        return f"{text}, with {' and '.join(numbered)}"
+        return f"{text}, with {numbered[0]}"
     if len(old) == len(new):
         axes = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
         text += "".join(f"; axis {i} is {old[i]}, not {new[i]}" for i in axes)
-        if (*old[:-2], *old[:-3:-1]) == new and flax.is_kernel and len(old) > 2:
+        is_wide = flax.is_kernel and len(old) > 2 and not _is_linear(haiku)
+        if is_wide and (*old[:-2], *old[:-3:-1]) == new:
             text += (
                 "; for a transposed convolution say "
                 f'leaf={{"{flax.raw}": hk_stack.port.TRANSPOSED}}'

@@ -282,7 +282,7 @@ def _flax_entries(variables: Any) -> list[_Entry]:
     entries = []
     for index, (path, leaf) in enumerate(paths):
         if has_collections:
-            collection, *rest = path
+            collection, rest = path[0], list(path[1:] or path)
         else:
             rest = list(path)
             named = path[-1] in ("mean", "var")
@@ -297,7 +297,10 @@ def _flax_entries(variables: Any) -> list[_Entry]:
 def _paths(tree: Any) -> list[tuple[names.Path, Any]]:
     """Leaves by their keys; a box around an array (`nn.Partitioned`) is no key."""
     if not isinstance(tree, Mapping):
-        raise TypeError(f"port: expected a dict of modules, not {type(tree).__name__}.")
+        raise TypeError(
+            f"port: expected a dict of modules, not {type(tree).__name__}. Give "
+            "variables as init returns them, or nnx.state(model); {} for no state."
+        )
     return [
         (tuple(part for key in path for part in _key(key)), leaf)
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -488,7 +491,7 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
     modules: dict[tuple[str, names.Path], list[tuple[str, Piece]]] = {}
     index = 0
     for kind, tree in (("params", params), ("state", state)):
-        for path, leaf in _paths({} if tree is None else tree):
+        for path, leaf in _paths(tree):
             piece = _piece("/".join((kind, *path)), index, leaf)
             modules.setdefault((kind, path[:-1]), []).append((path[-1], piece))
             index += 1

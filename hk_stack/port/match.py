@@ -123,7 +123,7 @@ class _Pair(NamedTuple):
         theirs = {tuple(n[i] for i, _ in self.aligned): n for n in flax}
         ours = {tuple(n[j] for _, j in self.aligned): n for n in haiku}
         both = sorted(theirs.keys() & ours.keys())
-        if self.flax_name != self.haiku_name or _count_others(theirs, ours):
+        if self.flax_name != self.haiku_name or _count_otherwise(theirs, ours):
             both = []  # Numbers are not known to be those of the same modules.
         group = Group(
             tuple(self.flax[n] for n in flax),
@@ -134,10 +134,17 @@ class _Pair(NamedTuple):
         return group._replace(holes=holes)
 
 
-def _count_others(theirs: Iterable[Numbers], ours: Iterable[Numbers]) -> bool:
-    """Whether each tree has several numbers where the other has one."""
+def _count_otherwise(theirs: Iterable[Numbers], ours: Iterable[Numbers]) -> bool:
+    """Whether numbers do not say of themselves which modules are the same.
+
+    So it is where each tree has several numbers where the other has one, and where
+    they have as many, but others: one counts from 0, the other from 1.
+    """
     both = zip(zip(*theirs, strict=True), zip(*ours, strict=True), strict=True)
-    vary = {(len(set(a)) > 1, len(set(b)) > 1) for a, b in both}
+    counts = [(len(set(a)), len(set(b)), set(a) == set(b)) for a, b in both]
+    if any(a == b > 1 and not are_same for a, b, are_same in counts):
+        return True
+    vary = {(a > 1, b > 1) for a, b, _ in counts}
     return vary >= {(True, False), (False, True)}
 
 
@@ -441,7 +448,7 @@ def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near
         ]
         after = len(key[1]) - len(renaming.old)
         old, new = _written(flax, sized[0] if sized else _first(haiku), after)
-        if new:
+        if new and new != old:
             near = Near(old, new, len(hits))
             found[old, new] = max(
                 near, found.get((old, new), near), key=lambda n: n.hits

@@ -118,7 +118,7 @@ def is_transposed(path: Sequence[str]) -> bool | None:
     base = parts(path)[-1].base if path else ""
     if re.search("transpos|deconv", base):
         return True
-    return False if base in ("conv", "linear") else None
+    return False if re.fullmatch("conv_?[0-9]*|linear", base) else None
 
 
 @functools.cache
