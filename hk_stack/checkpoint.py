@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from jax.tree_util import DictKey, keystr
 
+from hk_stack import layout
+
 Path = str | os.PathLike[str]
 
 _FORMAT = "hk_stack.checkpoint"
@@ -130,7 +132,8 @@ def save_async(
     """Saves a tree of arrays as a folder of orbax, in the background.
 
     In words: `save(path, tree)` in two steps, `save_async(path, tree)` and `.wait()`.
-    The arrays may be changed or donated once the first returns.
+    The arrays may be changed or donated once the first returns: by then they are copied
+    to the host, and added up; what is left to do is the writing.
 
     Args:
       path: A folder that does not exist.
@@ -775,12 +778,10 @@ def _member(name: str, leaf: _Leaf, naming_map: Any) -> _Member | None:
     for level, key in enumerate(leaf.path):
         if not (isinstance(key, DictKey) and isinstance(key.key, str)):
             continue
-        place, is_stacked = None, False
-        with contextlib.suppress(ValueError):  # The map may refuse foreign names.
+        place = None
+        with contextlib.suppress(Exception):  # The map may refuse foreign names.
             place = naming_map.flat_to_stacked(key.key)
-        with contextlib.suppress(ValueError):
-            first = naming_map.stacked_to_flat(key.key, 0)
-            is_stacked = naming_map.flat_to_stacked(first) == (key.key, 0)
+        is_stacked = layout.is_stacked(naming_map, key.key)
         if place is not None or is_stacked:
             shape = _spec(leaf.value).shape
             return _Member(name, shape, level, key.key, place, is_stacked)

@@ -232,7 +232,7 @@ def stack_params(tree: Any, naming_map: hk.LayerStackTransparencyMapping) -> Any
 
     def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
         rest = {m: _plain(leaves) for m, leaves in modules.items() if not has_layers(m)}
-        _none_taken([m for m in rest if _is_stacked(naming_map, m)], "stack_params")
+        _none_taken([m for m in rest if is_stacked(naming_map, m)], "stack_params")
         return rest | stack_modules(modules, naming_map)
 
     return _convert(tree, has_layers, convert, f"stack_params with {naming_map}")
@@ -267,10 +267,10 @@ def unstack_params(
       ValueError: If no module of the tree is known to the map, two layers map to one
         module, or leaves are of different depth.
     """
-    is_stacked = functools.partial(_is_stacked, naming_map)
+    is_member = functools.partial(is_stacked, naming_map)
 
     def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:
-        flat = {m: _plain(leaves) for m, leaves in modules.items() if not is_stacked(m)}
+        flat = {m: _plain(leaves) for m, leaves in modules.items() if not is_member(m)}
         of_stack = {m: leaves for m, leaves in modules.items() if m not in flat}
         for members in _stacks(naming_map, of_stack):
             depth = _depth(members, trees, num_layers)
@@ -280,7 +280,7 @@ def unstack_params(
             flat |= layers
         return flat
 
-    return _convert(tree, is_stacked, convert, f"unstack_params with {naming_map}")
+    return _convert(tree, is_member, convert, f"unstack_params with {naming_map}")
 
 
 def stack_modules(
@@ -420,13 +420,13 @@ def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
     """
     seen: dict[Any, tuple[str, Any]] = {}
     for path, modules in found:
-        places = [place for place, _ in _leaves(modules)]
+        places = frozenset(place for place, _ in _leaves(modules))
         for place, leaf in _leaves(modules):
-            shape = str(jax.tree.map(np.shape, leaf))  # Of sm3, a list of them.
             if not jax.tree.leaves(leaf):
                 continue
+            shape = str(jax.tree.map(np.shape, leaf))  # Of sm3, a list of them.
             at = f"{jax.tree_util.keystr(path)}[{place.module!r}][{place.leaf!r}]"
-            first, expected = seen.setdefault((frozenset(places), place), (at, shape))
+            first, expected = seen.setdefault((places, place), (at, shape))
             if shape != expected:
                 raise ValueError(
                     f"{what}: {first} has shape {expected}, and {at} has shape "
@@ -438,7 +438,8 @@ def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
                 )
 
 
-def _is_stacked(naming_map: hk.LayerStackTransparencyMapping, module: str) -> bool:
+def is_stacked(naming_map: hk.LayerStackTransparencyMapping, module: str) -> bool:
+    """Whether a module is one of a stack, to a naming map."""
     try:
         flat = naming_map.stacked_to_flat(module, 0)
     except Exception:  # Maps other than ours may raise what they like.
@@ -709,7 +710,10 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
 
 
 def is_on_host(leaf: Any) -> bool:
-    """Whether `np.asarray` gives the leaf's values without a program of its own."""
+    """Whether `np.asarray` gives the leaf's values without a program of its own.
+
+    From a device other than the CPU it copies them; the stack is copied back there.
+    """
     if not isinstance(leaf, jax.Array):
         return True
     return not (

@@ -440,6 +440,20 @@ MISTAKES = {
         )
         for said in (None, True, False)
     },
+    **{
+        f"scan in a scan, scan over blocks, {said}": Mistake(
+            {"layers": {"inner": {"Dense_0": dense(3, 2, 4, 5)}}},
+            {f"layers/block{n}/linear": linear(2, 4, 5) for n in ("", "_1", "_2")},
+            ("params/layers/inner/Dense_0/kernel", "params/layers/block/linear/w"),
+            said,
+        )
+        for said in ({}, {"interleave": True}, {"interleave": True, "layer_axis": 0})
+    },
+    "blocks of layers into nested stacks": Mistake(
+        {"layers": layers(dense, 3, 4, 5, names="inner_{}", numbers=range(2))},
+        {"layers/inner": linear(2, 3, 4, 5)},
+        ("params/layers/inner_0/kernel", "params/layers/inner/w"),
+    ),
     "stacks nested otherwise": Mistake(
         {"layers": {"inner": {"Dense_0": dense(3, 2, 4, 5)}}},
         {"layers/inner/linear": linear(2, 3, 4, 5)},
@@ -959,6 +973,42 @@ def riddles():
         },
         {"layer_axis": {"layers": (0, 2)}},
     )
+    for shape in ((3, 4, 4), (4, 4, 4), (3, 3, 4, 4)):
+        kernel = new(*shape)
+        module = f"conv{len(shape) - 2}_d_transpose"
+        yield (
+            f"beside layers on axis 0, a transposed convolution {shape}",
+            *beside(
+                on_axis(0, a=(4, 4, 5), norm=(4, 5)),
+                {"ConvTranspose_0": {"kernel": kernel}},
+                {module: {"w": kernel.swapaxes(-1, -2)}},
+            ),
+            {"layer_axis": 0},
+        )
+    for axis in range(2):
+        yield (
+            f"a bottleneck of convolutions on axis {axis}",
+            *on_axis(axis, expand=(3, 3, 4, 8), shrink=(3, 3, 8, 4)),
+            {"layer_axis": {"layers": axis}},
+        )
+    for axis in range(3):
+        heads = new(3, 3, 3, 4)
+        of_layers = np.moveaxis(heads, axis, 0).reshape(3, 3, 12)
+        flax = {"layers": {"block_0": {"heads": {"kernel": heads}}}}
+        loop = {f"block_{i}" if i else "block": of_layers[i] for i in range(3)}
+        said = {"layer_axis": {"layers": (axis,)}}
+        yield (
+            f"heads without bias on axis {axis}, into a loop",
+            flax,
+            {f"{block}/heads": {"w": w} for block, w in loop.items()},
+            said,
+        )
+        yield (
+            f"heads without bias on axis {axis}, into a stack",
+            flax,
+            {"layers/block/heads": {"w": of_layers}},
+            said,
+        )
     alpha = new(4, 5)
     yield (
         "a rule for one layer",
@@ -1111,42 +1161,63 @@ class Model(NamedTuple):
       stacks: Stacks.
       after: Modules.
       says_axis: Whether the user names the layer axes.
+      says_order: Whether the user says how blocks and steps take turns.
     """
 
     before: tuple[Module, ...]
     stacks: tuple[Stack, ...]
     after: tuple[Module, ...]
     says_axis: bool
+    says_order: bool
+
+
+def keep(array):
+    return array
+
+
+def of_kernel(*sizes):
+    return [("kernel", "w", sizes, keep)]
 
 
 def of_dense(i, o):
-    return [("kernel", "w", (i, o), (i, o)), ("bias", "b", (o,), (o,))]
+    return [*of_kernel(i, o), ("bias", "b", (o,), keep)]
 
 
 def of_heads(i, h, d):
-    return [("kernel", "w", (i, h, d), (i, h * d)), ("bias", "b", (h, d), (h * d,))]
+    return [
+        ("kernel", "w", (i, h, d), lambda x: x.reshape(i, h * d)),
+        ("bias", "b", (h, d), np.ravel),
+    ]
 
 
 def of_norm(*sizes):
-    return [("scale", "scale", sizes, sizes), ("bias", "offset", sizes, sizes)]
+    return [("scale", "scale", sizes, keep), ("bias", "offset", sizes, keep)]
 
 
 def of_batch_norm(n):
     leaves = [("scale", "scale"), ("bias", "offset"), ("mean", "mean"), ("var", "var")]
-    return [(*names, (n,), (1, n)) for names in leaves]
+    return [(*names, (n,), lambda x: x[None]) for names in leaves]
+
+
+def of_transposed(*sizes):
+    return [("kernel", "w", sizes, lambda x: x.swapaxes(-1, -2))]
 
 
 # What a module is called in each tree, how many sizes it has, and its leaves: their
-# names and shapes in both trees.
+# names in both trees, their shape in Flax, and what becomes of them in Haiku.
 KINDS = {
     "dense": ("Dense", "linear", 2, of_dense),
-    "dense without bias": ("Dense", "linear", 2, lambda *s: of_dense(*s)[:1]),
+    "dense without bias": ("Dense", "linear", 2, of_kernel),
     "heads": ("heads", "heads", 3, of_heads),
+    "heads without bias": ("heads", "heads", 3, lambda *s: of_heads(*s)[:1]),
+    "conv": ("Conv", "conv1_d", 3, of_kernel),
+    "conv of another name": ("taps", "taps", 3, of_kernel),
+    "transposed conv": ("ConvTranspose", "conv1_d_transpose", 3, of_transposed),
     "norm": ("LayerNorm", "layer_norm", 1, of_norm),
     "norm over two axes": ("LayerNorm", "layer_norm", 2, of_norm),
     "norm of another name": ("ln", "ln", 1, lambda *s: of_norm(*s)[:1]),
     "batch norm": ("BatchNorm", "batch_norm", 1, of_batch_norm),
-    "custom": ("mixer", "mixer", 2, lambda *s: [("alpha", "alpha", s, s)]),
+    "custom": ("mixer", "mixer", 2, lambda *s: [("alpha", "alpha", s, keep)]),
 }
 
 modules = st.sampled_from(list(KINDS)).flatmap(
@@ -1181,6 +1252,7 @@ models = st.builds(
     st.lists(stacks(), min_size=1, max_size=2).map(tuple),
     some_modules,
     st.booleans(),
+    st.sampled_from([True, True, False]),
 )
 
 
@@ -1213,12 +1285,12 @@ class Trees:
             counts[flax_name] += 1
             flax_path = (*map(flax_part, flax[1]), flax_part((flax_name, number)))
             haiku_path = (*map(haiku_part, haiku[1]), haiku_part((haiku_name, number)))
-            for old, new_name, old_shape, new_shape in leaves(*sizes):
-                value = new(*old_shape)
+            for old, new_name, shape, change in leaves(*sizes):
+                value = new(*shape)
                 key = (*flax_path, old)
                 self._flax[key][flax[2]] = value, flax[3], flax[0].axis
                 key = ("/".join(haiku_path), new_name)
-                self._haiku[key][haiku[2]] = value.reshape(new_shape), haiku[3], 0
+                self._haiku[key][haiku[2]] = change(value), haiku[3], 0
 
     def variables(self):
         """None if a leaf has no such axis as its layers should be on."""
@@ -1280,7 +1352,7 @@ def said_of(model):
         for layout in (stack.flax, stack.haiku)
         if layout.kind in order and stack.flax[:2] != stack.haiku[:2]
     }
-    if len(interleave) == 1:
+    if model.says_order and len(interleave) == 1:
         said["interleave"] = interleave.pop()
     axes = [stack.flax.axis for stack in model.stacks]
     scanned = [stack.flax.kind != "loop" for stack in model.stacks]

@@ -571,9 +571,9 @@ def test_ensembles(name):
     keys = jax.random.split(jax.random.key(0), 3)
     like = jax.eval_shape(jax.vmap(lambda key: transformed.init(key, x)), keys)
     variables = init(model, x)
-    # Three stacks of four layers, or twelve layers: only their user knows.
-    said = {"members/block": (1,)} if name == "scan into loop" else None
-    params, _ = assert_round_trips(variables, like, layer_axis=said)
+    # Each member has all the numbered blocks.
+    interleave = True if name == "scan into loop" else None
+    params, _ = assert_round_trips(variables, like, interleave=interleave)
 
     def apply(params):
         return transformed.apply(params, {}, None, x)[0]

@@ -162,6 +162,11 @@ class Move(NamedTuple):
         return self.flax.order, self.haiku.order
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether layers are on axes and by number in one of the trees."""
+        return self.flax.is_mixed or self.haiku.is_mixed
+
+    @property
     def is_in_order(self) -> bool:
         """Whether layers are in front in both trees, those by number first."""
         return all(list(axes) == sorted(axes) for axes in self.order)
@@ -172,8 +177,9 @@ class Doubt(NamedTuple):
 
     Attributes:
       text: What to tell the user.
-      stands: Whether this reading makes others unclear: "always", "in order" or "out of
-        order" (if they are so), or "alone" (it does not).
+      stands: Whether this reading makes others unclear: "always", "in order" (if they
+        are), "doubtful" (if they are not, or also count by number), or "alone" (it
+        does not).
     """
 
     text: str
@@ -217,12 +223,14 @@ class _Readings(NamedTuple):
       group: The group.
       fitting: The moves that fit, by their layer axes in Flax.
       unclear: What is not clear of others, by their layer axes in Flax.
+      depth: How many layer axes Haiku's leaves have, if that is known.
       said: The layer axes that the user may mean, and whether just for this path.
     """
 
     group: Group
     fitting: dict[Axes, list[Move]]
     unclear: dict[Axes, Doubt]
+    depth: int | None
     said: tuple[list[Axes], bool] | None
 
     @classmethod
@@ -231,10 +239,10 @@ class _Readings(NamedTuple):
         rule = options.layer_axis.find(*group.flax[0].paths)
         said = None
         if differ := _other_rules(group, options):
-            return cls(group, {}, {(): Doubt(differ, "always")}, None)
+            return cls(group, {}, {(): Doubt(differ, "always")}, None, None)
         if rule is not None:
             said = _meant(rule[0]), rule[1].start("inside") != 0  # Not of all paths.
-        read = cls(group, {}, {}, said)
+        read = cls(group, {}, {}, depth, said)
         in_front = [tuple(range(n)) for n in range(3)]
         haikus = list(_sides(group.haiku, in_front, options))
         for axes in () if group.holes else (*(said[0] if said else ()), *_AXES):
@@ -310,8 +318,9 @@ def _readings(
                 )
                 yield Doubt(
                     f"its layers are nested as {flax.factors} in Flax, and as "
-                    f"{haiku.factors} in Haiku; port into a tree that is nested alike",
-                    "always" if is_meant else "out of order",
+                    f"{haiku.factors} in Haiku; say interleave=True or False if one of "
+                    "them is numbered, or port into a tree that is nested alike",
+                    "always" if is_meant else "doubtful",
                 )
 
 
@@ -411,16 +420,17 @@ class _Votes:
                 self._votes[scope].add(vote)
 
     def is_free_of_layers(self, one: _Readings) -> bool:
-        """Whether a kernel has nothing around it that is known to have layers.
+        """Whether a kernel is that of a first convolution, in no other module.
 
-        That of a convolution of colours, `[3, 3, 3, 8]`, would often fit as a stack;
-        but a layer that returns more than it is given cannot be stacked.
+        That of one of colours, `[3, 3, 3, 8]`, would fit as a stack too; but a layer
+        that returns more than it is given cannot be stacked all by itself.
         """
-        leaf = one.group.flax[0]
+        (leaf, *more), others = one.group.flax, one.group.haiku
         shape = leaf.pieces[0].shape
-        if not leaf.is_kernel or len(shape) < 4 or shape[-1] == shape[-2]:
+        is_first = not more and len(others) == 1 and leaf.raw.count("/") == 1
+        if not (is_first and leaf.is_kernel and len(shape) >= 4):
             return False
-        return not any(scope in self._layered for scope in _scopes(one))
+        return shape[-1] != shape[-2] and one.module not in self._layered
 
     def of(self, one: _Readings) -> set[Axes]:
         """The votes in the nearest scope that has some."""
@@ -442,8 +452,10 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     stand = {"always"}
     if all(move.is_in_order for move in found):
         stand |= {"in order"} if found else {"in order", "alone"}
-    else:
-        stand |= {"out of order"}
+    is_numbered = max(len(one.group.flax), len(one.group.haiku)) > 1
+    has_both = bool(is_numbered and one.depth)
+    if has_both or any(not move.is_in_order or move.is_mixed for move in found):
+        stand |= {"doubtful"}
     for axes, doubt in one.unclear.items():
         if doubt.stands in stand and _may_be(one, axes):
             return doubt.text
@@ -574,6 +586,9 @@ def _change(
     leaf = flax.leaves[0]
     if flax.axes and len(old) < leaf.least_rank:
         return None
+    rank = names.kernel_rank(haiku.leaves[0].raw.split("/")[:-1])
+    if leaf.is_kernel and haiku.axes and rank not in (None, len(new)):
+        return None
     rule = options.leaf.find(*leaf.paths)
     is_usual = rule is not None and rule[0] == (same, same)
     if rule is not None and not is_usual:
@@ -634,7 +649,7 @@ def _convolution(
 
 
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
-    if [n for n in old if n != 1] == [n for n in new if n != 1]:
+    if not leaf.is_kernel and [n for n in old if n != 1] == [n for n in new if n != 1]:
         return True  # A norm keeps axes of size one in Haiku.
     if not leaf.standard or len(old) <= len(new):
         return False
