@@ -452,8 +452,7 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     stand = {"always"}
     if all(move.is_in_order for move in found):
         stand |= {"in order"} if found else {"in order", "alone"}
-    is_numbered = max(len(one.group.flax), len(one.group.haiku)) > 1
-    has_both = bool(is_numbered and one.depth)
+    has_both = len(one.group.haiku) > 1 and bool(one.depth)
     if has_both or any(not move.is_in_order or move.is_mixed for move in found):
         stand |= {"doubtful"}
     for axes, doubt in one.unclear.items():

@@ -383,15 +383,18 @@ def _scope_of_layers(
 
     A scan is a module of its own in one tree and not in the other, where a loop may be
     around numbered modules. So scopes of layers may be left out, and renamed if nobody
-    named them (`ScanBlock_0`) or each tree has no other stack, where nothing is left
-    over of either.
+    named them (`ScanBlock_0`) or each tree has no other stack but the one right there,
+    where nothing is left over of either.
     """
     found: list[tuple[dict[Key, Key], _Renaming]] = []
     for renaming in _renamings(theirs, ours):
         hits = renaming.mapping(theirs, ours)
         if any((kind, name[:-1]) in done for kind, name in (*hits, *hits.values())):
             continue  # A module that has its namesake has no other partner.
+        inside = [name[len(renaming.old) : -1] for _, name in hits]
         is_all = is_only and len(hits) == len(theirs) == len(ours)
+        # `encoder/layers` is not `decoder/layers`, even if there is no other stack.
+        is_all = is_all and not functools.reduce(names.beginning, inside)
         if (
             (is_all or renaming.drops_only() or renaming.is_of_no_name())
             and renaming.pairs_all(theirs, ours)
