@@ -1004,7 +1004,7 @@ def riddles():
     yield (
         "beside layers on axis 1, a convolution of another name",
         *beside(on_axis(1, a=(4, 2, 5)), *same("taps", kernel=new(2, 2, 2))),
-        {"layer_axis": {"layers": 1}, "leaf": {"taps": port.SAME}},
+        {"layer_axis": {"layers": 1, "taps": 0}, "leaf": {"taps": port.SAME}},
     )
     for axis in range(2):
         yield (

@@ -452,7 +452,9 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     stand = {"always"}
     if all(move.is_in_order for move in found):
         stand |= {"in order"} if found else {"in order", "alone"}
-    has_both = len(one.group.haiku) > 1 and bool(one.depth)
+    depth = one.depth or 0
+    has_both = depth > (0 if len(one.group.haiku) > 1 else 1)
+    has_both = has_both and max(len(one.group.flax), len(one.group.haiku)) > 1
     if has_both or any(not move.is_in_order or move.is_mixed for move in found):
         stand |= {"doubtful"}
     for axes, doubt in one.unclear.items():
@@ -596,7 +598,9 @@ def _change(
     if leaf.is_kernel and len(old) == len(new) >= 3:
         is_stack = not haiku.axes and bool(depth)
         is_sure = is_usual or is_stack
-        return _convolution(leaf, haiku.leaves[0], old, new, is_sure)
+        found = _convolution(leaf, haiku.leaves[0], old, new, is_sure)
+        is_layered = isinstance(found, Doubt) and bool(flax.axes)
+        return Doubt(found.text, "always") if is_layered else found  # type: ignore[union-attr]
     if old == new:
         return Change("", same, same)
     if _is_reshape(leaf, old, new):
