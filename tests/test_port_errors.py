@@ -989,7 +989,7 @@ def riddles():
                 {"ConvTranspose_0": {"kernel": kernel}},
                 {module: {"w": kernel.swapaxes(-1, -2)}},
             ),
-            {"layer_axis": 0},
+            {"layer_axis": {"": 0}},
         )
     taps, scale = new(4, 3, 4, 4), new(5, 3)
     yield (
@@ -1117,14 +1117,13 @@ def assert_right_as_far_as_it_goes(flax, haiku, **said):
 @pytest.mark.parametrize("name", RIDDLES)
 def test_a_port_is_right_or_refused(name):
     riddle = RIDDLES[name]
-    said = riddle.said
-    assert riddle.ported(**said)
-    for count in range(len(said)):
-        for some in itertools.combinations(said, count):
-            riddle.ported(**{argument: said[argument] for argument in some})
-    if isinstance(said.get("layer_axis"), dict):  # The same, said of the whole tree.
-        for axis in set(said["layer_axis"].values()) - {()}:
-            riddle.ported(**{**said, "layer_axis": {"": axis}})
+    assert riddle.ported(**riddle.said)
+    axes = riddle.said.get("layer_axis", {})
+    of_all = [{"layer_axis": axis} for axis in set(dict(axes).values()) - {()}]
+    for said in ({}, riddle.said, *({**riddle.said, **axis} for axis in of_all)):
+        for count in range(len(said) + 1):
+            for some in itertools.combinations(said, count):
+                riddle.ported(**{argument: said[argument] for argument in some})
 
 
 # The same for random models

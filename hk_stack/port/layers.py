@@ -598,9 +598,7 @@ def _change(
     if leaf.is_kernel and len(old) == len(new) >= 3:
         is_stack = not haiku.axes and bool(depth)
         is_sure = is_usual or is_stack
-        found = _convolution(leaf, haiku.leaves[0], old, new, is_sure)
-        is_layered = isinstance(found, Doubt) and bool(flax.axes)
-        return Doubt(found.text, "always") if is_layered else found  # type: ignore[union-attr]
+        return _convolution(leaf, haiku.leaves[0], old, new, is_sure)
     if old == new:
         return Change("", same, same)
     if _is_reshape(leaf, old, new):
@@ -646,7 +644,7 @@ def _convolution(
             "it may be a convolution or a transposed one, as its sizes are equal; say "
             f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED; '
             'or leaf={"": hk_stack.port.SAME} if none of the model is transposed',
-            "in order",
+            "always",
         )
     return Change("", same, same) if old == new else None
 
