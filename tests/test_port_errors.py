@@ -1001,6 +1001,23 @@ def riddles():
         },
         {"layer_axis": {"layers": 1}, "leaf": {"layers/taps": port.SAME}},
     )
+    kernel, scale, bias = new(2, 2, 4, 4, 4), new(2, 2, 2, 3), new(2, 2, 2, 3)
+    inner = {"taps": {"kernel": kernel}, "norm": {"scale": scale, "bias": bias}}
+    yield (
+        "convolutions of another name in nested scans",
+        {"layers": {"inner": inner}},
+        {
+            "layers/taps": {"w": kernel.reshape(4, 4, 4, 4)},
+            "layers/norm": {
+                "scale": scale.reshape(4, 2, 3),
+                "offset": bias.reshape(4, 2, 3),
+            },
+        },
+        {
+            "layer_axis": {"layers/inner": (0, 1)},
+            "leaf": {"layers/inner/taps": port.SAME},
+        },
+    )
     yield (
         "beside layers on axis 1, a convolution of another name",
         *beside(on_axis(1, a=(4, 2, 5)), *same("taps", kernel=new(2, 2, 2))),

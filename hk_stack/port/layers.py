@@ -177,9 +177,8 @@ class Doubt(NamedTuple):
 
     Attributes:
       text: What to tell the user.
-      stands: Whether this reading makes others unclear: "always", "in order" (if they
-        are), "doubtful" (if they are not, or also count by number), or "alone" (it
-        does not).
+      stands: Whether this reading makes others unclear: "always", "doubtful" (if they
+        are not in order, or also count by number), or "alone" (it does not).
     """
 
     text: str
@@ -246,7 +245,9 @@ class _Readings(NamedTuple):
         in_front = [tuple(range(n)) for n in range(3)]
         haikus = list(_sides(group.haiku, in_front, options))
         for axes in () if group.holes else (*(said[0] if said else ()), *_AXES):
-            for found in _readings(group, haikus, axes, depth, options):
+            # Several axes are those of scans in a scan, if the user names them.
+            is_said = rule is not None and rule[0] == axes
+            for found in _readings(group, haikus, axes, depth, options, is_said):
                 if isinstance(found, Move):
                     read.fitting.setdefault(axes, []).append(found)
                 else:
@@ -300,28 +301,37 @@ def _readings(
     axes: Axes,
     depth: int | None,
     options: Options,
+    is_said: bool,
 ) -> Iterator[Move | Doubt]:
     """The readings of a group with layers on some axes, and doubtful ones."""
     for flax in _sides(group.flax, [axes], options):
         for haiku in haikus:
-            if not _count_the_same(flax, haiku, depth):
+            if not _count_the_same(flax, haiku):
                 continue
             found = _change(flax, haiku, depth, options)
-            is_nested = min(len(flax.factors), len(haiku.factors)) > 1
             if isinstance(found, Doubt):
                 yield found
-            elif found and not (is_nested and flax.factors != haiku.factors):
-                yield Move(flax, haiku, found)
+            elif found and _are_nested_alike(flax, haiku):
+                if is_said or _is_known(flax, haiku, depth):
+                    yield Move(flax, haiku, found)
+                elif flax.factors != haiku.factors:
+                    yield _nested(flax, haiku)
             elif found:
-                is_meant = options.interleave is not None or not (
-                    flax.is_mixed or haiku.is_mixed
-                )
-                yield Doubt(
-                    f"its layers are nested as {flax.factors} in Flax, and as "
-                    f"{haiku.factors} in Haiku; say interleave=True or False if one of "
-                    "them is numbered, or port into a tree that is nested alike",
-                    "always" if is_meant else "doubtful",
-                )
+                is_mixed = flax.is_mixed or haiku.is_mixed
+                is_meant = options.interleave is not None or not is_mixed
+                yield _nested(flax, haiku, "always" if is_meant else "doubtful")
+
+
+def _nested(flax: Side, haiku: Side, stands: str = "doubtful") -> Doubt:
+    if flax.is_mixed or haiku.is_mixed:
+        say = "say interleave=True or False"
+    else:
+        say = f'if so, say layer_axis={{"{flax.leaves[0].raw}": {flax.axes}}}'
+    return Doubt(
+        f"its layers are nested as {flax.factors} in Flax, and as {haiku.factors} in "
+        f"Haiku; {say}, or port into a tree that is nested alike",
+        stands,
+    )
 
 
 def _sides(
@@ -340,18 +350,29 @@ def _sides(
                 yield side._replace(interleaved=interleaved)
 
 
-def _count_the_same(flax: Side, haiku: Side, depth: int | None) -> bool:
+def _count_the_same(flax: Side, haiku: Side) -> bool:
     """Whether both have the same number of layers."""
     if flax.num_layers != haiku.num_layers:
         return False
-    if flax.axes and haiku.axes and flax.num_levels != haiku.num_levels:
-        # Nested in one tree only: too much to guess of leaves like any others.
-        is_known = len(haiku.axes) == depth or _is_matrix(haiku)
-        return is_known or flax.is_mixed or haiku.is_mixed
-    if min(len(flax.leaves), len(haiku.leaves)) == 1:
+    is_nested = flax.axes and haiku.axes and flax.num_levels != haiku.num_levels
+    if is_nested or min(len(flax.leaves), len(haiku.leaves)) == 1:
         return True
     # Where names have other numbers in both trees, one of them has axes too.
     return flax.is_mixed != haiku.is_mixed
+
+
+def _are_nested_alike(flax: Side, haiku: Side) -> bool:
+    """Whether a step of each loop is one in the other, if both trees have several."""
+    is_nested = min(len(flax.factors), len(haiku.factors)) > 1
+    return not is_nested or flax.factors == haiku.factors
+
+
+def _is_known(flax: Side, haiku: Side, depth: int | None) -> bool:
+    """Whether layers that are nested in one tree only are layers for sure."""
+    if not (flax.axes and haiku.axes) or flax.num_levels == haiku.num_levels:
+        return True
+    is_known = len(haiku.axes) == depth or _is_matrix(haiku)
+    return is_known or flax.is_mixed or haiku.is_mixed
 
 
 def _is_matrix(haiku: Side) -> bool:
@@ -450,8 +471,7 @@ def _chosen(one: _Readings, votes: _Votes) -> Move | str:
     """The one reading that is meant, or why that is not clear."""
     found = _said(one, *one.said) if one.said else one.moves()
     stand = {"always"}
-    if all(move.is_in_order for move in found):
-        stand |= {"in order"} if found else {"in order", "alone"}
+    stand |= set() if found else {"alone"}
     depth = one.depth or 0
     has_both = depth > (0 if len(one.group.haiku) > 1 else 1)
     has_both = has_both and max(len(one.group.flax), len(one.group.haiku)) > 1
