@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hk_stack
-from hk_stack.compare import in_haiku, plain, s4
+from hk_stack.compare import in_haiku, in_plain, s4
 
 SIZES = [(3, 4, 8), (2, 8, 33), (2, 32, 512)]
 
@@ -158,15 +158,15 @@ def test_modes_of_the_stack_agree(value_and_grad, params, x, expected):
     assert_same(value_and_grad(recurrence.apply)(params, x), expected, 1e-3)
 
 
-@pytest.mark.parametrize("run", [plain.scan_inside, plain.setup_first])
+@pytest.mark.parametrize("run", [in_plain.scan_inside, in_plain.setup_first])
 def test_plain_twin_equals_the_haiku_stack(run, value_and_grad, params, x, expected):
     assert_same(value_and_grad(run)(params, x), expected, 1e-4)
 
 
 def test_plain_derived_values_can_be_reused(params, x):
-    derived = jax.jit(plain.setup, static_argnums=1)(params, 32)
+    derived = jax.jit(in_plain.setup, static_argnums=1)(params, 32)
     assert derived.shape == (3, 4, 33)
-    call, setup_first = jax.jit(plain.call), jax.jit(plain.setup_first)
+    call, setup_first = jax.jit(in_plain.call), jax.jit(in_plain.setup_first)
     for u in (x, 2 * x):
         y = call(derived, params, u)
         np.testing.assert_allclose(y, setup_first(params, u), atol=1e-5)

@@ -1,531 +1,285 @@
-"""Measures layer stacks side by side: `python -m hk_stack.compare`.
+"""Measures layer stacks in several frameworks: `python -m hk_stack.compare`.
 
-Each table runs programs that compute the same, in one process, in alternating rounds:
-machines are noisy, ratios within a round much less so. A ratio below 1 is better than
-the baseline, the first program of its table. With `--out` every sample is kept, with
-the device and the versions.
+All run the same models with the same parameters. Their outputs and gradients are
+checked to be equal first; then they run in one process, in alternating rounds, as
+machines are noisy, and ratios within a round much less so. Ratios are to the baseline;
+below 1 is better.
+
+With `--out=FOLDER`, every sample goes to `FOLDER/results.json`, beside a report
+(`report.html`), a table for a README (`table.md`) and the plots. Ctrl-C stops, and
+keeps what was measured so far.
+
+To look at a result again, or to compare two, give files:
+
+    python -m hk_stack.compare results.json --out=FOLDER
+    python -m hk_stack.compare results.json --against=old.json
 """
 
 import functools
-import importlib.metadata
-import json
-import os
+import itertools
 import pathlib
-import platform
-import statistics
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import haiku as hk
+try:
+    import rich.console
+    import rich.progress
+    from absl import app, flags
+
+    from hk_stack.compare import cases
+except ImportError as error:
+    raise SystemExit(
+        f"{error}: the comparison needs pip install 'hk_stack[compare]'"
+    ) from None
+
 import jax
-import jax.numpy as jnp
-from absl import app, flags
 
-import hk_stack
-from hk_stack.compare import in_haiku, plain, porting
-from hk_stack.compare import s4 as s4_maths
+from hk_stack.compare import against, draw, models, page, results, show
+from hk_stack.compare.environment import environment
+from hk_stack.compare.results import Case, Result
 
-_TABLES = flags.DEFINE_list(
-    "tables",
-    [
-        "s4",
-        "recurrence",
-        "init",
-        "depth",
-        "reuse",
-        "accumulate",
-        "setup",
-        "decode",
-        "port",
-    ],
-    "What to measure.",
+_MODEL = flags.DEFINE_list("model", list(models.MODELS), "Models to run.")
+_FRAMEWORKS = flags.DEFINE_list(
+    "frameworks",
+    ["haiku", "plain", "hk_stack", "linen", "nnx", "equinox"],
+    "Frameworks to run them in.",
 )
-_REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each table.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "A JSON file for all samples.")
+_LAYERS = flags.DEFINE_list("layers", ["8"], "Numbers of layers.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", list(cases.TOLERANCES), "Of parameters and activations."
+)
+_BATCH = flags.DEFINE_integer("batch", 4, "Sequences in a batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 128, "Steps of a sequence.", lower_bound=1)
+_MODE = flags.DEFINE_list(
+    "mode", ["fwd", "grad", "decode"], f"What to run: {', '.join(cases.MODES)}."
+)
+_REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each case.", lower_bound=1)
+_BUILDS = flags.DEFINE_integer(
+    "builds",
+    1,
+    "How often to build each program; the rounds are shared among the builds. What "
+    "takes more than ten seconds to compile is built once.",
+    lower_bound=1,
+)
+_FRESH = flags.DEFINE_bool(
+    "fresh", False, "Time each build in a process that has built nothing before."
+)
+_BASELINE = flags.DEFINE_string(
+    "baseline", "haiku layer_stack", "The way that ratios are to."
+)
+_OUT = flags.DEFINE_string("out", None, "A folder for the samples and the report.")
+_AGAINST = flags.DEFINE_string(
+    "against", None, "An older results.json; exits with 1 if a ratio got worse."
+)
 
-Run = Callable[[], Any]
+Say = Callable[[str], None]
 
 
-class Program(NamedTuple):
-    """Something to measure: `function(*args)` under `jit`."""
+def main(argv: list[str]) -> int:
+    """Measures, or reads a result; shows it, writes it, compares it."""
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=100)
+    old = _read(_AGAINST.value) if _AGAINST.value else None
+    out = _folder(_OUT.value) if _OUT.value else None
+    if len(argv) > 2:
+        raise app.UsageError(f"one results.json at most, found {argv[1:]}")
+    if len(argv) == 2:
+        result, status = _read(argv[1]), 0
+        for case in result.cases():
+            console.print(show.table(result, case))
+    else:
+        result, status = _measure(console, out)
+    if out is not None and result.rows:
+        _write(out, result)
+        console.print(f"Written to {out}: results.json, report.html, table.md, plots")
+    if old is not None:
+        text, is_worse = _compared(old, result)
+        console.print(text, highlight=False, soft_wrap=True)
+        status = status or int(is_worse)
+    return status
 
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
+
+def _read(path: str) -> Result:
+    try:
+        return results.load(pathlib.Path(path))
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
 
 
-def main(argv: list[str]) -> None:
-    """Measures and prints the tables that were asked for."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    unknown = sorted(set(_TABLES.value) - set(TABLES))
-    if unknown:
-        raise app.UsageError(f"--tables: {unknown} not among {sorted(TABLES)}")
-    if _OUT.value:
-        _check_writable(pathlib.Path(_OUT.value))
-    result = {"environment": environment(), "tables": {}}
-    for name in _TABLES.value:
-        result["tables"] |= TABLES[name](_REPEAT.value)
-    if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1) + "\n")
+def _compared(old: Result, new: Result) -> tuple[str, bool]:
+    try:
+        return against.report(old, new)
+    except ValueError as error:
+        raise app.UsageError(f"--against: {error}") from None
 
 
-def _check_writable(path: pathlib.Path) -> None:
+def _folder(name: str) -> pathlib.Path:
     """Fails before hours of measuring, not after."""
+    path = pathlib.Path(name)
     try:
-        path.touch()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise app.UsageError(f"--out: cannot write {path}: {error.strerror}") from None
+        raise app.UsageError(
+            f"--out: cannot write to the folder {path}: {error.strerror}"
+        ) from None
+    return path
 
 
-def environment() -> dict[str, Any]:
-    """The device and the versions that a result belongs to."""
-    packages = ("dm-haiku", "jax", "jaxlib", "flax")
-    versions = {name: _version(name) for name in packages}
-    return {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {"hk_stack": hk_stack.__version__} | versions,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def _write(out: pathlib.Path, result: Result) -> None:
+    results.save(out / "results.json", result)
+    (out / "table.md").write_text(show.markdown(result))
+    (out / "report.html").write_text(page.html(result))
+    draw.write(result, out / "plots")
 
 
-def s4(repeat: int) -> dict[str, Any]:
-    """Eight S4 blocks: 64 features, 32 states, length 512, batch 4."""
-    params, x = _s4_inputs()
-    in_stacks = {
-        "hk.layer_stack": _s4(hk.layer_stack),
-        "hk_stack inline": _s4(hk_stack.layer_stack, setup="inline"),
-        "hk_stack auto": _s4(hk_stack.layer_stack),
-    }
-    programs = [
-        *_linen_s4(x),
-        *(_applied(name, model, params, x) for name, model in in_stacks.items()),
-        Program("by hand, setup in the loop", plain.scan_inside, (params, x)),
-        Program("by hand, setup first", plain.setup_first, (params, x)),
-        Program("by hand, layer by layer", plain.setup_layer_by_layer, (params, x)),
-    ]
-    return _forward_and_gradient("s4", programs, repeat)
+def _measure(
+    console: rich.console.Console, out: pathlib.Path | None
+) -> tuple[Result, int]:
+    start = time.perf_counter()
+    if _DTYPE.value == "float64":
+        jax.config.update("jax_enable_x64", True)
+    todo = _cases(functools.partial(console.print, soft_wrap=True))
+    result = Result(environment() | _asked(), [], [], [])
+    ways = _ways(result.skipped)
+    for missing in result.skipped:
+        text = f"without {missing['framework']}: {missing['why']}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    options = cases.Options(_REPEAT.value, _BUILDS.value, fresh=_FRESH.value)
+    status = 0
+    with _progress() as progress:
+        bar = progress.add_task("", total=len(todo) * len(ways))
+        for case in todo:
+
+            def tick(way: str, case: Case = case) -> None:
+                text = f"{case.model} {case.mode}, {case.layers} layers: {way}"
+                progress.update(bar, advance=1, description=text)
+
+            found = cases.measured(case, ways, options, tick)
+            _add(result, case, found)
+            result.environment["seconds"] = round(time.perf_counter() - start, 1)
+            _print(console, result, case, found)
+            status = status or int(bool(found.failed))
+            if out is not None:
+                results.save(out / "results.json", result)
+            if found.is_stopped:
+                console.print("stopped; what was measured is kept")
+                status = 130
+                break
+    return result, status
 
 
-def reuse(repeat: int) -> dict[str, Any]:
-    """The same blocks from derived values that were computed before."""
-    params, x = _s4_inputs()
-    tables: dict[str, Any] = {}
-    for mode in s4_maths.KERNELS:
-        model = _s4(hk_stack.layer_stack, mode=mode)
-        split = hk_stack.partition(model.apply, params, None, x)
-        derived = split.setup(params)
-        by_hand = plain.setup(params, x.shape[1], mode)
-        programs = [
-            *_linen_s4(x, mode),
-            _applied("hk_stack auto", model, params, x),
-            Program(
-                "by hand, reused",
-                lambda d, p, x: plain.call(d, p, x),
-                (by_hand, params, x),
-            ),
-            Program(
-                "hk_stack.partition, reused",
-                lambda d, x, split=split: split.call(d, None, x),
-                (derived, x),
-            ),
-        ]
-        tables |= _jitted(f"reuse, {mode}, forward", programs, repeat)
-    return tables
+def _print(
+    console: rich.console.Console, result: Result, case: Case, found: cases.Measured
+) -> None:
+    """A table, which also says what failed; or only that."""
+    if found.rows:
+        console.print(show.table(result, case))
+        return
+    for way, error in found.failed.items():
+        text = f"failed: {case.title}: {way}: {error}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def accumulate(repeat: int) -> dict[str, Any]:
-    """The mean gradient of these blocks over eight microbatches, for one update."""
-    params, x = _s4_inputs()
-    batches = jax.random.normal(jax.random.key(2), (8, *x.shape))
-    tables: dict[str, Any] = {}
-    for mode in s4_maths.KERNELS:
-        model = _s4(hk_stack.layer_stack, mode=mode)
-        ours = _applied("hk_stack.accumulate", model, params, batches)
-        programs = [
-            *(_each(p._replace(args=(p.args[0], batches))) for p in _linen_s4(x, mode)),
-            _each(ours._replace(name="hk_stack auto, each")),
-            ours._replace(
-                function=functools.partial(hk_stack.accumulate, _loss(ours.function))
-            ),
-        ]
-        name = f"accumulate, {mode}"
-        tables |= _jitted(name, programs, max(5, repeat // 2))
-    return tables
-
-
-def _each(program: Program) -> Program:
-    """The mean over microbatches of the gradients, with a setup for each."""
-    gradient = jax.value_and_grad(_loss(program.function))
-
-    def run(params: Any, batches: jax.Array) -> Any:
-        def step(sums: Any, x: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, x)), None
-
-        zeros = jnp.zeros([]), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(step, zeros, batches)
-        return jax.tree.map(lambda leaf: leaf / len(batches), sums)
-
-    return program._replace(function=run)
-
-
-def setup(repeat: int) -> dict[str, Any]:
-    """Gradients by the size of a batch of setup, and with and without its remat."""
-    params, x = _s4_inputs()
-    tables: dict[str, Any] = {}
-    for mode in s4_maths.KERNELS:
-        models = {
-            name: _s4(hk_stack.layer_stack, mode=mode, **options)
-            for name, options in _setup_options(8)
-        }
-        programs = [_applied(name, m, params, x) for name, m in models.items()]
-        programs = [_gradient(p) for p in (*_linen_s4(x, mode), *programs)]
-        name = f"setup, {mode}, gradient"
-        tables |= _jitted(name, programs, max(5, repeat // 2))
-    models = {
-        name: _recurrence(functools.partial(hk_stack.layer_stack, **options))
-        for name, options in _setup_options(16)
-    }
-    x = jax.random.normal(jax.random.key(0), (1, 1024, 16))
-    params = _recurrence(hk_stack.layer_stack).init(jax.random.key(1), x)
-    models = {"hk.layer_stack": _recurrence(hk.layer_stack)} | models
-    programs = [_gradient(_applied(name, m, params, x)) for name, m in models.items()]
-    return tables | _jitted("setup, recurrence, gradient", programs, repeat)
-
-
-def _setup_options(num_layers: int) -> list[tuple[str, dict[str, Any]]]:
-    """The default, then all batch sizes with and without remat."""
-    sizes = [k for k in (1, 2, 4, 8, 16) if k <= num_layers]
-    return [("default", {})] + [
-        (
-            f"{k} at a time{', remat' if remat else ''}",
-            {"setup_batch_size": k, "setup_remat": remat},
-        )
-        for k in sizes
-        for remat in (False, True)
-    ]
-
-
-def decode(repeat: int) -> dict[str, Any]:
-    """Steps of time of these blocks, one to a program or many, by recurrence."""
-    tables: dict[str, Any] = {}
-    for batch in (1, 4, 64):
-        steps = _linen_steps(batch) | _haiku_steps(batch)
-        for name, loop in (("one step", False), (f"{DECODED} steps", True)):
-            programs = [
-                Program(way, _over_time(step) if loop else step, args)
-                for way, (step, args) in steps.items()
-            ]
-            title = f"decode, batch {batch}, {name}"
-            tables |= _jitted(title, programs, repeat)
-    return tables
-
-
-DECODED = 32  # steps of time in one program
-
-
-def _over_time(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`DECODED` steps, each of which is given what the one before it returned."""
-
-    def run(known: Any, x: jax.Array, states: Any) -> Any:
-        def turn(carry: Any, _: None) -> tuple[Any, None]:
-            return step(known, *carry), None
-
-        return jax.lax.scan(turn, (x, states), length=DECODED)[0]
-
-    return run
-
-
-def _haiku_steps(batch: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Steps `(known, x, states) -> (x, states)`, and what they are given."""
-    params, _ = _s4_inputs()
-    states = in_haiku.s4_states(LAYERS, batch, WIDTH, STATES)
-    x = jax.random.normal(jax.random.key(3), (batch, WIDTH))
-
-    def step(layer_stack: Callable[..., Any]) -> Callable[..., Any]:
-        layers = functools.partial(
-            in_haiku.s4_stack_step,
-            layer_stack=layer_stack,
-            num_layers=LAYERS,
-            state_size=STATES,
-            length=LENGTH,
-        )
-        model = hk.transform(layers)
-        return lambda params, x, states: model.apply(params, None, x, states)
-
-    ours = step(hk_stack.layer_stack)
-    split = hk_stack.partition(ours, params, x, states)
-    return {
-        "hk.layer_stack": (step(hk.layer_stack), (params, x, states)),
-        "hk_stack auto": (ours, (params, x, states)),
-        "hk_stack.partition, reused": (split.call, (split.setup(params), x, states)),
-    }
-
-
-def _linen_steps(batch: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """The same in Flax, with setup in each step, and with its cache collection."""
-    try:
-        from hk_stack.compare import in_linen
-    except ImportError:
-        return {}
-    x = jax.random.normal(jax.random.key(3), (batch, 1, WIDTH))
-
-    def step(mode: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        block = functools.partial(
-            in_linen.S4Block, state_size=STATES, mode=mode, length=LENGTH
-        )
-        model = in_linen.ScanStack(block, LAYERS)
-        params = model.init(jax.random.key(1), x)["params"]
-        made = in_linen.prime(model, params, x)
-        known = {"params": params, **{k: v for k, v in made.items() if k != "cache"}}
-
-        def run(known: Any, x: jax.Array, cache: Any) -> Any:
-            return model.apply({**known, **cache}, x, mutable=["cache"])
-
-        return run, (known, x, {"cache": made["cache"]})
-
-    return {"Flax nn.scan": step("step"), "Flax nn.scan, cache": step("primed step")}
-
-
-LAYERS, WIDTH, STATES, LENGTH, BATCH = 8, 64, 32, 512, 4  # of the S4 blocks
-
-
-def _s4_inputs() -> tuple[Any, jax.Array]:
-    x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, WIDTH))
-    return _s4(hk_stack.layer_stack).init(jax.random.key(1), x), x
-
-
-def _s4(layer_stack: Callable[..., Any], **options: Any) -> hk.Transformed:
-    return hk.transform(
-        functools.partial(
-            in_haiku.s4_stack,
-            layer_stack=layer_stack,
-            num_layers=LAYERS,
-            state_size=STATES,
-            **options,
-        )
+def _add(result: Result, case: Case, found: cases.Measured) -> None:
+    result.rows.extend(found.rows)
+    result.failed.extend(
+        {**case._asdict(), "way": way, "error": error}
+        for way, error in found.failed.items()
     )
 
 
-def _applied(name: str, model: hk.Transformed, params: Any, x: jax.Array) -> Program:
-    return Program(name, lambda params, x: model.apply(params, None, x), (params, x))
+def _progress() -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.BarColumn(20),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        console=rich.console.Console(stderr=True),
+        transient=True,
+    )
 
 
-def recurrence(repeat: int) -> dict[str, Any]:
-    """Sixteen layers whose setup is 1,024 small steps in sequence."""
-    x = jax.random.normal(jax.random.key(0), (1, 1024, 16))
-    inline = functools.partial(hk_stack.layer_stack, setup="inline")
-    models = {
-        "hk.layer_stack": _recurrence(hk.layer_stack),
-        "hk_stack inline": _recurrence(inline),
-        "hk_stack auto": _recurrence(hk_stack.layer_stack),
+def _asked() -> dict[str, Any]:
+    """The flags, and how to ask for the same again."""
+    names = (
+        _MODEL,
+        _FRAMEWORKS,
+        _LAYERS,
+        _DTYPE,
+        _BATCH,
+        _LENGTH,
+        _MODE,
+        _REPEAT,
+        _BUILDS,
+        _FRESH,
+        _BASELINE,
+    )
+    said = [flags.FLAGS[holder.name].serialize() for holder in names if holder.present]
+    return {
+        "flags": {holder.name: holder.value for holder in names},
+        "command": " ".join(["python -m hk_stack.compare", *said]),
     }
-    params = models["hk_stack auto"].init(jax.random.key(1), x)
-    programs = [_applied(name, m, params, x) for name, m in models.items()]
-    return _forward_and_gradient("recurrence", programs, repeat)
 
 
-def _recurrence(layer_stack: Callable[..., Any]) -> hk.Transformed:
-    layers, states = 16, 64
-
-    def layer(x: jax.Array) -> jax.Array:
-        length = x.shape[1]
-        decay = hk.get_parameter("decay", [states], init=hk.initializers.RandomNormal())
-        b = hk.get_parameter("b", [states], init=hk.initializers.RandomNormal(0.1))
-        rate = jax.nn.sigmoid(decay)
-        _, kernel = jax.lax.scan(
-            lambda state, _: (state * rate, jnp.sum(state)), b, length=length
-        )
-        spectrum = jnp.fft.rfft(kernel, n=2 * length)[None, :, None]
-        y = jnp.fft.irfft(jnp.fft.rfft(x, n=2 * length, axis=1) * spectrum, axis=1)
-        return x + jnp.tanh(y[:, :length])
-
-    return hk.transform(lambda x: layer_stack(layers)(layer)(x))
-
-
-def init(repeat: int) -> dict[str, Any]:
-    """Initialisation of 48 layers of width 256: eager, and under `jit`."""
-    tables: dict[str, Any] = {}
-    for kind in ("transformer", "s4"):
-        models = {
-            "hk.layer_stack": _wide(hk.layer_stack, 48, kind),
-            "hk_stack auto": _wide(hk_stack.layer_stack, 48, kind),
-        }
-        key, x = jax.random.key(0), jnp.ones([1, 64, 256])
-        programs = [Program(n, m.init, (key, x)) for n, m in models.items()]
-        name = f"init, {kind}, eager, after the first call"
-        rounds = max(3, repeat // 4)
-        runs = [(p.name, functools.partial(p.function, *p.args)) for p in programs]
-        tables[name] = _steady(runs, rounds)
-        _print(name, tables[name])
-        tables |= _jitted(f"init, {kind}, jit", programs, repeat)
-    return tables
+def _cases(say: Say) -> list[Case]:
+    """All cases that were asked for and make sense; says which do not."""
+    _known("model", _MODEL.value, list(models.MODELS))
+    _known("mode", _MODE.value, list(cases.MODES))
+    found: list[Case] = []
+    reasons: dict[str, None] = {}
+    sizes = _DTYPE.value, _BATCH.value, _LENGTH.value
+    for model, mode, layers in itertools.product(
+        _MODEL.value, _MODE.value, _numbers_of_layers()
+    ):
+        case = Case(model, mode, layers, *sizes)
+        if reason := cases.reason(case):
+            reasons[reason] = None
+        else:
+            found.append(case)
+    if not found:
+        raise app.UsageError(f"nothing to measure: {'; '.join(reasons)}")
+    if reasons and (flags.FLAGS["mode"].present or flags.FLAGS["dtype"].present):
+        say(f"not measured: {'; '.join(reasons)}")
+    return found
 
 
-def depth(repeat: int) -> dict[str, Any]:
-    """How trace and compile of a jitted init grow with depth."""
-    args = (jax.random.key(0), jnp.ones([1, 64, 256]))
-    programs = [
-        Program(f"{n} layers", _wide(hk_stack.layer_stack, n, "transformer").init, args)
-        for n in (4, 64)
-    ]
-    return _jitted("init by depth", programs, repeat)
+def _known(flag: str, values: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [value for value in values if value not in known]
+    if unknown or not values:
+        raise app.UsageError(f"--{flag}: {unknown} not among {', '.join(known)}")
 
 
-def port(repeat: int) -> dict[str, Any]:
-    """Porting and stacking a tree of 24 layers, against copying its arrays."""
-    table = porting.measured(repeat)
-    _print("port", table)
-    print(f"The largest leaf has {porting.largest_leaf() / 1e6:.4g} MB.")
-    return {"port": table}
+def _numbers_of_layers() -> Iterator[int]:
+    for text in _LAYERS.value:
+        if not text.strip().isdigit() or int(text) < 1:
+            raise app.UsageError(f"--layers: {text!r} is no number of layers")
+        yield int(text)
 
 
-TABLES = {
-    "s4": s4,
-    "recurrence": recurrence,
-    "init": init,
-    "depth": depth,
-    "reuse": reuse,
-    "accumulate": accumulate,
-    "setup": setup,
-    "decode": decode,
-    "port": port,
-}
+def _ways(skipped: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Pairs of a framework and a way; the baseline's come first."""
+    _known("frameworks", _FRAMEWORKS.value, models.framework_names())
+    found = []
+    for name in _FRAMEWORKS.value:
+        try:
+            found += cases.all_ways([name])
+        except ImportError as error:
+            skipped.append({"framework": name, "why": str(error)})
+    if not found:
+        raise app.UsageError(f"nothing to measure: {skipped[0]['why']}")
+    baseline = _BASELINE.value
+    return sorted(found, key=lambda pair: " ".join(pair) != baseline)
 
 
-def _wide(layer_stack: Callable[..., Any], layers: int, kind: str) -> hk.Transformed:
-    stack = {
-        "transformer": functools.partial(in_haiku.transformer_stack, num_heads=4),
-        "s4": functools.partial(in_haiku.s4_stack, state_size=32),
-    }[kind]
-    return hk.transform(lambda x: stack(x, layer_stack=layer_stack, num_layers=layers))
-
-
-def _linen_s4(x: jax.Array, mode: Any = "convolution") -> list[Program]:
-    try:
-        from hk_stack.compare import in_linen
-    except ImportError as error:
-        print(f"Without Flax: {error}", file=sys.stderr)
-        return []
-    block = functools.partial(in_linen.S4Block, state_size=STATES, mode=mode)
-    model = in_linen.STACKS["scan"](block, LAYERS)
-    return [Program("Flax nn.scan", model.apply, (model.init(jax.random.key(1), x), x))]
-
-
-def _forward_and_gradient(
-    name: str, programs: list[Program], repeat: int
-) -> dict[str, Any]:
-    forward = _jitted(f"{name}, forward", programs, repeat)
-    gradients = list(map(_gradient, programs))
-    return forward | _jitted(f"{name}, gradient", gradients, repeat)
-
-
-def _gradient(program: Program) -> Program:
-    return program._replace(function=jax.grad(_loss(program.function)))
-
-
-def _loss(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda params, x: jnp.mean(function(params, x) ** 2)
-
-
-def _jitted(name: str, programs: list[Program], repeat: int) -> dict[str, Any]:
-    """Trace, compile, temporary memory and run time of `programs` under `jit`."""
-    builds = [[_build(p) for p in programs] for _ in range(min(repeat, 5))]
-    compiled = [build.compiled for build in builds[-1]]
-    runs = [
-        (p.name, functools.partial(c, *p.args))
-        for p, c in zip(programs, compiled, strict=True)
-    ]
-    table = _steady(runs, repeat)
-    for i, p in enumerate(programs):
-        table[p.name] |= {
-            "temp_bytes": [compiled[i].memory_analysis().temp_size_in_bytes],
-            "trace_s": [build[i].trace_s for build in builds],
-            "compile_s": [build[i].compile_s for build in builds],
-        }
-    _print(name, table)
-    return {name: table}
-
-
-class _Build(NamedTuple):
-    compiled: Any
-    trace_s: float
-    compile_s: float
-
-
-def _build(program: Program) -> _Build:
-    """Traces and compiles from scratch."""
-    # A new function, as JAX remembers what it traced.
-    function = jax.jit(lambda *args: program.function(*args))
-    start = time.perf_counter()
-    traced = function.trace(*program.args)
-    middle = time.perf_counter()
-    compiled = traced.lower().compile()
-    return _Build(compiled, middle - start, time.perf_counter() - middle)
-
-
-def _steady(runs: Sequence[tuple[str, Run]], repeat: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each run in `repeat` alternating rounds, after one that is dropped."""
-    samples: dict[str, list[float]] = {name: [] for name, _ in runs}
-    for i in range(repeat + 1):
-        for name, run in runs:
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if i:
-                samples[name].append(time.perf_counter() - start)
-    return {name: {"run_s": seconds} for name, seconds in samples.items()}
-
-
-def _print(title: str, table: dict[str, dict[str, Any]]) -> None:
-    """Prints each measure of each program, and its ratio to the first program."""
-    rows = list(table.values())
-    columns = [column for column in _COLUMNS if column.key in rows[0]]
-    print(f"\n{title}")
-    print(" " * 28 + "".join(f"{c.title:>11}{'ratio':>7}" for c in columns))
-    for name, row in table.items():
-        cells = [(c.value(row) * c.scale, c.ratio(row, rows[0])) for c in columns]
-        print(
-            f"{name:28}" + "".join(f"{v:11.4g}{r:7.2f}" for v, r in cells), flush=True
-        )
-
-
-class _Column(NamedTuple):
-    """A measure: its key in a row and how it is shown; samples become their median."""
-
-    key: str
-    title: str
-    scale: float
-
-    def value(self, row: dict[str, Any]) -> float:
-        return statistics.median(row[self.key])
-
-    def ratio(self, row: dict[str, Any], first: dict[str, Any]) -> float:
-        """Middle of the ratios within each round."""
-        pairs = zip(row[self.key], first[self.key], strict=True)
-        return statistics.median([a / b if b else 1.0 for a, b in pairs])
-
-
-_COLUMNS = (
-    _Column("run_s", "run ms", 1e3),
-    _Column("temp_bytes", "temp MB", 1e-6),
-    _Column("extra_bytes", "extra MB", 1e-6),
-    _Column("trace_s", "trace s", 1.0),
-    _Column("compile_s", "compile s", 1.0),
-)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def run() -> None:
+    """The console script."""
+    app.run(main)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run()

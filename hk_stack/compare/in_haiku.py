@@ -1,4 +1,4 @@
-"""The models in Haiku.
+"""The models in Haiku, with its `layer_stack` and in a Python loop.
 
 Shapes: `B` sequences of `T` steps of `D` features; `L` layers. The stacks are told
 which `layer_stack` to use: `hk_stack.layer_stack`, `hk.layer_stack` or the `layer_loop`
@@ -9,6 +9,7 @@ parameters and runs one step of time, for decoding. The states that it takes and
 are arrays like any other, so both are pure functions of their arguments.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from hk_stack.compare import s4
+import hk_stack
+from hk_stack.compare import models, s4
 
 Layer = Callable[[jax.Array], jax.Array]
 LayerStack = Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]
@@ -151,6 +153,67 @@ class TransformerBlock(hk.Module):
         h = _norm("layer", x, is_training, "mlp_norm")
         h = jax.nn.gelu(_linear(4 * width, "mlp_in")(h))
         return x + _dropout(_linear(width, "mlp_out")(h), rate)
+
+
+class RecurrenceBlock(hk.Module):
+    """`x + tanh(K * x)`, with a kernel made step by step; `[B, T, D] -> [B, T, D]`."""
+
+    def __init__(self, state_size: int, name: str | None = None):
+        """Constructs the block of `state_size` states, `N`."""
+        super().__init__(name=name)
+        self.state_size = state_size
+
+    def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        del is_training
+        normal = hk.initializers.RandomNormal
+        decay = hk.get_parameter("decay", [self.state_size], x.dtype, normal())
+        b = hk.get_parameter("b", [self.state_size], x.dtype, normal(0.1))
+        kernel = models.recurrence_kernel(decay, b, x.shape[1])
+        return x + jnp.tanh(models.convolve(x, kernel))
+
+
+class SpectralLinear(hk.Module):
+    """A linear layer of which the weights are over their largest singular value."""
+
+    def __init__(self, size: int, iterations: int, name: str | None = None):
+        """Constructs the layer of `size` outputs; `iterations` of the power method."""
+        super().__init__(name=name)
+        self.size = size
+        self.iterations = iterations
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer to `x` `[B, T, D]`."""
+        init = hk.initializers.VarianceScaling()
+        w = hk.get_parameter("w", [x.shape[-1], self.size], x.dtype, init)
+        b = hk.get_parameter("b", [self.size], x.dtype, jnp.zeros)
+        return x @ models.normalised(w, self.iterations) + b[None, None]
+
+
+class SpectralBlock(hk.Module):
+    """`x + down(gelu(up(x)))` with two `SpectralLinear`."""
+
+    def __init__(self, iterations: int, name: str | None = None):
+        """Constructs the block; `iterations` of the power method."""
+        super().__init__(name=name)
+        self.iterations = iterations
+
+    def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        del is_training
+        width = x.shape[-1]
+        h = jax.nn.gelu(SpectralLinear(4 * width, self.iterations, "up")(x))
+        return x + SpectralLinear(width, self.iterations, "down")(h)
+
+
+class MlpBlock(hk.Module):
+    """`x + down(gelu(up(norm(x))))`, of four times the width; nothing to hoist."""
+
+    def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        h = _norm("layer", x, is_training, "norm")
+        h = jax.nn.gelu(_linear(4 * x.shape[-1], "up")(h))
+        return x + _linear(x.shape[-1], "down")(h)
 
 
 def s4_stack(
@@ -356,3 +419,81 @@ def _dropout(x: jax.Array, rate: float) -> jax.Array:
 
 def _with_next_key(init: s4.Initializer) -> hk.initializers.Initializer:
     return lambda shape, dtype: init(hk.next_rng_key(), shape, dtype)
+
+
+# What `models` asks of a framework
+
+WAYS = ("layer_stack", "loop")
+
+BLOCKS: dict[str, Any] = {
+    "s4": S4Block,
+    "recurrence": RecurrenceBlock,
+    "transformer": TransformerBlock,
+    "spectral": SpectralBlock,
+    "mlp": MlpBlock,
+}
+_LOOP = hk_stack.NumberedLayers("layers_{}", "layers")
+
+
+def stack(
+    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
+) -> models.Stack:
+    """The blocks in `hk.layer_stack`, or in a Python loop."""
+    del x
+    if way == "layer_stack":
+        net = network(model, hk.layer_stack(num_layers, name="layers"))
+        return models.Stack(params, applied(net), net.init, lambda params: params)
+    net = network(model, layer_loop(num_layers))
+    return models.Stack(
+        hk_stack.unstack_params(params, _LOOP),
+        applied(net),
+        net.init,
+        lambda params: hk_stack.stack_params(params, _LOOP),
+    )
+
+
+def decoder(
+    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
+) -> models.Decoder | None:
+    """The S4 blocks of `hk.layer_stack`, one step of time."""
+    if way != "layer_stack":
+        return None
+    step = stepper(hk.layer_stack, model, num_layers, x.shape[1])
+    return models.Decoder(params, step, states(model, num_layers, x))
+
+
+def network(model: models.Model, layers: Callable[[Layer], Layer]) -> hk.Transformed:
+    """A model of which `layers` makes a stack of one layer."""
+    block = functools.partial(BLOCKS[model.name], **model.options, name="block")
+    return hk.transform(lambda x: layers(lambda x: block()(x, False))(x))
+
+
+def applied(net: hk.Transformed) -> Callable[[Any, jax.Array], jax.Array]:
+    """Without its argument for random keys."""
+    return lambda params, x: net.apply(params, None, x)
+
+
+def stepper(
+    layer_stack: LayerStack,
+    model: models.Model,
+    num_layers: int,
+    length: int,
+    **stack_options: Any,
+) -> Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]:
+    """`s4_stack_step` as a function `(params, x, states) -> (y, states)`."""
+    step = functools.partial(
+        s4_stack_step,
+        layer_stack=layer_stack,
+        num_layers=num_layers,
+        length=length,
+        **model.options,
+        **stack_options,
+    )
+    net = hk.transform(step)
+    return lambda params, x, states: net.apply(params, None, x, states)
+
+
+def states(model: models.Model, num_layers: int, x: jax.Array) -> jax.Array:
+    """The states before the first step: zeros `[L, B, D, N]`."""
+    shape = (num_layers, len(x), x.shape[-1], model.options["state_size"])
+    return jnp.zeros(shape, jnp.result_type(x.dtype, jnp.complex64))

@@ -8,13 +8,15 @@ two frameworks can only draw the same masks if the keys are passed in.
 S4 blocks can also decode, one step of time per call: see `S4` and `prime`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from hk_stack.compare import s4
+import hk_stack
+from hk_stack.compare import models, s4
 
 try:
     import flax.linen as nn
@@ -79,7 +81,8 @@ class S4(nn.Module):
     def _step(self, u: jax.Array) -> jax.Array:
         """One step of time, `[B, D] -> [B, D]`, which moves the state on."""
         shape = (*u.shape, self.state_size)
-        state = self.variable("cache", "state", jnp.zeros, shape, jnp.complex64)
+        dtype = jnp.result_type(u.dtype, jnp.complex64)
+        state = self.variable("cache", "state", jnp.zeros, shape, dtype)
         next_state, y = s4.step(self.recurrence, state.value, u)
         if not self.is_mutable_collection("prime"):  # Neither at init, nor in `prime`.
             state.value = next_state
@@ -136,6 +139,68 @@ class TransformerBlock(nn.Module):
         h = _norm("layer", x, is_training, "mlp_norm")
         h = jax.nn.gelu(nn.Dense(4 * width, name="mlp_in")(h))
         return x + dropout(1, nn.Dense(width, name="mlp_out")(h))
+
+
+class RecurrenceBlock(nn.Module):
+    """As `in_haiku.RecurrenceBlock`."""
+
+    state_size: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        normal, shape = nn.initializers.normal, (self.state_size,)
+        decay = self.param("decay", normal(1.0), shape, x.dtype)
+        b = self.param("b", normal(0.1), shape, x.dtype)
+        kernel = models.recurrence_kernel(decay, b, x.shape[1])
+        return x + jnp.tanh(models.convolve(x, kernel))
+
+
+class SpectralDense(nn.Module):
+    """A dense layer of which the kernel is divided by its largest singular value."""
+
+    features: int
+    iterations: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer to `x` `[B, T, D]`."""
+        shape = (x.shape[-1], self.features)
+        init = nn.initializers
+        kernel = self.param("kernel", init.lecun_normal(), shape, x.dtype)
+        bias = self.param("bias", init.zeros, (self.features,), x.dtype)
+        return x @ models.normalised(kernel, self.iterations) + bias[None, None]
+
+
+class SpectralBlock(nn.Module):
+    """As `in_haiku.SpectralBlock`."""
+
+    iterations: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        width = x.shape[-1]
+        h = jax.nn.gelu(SpectralDense(4 * width, self.iterations, name="up")(x))
+        return x + SpectralDense(width, self.iterations, name="down")(h)
+
+
+class MlpBlock(nn.Module):
+    """As `in_haiku.MlpBlock`."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the block to `x` `[B, T, D]`."""
+        width = x.shape[-1]
+        h = _norm("layer", x, is_training, "norm")
+        h = jax.nn.gelu(nn.Dense(4 * width, name="up")(h))
+        return x + nn.Dense(width, name="down")(h)
 
 
 class ScanStack(nn.Module):
@@ -286,3 +351,80 @@ def _norm(kind: str, x: jax.Array, is_training: bool, name: str) -> jax.Array:
         norm = nn.BatchNorm(not is_training, momentum=0.9, epsilon=1e-5, name=name)
         return norm(x)
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
+
+
+# What `models` asks of a framework
+
+WAYS = ("nn.scan", "nn.scan + nn.remat", "nn.scan, cache", "loop", "hack")
+
+_BLOCKS: dict[str, type[nn.Module]] = {
+    "s4": S4Block,
+    "recurrence": RecurrenceBlock,
+    "transformer": TransformerBlock,
+    "spectral": SpectralBlock,
+    "mlp": MlpBlock,
+}
+_STACKS: dict[str, Callable[..., nn.Module]] = {
+    "nn.scan": ScanStack,
+    "nn.scan + nn.remat": ScanStack,
+    "loop": LoopStack,
+    "hack": HackStack,
+}
+# In a scan, the loop does what is asked of `prevent_cse`.
+_remat = functools.partial(nn.remat, static_argnums=(2,), prevent_cse=False)
+_RULES = {
+    "nn.scan": {},
+    "nn.scan + nn.remat": {},
+    "loop": {"rename": {"block_*": "layers/*/block"}},
+    "hack": {"rename": {"stack": "layers/block"}},
+}
+
+
+def stack(
+    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
+) -> models.Stack | None:
+    """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned."""
+    if way not in _STACKS:
+        return None
+    block: Any = _BLOCKS[model.name]
+    if way == "nn.scan + nn.remat":
+        block = _remat(block)
+    net = _STACKS[way](functools.partial(block, **model.options), num_layers)
+    single = models.types(x, jnp.float32)  # Of which parameters are initialised.
+    like = jax.eval_shape(net.init, jax.random.key(0), single)
+    haiku: Any = (models.types(params), {})
+    rules: Any = _RULES[way]
+
+    def apply(variables: Any, x: jax.Array) -> Any:
+        return net.apply(variables, x)
+
+    return models.Stack(
+        hk_stack.haiku_to_flax((params, {}), models.types(like, x.dtype), **rules),
+        apply,
+        net.init,
+        lambda variables: hk_stack.flax_to_haiku(variables, haiku, **rules)[0],
+    )
+
+
+def decoder(
+    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
+) -> models.Decoder | None:
+    """The S4 blocks, one step of time; "cache" has the systems in a collection."""
+    modes: dict[str, Mode] = {"nn.scan": "step", "nn.scan, cache": "primed step"}
+    if way not in modes:
+        return None
+    block = functools.partial(
+        S4Block, mode=modes[way], length=x.shape[1], **model.options
+    )
+    net = ScanStack(block, num_layers)
+    made = stack("nn.scan", model, num_layers, params, x)
+    assert made is not None
+    known = made.params
+    variables = dict(prime(net, known["params"], x[:, :1]))
+    states = {"cache": variables.pop("cache")}
+
+    def step(known: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
+        y, states = net.apply({**known, **states}, x[:, None], mutable=["cache"])
+        return y[:, 0], states
+
+    return models.Decoder({**known, **variables}, step, states)

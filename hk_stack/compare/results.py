@@ -1,0 +1,262 @@
+"""What was measured: rows, how their samples are compared, and the file they are in.
+
+A *case* is what all frameworks do alike: a model in a mode, at some sizes. A *row* is
+one way of doing it, with all samples of each measure. The file is JSON:
+
+```
+{"schema": 1,
+ "environment": {"device": ..., "versions": {...}, "flags": {...}, ...},
+ "rows": [{"model": "s4", "mode": "grad", "layers": 8, "dtype": "float32",
+           "batch": 4, "length": 256, "way": "hk_stack auto",
+           "parity": {"output": 1e-7, "gradient": 3e-7},
+           "measures": {"trace_s": [...], "run_s": [[...], [...]], ...}}],
+ "failed": [{..., "way": ..., "error": ...}],
+ "skipped": [{"framework": ..., "why": ...}]}
+```
+
+`parity` is the largest difference from the first way, over the largest value.
+`MEASURES` has the names and units. `run_s` and `eager_s` have a list for each time that
+the programs were built anew, all others one number for each.
+"""
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SCHEMA = 1
+
+MEASURES = {
+    "trace_s": "trace, s",
+    "lower_s": "lower, s",
+    "compile_s": "compile, s",
+    "build_s": "trace, lower and compile, s",  # The sum; not in the file.
+    "first_s": "first run, s",
+    "run_s": "run, s",
+    "eager_first_s": "first eager call, s",
+    "eager_s": "eager call, s",
+    "temp_bytes": "temporary memory, bytes",
+    "argument_bytes": "arguments, bytes",
+    "output_bytes": "outputs, bytes",
+    "peak_bytes": "peak device memory of the process so far, bytes",
+    "flops": "floating-point operations",
+    "accessed_bytes": "memory accessed, bytes",
+    "equations": "equations of the jaxpr",
+    "hlo_bytes": "text of the lowered program, bytes",
+}
+_BUILD = ("trace_s", "lower_s", "compile_s")
+
+
+class Case(NamedTuple):
+    """What is done alike in all frameworks."""
+
+    model: str
+    mode: str
+    layers: int
+    dtype: str
+    batch: int
+    length: int
+
+    @property
+    def title(self) -> str:
+        """For a person."""
+        return (
+            f"{self.model}, {self.mode}, {self.layers} layers, {self.dtype}, "
+            f"batch {self.batch}, length {self.length}"
+        )
+
+
+class Row(NamedTuple):
+    """One way of doing a case.
+
+    Attributes:
+      case: What is done.
+      way: By what, "hk_stack auto".
+      measures: Samples by the names in `MEASURES`.
+      parity: Largest difference of an output or a gradient from the first way's, over
+        the largest value there.
+    """
+
+    case: Case
+    way: str
+    measures: Mapping[str, list[Any]]
+    parity: Mapping[str, float]
+
+    def samples(self, measure: str) -> list[list[float]]:
+        """All samples of a measure, one list for each build; [] if it has none."""
+        if measure == "build_s":
+            found = [self.measures.get(name, []) for name in _BUILD]
+            return [[sum(times)] for times in zip(*found, strict=True)]
+        found = self.measures.get(measure, [])
+        return [list(x) if isinstance(x, list) else [x] for x in found]
+
+    def median(self, measure: str) -> float | None:
+        """The middle of all samples; None if there are none."""
+        flat = [x for build in self.samples(measure) for x in build]
+        return float(np.median(flat)) if flat else None
+
+    def spread(self, measure: str) -> tuple[float, float] | None:
+        """The quartiles of all samples; None if there are none."""
+        flat = [x for build in self.samples(measure) for x in build]
+        return tuple(np.quantile(flat, [0.25, 0.75]).tolist()) if flat else None  # type: ignore[return-value]
+
+
+class Ratio(NamedTuple):
+    """A ratio to a baseline, and the interval that holds 95 % of its bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def agrees(self, other: "Ratio") -> bool:
+        """Whether the intervals have a number in common."""
+        return self.low <= other.high and other.low <= self.high
+
+
+def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
+    """The ratio of a measure to that of another row of the case; None if one has none.
+
+    It is the median, over rounds, of the ratio within a round: what slows the machine
+    down for a while slows both. Rounds of one build are alike, so the bootstrap draws
+    builds, then rounds of each.
+    """
+    pairs = _paired(row.samples(measure), base.samples(measure))
+    if not pairs:
+        return None
+    ratios = [np.divide(a, b) for a, b in pairs if len(a) and min(b) > 0]
+    if not ratios:
+        return None
+    value = float(np.median(np.concatenate(ratios)))
+    low, high = _interval(ratios)
+    return Ratio(value, min(low, value), max(high, value))
+
+
+def _paired(
+    some: Sequence[Sequence[float]], others: Sequence[Sequence[float]]
+) -> list[tuple[Sequence[float], Sequence[float]]]:
+    """Samples of the same rounds; where one was built fewer times, of those it has."""
+    return [
+        (a[: min(len(a), len(b))], b[: min(len(a), len(b))])
+        for a, b in zip(some, others, strict=False)
+    ]
+
+
+def _interval(ratios: Sequence[np.ndarray], draws: int = 1000) -> tuple[float, float]:
+    if sum(map(len, ratios)) == 1:
+        return float(ratios[0][0]), float(ratios[0][0])
+    rng = np.random.default_rng(0)
+    rounds = min(map(len, ratios))
+    table = np.stack([found[:rounds] for found in ratios])
+    builds = rng.integers(len(table), size=(draws, len(table), 1))
+    drawn = rng.integers(rounds, size=(draws, len(table), rounds))
+    medians = np.median(table[builds, drawn], axis=(1, 2))
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class Result(NamedTuple):
+    """All that one run of the command found.
+
+    Attributes:
+      environment: Device, versions, flags, date.
+      rows: What was measured.
+      failed: What failed, each with its case, way and error.
+      skipped: Frameworks that are not there, each with what to do about it.
+    """
+
+    environment: dict[str, Any]
+    rows: list[Row]
+    failed: list[dict[str, Any]]
+    skipped: list[dict[str, str]]
+
+    def cases(self) -> list[Case]:
+        """All cases, in the order in which they were measured."""
+        return list(dict.fromkeys(row.case for row in self.rows))
+
+    def of(self, case: Case) -> dict[str, Row]:
+        """The rows of a case by way, in the order in which they were measured."""
+        return {row.way: row for row in self.rows if row.case == case}
+
+    def baseline(self, case: Case) -> Row:
+        """What the ratios of a case are to: `--baseline`, or else the first row."""
+        rows = self.of(case)
+        name = self.environment.get("flags", {}).get("baseline")
+        return rows.get(name) or next(iter(rows.values()))
+
+
+def save(path: pathlib.Path, result: Result) -> None:
+    """Writes the file in one step: there is the old one, or all of the new one."""
+    document = {
+        "schema": SCHEMA,
+        "environment": result.environment,
+        "rows": [
+            {
+                **row.case._asdict(),
+                "way": row.way,
+                "parity": dict(row.parity),
+                "measures": dict(row.measures),
+            }
+            for row in result.rows
+        ],
+        "failed": result.failed,
+        "skipped": result.skipped,
+    }
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+def load(path: pathlib.Path) -> Result:
+    """Reads a file that `save` wrote.
+
+    Raises:
+      ValueError: If it is no such file, or of another schema; says what was found.
+    """
+    try:
+        document = json.loads(path.read_text())
+        found = document["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no result of `python -m hk_stack.compare --out=...`: {error!r}"
+        ) from None
+    if found != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {found}, expected {SCHEMA}; measure it anew, or read "
+            "it with the version of hk_stack that wrote it"
+        )
+    return Result(
+        document["environment"],
+        [_row(row) for row in document["rows"]],
+        document["failed"],
+        document["skipped"],
+    )
+
+
+def _row(found: Mapping[str, Any]) -> Row:
+    case = Case(**{name: found[name] for name in Case._fields})
+    return Row(case, found["way"], found["measures"], found["parity"])
+
+
+def ways(result: Result) -> list[str]:
+    """All ways, in the order in which they came first."""
+    return list(dict.fromkeys(row.way for row in result.rows))
+
+
+def groups(cases: Iterable[Case]) -> dict[tuple[str, str], list[Case]]:
+    """Cases by model and mode: those that differ in sizes only."""
+    found: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        found.setdefault((case.model, case.mode), []).append(case)
+    return found

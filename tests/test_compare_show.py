@@ -1,0 +1,484 @@
+"""Results as people see them: tables, Markdown, pictures, a page, and two compared."""
+
+import html
+import html.parser
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from hk_stack.compare import against, draw, page, results, show
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+WAYS = ["haiku layer_stack", "haiku loop", "hk_stack auto", "linen scan"]
+SPEED = dict(zip(WAYS, [1.0, 2.0, 0.5, 1.5], strict=True))
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+def row(way, layers=4, mode="grad", factor=1.0, speed=None, **measures):
+    """A way at so many times the baseline's time and memory, with 1 % of noise."""
+    rng = np.random.default_rng([layers, *way.encode()])
+    speed = layers * (SPEED.get(way, 1.0) if speed is None else speed)
+    noise = 1 + 0.01 * rng.random((3, 5))
+    case = results.Case("s4", mode, layers, "float32", 4, 256)
+    found = {
+        "trace_s": [0.2] * 3,
+        "lower_s": [0.1] * 3,
+        "compile_s": list(noise[:, 0] * speed),
+        "first_s": [0.01] * 3,
+        "run_s": (noise * speed * factor * 1e-3).tolist(),
+        "temp_bytes": [int(1e6 * speed * factor)],
+        "argument_bytes": [2_000_000],
+        "output_bytes": [1_000_000],
+    }
+    return results.Row(case, way, found | measures, {"output": 2e-7})
+
+
+def result(rows=None, failed=(), skipped=(), **environment):
+    if rows is None:
+        rows = [row(way, layers) for layers in (4, 16) for way in WAYS]
+    found = {
+        "device": "cpu",
+        "cores": 2,
+        "python": "3.11.7",
+        "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+        "date": "2026-11-25",
+        "command": "python -m hk_stack.compare --layers=4,16",
+        "flags": {"baseline": "haiku layer_stack", "layers": [4, 16]},
+    }
+    return results.Result(found | environment, rows, list(failed), list(skipped))
+
+
+def failure(found, error="ValueError: broken"):
+    return {**found.case._asdict(), "way": found.way, "error": error}
+
+
+# In the terminal
+
+
+def printed(table, width=100):
+    import rich.console
+
+    file = io.StringIO()
+    rich.console.Console(file=file, width=width).print(table)
+    return file.getvalue()
+
+
+def test_table_has_times_ratios_and_stars():
+    found = result()
+    lines = printed(show.table(found, found.cases()[0])).splitlines()
+    base, loop, ours, _ = (next(x for x in lines if x.startswith(w)) for w in WAYS)
+    assert lines[0].strip() == found.cases()[0].title
+    assert re.search(r"4\.0\d  \(4\.0\d-4\.0\d\) +baseline", base)
+    assert re.search(r"(2\.0|1\.9)\d \[1\.9", loop) and "*" not in loop
+    assert re.search(r"2\.0\d\*", ours) and "0.50 [0." in ours
+    assert "haiku layer_stack" in lines[-2]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_table_never_cuts_a_way(width):
+    rows = [row(way, eager_s=[[1.0, 1.1]]) for way in [*WAYS, "linen scan with remat"]]
+    text = printed(show.table(result(rows), rows[0].case), width)
+    assert all(re.search(f"^{r.way} ", text, re.MULTILINE) for r in rows)
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_table_fits_100_columns():
+    called = [row(way, eager_s=[[1.0, 1.1]] * 3) for way in WAYS]
+    for rows in ([row(way) for way in WAYS], called):
+        text = printed(show.table(result(rows), rows[0].case))
+        assert len(re.findall(r"^(?:haiku|hk_stack|linen) .*\d", text, re.M)) == 4
+        assert "eager" in text or rows[0].measures.get("eager_s") is None
+        assert len(text.splitlines()) == 9  # Nothing had to be wrapped.
+
+
+def test_table_names_failures():
+    rows = [row(way) for way in WAYS]
+    found = result(rows, [failure(row("nnx scan"), "ValueError: broken\n  at line 3")])
+    text = printed(show.table(found, rows[0].case))
+    assert "Failed: nnx scan: ValueError: broken" in text and "line 3" not in text
+
+
+def test_table_of_ways_that_lack_measures():
+    rows = [row(WAYS[0]), row(WAYS[1])._replace(measures={"run_s": [[0.004]]})]
+    text = printed(show.table(result(rows), rows[0].case))
+    assert re.search(r"haiku loop +4\.00\*? .* - +- ", text)
+
+
+def test_all_that_noise_cannot_tell_apart_are_best():
+    rows = [row("one", speed=1), row("two", speed=1), row("three", speed=2)]
+    stars = {x.row.way for x in show.lines(result(rows), rows[0].case) if x.best}
+    assert stars == {"one", "two"}
+    alike = result(rows[:2])
+    assert not any(x.best for x in show.lines(alike, rows[0].case))
+
+
+# Markdown
+
+
+def test_markdown_has_a_table_for_each_mode():
+    rows = [row(way, n, m) for m in ("fwd", "grad") for n in (4, 16) for way in WAYS]
+    text = show.markdown(result(rows, [failure(row("nnx | scan"))]))
+    assert text.count("| way | 4 layers | 16 layers |") == 2
+    assert "### s4, fwd" in text and "### s4, grad" in text
+    ours = next(x for x in text.splitlines() if x.startswith("| **hk_stack auto** |"))
+    assert ours.count("**0.50 [0.") == 2
+    assert "baseline: 4.0" in text and "jax 0.10.2" in text
+    assert r"nnx \| scan: ValueError: broken" in text
+    tables = [x for x in text.splitlines() if x.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", x)) == 4 for x in tables)
+
+
+def test_markdown_tells_cases_apart_by_what_differs():
+    rows = [row(way)._replace() for way in WAYS]
+    longer = [r._replace(case=r.case._replace(length=512)) for r in rows]
+    assert "| length 256 | length 512 |" in show.markdown(result(rows + longer))
+
+
+# Pictures
+
+
+def test_pictures_are_written(tmp_path):
+    import matplotlib.image
+
+    files = draw.write(result(), tmp_path / "new")
+    names = [file.name for file in files]
+    kinds = ("scaling", "phases", "memory")
+    expected = [
+        f"{k}_s4_grad_float32_b4_t256.{e}" for k in kinds for e in ("png", "svg")
+    ]
+    assert names == expected
+    for file in files[::2]:
+        image = matplotlib.image.imread(file)
+        assert image[..., 3].min() == 0 and image[..., 3].max() == 1
+    for file in files[1::2]:
+        assert (
+            file.read_text().startswith("<svg")
+            and ">hk_stack auto<" in file.read_text()
+        )
+
+
+def test_pictures_are_the_same_each_time():
+    once, again = ([draw.svg(p) for p in draw.pictures(result())] for _ in range(2))
+    assert once == again
+
+
+def test_one_depth_has_no_scaling():
+    found = result([row(way) for way in WAYS])
+    assert [p.kind for p in draw.pictures(found)] == ["phases", "memory"]
+
+
+def test_without_memory_no_picture_of_it():
+    rows = [row(way)._replace(measures={"eager_s": [[1.0]]}) for way in WAYS]
+    assert list(draw.pictures(result(rows))) == []
+    rows += [r._replace(case=r.case._replace(layers=9)) for r in rows]
+    (picture,) = draw.pictures(result(rows))
+    assert "eager call, ms" in draw.svg(picture)
+
+
+def test_far_longer_bars_go_on():
+    rows = [row(way, compile_s=[100.0 if way == "haiku loop" else 1.0]) for way in WAYS]
+    rows = [r._replace(measures=r.measures | {"trace_s": [0.1]}) for r in rows]
+    axes = draw.phases(result(rows), rows[0].case).axes[0]
+    assert axes.get_xlim()[1] < 5
+    assert "→ 100" in [text.get_text() for text in axes.texts]
+
+
+def test_labels_of_13_lines_keep_apart():
+    import matplotlib.text
+
+    ways = [f"nnx {i}" for i in range(13)]
+    rows = [
+        row(way, n, speed=1 + i / 100) for n in (4, 16) for i, way in enumerate(ways)
+    ]
+    found = result(rows)
+    figure = draw.scaling(found, found.cases())
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        # Of the text, without the line to it.
+        boxes = [matplotlib.text.Text.get_window_extent(text) for text in axes.texts]
+        boxes.sort(key=lambda box: box.y0)
+        assert len(boxes) == 13
+        gaps = [b.y0 - a.y1 for a, b in itertools.pairwise(boxes)]
+        assert min(gaps) > -2  # Of which some is room for accents.
+    markers = {line.get_marker() for line in figure.axes[0].lines}
+    assert len(markers) == 13
+
+
+# The page
+
+
+class Parsed(html.parser.HTMLParser):
+    """Which elements a page has, whether they are closed, and what it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.wrong = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    rows = [row(way, n, m) for m in ("grad", "init") for n in (4, 16) for way in WAYS]
+    skipped = [{"framework": "penzai", "why": "pip install penzai"}]
+    return page.html(result(rows, [failure(row("nnx scan"))], skipped))
+
+
+def test_page_is_well_formed_and_loads_nothing(whole):
+    parsed = Parsed(whole)
+    assert not parsed.wrong and not parsed.open
+    assert "script" not in parsed.tags and "link" not in parsed.tags
+    for tag, attributes in parsed.attributes:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#"), (tag, attributes)
+    assert "@import" not in whole and not re.search(r"url\((?!#)", whole)
+    ids = [a["id"] for _, a in parsed.attributes if "id" in a]
+    assert len(ids) == len(set(ids))
+    links = [a["href"][1:] for _, a in parsed.attributes if "href" in a]
+    assert set(links) <= set(ids)
+
+
+def test_page_can_be_read_aloud(whole):
+    parsed = Parsed(whole)
+    assert parsed.tags.count("table") == parsed.tags.count("caption")
+    assert all("scope" in a for tag, a in parsed.attributes if tag == "th")
+    pictures = [a for tag, a in parsed.attributes if tag == "svg"]
+    assert len(pictures) == 6
+    assert all(a["role"] == "img" and "s4" in a["aria-label"] for a in pictures)
+    headings = [int(tag[1]) for tag in parsed.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(headings))
+
+
+def test_page_tells_what_was_measured(whole):
+    for text in (
+        "4 ways to run a layer stack, in 4 cases",
+        "jax 0.10.2",
+        "0.50 [0.",
+        "failed: ValueError: broken",
+        "pip install penzai",
+        "python -m hk_stack.compare --layers=4,16",
+        "2e-07",
+        "temporary memory, bytes",
+    ):
+        assert text in whole, text
+
+
+def test_names_are_never_html():
+    bad = "<script>alert(1)</script>$x_1$&"
+    rows = [row(way, n) for n in (4, 16) for way in (WAYS[0], bad)]
+    rows = [r._replace(case=r.case._replace(model='"><img src=x>')) for r in rows]
+    skipped = [{"framework": bad, "why": bad}]
+    found = result(rows, [failure(rows[1], bad)], skipped, device=bad, command=bad)
+    parsed = Parsed(page.html(found))
+    assert not parsed.wrong and not parsed.open
+    assert "script" not in parsed.tags and "img" not in parsed.tags
+    assert "<script" not in show.markdown(found).replace(r"\<", "")
+
+
+# The page in a browser
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    None,
+)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
+)
+PROBE = """<script>
+const style = getComputedStyle(document.body);
+const shown = [...document.querySelectorAll("svg")].filter(
+  x => x.getBoundingClientRect().width > 0 && x.getBoundingClientRect().height > 0);
+parent.document.documentElement.dataset.found = JSON.stringify({
+  dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  page: style.backgroundColor,
+  tables: document.querySelectorAll("table").length,
+  pictures: shown.length,
+  content: document.documentElement.scrollWidth,
+  window: innerWidth,
+});
+</script>"""
+
+
+def browse(tmp_path, text, *arguments):
+    """What Chromium writes of a page."""
+    file = tmp_path / "page.html"
+    file.write_text(text)
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *("--no-first-run", "--disable-background-networking", "--hide-scrollbars"),
+        *("--disable-component-update", "--disable-sync", *arguments),
+        *(f"--user-data-dir={tmp_path / 'chromium'}", file.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("scheme", "background"), [(0, "rgb(17, 17, 17)"), (1, "rgb(255, 255, 255)")]
+)
+def test_page_in_a_browser_on_a_phone(whole, tmp_path, scheme, background):
+    dark = f"--blink-settings=preferredColorScheme={scheme}"
+    inside = html.escape(whole.replace("<details>", "<details open>") + PROBE)
+    # Chromium has no windows as narrow as a phone, but frames.
+    frame = (
+        '<!DOCTYPE html><meta name="color-scheme" content="light dark">'
+        f'<iframe width="400" height="900" srcdoc="{inside}"></iframe>'
+    )
+    text = browse(tmp_path, frame, dark, "--dump-dom")
+    found = json.loads(
+        html.unescape(re.search('<html[^>]* data-found="([^"]*)"', text)[1])
+    )
+    assert found["dark"] == (scheme == 0) and found["page"] == background
+    assert found["tables"] == whole.count("<table") and found["pictures"] == 6
+    assert found["content"] <= found["window"] == 400
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_page_is_painted(whole, tmp_path, scheme):
+    import matplotlib.image
+
+    shot = tmp_path / "shot.png"
+    dark = f"--blink-settings=preferredColorScheme={scheme}"
+    browse(tmp_path, whole, dark, "--window-size=900,2400", f"--screenshot={shot}")
+    image = matplotlib.image.imread(shot)[..., :3]
+    assert image.shape == (2400, 900, 3)
+    background, light = image[0, 0], image.mean(-1)
+    assert (background.mean() < 0.1) if scheme == 0 else (background.mean() == 1)
+    painted = np.abs(light - background.mean()) > 0.3
+    assert 0.01 < painted.mean() < 0.5
+    # Text is in the upper half, a picture and a table in the lower half.
+    assert painted[:1200].mean() > 0.01 and painted[1200:].mean() > 0.01
+
+
+# Two results
+
+
+def test_the_same_has_not_moved():
+    text, is_worse = against.report(result(), result())
+    assert not is_worse
+    assert text == "0 ratios are worse and 0 are better, of 8 rows in both results"
+
+
+def changed(way, factor):
+    return [
+        row(w, n, factor=factor if (w, n) == (way, 16) else 1.0)
+        for n in (4, 16)
+        for w in WAYS
+    ]
+
+
+def test_slower_is_worse_and_named():
+    moves = against.moved(result(), result(changed("hk_stack auto", 1.5)))
+    assert {(m.way, m.measure, m.case.layers) for m in moves} == {
+        ("hk_stack auto", "run_s", 16),
+        ("hk_stack auto", "temp_bytes", 16),
+    }
+    assert all(m.is_worse for m in moves)
+    text, is_worse = against.report(result(), result(changed("hk_stack auto", 1.5)))
+    assert is_worse and "2 ratios are worse and 0 are better" in text
+    line = next(x for x in text.splitlines() if " run " in x)
+    assert "16 layers" in line and "hk_stack auto" in line and "x 1.50" in line
+
+
+def test_faster_is_better():
+    text, is_worse = against.report(result(), result(changed("linen scan", 0.5)))
+    assert not is_worse and "0 ratios are worse and 2 are better" in text
+
+
+def test_a_machine_of_half_the_speed_changes_no_ratio():
+    slow = [row(way, n, factor=2) for n in (4, 16) for way in WAYS]
+    assert against.moved(result(), result(slow)) == []
+
+
+@pytest.mark.parametrize(
+    ("measures", "has_moved"),
+    [
+        ({"temp_bytes": [2_010_000]}, False),  # By half a percent.
+        ({"temp_bytes": [2_100_000]}, True),
+        ({"compile_s": [2.4], "trace_s": [0.2], "lower_s": [0.1]}, False),
+        ({"compile_s": [4.0], "trace_s": [0.2], "lower_s": [0.1]}, True),
+        ({"run_s": [[0.0024]]}, False),
+        ({"run_s": [[0.004]]}, True),
+    ],
+)
+def test_few_samples_have_to_differ_by_more(measures, has_moved):
+    old, new = (
+        result([row(WAYS[0]), row("hk_stack auto", **more)]) for more in ({}, measures)
+    )
+    assert bool(against.moved(old, new)) == has_moved
+
+
+def test_eager_calls_are_compared_where_there_is_nothing_else():
+    def rows(seconds):
+        times = {WAYS[0]: 1.0, "hk_stack auto": seconds}
+        calls = {way: [[t, t * 1.01, t]] for way, t in times.items()}
+        return [row(w)._replace(measures={"eager_s": t}) for w, t in calls.items()]
+
+    (move,) = against.moved(result(rows(1.0)), result(rows(3.0)))
+    assert move.measure == "eager_s" and move.is_worse
+
+
+def test_rows_of_one_result_only_are_named():
+    rows = [row(way, n) for n in (4, 16) for way in WAYS]
+    text, is_worse = against.report(result(rows), result(rows[:-1]))
+    assert "in the old result only:" in text and "16 layers" in text
+    assert "linen scan" in text and not is_worse
+    assert "in the new result only:" in against.report(result(rows[:-1]), result())[0]
+
+
+def test_what_fails_now_is_worse():
+    rows = [row(way, n) for n in (4, 16) for way in WAYS]
+    text, is_worse = against.report(
+        result(rows), result(rows[:-1], [failure(rows[-1])])
+    )
+    assert is_worse and "failed, and did not in the old result:" in text
+    assert "in the old result only" not in text
+
+
+def test_other_versions_are_named():
+    new = result(versions={"jax": "0.11.0", "flax": "0.12.8"}, device="H100")
+    text, is_worse = against.report(result(), new)
+    assert "not alike: device cpu -> H100, jax 0.10.2 -> 0.11.0" in text
+    assert not is_worse
+
+
+def test_baselines_have_to_be_the_same():
+    new = result(flags={"baseline": "haiku loop"})
+    with pytest.raises(
+        ValueError, match="measure the new one with --baseline='haiku l"
+    ):
+        against.moved(result(), new)
+    rows = [row(way) for way in WAYS]
+    with pytest.raises(ValueError, match="failed there: ValueError: broken"):
+        against.moved(result(rows), result(rows[1:], [failure(rows[0])]))
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(ValueError, match=r"no case is in both results.*--layers=4,16"):
+        against.moved(result([row(WAYS[0], 4)]), result([row(WAYS[0], 16)]))
