@@ -136,6 +136,8 @@ def _build_all(
             found = task(case, framework, way)
             if found is None:
                 continue
+            if not built:
+                measure.warm_up(found.program)
             one = _Built(case, framework, way, found, options)
             one.check(next(iter(built.values()), one).values)
             built[name] = one

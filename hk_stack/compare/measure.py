@@ -59,6 +59,11 @@ def build(program: Program) -> Build:
     return Build(compiled, dict(zip(names, spent, strict=True)), sizes)
 
 
+def warm_up(program: Program) -> None:
+    """Traces what programs have in common, which JAX keeps, and the first would pay."""
+    jax.jit(lambda *args: program.function(*args)).lower(*program.args)
+
+
 def number_of_equations(jaxpr: jex.Jaxpr) -> int:
     """All equations of a jaxpr, with those inside of others."""
     return sum(

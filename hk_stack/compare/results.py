@@ -126,8 +126,8 @@ def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     """The ratio of a measure to that of another row of the case; None if one has none.
 
     It is the median, over rounds, of the ratio within a round: what slows the machine
-    down for a while slows both. Rounds of one build are alike, so the bootstrap draws
-    builds, then rounds of each.
+    down for a while slows both. Rounds in a row are alike, and those of one build even
+    more, so the bootstrap draws runs of a few rounds of one build, then rounds of each.
     """
     pairs = _paired(row.samples(measure), base.samples(measure))
     if not pairs:
@@ -136,7 +136,7 @@ def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     if not ratios:
         return None
     value = float(np.median(np.concatenate(ratios)))
-    low, high = _interval(ratios)
+    low, high = _interval([part for found in ratios for part in _in_a_row(found)])
     return Ratio(value, min(low, value), max(high, value))
 
 
@@ -148,6 +148,13 @@ def _paired(
         (a[: min(len(a), len(b))], b[: min(len(a), len(b))])
         for a, b in zip(some, others, strict=False)
     ]
+
+
+def _in_a_row(ratios: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(ratios, max(1, len(ratios) // _ROUNDS_IN_A_ROW))
+
+
+_ROUNDS_IN_A_ROW = 4
 
 
 def _interval(ratios: Sequence[np.ndarray], draws: int = 1000) -> tuple[float, float]:
