@@ -61,3 +61,33 @@ def test_figures_of_reuse_and_setup_are_those_of_the_result_file(text):
     for table, program, run, temp in rows:
         assert _ratio("cpu", table, program, "run") == run, (table, program)
         assert _ratio("cpu", table, program, "temp") == temp, (table, program)
+
+
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
+
+
+def _compared():
+    """Rows `| model, mode, layers | way | run | build | memory |` of comparison.md."""
+    row = r"^\| `(\w+), (\w+), (\d+)` \| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|$"
+    return re.findall(row, README + COMPARISON, re.MULTILINE)
+
+
+def test_figures_of_the_comparison_are_those_of_the_result_file():
+    from hk_stack.compare import results
+
+    path = ROOT / "docs" / "results" / "compare" / "results.json"
+    result = results.load(path)
+    rows = {(row.case[:3], row.way): row for row in result.rows}
+    assert len(_compared()) > 20
+    for model, mode, layers, way, *shown in _compared():
+        row = rows[(model, mode, int(layers)), way]
+        base = result.baseline(row.case)
+        run, build, memory = (
+            results.ratio(row, base, name) for name in ("run_s", "build_s", "temp_bytes")
+        )
+        expected = [
+            f"{run.value:.2f} [{run.low:.2f}, {run.high:.2f}]",
+            f"{build.value:.2f}",
+            f"{memory.value:.2f}",
+        ]
+        assert shown == expected, (model, mode, layers, way)

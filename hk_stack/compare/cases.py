@@ -108,10 +108,10 @@ def measured(
     is_stopped = False
     try:
         _build_all(case, ways, options, tick, built, failed)
-        for i, rounds in enumerate(_split(options.repeat, options.builds)):
+        for i, count in enumerate(_split(options.repeat, options.builds)):
             if i:
                 _rebuild(built, failed)
-            _run(built, failed, lambda b: b.run, "run_s", rounds, options.shortest)
+            rounds(built, failed, lambda b: b.run, "run_s", count, options.shortest)
         if case.mode == "init":
             _eager(built, failed, options)
     except KeyboardInterrupt:
@@ -202,7 +202,9 @@ class _Built:
                 continue
             tolerance = TOLERANCES[self.case.dtype]
             allowed = tolerance[name]
-            difference = _difference(value, expected[name], tolerance["smallest"])
+            difference = largest_difference(
+                value, expected[name], tolerance["smallest"]
+            )
             if not difference <= allowed:
                 raise ValueError(
                     f"its {name} differs from that of the first way by "
@@ -224,7 +226,7 @@ def _check_same(shapes: Any, expected: Any) -> None:
         )
 
 
-def _difference(tree: Any, expected: Any, smallest: float) -> float:
+def largest_difference(tree: Any, expected: Any, smallest: float) -> float:
     """The largest between leaves, over the largest value of the leaf.
 
     Or over a part of that of all leaves, `smallest`, if this is more.
@@ -258,19 +260,19 @@ def _rebuild(built: dict[str, _Built], failed: dict[str, str]) -> None:
             del built[name]
 
 
-def _run(
+def rounds(
     built: dict[str, _Built],
     failed: dict[str, str],
     get: Callable[[_Built], measure.Run],
     name: str,
-    rounds: int,
+    count: int,
     shortest: float,
 ) -> None:
     """Alternating rounds; a way that fails in one is left out of all."""
     while built:
         runs = [(way, _named(way, get(one))) for way, one in built.items()]
         try:
-            samples = measure.steady(runs, rounds, shortest)
+            samples = measure.steady(runs, count, shortest)
         except _Failed as error:
             failed[error.way] = error.text
             del built[error.way]
@@ -309,7 +311,7 @@ def _eager(built: dict[str, _Built], failed: dict[str, str], options: Options) -
         except Exception as error:
             failed[way] = _first_line(error)
             del built[way]
-    _run(built, failed, eager, "eager_s", max(2, options.repeat // 5), 0.0)
+    rounds(built, failed, eager, "eager_s", max(2, options.repeat // 5), 0.0)
 
 
 def _in_fresh_process(built: _Built) -> dict[str, float]:

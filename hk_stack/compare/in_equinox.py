@@ -87,7 +87,7 @@ class RecurrenceBlock(eqx.Module):
         del width
         keys = jax.random.split(key)
         self.decay = jax.random.normal(keys[0], (state_size,))
-        self.b = 0.1 * jax.random.normal(keys[1], (state_size,))
+        self.b = 0.01 * jax.random.normal(keys[1], (state_size,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the block to `x` `[B, T, D]`."""

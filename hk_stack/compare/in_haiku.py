@@ -168,7 +168,7 @@ class RecurrenceBlock(hk.Module):
         del is_training
         normal = hk.initializers.RandomNormal
         decay = hk.get_parameter("decay", [self.state_size], x.dtype, normal())
-        b = hk.get_parameter("b", [self.state_size], x.dtype, normal(0.1))
+        b = hk.get_parameter("b", [self.state_size], x.dtype, normal(0.01))
         kernel = models.recurrence_kernel(decay, b, x.shape[1])
         return x + jnp.tanh(models.convolve(x, kernel))
 

@@ -153,7 +153,7 @@ class RecurrenceBlock(nn.Module):
         """Applies the block to `x` `[B, T, D]`."""
         normal, shape = nn.initializers.normal, (self.state_size,)
         decay = self.param("decay", normal(1.0), shape, x.dtype)
-        b = self.param("b", normal(0.1), shape, x.dtype)
+        b = self.param("b", normal(0.01), shape, x.dtype)
         kernel = models.recurrence_kernel(decay, b, x.shape[1])
         return x + jnp.tanh(models.convolve(x, kernel))
 
@@ -372,11 +372,11 @@ _STACKS: dict[str, Callable[..., nn.Module]] = {
 }
 # In a scan, the loop does what is asked of `prevent_cse`.
 _remat = functools.partial(nn.remat, static_argnums=(2,), prevent_cse=False)
-_RULES = {
-    "nn.scan": {},
-    "nn.scan + nn.remat": {},
-    "loop": {"rename": {"block_*": "layers/*/block"}},
-    "hack": {"rename": {"stack": "layers/block"}},
+_RULES: dict[str, Any] = {
+    "nn.scan": {"layer_axis": {"block": 0}},
+    "nn.scan + nn.remat": {"layer_axis": {"block": 0}},
+    "loop": {"rename": {"block_*": "layers/*/block"}, "layer_axis": {"block_*": ()}},
+    "hack": {"rename": {"stack": "layers/block"}, "layer_axis": {"stack": 0}},
 }
 
 

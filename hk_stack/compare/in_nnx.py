@@ -80,7 +80,7 @@ class RecurrenceBlock(nnx.Module):
         del width
         normal = jax.nn.initializers.normal
         self.decay = nnx.Param(normal(1.0)(rngs.params(), (state_size,)))
-        self.b = nnx.Param(normal(0.1)(rngs.params(), (state_size,)))
+        self.b = nnx.Param(normal(0.01)(rngs.params(), (state_size,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the block to `x` `[B, T, D]`."""
@@ -191,7 +191,7 @@ _BLOCKS: dict[str, Any] = {
     "spectral": SpectralBlock,
     "mlp": MlpBlock,
 }
-_RULES: Any = {"rename": {"block": "layers/block"}}
+_RULES: Any = {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}}
 
 
 def stack(

@@ -8,6 +8,7 @@ the baseline, the first program of its table. With `--out` every sample is kept,
 the device and the versions.
 """
 
+import argparse
 import functools
 import json
 import pathlib
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
 import hk_stack
 from hk_stack.compare import in_haiku, in_plain, models, porting
@@ -27,47 +27,31 @@ from hk_stack.compare import s4 as s4_maths
 from hk_stack.compare.environment import environment
 from hk_stack.compare.measure import Program, build, steady
 
-_TABLES = flags.DEFINE_list(
-    "tables",
-    [
-        "s4",
-        "recurrence",
-        "init",
-        "depth",
-        "reuse",
-        "accumulate",
-        "setup",
-        "decode",
-        "port",
-    ],
-    "What to measure.",
-)
-_REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each table.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "A JSON file for all samples.")
 
-
-def main(argv: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures and prints the tables that were asked for."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    unknown = sorted(set(_TABLES.value) - set(TABLES))
-    if unknown:
-        raise app.UsageError(f"--tables: {unknown} not among {sorted(TABLES)}")
-    if _OUT.value:
-        _check_writable(pathlib.Path(_OUT.value))
-    result = {"environment": environment(), "tables": {}}
-    for name in _TABLES.value:
-        result["tables"] |= TABLES[name](_REPEAT.value)
-    if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    """Fails before hours of measuring, not after."""
-    try:
-        path.touch()
-    except OSError as error:
-        raise app.UsageError(f"--out: cannot write {path}: {error.strerror}") from None
+    parser = argparse.ArgumentParser("python -m hk_stack.compare.tables")
+    parser.add_argument(
+        "--tables", default=",".join(TABLES), help="separated by commas"
+    )
+    parser.add_argument("--repeat", type=int, default=15, help="rounds of each table")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for all samples")
+    said = parser.parse_args(arguments)
+    names = said.tables.split(",")
+    if unknown := sorted(set(names) - set(TABLES)):
+        parser.error(f"--tables: {unknown} not among {sorted(TABLES)}")
+    if said.repeat < 1:
+        parser.error(f"--repeat: {said.repeat} is less than one")
+    if said.out:
+        try:  # Before hours of measuring, not after.
+            said.out.touch()
+        except OSError as error:
+            parser.error(f"--out: cannot write {said.out}: {error.strerror}")
+    result: dict[str, Any] = {"environment": environment(), "tables": {}}
+    for name in names:
+        result["tables"] |= TABLES[name](said.repeat)
+    if said.out:
+        said.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def s4(repeat: int) -> dict[str, Any]:
@@ -459,4 +443,4 @@ _COLUMNS = (
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
