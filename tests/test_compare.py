@@ -1,5 +1,6 @@
 """`python -m hk_stack.compare`: all ways agree, and what fails is said and left out."""
 
+import functools
 import json
 import os
 import pathlib
@@ -7,7 +8,6 @@ import subprocess
 import sys
 import types
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
@@ -54,7 +54,14 @@ def start(module, *arguments):
 
 
 def compiled(task):
-    return task.values(measure.build(task.program).run)
+    """What a task returns; compiled in a hurry, as that takes most of the time."""
+    fast = {"xla_backend_optimization_level": 0}
+    return task.values(jax.jit(task.program.function, compiler_options=fast))
+
+
+@functools.cache
+def expected_of(one):
+    return compiled(cases.task(one, "haiku", "layer_stack"))
 
 
 def differences(some, reference, dtype="float32"):
@@ -69,9 +76,9 @@ def differences(some, reference, dtype="float32"):
 @pytest.mark.parametrize("model", models.MODELS)
 def test_losses_and_gradients_are_those_of_haiku(model, framework):
     one = case(model)
-    expected = compiled(cases.task(one, "haiku", "layer_stack"))
+    expected = expected_of(one)
     found = 0
-    for way in models.framework(framework).WAYS:
+    for way in ways_of(framework):
         task = cases.task(one, framework, way)
         if task is not None:
             difference = differences(compiled(task), expected)
@@ -82,14 +89,19 @@ def test_losses_and_gradients_are_those_of_haiku(model, framework):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_forward_and_decoding_are_those_of_haiku(framework):
-    for mode in ("fwd", "decode"):
-        one = case("s4", mode)
-        expected = compiled(cases.task(one, "haiku", "layer_stack"))
-        for way in models.framework(framework).WAYS:
-            task = cases.task(one, framework, way)
-            if task is not None:
-                assert differences(compiled(task), expected)["output"] < 1e-5, way
+@pytest.mark.parametrize("mode", ["fwd", "decode"])
+def test_outputs_are_those_of_haiku_on_several_devices(mode, framework):
+    one = case("s4", mode)
+    expected = expected_of(one)
+    tasks = {way: cases.task(one, framework, way) for way in ways_of(framework)}
+    found = {way: compiled(task) for way, task in tasks.items() if task is not None}
+    assert found
+    for way, values in found.items():
+        assert differences(values, expected)["output"] < 1e-5, way
+
+
+def ways_of(framework):
+    return models.framework(framework).WAYS
 
 
 def test_decoding_is_the_forward_pass_step_by_step():
@@ -102,16 +114,17 @@ def test_decoding_is_the_forward_pass_step_by_step():
         out, states = decoder.step(decoder.known, x[:, t], states)
         outputs.append(out)
     expected = y.program.function(params, x)
-    assert jnp.allclose(jnp.stack(outputs, 1), expected, atol=1e-5)
+    assert jnp.allclose(jnp.stack(outputs, 1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_initial_parameters_have_the_shapes_of_haiku(framework):
     one = case(mode="init")
-    expected = compiled(cases.task(one, "haiku", "layer_stack"))
-    for way in models.framework(framework).WAYS:
-        task = cases.task(one, framework, way)
-        assert task is None or compiled(task) == expected, way
+    expected = expected_of(one)
+    tasks = {way: cases.task(one, framework, way) for way in ways_of(framework)}
+    found = {way: compiled(task) for way, task in tasks.items() if task is not None}
+    assert bool(found) == (framework != "plain")
+    assert all(shapes == expected for shapes in found.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -122,7 +135,7 @@ def test_other_dtypes(dtype):
     assert not found.failed
     assert len(found.rows) == 3
     bound = cases.TOLERANCES[dtype]["output"]
-    assert all(row.parity.get("output", 0) <= bound for row in found.rows)
+    assert all(row.parity["output"] <= bound for row in found.rows[1:])
 
 
 def test_the_batch_is_split_over_devices():
@@ -198,12 +211,13 @@ def odd(monkeypatch):
                 "doubled": lambda params, x: 2 * net.apply(params, x),
                 "broken": broken,
                 "interrupted": interrupted,
+                "infinite": lambda params, x: jnp.inf * net.apply(params, x),
                 "right": net.apply,
             }[way]
         )
 
     module = types.SimpleNamespace(
-        WAYS=("doubled", "broken", "interrupted", "right"), stack=wrong
+        WAYS=("doubled", "broken", "interrupted", "infinite", "right"), stack=wrong
     )
     real = models.framework
     monkeypatch.setattr(
@@ -219,11 +233,41 @@ def test_what_fails_is_left_out_and_the_rest_is_measured(odd):
     assert found.failed["odd broken"] == "RuntimeError: no such kernel"
 
 
+def test_values_that_are_not_finite_are_no_reference(odd):
+    ways = [("odd", "infinite"), ("haiku", "layer_stack")]
+    found = cases.measured(case(mode="fwd"), ways, OPTIONS)
+    assert [row.way for row in found.rows] == ["haiku layer_stack"]
+    assert "its output is not finite" in found.failed["odd infinite"]
+
+
+def test_what_has_other_names_or_shapes_is_no_parity():
+    for other in ({"b": jnp.ones(2)}, {"a": jnp.ones((2, 1))}):
+        with pytest.raises(ValueError, match="not of the same names and shapes"):
+            cases.largest_difference({"a": jnp.ones(2)}, other, 1e-3)
+
+
+def test_rounds_that_are_interrupted_are_kept():
+    calls = []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) > 4:  # Two to see how long it takes, two rounds.
+            raise KeyboardInterrupt
+        return jnp.ones(2)
+
+    added = []
+    one = types.SimpleNamespace(run=interrupted)
+    one.add = lambda name, value: added.append((name, len(value)))
+    with pytest.raises(KeyboardInterrupt):
+        cases.rounds({"way": one}, {}, lambda one: one.run, "run_s", 9, 0.0)
+    assert added == [("run_s", 2)]
+
+
 def test_what_fails_while_it_runs_is_left_out():
     def failing():
         raise RuntimeError("out of memory")
 
-    good = types.SimpleNamespace(run=lambda: jnp.ones(()), samples=[])
+    good = types.SimpleNamespace(run=lambda: jnp.ones(2), samples=[])
     good.add = lambda name, value: good.samples.append((name, len(value)))
     built = {"good": good, "bad": types.SimpleNamespace(run=failing)}
     failed = {}
@@ -234,7 +278,9 @@ def test_what_fails_while_it_runs_is_left_out():
 
 def test_ctrl_c_keeps_what_was_measured(odd, monkeypatch, tmp_path, capsys):
     ways = [("haiku", "layer_stack"), ("odd", "interrupted")]
-    monkeypatch.setattr(command, "_ways", lambda skipped: ways)
+    monkeypatch.setattr(
+        command, "_ways", lambda skipped, say: (ways, "haiku layer_stack")
+    )
     sizes = ["--model=mlp", "--mode=fwd", "--length=4", "--repeat=1"]
     out = tmp_path / "out"
     assert run(*sizes, "--layers=1,2,3", f"--out={out}") == 130
@@ -265,6 +311,9 @@ def test_a_framework_that_is_not_installed_is_skipped(monkeypatch, tmp_path, cap
         (["--mode=backward"], "--mode: ['backward'] not among init, fwd"),
         (["--layers=4,x"], "--layers: 'x' is no number of layers"),
         (["--layers=0"], "--layers: '0' is no number of layers"),
+        (["--layers="], "--layers: '' is no number of layers"),
+        (["--model="], "--model: [] not among s4"),
+        (["--baseline=haiku scan"], "'haiku scan' not among haiku layer_stack"),
         (["--model=mlp", "--mode=decode"], "mlp does not decode; s4 does"),
         (["--model=s4", "--dtype=bfloat16"], "s4 runs in float32 or float64"),
         (["--mode=init", "--dtype=float64"], "init makes parameters in float32"),
@@ -296,10 +345,11 @@ def test_the_command(tmp_path):
     done = start("hk_stack.compare", "--model=mlp", *sizes, f"--out={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     ways = [f"{name} {way}" for name, way in cases.all_ways(FRAMEWORKS)]
-    for way in ways:
-        if way not in ("plain split", "plain reused", "linen nn.scan, cache"):
-            assert way in done.stdout  # A model without setup, and no decoding.
     result = results.load(out / "results.json")
+    # A model without setup, and no decoding.
+    odd = ("plain split", "plain reused", "linen nn.scan, cache")
+    assert list(result.of(result.cases()[0])) == [x for x in ways if x not in odd]
+    assert all(row.way in done.stdout for row in result.rows)
     assert not result.failed and not result.skipped
     assert [one.mode for one in result.cases()] == ["fwd", "train"]
     assert result.environment["versions"]["jax"] == jax.__version__
@@ -307,6 +357,18 @@ def test_the_command(tmp_path):
     assert "<svg" in (out / "report.html").read_text()
     assert "| haiku layer_stack" in (out / "table.md").read_text()
     assert len(list((out / "plots").glob("*.png"))) >= 4
+
+
+def test_what_would_take_too_long_to_build_is_left_out(tmp_path, capsys):
+    sizes = ["--model=mlp", "--mode=fwd", "--length=4", "--repeat=1", "--layers=1,2"]
+    out = tmp_path / "out"
+    assert run(*sizes, "--frameworks=haiku", "--patience=0", f"--out={out}") == 0
+    assert "haiku loop would take about" in capsys.readouterr().out
+    result = results.load(out / "results.json")
+    assert [row.way for row in result.of(result.cases()[1]).values()] == [
+        "haiku layer_stack"  # The baseline is always measured.
+    ]
+    assert "2 layers" in result.skipped[0]["what"]
 
 
 def test_results_are_held_against_older_ones(tmp_path, capsys):
@@ -329,7 +391,7 @@ def test_results_are_held_against_older_ones(tmp_path, capsys):
 def test_a_file_of_another_schema_is_refused(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(app.UsageError, match="has schema 99, expected 1"):
+    with pytest.raises(app.UsageError, match="it has schema 99, expected 1"):
         run(path)
 
 
@@ -364,8 +426,3 @@ def test_mistakes_in_tables(arguments, message, capsys):
     with pytest.raises(SystemExit):
         tables.main(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_haiku_stacks_are_transformed_functions():
-    net = models.framework("haiku").network(models.MODELS["mlp"], lambda layer: layer)
-    assert isinstance(net, hk.Transformed)

@@ -242,7 +242,7 @@ class Parsed(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def whole():
     rows = [row(way, n, m) for m in ("grad", "init") for n in (4, 16) for way in WAYS]
-    skipped = [{"framework": "penzai", "why": "pip install penzai"}]
+    skipped = [{"what": "penzai", "why": "pip install penzai"}]
     return page.html(result(rows, [failure(row("nnx scan"))], skipped))
 
 
@@ -290,7 +290,7 @@ def test_names_are_never_html():
     bad = "<script>alert(1)</script>$x_1$&"
     rows = [row(way, n) for n in (4, 16) for way in (WAYS[0], bad)]
     rows = [r._replace(case=r.case._replace(model='"><img src=x>')) for r in rows]
-    skipped = [{"framework": bad, "why": bad}]
+    skipped = [{"what": bad, "why": bad}]
     found = result(rows, [failure(rows[1], bad)], skipped, device=bad, command=bad)
     parsed = Parsed(page.html(found))
     assert not parsed.wrong and not parsed.open

@@ -83,7 +83,8 @@ def test_figures_of_the_comparison_are_those_of_the_result_file():
         row = rows[(model, mode, int(layers)), way]
         base = result.baseline(row.case)
         run, build, memory = (
-            results.ratio(row, base, name) for name in ("run_s", "build_s", "temp_bytes")
+            results.ratio(row, base, name)
+            for name in ("run_s", "build_s", "temp_bytes")
         )
         expected = [
             f"{run.value:.2f} [{run.low:.2f}, {run.high:.2f}]",

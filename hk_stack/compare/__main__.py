@@ -17,13 +17,17 @@ To look at a result again, or to compare two, give files:
 
 import functools
 import itertools
+import math
 import pathlib
+import shlex
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 try:
+    import matplotlib  # noqa: F401 (Now, not after hours of measuring.)
     import rich.console
     import rich.progress
     from absl import app, flags
@@ -66,6 +70,12 @@ _BUILDS = flags.DEFINE_integer(
 _FRESH = flags.DEFINE_bool(
     "fresh", False, "Time each build in a process that has built nothing before."
 )
+_PATIENCE = flags.DEFINE_float(
+    "patience",
+    90.0,
+    "Seconds; what would take longer to build, going by fewer layers, is left out.",
+    lower_bound=0.0,
+)
 _BASELINE = flags.DEFINE_string(
     "baseline", "haiku layer_stack", "The way that ratios are to."
 )
@@ -78,7 +88,11 @@ Say = Callable[[str], None]
 
 
 def main(argv: list[str]) -> int:
-    """Measures, or reads a result; shows it, writes it, compares it."""
+    """Measures, or reads a result; shows it, writes it, compares it.
+
+    Returns:
+      0; 1 if a way failed, or a ratio got worse; 130 if it was interrupted.
+    """
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=100)
@@ -91,7 +105,7 @@ def main(argv: list[str]) -> int:
         for case in result.cases():
             console.print(show.table(result, case))
     else:
-        result, status = _measure(console, out)
+        result, status = _measure(console, out, old)
     if out is not None and result.rows:
         _write(out, result)
         console.print(f"Written to {out}: results.json, report.html, table.md, plots")
@@ -138,17 +152,26 @@ def _write(out: pathlib.Path, result: Result) -> None:
 
 
 def _measure(
-    console: rich.console.Console, out: pathlib.Path | None
+    console: rich.console.Console, out: pathlib.Path | None, old: Result | None
 ) -> tuple[Result, int]:
     start = time.perf_counter()
-    if _DTYPE.value == "float64":
-        jax.config.update("jax_enable_x64", True)
-    todo = _cases(functools.partial(console.print, soft_wrap=True))
-    result = Result(environment() | _asked(), [], [], [])
-    ways = _ways(result.skipped)
-    for missing in result.skipped:
-        text = f"without {missing['framework']}: {missing['why']}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    jax.config.update("jax_enable_x64", _DTYPE.value == "float64")
+    # What was compiled before would be loaded, not compiled.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if _FRESH.value and jax.default_backend() == "tpu":
+        raise app.UsageError("--fresh: a TPU belongs to one process")
+    say = functools.partial(
+        console.print, highlight=False, markup=False, soft_wrap=True
+    )
+    todo = _cases(say)
+    if old is not None and not set(todo) & set(old.cases()):
+        raise app.UsageError(
+            "--against: none of its cases would be measured; ask for the same, "
+            f"{old.environment.get('command')}"
+        )
+    result = Result(environment(), [], [], [])
+    ways, baseline = _ways(result.skipped, say)
+    result.environment.update(_asked(baseline))
     options = cases.Options(_REPEAT.value, _BUILDS.value, fresh=_FRESH.value)
     status = 0
     with _progress() as progress:
@@ -159,7 +182,8 @@ def _measure(
                 text = f"{case.model} {case.mode}, {case.layers} layers: {way}"
                 progress.update(bar, advance=1, description=text)
 
-            found = cases.measured(case, ways, options, tick)
+            able = _in_time(result, case, ways, say)
+            found = cases.measured(case, able, options, tick)
             _add(result, case, found)
             result.environment["seconds"] = round(time.perf_counter() - start, 1)
             _print(console, result, case, found)
@@ -193,6 +217,42 @@ def _add(result: Result, case: Case, found: cases.Measured) -> None:
     )
 
 
+def _in_time(
+    result: Result, case: Case, ways: Sequence[tuple[str, str]], say: Say
+) -> list[tuple[str, str]]:
+    """Leaves out what would take too long to build."""
+    found = []
+    for pair in ways:
+        way = " ".join(pair)
+        expected = _expected_build(result, case, way)
+        if expected > _PATIENCE.value and pair != ways[0]:
+            why = f"would take about {expected:.0f} s to build; see --patience"
+            result.skipped.append({"what": f"{case.title}: {way}", "why": why})
+            say(f"left out: {case.title}: {way} {why}")
+        else:
+            found.append(pair)
+    return found
+
+
+def _expected_build(result: Result, case: Case, way: str) -> float:
+    """Seconds, going by the last two cases with fewer layers; 0 if there is none.
+
+    A loop's build grows faster the deeper it is, hence the extra half in the exponent.
+    """
+    fewer = [
+        (row.case.layers, row.median("build_s") or 0.0)
+        for row in result.rows
+        if row.way == way
+        and row.case.layers < case.layers
+        and row.case._replace(layers=case.layers) == case
+    ]
+    if not fewer:
+        return 0.0
+    (first, before), (last, seconds) = fewer[-2:] if len(fewer) > 1 else fewer * 2
+    power = math.log(seconds / before) / math.log(last / first) if first < last else 0.5
+    return seconds * (case.layers / last) ** (power + 0.5)
+
+
 def _progress() -> rich.progress.Progress:
     return rich.progress.Progress(
         rich.progress.BarColumn(20),
@@ -204,7 +264,7 @@ def _progress() -> rich.progress.Progress:
     )
 
 
-def _asked() -> dict[str, Any]:
+def _asked(baseline: str) -> dict[str, Any]:
     """The flags, and how to ask for the same again."""
     names = (
         _MODEL,
@@ -216,13 +276,15 @@ def _asked() -> dict[str, Any]:
         _MODE,
         _REPEAT,
         _BUILDS,
+        _PATIENCE,
         _FRESH,
         _BASELINE,
     )
     said = [flags.FLAGS[holder.name].serialize() for holder in names if holder.present]
     return {
-        "flags": {holder.name: holder.value for holder in names},
-        "command": " ".join(["python -m hk_stack.compare", *said]),
+        "flags": {holder.name: holder.value for holder in names}
+        | {"baseline": baseline},
+        "command": shlex.join(["python", "-m", "hk_stack.compare", *said]),
     }
 
 
@@ -234,7 +296,9 @@ def _cases(say: Say) -> list[Case]:
     reasons: dict[str, None] = {}
     sizes = _DTYPE.value, _BATCH.value, _LENGTH.value
     for model, mode, layers in itertools.product(
-        _MODEL.value, _MODE.value, _numbers_of_layers()
+        dict.fromkeys(_MODEL.value),
+        dict.fromkeys(_MODE.value),
+        dict.fromkeys(_numbers_of_layers()),
     ):
         case = Case(model, mode, layers, *sizes)
         if reason := cases.reason(case):
@@ -254,31 +318,51 @@ def _known(flag: str, values: Sequence[str], known: Sequence[str]) -> None:
         raise app.UsageError(f"--{flag}: {unknown} not among {', '.join(known)}")
 
 
-def _numbers_of_layers() -> Iterator[int]:
-    for text in _LAYERS.value:
-        if not text.strip().isdigit() or int(text) < 1:
+def _numbers_of_layers() -> list[int]:
+    found = [text.strip() for text in _LAYERS.value]
+    for text in found or [""]:
+        if not (text.isascii() and text.isdecimal() and int(text) > 0):
             raise app.UsageError(f"--layers: {text!r} is no number of layers")
-        yield int(text)
+    return list(map(int, found))
 
 
-def _ways(skipped: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """Pairs of a framework and a way; the baseline's come first."""
+def _ways(skipped: list[dict[str, str]], say: Say) -> tuple[list[tuple[str, str]], str]:
+    """Pairs of a framework and a way; the baseline first, and its name."""
     _known("frameworks", _FRAMEWORKS.value, models.framework_names())
     found = []
-    for name in _FRAMEWORKS.value:
+    for name in dict.fromkeys(_FRAMEWORKS.value):
         try:
             found += cases.all_ways([name])
-        except ImportError as error:
-            skipped.append({"framework": name, "why": str(error)})
+        except Exception as error:  # Whatever an installation does at import.
+            why = f"{type(error).__name__}: {error}"
+            skipped.append({"what": name, "why": why})
+            say(f"without {name}: {why}")
+    names = [" ".join(pair) for pair in found]
     if not found:
         raise app.UsageError(f"nothing to measure: {skipped[0]['why']}")
-    baseline = _BASELINE.value
-    return sorted(found, key=lambda pair: " ".join(pair) != baseline)
+    if _BASELINE.value in names:
+        first = names.index(_BASELINE.value)
+    elif _BASELINE.present:
+        raise app.UsageError(
+            f"--baseline: {_BASELINE.value!r} not among {', '.join(names)}"
+        )
+    else:
+        first = 0
+    return [found[first], *found[:first], *found[first + 1 :]], names[first]
 
 
 def run() -> None:
     """The console script."""
-    app.run(main)
+    app.run(_main)
+
+
+def _main(argv: list[str]) -> int:
+    """`main`, with a line instead of all flags for what was asked wrongly."""
+    try:
+        return main(argv)
+    except (app.UsageError, OSError) as error:
+        print(f"python -m hk_stack.compare: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

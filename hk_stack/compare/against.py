@@ -66,7 +66,7 @@ def _moved(old: results.Result, new: results.Result) -> Iterator[Move]:
             if way == bases[0].way or way not in after:
                 continue
             rows = before[way], after[way]
-            for measure in (show.called(rows[1]), show.BUILD, show.TEMP):
+            for measure in show.SHOWN:
                 ratios = _ratios(rows, bases, measure)
                 if ratios and _differ(*ratios, _least(measure, (*rows, *bases))):
                     yield Move(case, way, measure, *ratios)

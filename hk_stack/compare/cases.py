@@ -6,6 +6,7 @@ What fails in one way is written down, and the other ways go on.
 import concurrent.futures
 import functools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def measured(
         _build_all(case, ways, options, tick, built, failed)
         for i, count in enumerate(_split(options.repeat, options.builds)):
             if i:
-                _rebuild(built, failed)
+                _for_each(built, failed, _Built.build)
             rounds(built, failed, lambda b: b.run, "run_s", count, options.shortest)
         if case.mode == "init":
             _eager(built, failed, options)
@@ -129,6 +130,7 @@ def _build_all(
     failed: dict[str, str],
 ) -> None:
     """Builds each way, and checks it against the first that there is."""
+    expected: dict[str, Any] | None = None
     for framework, way in ways:
         name = f"{framework} {way}"
         tick(name)
@@ -136,16 +138,26 @@ def _build_all(
             found = task(case, framework, way)
             if found is None:
                 continue
-            if not built:
-                measure.warm_up(found.program)
             one = _Built(case, framework, way, found, options)
-            one.check(next(iter(built.values()), one).values)
+            values = one.values()
+            expected = expected or _finite(values)
+            one.check(values, expected)
             built[name] = one
         except Exception as error:
             failed[name] = _first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the first way, which all others are held against."""
+    for name, tree in values.items():
+        if name != "shapes" and not all(
+            bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree)
+        ):
+            raise ValueError(f"its {name} is not finite; not measured")
+    return values
+
+
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
 
 
@@ -165,12 +177,8 @@ class _Built:
         self.task, self.options = task, options
         self.measures: dict[str, list[Any]] = {}
         self.parity: dict[str, float] = {}
+        measure.warm_up(task.program)
         self.build()
-        self.values = task.values(self._compiled)
-
-    @property
-    def name(self) -> str:
-        return f"{self.framework} {self.way}"
 
     def build(self) -> None:
         """Builds anew, unless that would take too long."""
@@ -185,38 +193,43 @@ class _Built:
         for name, value in (*built.seconds.items(), ("first_s", first)):
             self.add(name, value)
         self.measures |= {name: [value] for name, value in built.sizes.items()}
+        peak = measure.peak_bytes()
+        if peak is not None:
+            self.measures["peak_bytes"] = [peak]
 
     def run(self) -> Any:
         return self._compiled(*self.task.program.args)
 
+    def values(self) -> dict[str, Any]:
+        return self.task.values(self._compiled)
+
     def add(self, measure: str, value: Any) -> None:
         self.measures.setdefault(measure, []).append(value)
 
-    def check(self, expected: dict[str, Any]) -> None:
+    def check(self, values: dict[str, Any], expected: dict[str, Any]) -> None:
         """Raises if values differ from those of the first way."""
-        for name, value in self.values.items():
-            if name not in expected or value is expected[name]:
+        tolerance = TOLERANCES[self.case.dtype]
+        for name, value in values.items():
+            if value is expected[name]:
                 continue
             if name == "shapes":
                 _check_same(value, expected[name])
                 continue
-            tolerance = TOLERANCES[self.case.dtype]
-            allowed = tolerance[name]
             difference = largest_difference(
                 value, expected[name], tolerance["smallest"]
             )
-            if not difference <= allowed:
+            if not difference <= tolerance[name]:
                 raise ValueError(
                     f"its {name} differs from that of the first way by "
-                    f"{difference:.2g} of the largest value, more than {allowed}; "
-                    "not measured"
+                    f"{difference:.2g} of the largest value, more than "
+                    f"{tolerance[name]}; not measured"
                 )
             self.parity[name] = difference
 
     def row(self) -> Row:
-        peak = measure.peak_bytes()
-        found = {"peak_bytes": [peak]} if peak is not None else {}
-        return Row(self.case, self.name, self.measures | found, self.parity)
+        return Row(
+            self.case, f"{self.framework} {self.way}", self.measures, self.parity
+        )
 
 
 def _check_same(shapes: Any, expected: Any) -> None:
@@ -231,6 +244,9 @@ def largest_difference(tree: Any, expected: Any, smallest: float) -> float:
 
     Or over a part of that of all leaves, `smallest`, if this is more.
     """
+    shapes = [jax.tree.map(jnp.shape, _plain(t)) for t in (tree, expected)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"not of the same names and shapes: {shapes}")
     tree, expected = (
         [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(_plain(t))]
         for t in (tree, expected)
@@ -251,10 +267,12 @@ def _plain(tree: Any) -> Any:
     return tree
 
 
-def _rebuild(built: dict[str, _Built], failed: dict[str, str]) -> None:
+def _for_each(
+    built: dict[str, _Built], failed: dict[str, str], do: Callable[[_Built], Any]
+) -> None:
     for name, one in list(built.items()):
         try:
-            one.build()
+            do(one)
         except Exception as error:
             failed[name] = _first_line(error)
             del built[name]
@@ -270,32 +288,19 @@ def rounds(
 ) -> None:
     """Alternating rounds; a way that fails in one is left out of all."""
     while built:
-        runs = [(way, _named(way, get(one))) for way, one in built.items()]
+        runs = [(way, get(one)) for way, one in built.items()]
+        samples: dict[str, list[float]] = {}
         try:
-            samples = measure.steady(runs, count, shortest)
-        except _Failed as error:
-            failed[error.way] = error.text
-            del built[error.way]
+            measure.steady(runs, count, shortest, samples)
+        except measure.Failed as error:
+            failed[error.name] = _first_line(error.__cause__ or error)
+            del built[error.name]
             continue
-        for way, one in built.items():
-            one.add(name, samples[way])
+        finally:
+            if len(samples) == len(built) == len(runs):  # Also if interrupted.
+                for way, found in samples.items():
+                    built[way].add(name, found)
         return
-
-
-class _Failed(Exception):
-    def __init__(self, way: str, text: str):
-        super().__init__(way, text)
-        self.way, self.text = way, text
-
-
-def _named(way: str, run: measure.Run) -> measure.Run:
-    def named() -> Any:
-        try:
-            return jax.block_until_ready(run())
-        except Exception as error:
-            raise _Failed(way, _first_line(error)) from None
-
-    return named
 
 
 def _eager(built: dict[str, _Built], failed: dict[str, str], options: Options) -> None:
@@ -305,26 +310,27 @@ def _eager(built: dict[str, _Built], failed: dict[str, str], options: Options) -
         program = one.task.program
         return lambda: program.function(*program.args)
 
-    for way, one in list(built.items()):
-        try:
-            one.add("eager_first_s", measure.seconds(eager(one)))
-        except Exception as error:
-            failed[way] = _first_line(error)
-            del built[way]
+    def first(one: _Built) -> None:
+        one.add("eager_first_s", measure.seconds(eager(one)))
+
+    _for_each(built, failed, first)
     rounds(built, failed, eager, "eager_s", max(2, options.repeat // 5), 0.0)
 
 
 def _in_fresh_process(built: _Built) -> dict[str, float]:
     """Times of a build in a process that has built nothing before."""
-    with concurrent.futures.ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as pool:
-        return pool.submit(fresh_build, built.case, built.framework, built.way).result()
+    # A GPU has two processes then: none may take all of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        done = pool.submit(fresh_build, built.case, built.framework, built.way)
+        return done.result()
 
 
 def fresh_build(case: Case, framework: str, way: str) -> dict[str, float]:
     """What `measure.build` finds of a way, in this process."""
     jax.config.update("jax_enable_x64", case.dtype == "float64")
+    jax.config.update("jax_enable_compilation_cache", False)
     found = task(case, framework, way)
     assert found is not None, (case, framework, way)
     return dict(measure.build(found.program).seconds)
@@ -338,11 +344,18 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     model = models.MODELS[case.model]
     params, x = _inputs(case)
     module = models.framework(framework)
+    whole = _split_batch(case.batch)
     if case.mode == "decode":
         decoder = module.decoder(way, model, case.layers, params, x)
-        return None if decoder is None else _decode(decoder, x[:, 0])
+        if decoder is None:
+            return None
+        known = jax.device_put(decoder.known, whole)
+        return _decode(decoder._replace(known=known), x[:, 0])
     stack = module.stack(way, model, case.layers, params, x)
-    return None if stack is None else _TASKS[case.mode](stack, x)
+    if stack is None:
+        return None
+    stack = stack._replace(params=jax.device_put(stack.params, whole))
+    return _TASKS[case.mode](stack, x)
 
 
 @functools.lru_cache(maxsize=1)
@@ -358,10 +371,16 @@ def _inputs(case: Case) -> tuple[models.Params, jax.Array]:
     layers = hk.layer_stack(case.layers, name="layers")
     init = jax.jit(in_haiku.network(model, layers).init)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), init(jax.random.key(1), x))
+    x = jax.device_put(x.astype(dtype), _split_batch(case.batch, axis=0))
+    return jax.device_put(params, _split_batch(case.batch)), x
+
+
+def _split_batch(batch: int, axis: int | None = None) -> jax.NamedSharding:
+    """Over as many devices as divide a batch; without an axis, whole on each."""
     auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((_devices(case.batch),), ("batch",), axis_types=(auto,))
-    whole, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("batch",)))
-    return jax.device_put(params, whole), jax.device_put(x.astype(dtype), split)
+    mesh = jax.make_mesh((_devices(batch),), ("batch",), axis_types=(auto,))
+    parts = [None] * axis + ["batch"] if axis is not None else []
+    return jax.NamedSharding(mesh, jax.P(*parts))
 
 
 def _devices(batch: int) -> int:
@@ -408,9 +427,12 @@ def _train(stack: models.Stack, x: jax.Array) -> Task | None:
 
     def values(run: Callable[..., Any]) -> dict[str, Any]:
         params, state, before = run(*args)
-        return {"output": [before, run(params, state, x)[2]]}
+        known = jax.device_put((params, state), _shardings(args[:2]))
+        return {"output": [before, run(*known, x)[2]]}
 
-    args = (stack.params, optimiser.init(stack.params), x)
+    state = optimiser.init(stack.params)
+    state = jax.device_put(state, _split_batch(len(x)))
+    args = (stack.params, state, x)
     return Task(measure.Program("train", step, args), values)
 
 
@@ -429,16 +451,21 @@ def _init(stack: models.Stack, x: jax.Array) -> Task | None:
 
 def _decode(decoder: models.Decoder, x: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
+    states = jax.device_put(decoder.states, _split_batch(len(x), axis=1))
+    args = (decoder.known, x, states)
 
     def values(run: Callable[..., Any]) -> dict[str, Any]:
-        y, states, outputs = x, decoder.states, []
+        carry, outputs = args[1:], []
         for _ in range(3):
-            y, states = run(decoder.known, y, states)
-            outputs.append(y)
+            carry = jax.device_put(run(decoder.known, *carry), _shardings(args[1:]))
+            outputs.append(carry[0])
         return {"output": outputs}
 
-    args = (decoder.known, x, decoder.states)
     return Task(measure.Program("decode", decoder.step, args), values)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 _TASKS: dict[str, Callable[[models.Stack, jax.Array], Task | None]] = {

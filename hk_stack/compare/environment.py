@@ -1,4 +1,4 @@
-"""What a result belongs to: the device, the versions, and how it was asked for."""
+"""What a result belongs to: the device and the versions."""
 
 import importlib.metadata
 import os
@@ -26,6 +26,7 @@ def environment() -> dict[str, Any]:
             "hk_stack": hk_stack.__version__,
             **{name: _version(name) for name in _PACKAGES},
         },
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": time.strftime("%Y-%m-%d"),
     }

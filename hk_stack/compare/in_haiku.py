@@ -16,6 +16,7 @@ from typing import Any, Literal
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import hk_stack
 from hk_stack.compare import models, s4
@@ -290,10 +291,14 @@ def s4_stack_step(
 
 
 def s4_states(
-    num_layers: int, batch_size: int, width: int, state_size: int
+    num_layers: int,
+    batch_size: int,
+    width: int,
+    state_size: int,
+    dtype: Any = jnp.complex64,
 ) -> jax.Array:
     """The states before the first `s4_stack_step`: zeros `[L, B, D, N]`."""
-    return jnp.zeros((num_layers, batch_size, width, state_size), jnp.complex64)
+    return jnp.zeros((num_layers, batch_size, width, state_size), dtype)
 
 
 def transformer_stack(
@@ -495,5 +500,5 @@ def stepper(
 
 def states(model: models.Model, num_layers: int, x: jax.Array) -> jax.Array:
     """The states before the first step: zeros `[L, B, D, N]`."""
-    shape = (num_layers, len(x), x.shape[-1], model.options["state_size"])
-    return jnp.zeros(shape, jnp.result_type(x.dtype, jnp.complex64))
+    sizes = num_layers, len(x), x.shape[-1], model.options["state_size"]
+    return s4_states(*sizes, np.result_type(x.dtype, np.complex64))

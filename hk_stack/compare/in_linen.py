@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import hk_stack
 from hk_stack.compare import models, s4
@@ -81,7 +82,7 @@ class S4(nn.Module):
     def _step(self, u: jax.Array) -> jax.Array:
         """One step of time, `[B, D] -> [B, D]`, which moves the state on."""
         shape = (*u.shape, self.state_size)
-        dtype = jnp.result_type(u.dtype, jnp.complex64)
+        dtype = np.result_type(u.dtype, np.complex64)
         state = self.variable("cache", "state", jnp.zeros, shape, dtype)
         next_state, y = s4.step(self.recurrence, state.value, u)
         if not self.is_mutable_collection("prime"):  # Neither at init, nor in `prime`.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core as jex
 
 from hk_stack import flat
@@ -100,20 +101,47 @@ def seconds(run: Run, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
+class Failed(Exception):
+    """A run that failed in `steady`: its name, and the error as `__cause__`."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
 def steady(
-    runs: Sequence[tuple[str, Run]], repeat: int, shortest: float = 0.0
+    runs: Sequence[tuple[str, Run]],
+    repeat: int,
+    shortest: float = 0.0,
+    samples: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in `repeat` alternating rounds, after one that is dropped.
+    """Seconds of each run in `repeat` alternating rounds, after two that are dropped.
 
     Args:
       runs: Names, and what to run.
       repeat: The number of rounds.
       shortest: A round calls a run as often as it takes to last this long, in seconds.
+      samples: A dictionary to put them in: what is there if a round is interrupted.
+
+    Raises:
+      Failed: If a run fails.
     """
-    calls = {name: 1 + int(shortest / seconds(run)) for name, run in runs}
-    samples: dict[str, list[float]] = {name: [] for name, _ in runs}
-    for i in range(repeat):
-        # In turn from the front and from the back: no run always follows the same one.
-        for name, run in runs if i % 2 else reversed(runs):
-            samples[name].append(seconds(run, calls[name]))
+    samples = {} if samples is None else samples
+    calls = {
+        name: 1 + int(shortest / min(_named(name, run), _named(name, run)))
+        for name, run in runs
+    }
+    rng = np.random.default_rng(0)
+    for _ in range(repeat):
+        # Each time in another order: no run always follows the same one.
+        for i in rng.permutation(len(runs)):
+            name, run = runs[i]
+            samples.setdefault(name, []).append(_named(name, run, calls[name]))
     return samples
+
+
+def _named(name: str, run: Run, calls: int = 1) -> float:
+    try:
+        return seconds(run, calls)
+    except Exception as error:
+        raise Failed(name) from error

@@ -293,12 +293,12 @@ def _problems(result: results.Result) -> str:
         (f"{show.case_of(entry).title}: {entry['way']}", entry["error"])
         for entry in result.failed
     ]
-    skipped = [(entry["framework"], entry["why"]) for entry in result.skipped]
+    skipped = [(entry["what"], entry["why"]) for entry in result.skipped]
     if failed:
         parts.append(_pairs("Failed", ("case and way", "error"), failed))
     if skipped:
-        titles = ("framework", "what to do about it")
-        parts.append(_pairs("Skipped frameworks", titles, skipped))
+        titles = ("what", "why, and what to do about it")
+        parts.append(_pairs("Skipped", titles, skipped))
     if not failed and not skipped:
         parts.append("<p>Nothing failed, and nothing was skipped.</p>")
     return "\n".join(parts)
@@ -332,8 +332,8 @@ def _measures() -> str:
     return f"<h2>Measures</h2>\n{table}\n<p>{_MEASURES}</p>"
 
 
-_MEASURES = """Each program is built anew several times, and after each time it is run
-in rounds, in each of which every way has its turn. Times are medians of all samples;
+_MEASURES = """After each time that the programs are built, they are run in rounds, in
+each of which every way has its turn. Times are medians of all samples;
 build is the sum of trace, lower and compile. Memory is what the compiler plans for one
 run: temporary memory is beside arguments and outputs. The difference is the largest one
 of an output or a gradient from the first way's, over the largest value there."""

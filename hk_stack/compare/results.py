@@ -11,12 +11,12 @@ one way of doing it, with all samples of each measure. The file is JSON:
            "parity": {"output": 1e-7, "gradient": 3e-7},
            "measures": {"trace_s": [...], "run_s": [[...], [...]], ...}}],
  "failed": [{..., "way": ..., "error": ...}],
- "skipped": [{"framework": ..., "why": ...}]}
+ "skipped": [{"what": ..., "why": ...}]}
 ```
 
 `parity` is the largest difference from the first way, over the largest value.
-`MEASURES` has the names and units. `run_s` and `eager_s` have a list for each time that
-the programs were built anew, all others one number for each.
+`MEASURES` has the names and units. `run_s` has a list of rounds for each time that
+programs were built anew, `eager_s` one list; all others one number for each build.
 """
 
 import json
@@ -34,7 +34,7 @@ MEASURES = {
     "trace_s": "trace, s",
     "lower_s": "lower, s",
     "compile_s": "compile, s",
-    "build_s": "trace, lower and compile, s",  # The sum; not in the file.
+    "build_s": "trace, lower and compile, s; their sum, not in the file",
     "first_s": "first run, s",
     "run_s": "run, s",
     "eager_first_s": "first eager call, s",
@@ -90,7 +90,7 @@ class Row(NamedTuple):
         """All samples of a measure, one list for each build; [] if it has none."""
         if measure == "build_s":
             found = [self.measures.get(name, []) for name in _BUILD]
-            return [[sum(times)] for times in zip(*found, strict=True)]
+            return [[sum(times)] for times in zip(*found, strict=False)]
         found = self.measures.get(measure, [])
         return [list(x) if isinstance(x, list) else [x] for x in found]
 
@@ -113,9 +113,9 @@ class Ratio(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.value:.3g}"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        digits = 2 if self.value > 0.095 else 3
+        value, low, high = (f"{x:.{digits}f}" for x in self)
+        return value if self.low == self.high else f"{value} [{low}, {high}]"
 
     def agrees(self, other: "Ratio") -> bool:
         """Whether the intervals have a number in common."""
@@ -177,7 +177,8 @@ class Result(NamedTuple):
       environment: Device, versions, flags, date.
       rows: What was measured.
       failed: What failed, each with its case, way and error.
-      skipped: Frameworks that are not there, each with what to do about it.
+      skipped: Frameworks that are not there, and ways that would take too long to
+        build, each with what to do about it.
     """
 
     environment: dict[str, Any]
@@ -233,22 +234,19 @@ def load(path: pathlib.Path) -> Result:
     """
     try:
         document = json.loads(path.read_text())
-        found = document["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no result of `python -m hk_stack.compare --out=...`: {error!r}"
-        ) from None
-    if found != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {found}, expected {SCHEMA}; measure it anew, or read "
-            "it with the version of hk_stack that wrote it"
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {document['schema']}, expected {SCHEMA}")
+        return Result(
+            document["environment"],
+            [_row(row) for row in document["rows"]],
+            document["failed"],
+            document["skipped"],
         )
-    return Result(
-        document["environment"],
-        [_row(row) for row in document["rows"]],
-        document["failed"],
-        document["skipped"],
-    )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no result of `python -m hk_stack.compare --out=...` of this "
+            f"version: {error!r}; measure it anew"
+        ) from None
 
 
 def _row(found: Mapping[str, Any]) -> Row:
