@@ -29,7 +29,9 @@ TINY += ["--epochs=1", "--batch_size=479"]
 def run(example, *arguments):
     """Runs an example in a process of its own, on the code of this repository."""
     command = [sys.executable, str(example), *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Compilation takes most of the time, and sizes are tiny.
+    fast = "--xla_backend_optimization_level=0"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": fast}
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 

@@ -28,7 +28,7 @@ from random_layers import DTYPES, SHAPES, Program, Step, model, programs, real
 
 import hk_stack
 
-LAYERS = int(os.environ.get("HK_STACK_LAYERS", "60"))
+LAYERS = int(os.environ.get("HK_STACK_LAYERS", "40"))
 SHARD = 100  # Layers in one test, so that the long run shows how far it is.
 COMPILED = 50  # One in so many is compiled too.
 
