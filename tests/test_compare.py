@@ -14,8 +14,9 @@ import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 
+import hk_stack
 from hk_stack.compare import __main__ as command
-from hk_stack.compare import cases, measure, models, results
+from hk_stack.compare import cases, in_haiku, measure, models, results
 from hk_stack.compare.results import Case
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -188,6 +189,21 @@ def equations(framework, way, layers):
 def test_only_programs_of_loops_grow_with_depth():
     assert equations("hk_stack", "auto", 2) == equations("hk_stack", "auto", 6)
     assert equations("haiku", "loop", 6) > 2 * equations("haiku", "loop", 2)
+
+
+def test_with_batches_of_one_a_stack_holds_no_more_than_its_derived_values():
+    one = case("s4", "fwd", layers=16, length=32)
+    params, x = cases.task(one, "haiku", "layer_stack").program.args
+    model, temp = models.MODELS["s4"], {}
+    for name, layers in {
+        "scan": hk_stack.layer_stack(16, name="layers", setup="inline"),
+        "auto": hk_stack.layer_stack(16, name="layers", setup_batch_size=1),
+    }.items():
+        apply = in_haiku.applied(in_haiku.network(model, layers))
+        program = measure.Program(name, apply, (params, x))
+        temp[name] = measure.build(program).sizes["temp_bytes"]
+    spectra = 16 * model.width * (one.length + 1) * 8  # [L, D, T + 1], complex64
+    assert temp["auto"] <= 1.02 * (temp["scan"] + spectra)
 
 
 # What fails
