@@ -79,7 +79,9 @@ def test_losses_and_gradients_are_those_of_haiku(model, framework):
     one = case(model)
     expected = expected_of(one)
     found = 0
-    for way in ways_of(framework):
+    # To compile takes long; the rest differs in the stack, not in the blocks.
+    few = None if model in ("s4", "mlp") else 1
+    for way in ways_of(framework)[:few]:
         task = cases.task(one, framework, way)
         if task is not None:
             difference = differences(compiled(task), expected)

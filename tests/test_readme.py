@@ -92,3 +92,11 @@ def test_figures_of_the_comparison_are_those_of_the_result_file():
             f"{memory.value:.2f}",
         ]
         assert shown == expected, (model, mode, layers, way)
+
+
+def test_porting_costs_less_than_two_copies():
+    results = json.loads((ROOT / "docs" / "results" / "cpu.json").read_text())
+    rows = results["tables"]["port"]
+    assert {"port a scan", "port a loop", "port back", "stack, JAX"} <= rows.keys()
+    assert all(float(_ratio("cpu", "port", name, "run")) < 2 for name in rows)
+    assert all(row["extra_bytes"][0] < 0.5e6 for row in rows.values())
