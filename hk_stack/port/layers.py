@@ -317,7 +317,8 @@ def _readings(
                 elif flax.factors != haiku.factors:
                     yield _nested(flax, haiku)
             elif found:
-                is_meant = options.interleave is not None
+                is_mixed = flax.is_mixed or haiku.is_mixed
+                is_meant = options.interleave is not None or not is_mixed
                 yield _nested(flax, haiku, "always" if is_meant else "doubtful")
 
 
