@@ -46,9 +46,7 @@ from hk_stack.compare.results import Case, Result
 
 _MODEL = flags.DEFINE_list("model", list(models.MODELS), "Models to run.")
 _FRAMEWORKS = flags.DEFINE_list(
-    "frameworks",
-    ["haiku", "plain", "hk_stack", "linen", "nnx", "equinox"],
-    "Frameworks to run them in.",
+    "frameworks", models.framework_names(), "Frameworks to run them in."
 )
 _LAYERS = flags.DEFINE_list("layers", ["8"], "Numbers of layers.")
 _DTYPE = flags.DEFINE_enum(
