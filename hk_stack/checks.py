@@ -13,6 +13,7 @@ from typing import Any
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -27,7 +28,7 @@ def _name_of(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", None) or getattr(f, "name", None) or type(f).__name__
 
 
-def positive(value: Any, argument: str, name: str) -> int:
+def positive(value: Any, argument: str, where: str) -> int:
     """`value` as an int."""
     try:
         if isinstance(value, bool):
@@ -39,36 +40,90 @@ def positive(value: Any, argument: str, name: str) -> int:
             "layer_stack(num_layers)(layer_function)(x)."
         )
         raise TypeError(
-            f"layer_stack {name!r}: {argument} must be a positive int, not {value!r} "
+            f"{where}: {argument} must be a positive int, not {value!r} "
             f"({type(value).__name__}).{hint if callable(value) else ''}"
         ) from None
     if number < 1:
         hint = " A stack of no layers is the identity: leave it out."
         raise ValueError(
-            f"layer_stack {name!r}: {argument} must be a positive int, not {number}."
+            f"{where}: {argument} must be a positive int, not {number}."
             f"{hint if argument == 'num_layers' else ''}"
         )
     return number
 
 
-def one_of(word: Any, words: Sequence[str], argument: str, name: str) -> str:
+def one_of(word: Any, words: Sequence[str], argument: str, where: str) -> str:
     """`word`, if it is one of `words`."""
     if not isinstance(word, str) or word not in words:
         expected = ", ".join(f'"{w}"' for w in words)
         raise ValueError(
-            f"layer_stack {name!r}: {argument} must be one of {expected}, not {word!r}."
+            f"{where}: {argument} must be one of {expected}, not {word!r}."
         )
     return word
 
 
-def true_or_false(value: Any, argument: str, name: str) -> bool | None:
+def true_or_false(value: Any, argument: str, where: str) -> bool | None:
     """`value`, if it is True, False or None."""
     if not (value is None or isinstance(value, (bool, np.bool_))):
         raise TypeError(
-            f"layer_stack {name!r}: {argument} must be True, False or None (which "
+            f"{where}: {argument} must be True, False or None (which "
             f"chooses), not {value!r}."
         )
     return None if value is None else bool(value)
+
+
+def policy(remat: Any, where: str) -> Callable[..., Any] | None:
+    """What `remat` keeps, as a policy of `jax.checkpoint`."""
+    if isinstance(remat, (bool, np.bool_)):
+        return None
+    known = jax.checkpoint_policies
+    if isinstance(remat, str):
+        hint = (
+            f": remat=jax.checkpoint_policies.{remat}" if hasattr(known, remat) else ""
+        )
+        raise TypeError(
+            f"{where}: remat must be True, False or a policy, not {remat!r}. Give the "
+            f"function{hint or ' of jax.checkpoint_policies'}."
+        )
+    if not callable(remat):
+        raise TypeError(
+            f"{where}: remat must be True, False or a policy such as "
+            f"jax.checkpoint_policies.dots_saveable, not {remat!r}."
+        )
+    for name in _MAKERS_OF_POLICIES:
+        if remat is getattr(known, name, None):
+            raise TypeError(
+                f"{where}: remat=jax.checkpoint_policies.{name} is no policy, but "
+                f"makes one; as it is, it would keep everything. Call it with its "
+                f"arguments: jax.checkpoint_policies.{name}(...)."
+            )
+    return remat
+
+
+_MAKERS_OF_POLICIES = (
+    "offload_dot_with_no_batch_dims",
+    "save_and_offload_only_these_names",
+    "save_any_names_but_these",
+    "save_anything_except_these_names",
+    "save_from_both_policies",
+    "save_only_these_names",
+)
+
+
+def floating(dtype: Any, where: str) -> Any:
+    """`dtype` as the floating-point type of a carry; None stays None."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = dtype
+    if found is None or (
+        isinstance(found, np.dtype) and jnp.issubdtype(found, jnp.floating)
+    ):
+        return found
+    raise TypeError(
+        f"{where}: carry_dtype must be a floating-point type such as jnp.bfloat16, "
+        f"not {dtype!r}."
+    )
 
 
 def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
@@ -147,6 +202,69 @@ def per_layer_inputs(
                 )
 
 
+def some_taps(
+    patterns: Sequence[str],
+    select: Any,
+    found: Sequence[str],
+    lost: Sequence[str],
+) -> None:
+    """Checks that what `collect` was asked for is there."""
+    if not found and tuple(patterns) != ("*",):
+        raise ValueError(
+            f"hk_stack.collect: no tap matches {select!r}. collect(fn) without a "
+            "selection returns all there are; hk_stack.tap(value, name) makes one."
+        )
+    if lost:
+        raise ValueError(
+            f"hk_stack.collect: nothing was added at {', '.join(lost)}, as there is no "
+            "such tap. collect(fn) returns all there are, by path."
+        )
+
+
+@contextlib.contextmanager
+def in_layer(where: str, index: int | None, num_layers: int) -> Iterator[None]:
+    """Says in which stack an error came up, and in which layer if it has an index."""
+    try:
+        yield
+    except Exception as error:
+        if index is not None:
+            error.add_note(f"This was in layer {index} of {num_layers} of {where}.")
+        elif where not in str(error):
+            error.add_note(
+                f"This was in {where}, tracing one layer for all {num_layers}. "
+                'loop="python" (or HK_STACK_LOOP=python) runs them one by one, with '
+                "true values and the index of the layer that fails."
+            )
+        raise
+
+
+def same_outputs(before: Any, after: Any, where: str) -> None:
+    """Checks that a layer returns outputs of the structure of another layer's."""
+    if before is not None and before != after:
+        raise TypeError(
+            f"{where}: outputs per layer are stacked, so all layers must return the "
+            f"same pytree; one returned {before}, the next {after}."
+        )
+
+
+def collected(fn: Any, select: Any) -> tuple[str, ...]:
+    """Checks what `collect` is given; returns the globs."""
+    if not callable(fn):
+        hint = " Give its apply." if hasattr(fn, "apply") else ""
+        raise TypeError(
+            f"hk_stack.collect: expected a function, not {type(fn).__name__}.{hint}"
+        )
+    patterns = (select,) if isinstance(select, str) else tuple(select)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"hk_stack.collect: select must be a glob or several, not {pattern!r}. "
+                "Arguments of the function go into the second call: "
+                "collect(apply)(params, rng, x)."
+            )
+    return patterns
+
+
 def is_pair(result: Any, where: str) -> None:
     """Checks what a layer function with per-layer inputs returned."""
     if not (isinstance(result, tuple) and len(result) == 2):
@@ -197,7 +315,10 @@ def same_carry(
 
 def _carry_advice(x: Any, y: Any) -> str:
     if x.shape == y.shape:
-        return f"Cast the result with .astype(x.dtype), or the input to {y.dtype}."
+        return (
+            f"Cast the result with .astype(x.dtype), or the input to {y.dtype}, or let "
+            f"the stack do so: carry_dtype=jnp.{x.dtype}."
+        )
     return "Return the shape that came in, or change it outside of the stack."
 
 
@@ -230,8 +351,8 @@ def has_params(
 
     Args:
       init: The layer's `init`.
-      spec: Shapes and dtypes of what `init` takes.
-      params: The stack's parameters, `[L, ...]`.
+      spec: What `init` takes.
+      params: The layer's parameters.
       stored: All parameters of the transform, to show what there is instead.
       where: Names the stack.
     """
@@ -251,9 +372,9 @@ def has_params(
                     "hk_stack.stack_params(params, naming_map), or store them per "
                     "layer: transparent=True with a transparency_map."
                 )
-            if found.shape[1:] != leaf.shape:
+            if found.shape != leaf.shape:
                 raise ValueError(
-                    f"{where}: parameter {module}/{name} has shape {found.shape[1:]} "
+                    f"{where}: parameter {module}/{name} has shape {found.shape} "
                     f"in each layer; the layer function expects {leaf.shape}."
                 )
 

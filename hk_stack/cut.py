@@ -167,10 +167,19 @@ def cut(
     # Marks that this cut leaves alone are none of the business of one around it.
     jaxpr = flat.without_constants(closed.jaxpr)
     jaxpr = jaxpr.replace(eqns=[_weaken(eqn) for eqn in jaxpr.eqns])
-    whole = jex.ClosedJaxpr(jaxpr, [])
     empty = jaxpr.replace(invars=[], outvars=[], eqns=[], effects=set())
     nothing = jex.ClosedJaxpr(empty, [])
-    return Cut(nothing, nothing, whole, (), (), tuple(range(len(inputs))), 0)
+    whole, read = _without_unread(jaxpr)
+    return Cut(nothing, nothing, jex.ClosedJaxpr(whole, []), (), (), read, 0)
+
+
+def _without_unread(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, tuple[int, ...]]:
+    """`jaxpr` without the inputs that it does not read, and where the others were."""
+    if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
+        return jaxpr, tuple(range(len(jaxpr.invars)))
+    read = flat.variables([*jaxpr.outvars, *(a for e in jaxpr.eqns for a in e.invars)])
+    positions = tuple(i for i, v in enumerate(jaxpr.invars) if v in read)
+    return jaxpr.replace(invars=[jaxpr.invars[i] for i in positions]), positions
 
 
 def derive(

@@ -124,11 +124,11 @@ def flatten(
                 eqn = eqn.replace(source_info=caller.source_info)
             eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
             masks = [flat.dependencies(a) for a in eqn.invars]
-            body = _body(eqn)
-            if body is not None and opens(body, _union(masks)):
-                is_remat = eqn.primitive.name in _REMAT
+            inner = body(eqn)
+            if inner is not None and opens(inner, _union(masks)):
+                is_remat = eqn.primitive.name in REMAT
                 inside = (*regions, Region(eqn)) if is_remat else regions
-                outs = visit(body, eqn.invars, inside, eqn)
+                outs = visit(inner, eqn.invars, inside, eqn)
                 env.update(zip(eqn.outvars, outs, strict=True))
                 continue
             # What an exposed equation became is not exposed again.
@@ -217,7 +217,7 @@ def needed(
     return kept[::-1]
 
 
-def fresh(v: jex.Var) -> jex.Var:
+def fresh(v: Atom) -> jex.Var:
     """A new variable of the type of `v`."""
     return jax.make_jaxpr(lambda x: x)(v.aval).jaxpr.invars[0]
 
@@ -286,9 +286,9 @@ def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
                 yield value if isinstance(value, jex.Jaxpr) else value.jaxpr
 
 
-def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+def body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     """What a `jit` or remat equation runs; None where opening it would lose meaning."""
-    if eqn.primitive.name in _REMAT:
+    if eqn.primitive.name in REMAT:
         return eqn.params["jaxpr"]
     if eqn.primitive.name not in _JIT:
         return None
@@ -330,4 +330,4 @@ UNKNOWN = "unknown source"
 
 # Names that versions of JAX have given to these equations.
 _JIT = ("jit", "pjit")
-_REMAT = ("checkpoint", "remat", "remat2")
+REMAT = ("checkpoint", "remat", "remat2")

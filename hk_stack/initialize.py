@@ -176,7 +176,7 @@ def _one_after_another(
         (carry, _), _ = layer.apply(params, state, apply_key, carry, own)
         return (carry, key), (params, state)
 
-    return loop.scan(step, (carry, key), per_layer, num_layers=num_layers)[1]
+    return loop.run(step, (carry, key), per_layer, num_layers=num_layers)[1]
 
 
 def _three_keys(key: jax.Array | None) -> Any:
@@ -203,7 +203,7 @@ def _init_keys(key: jax.Array, num_layers: int, kind: str) -> jax.Array:
         init_key, key, _ = jax.random.split(key, 3)
         return key, init_key
 
-    return loop.scan(step, key, None, num_layers=num_layers)[1]
+    return loop.run(step, key, None, num_layers=num_layers)[1]
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

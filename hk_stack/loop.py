@@ -1,20 +1,88 @@
-"""The only loop over layers."""
+"""The only loop over layers: compiled, unrolled or in Python, and rematerialised."""
 
+import contextlib
+import functools
+import math
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hk_stack import checks
 
-def scan(
-    layer: Callable[[Any, Any], tuple[Any, Any]],
+LOOPS = ("scan", "unrolled", "python")
+
+# JAX's caches know the value, so what was traced for one loop is not used in another.
+_override: Any = jax.make_user_context(None)
+
+
+def use_loop(loop: str) -> contextlib.AbstractContextManager[None]:
+    """Runs every stack that is called in a `with` block by one executor.
+
+    The environment variable `HK_STACK_LOOP` does the same for a whole program. A block
+    goes before it, and both go before the `loop` of each stack. What `jax.jit` has
+    compiled outside of the block is traced anew inside.
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     x = x + hk.get_parameter("b", [], init=jnp.ones)
+    ...     print("layer", hk_stack.layer_index(), "returns", x)
+    ...     return x
+    >>> model = hk.transform(hk_stack.layer_stack(3, name="layers")(layer))
+    >>> params = {"layers/~": {"b": jnp.array([1.0, 2.0, 3.0])}}
+    >>> with hk_stack.use_loop("python"):
+    ...     y = model.apply(params, None, jnp.zeros([]))
+    layer 0 returns 1.0
+    layer 1 returns 3.0
+    layer 2 returns 6.0
+
+    Args:
+      loop: "scan", "unrolled" or "python", as in `layer_stack`.
+
+    Raises:
+      ValueError: If there is no such executor.
+    """
+    return _override(checks.one_of(loop, LOOPS, "loop", "use_loop"))
+
+
+def in_force(loop: str) -> str:
+    """The executor that runs a stack which asks for `loop`."""
+    if _override.value is not None:
+        return _override.value
+    of_program = os.environ.get("HK_STACK_LOOP")
+    if not of_program:
+        return loop
+    return checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+
+
+class Remat(NamedTuple):
+    """What the backward pass computes again.
+
+    Attributes:
+      policy: What is kept nevertheless, as in `jax.checkpoint`.
+      every: How many layers are one group. Between groups the carry is kept; inside of
+        one it is computed again, and then each layer once more.
+    """
+
+    policy: Callable[..., Any] | None
+    every: int
+
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def run(
+    layer: Step,
     carry: Any,
     per_layer: Any,
     *,
     num_layers: int,
-    unroll: int | bool = 1,
+    unrolled: bool = False,
+    unroll: int = 1,
     reverse: bool = False,
+    remat: Remat | None = None,
 ) -> tuple[Any, Any]:
     """Runs `num_layers` layers one after the other.
 
@@ -28,17 +96,117 @@ def scan(
     Args:
       layer: One layer, `(carry, per_layer) -> (carry, output)`.
       carry: What the first layer is given.
-      per_layer: A pytree of arrays `[L, ...]`: what each layer gets of its own.
+      per_layer: A pytree of arrays `[L, ...]`: what each layer gets of its own. A leaf
+        of an unrolled loop may be `range(L)`: then layer i gets the int i.
       num_layers: `L`.
+      unrolled: Whether a Python loop runs the layers, as written above.
       unroll: How many layers one step of the compiled loop holds.
       reverse: Whether the last layer runs first.
+      remat: What the backward pass computes again.
 
     Returns:
       The last carry, and the outputs `[L, ...]`.
     """
+    loop = functools.partial(_one_by_one if unrolled else _scan, reverse=reverse)
+    if remat is None:
+        return loop(layer, carry, per_layer, num_layers, unroll)
+
+    def again(step: Step, count: int, unroll: int) -> Step:
+        """`step`, computed again in the backward pass of a loop of `count` turns."""
+        # In a compiled loop nothing can be merged with the backward pass; outside of
+        # one XLA would undo the rematerialisation.
+        outside = unrolled or unroll >= count
+        return jax.checkpoint(step, policy=remat.policy, prevent_cse=outside)
+
+    def group(count: int) -> Step:
+        step = again(layer, count, unroll)
+        return lambda carry, own: loop(step, carry, own, count, unroll)
+
+    every = remat.every
+    groups, rest = divmod(num_layers, every)
+    if every == 1 or every >= num_layers:
+        return group(num_layers)(carry, per_layer)
+    whole = num_layers - rest
+
+    def whole_groups(carry: Any) -> tuple[Any, Any]:
+        own = _map(per_layer, lambda leaf: _fold(leaf[:whole], groups, every))
+        step = again(group(every), groups, 1)
+        carry, outputs = loop(step, carry, own, groups, 1)
+        return carry, _map(outputs, lambda leaf: leaf.reshape(whole, *leaf.shape[2:]))
+
+    if not rest:
+        return whole_groups(carry)
+
+    def last_group(carry: Any) -> tuple[Any, Any]:
+        own = _map(per_layer, lambda leaf: leaf[whole:])
+        return again(group(rest), 1, 1)(carry, own)
+
+    if reverse:
+        carry, last = last_group(carry)
+        carry, first = whole_groups(carry)
+    else:
+        carry, first = whole_groups(carry)
+        carry, last = last_group(carry)
+    return carry, jax.tree.map(lambda *ends: jnp.concatenate(ends), first, last)
+
+
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    return jax.tree.map(change, tree)
+
+
+def _fold(leaf: Any, *shape: int) -> Any:
+    """`leaf` with its first axis in the place of several."""
+    return leaf.reshape(*shape, *leaf.shape[1:])
+
+
+def _scan(
+    layer: Step, carry: Any, per_layer: Any, count: int, unroll: int, *, reverse: bool
+) -> tuple[Any, Any]:
     return jax.lax.scan(
-        layer, carry, per_layer, length=num_layers, unroll=unroll, reverse=reverse
+        layer, carry, per_layer, length=count, unroll=unroll, reverse=reverse
     )
+
+
+def _one_by_one(
+    layer: Step, carry: Any, per_layer: Any, count: int, unroll: int, *, reverse: bool
+) -> tuple[Any, Any]:
+    """A loop in Python, which may see true values."""
+    del unroll
+    leaves, tree = jax.tree.flatten(per_layer)
+    arrays = [leaf for leaf in leaves if not isinstance(leaf, range)]
+    slices = iter(_unstack(arrays, count))
+    columns = [leaf if isinstance(leaf, range) else next(slices) for leaf in leaves]
+    own = [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]
+    own = own or [per_layer] * count
+    outputs: list[Any] = [None] * count
+    for i in reversed(range(count)) if reverse else range(count):
+        carry, outputs[i] = layer(carry, own[i])
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _unstack(leaves: list[Any], count: int) -> list[list[Any]]:
+    """The slices of all leaves: one program, as each slice by itself takes long."""
+    # The gradient of `split` is one `concatenate`; that of slices is a sum of arrays
+    # of all layers.
+    return [
+        [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * count)]
+        for leaf in leaves
+    ]
+
+
+def square_root(num_layers: int) -> int:
+    """How many layers to put into a group, so that few carries are kept.
+
+    Of group sizes near the square root, a divisor of `L` is best: a rest makes the
+    program larger, and copies what layers have of their own.
+
+    >>> square_root(48), square_root(47), square_root(2)
+    (6, 6, 1)
+    """
+    most = math.isqrt(num_layers)
+    divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
+    return divisor if 2 * divisor > most else most
 
 
 def in_batches(

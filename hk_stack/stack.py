@@ -9,15 +9,19 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import checks, cut, eager, initialize, layout, loop
+from hk_stack import checks, cut, eager, finite, initialize, inside, layout, taps
+from hk_stack import loop as loops
 
 
 def layer_stack(
@@ -33,6 +37,11 @@ def layer_stack(
     setup_batch_size: int | None = None,
     setup_remat: bool | None = None,
     init: str = "auto",
+    loop: str = "scan",
+    remat: bool | Callable[..., Any] = False,
+    remat_every: int | str | None = None,
+    carry_dtype: Any = None,
+    check_finite: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Stacks a layer function; a drop-in for `hk.layer_stack`.
 
@@ -92,6 +101,26 @@ def layer_stack(
         initial value depends on the activations or a batch would draw other random
         numbers. "vmap", "map" (one layer after another) and "scan" (the same, with the
         layers run in between) force one.
+      loop: What runs the layers. "scan": a compiled loop. "unrolled": the same program
+        once for each layer, without a loop, whatever `unroll` is. "python": the layer
+        function itself, layer by layer, on true values outside of `jit`: for
+        breakpoints, prints, interceptors of Haiku's methods. Modules then have the
+        layer in their names (`layers_3/linear`), nothing is hoisted, and `remat` does
+        nothing. `use_loop` and the variable `HK_STACK_LOOP` go before it.
+      remat: Whether gradients compute each layer again, from what it was given, instead
+        of keeping what it computed on the way; or what to keep nevertheless, as a
+        policy of `jax.checkpoint_policies`. Derived values are kept in any case; their
+        name in policies is "hk_stack.derived", should `jax.checkpoint` around the stack
+        make them again.
+      remat_every: How many layers are one group: between groups the carry is kept, in
+        one it is computed again, so each layer runs forward three times. L need not be
+        a multiple. "sqrt" takes about as many as there are groups. Needs `remat`.
+      carry_dtype: A floating-point type that the real floating-point leaves of the
+        carry are cast to, before the first layer and after each.
+      check_finite: Whether to check parameters, state, arguments, taps and results of
+        each layer. The first that is not finite raises an error with its name and
+        layer; inside `jit` through `jax.experimental.checkify.checkify`, which must be
+        around the program.
 
     Returns:
       A function that takes a layer function and returns its stack. Keyword arguments
@@ -105,26 +134,32 @@ def layer_stack(
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
     name = name or f"__layer_stack_{_KINDS[bool(with_per_layer_inputs)]}"
+    where = f"layer_stack {name!r}"
+    num_layers = checks.positive(num_layers, "num_layers", where)
     options = _Options(
-        num_layers=checks.positive(num_layers, "num_layers", name),
+        num_layers=num_layers,
         with_per_layer_inputs=with_per_layer_inputs,
         unroll=unroll,
         pass_reverse=pass_reverse_to_layer_fn,
         naming_map=transparency_map if transparent else None,
         name=name,
-        setup=checks.one_of(setup, cut.POLICIES, "setup", name),
+        setup=checks.one_of(setup, cut.POLICIES, "setup", where),
         setup_batch_size=(
             None
             if setup_batch_size is None
-            else checks.positive(setup_batch_size, "setup_batch_size", name)
+            else checks.positive(setup_batch_size, "setup_batch_size", where)
         ),
-        setup_remat=checks.true_or_false(setup_remat, "setup_remat", name),
-        init=checks.one_of(init, initialize.METHODS, "init", name),
+        setup_remat=checks.true_or_false(setup_remat, "setup_remat", where),
+        init=checks.one_of(init, initialize.METHODS, "init", where),
+        loop=checks.one_of(loop, loops.LOOPS, "loop", where),
+        remat=_remat(remat, remat_every, num_layers, where),
+        carry_dtype=checks.floating(carry_dtype, where),
+        check_finite=bool(checks.true_or_false(check_finite, "check_finite", where)),
     )
     if transparent and transparency_map is None:
         raise ValueError(
-            f"layer_stack {name!r}: transparent=True needs a transparency_map, which "
-            "names the module of each layer (see hk.LayerStackTransparencyMapping)."
+            f"{where}: transparent=True needs a transparency_map, which names the "
+            "module of each layer (see hk.LayerStackTransparencyMapping)."
         )
 
     def stack(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,6 +172,26 @@ def layer_stack(
         return stacked
 
     return stack
+
+
+def _remat(remat: Any, every: Any, num_layers: int, where: str) -> loops.Remat | None:
+    policy = checks.policy(remat, where)
+    if not remat:
+        if every is not None:
+            raise ValueError(
+                f"{where}: remat_every={every!r} says how remat groups the layers, but "
+                "remat is off. Write remat=True too, or a policy."
+            )
+        return None
+    if every == "sqrt":
+        every = loops.square_root(num_layers)
+    elif every is None:
+        every = 1
+    elif isinstance(every, str):
+        raise ValueError(
+            f'{where}: remat_every must be a positive int or "sqrt", not {every!r}.'
+        )
+    return loops.Remat(policy, checks.positive(every, "remat_every", where))
 
 
 _KINDS = {False: "no_per_layer", True: "with_per_layer"}
@@ -154,6 +209,10 @@ class _Options:
     setup_batch_size: int | None
     setup_remat: bool | None
     init: str
+    loop: str
+    remat: loops.Remat | None
+    carry_dtype: Any
+    check_finite: bool
 
 
 def _call(
@@ -169,43 +228,50 @@ def _call(
     names = checks.argument_names(f, len(args))
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
-    carry, per_layer = args, ()
+    carry, inputs = args, ()
     if options.with_per_layer_inputs:
-        carry, per_layer = args[:1], args[1:]
-        checks.per_layer_inputs(per_layer, num_layers, names[1:], where)
-    carry, per_layer = jax.tree.map(_as_array, (carry, per_layer))
-    layer = _pure_layer(options, f, kwargs, where)
+        carry, inputs = args[:1], args[1:]
+        checks.per_layer_inputs(inputs, num_layers, names[1:], where)
+    carry, inputs = jax.tree.map(_as_array, (carry, inputs))
+    carry = _cast(carry, options.carry_dtype)
 
-    def init(key: jax.Array | None) -> tuple[Any, Any]:
-        params, state = initialize.initialize(
-            layer, num_layers, key, carry, per_layer, method=options.init, where=where
-        )
-        return _stored(options, params), _stored(options, state)
+    key = hk.maybe_next_rng_key()
+    # A stack that is not transparent stores its layers in a scope of its own.
+    scope = hk.name_scope(options.name)
+    with contextlib.nullcontext() if options.naming_map else scope:
+        path = inside.path_below(_path(options))
+        added = inside.added_below(path, num_layers, where)
+        own = _Own(np.arange(num_layers, dtype=np.int32), added, inputs)
+        call = _Call(options, f, kwargs, where, path, names, reverse)
+        layer = _pure_layer(call)
 
-    params, state, updater = _lift(options, init)
+        def init(key: jax.Array | None) -> tuple[Any, Any]:
+            params, state = initialize.initialize(
+                layer, num_layers, key, carry, own, method=options.init, where=where
+            )
+            return _stored(options, params), _stored(options, state)
+
+        lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
+        params, state = (_stacked(options, tree) for tree in lifted(key))
     checks.depth(params, state, num_layers, where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
 
-    given = _Given(params, state, keys, carry, per_layer)
-    carry, outputs, state = _run(options, layer, given, names, reverse, where)
+    given = _Given(params, state, keys, carry, own)
+    run = _run_python if call.is_python else _run
+    carry, outputs, state = run(call, layer, given)
     updater.update(_stored(options, state))
     if options.with_per_layer_inputs:
         return carry[0], outputs
     return carry[0] if len(args) == 1 else carry
 
 
-def _lift(
-    options: _Options, init: Callable[..., Any]
-) -> tuple[Any, Any, hk.LiftWithStateUpdater]:
-    """The stack's parameters and state, from the transform or, at init, from `init`."""
-    key = hk.maybe_next_rng_key()
-    # A stack that is not transparent stores its layers in a scope of its own.
-    scope = hk.name_scope(options.name)
-    with contextlib.nullcontext() if options.naming_map else scope:
-        lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
-        params, state = lifted(key)
-    return _stacked(options, params), _stacked(options, state), updater
+def _path(options: _Options) -> str:
+    """Of the stack, in the transform around it."""
+    scope = hk.experimental.current_name()
+    if options.naming_map is None:
+        return scope
+    return options.name if scope == "~" else f"{scope}/{options.name}"
 
 
 def _stacked(options: _Options, tree: layout.Modules) -> Any:
@@ -226,29 +292,29 @@ def _as_array(leaf: Any) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
-def _pure_layer(
-    options: _Options, f: Callable[..., Any], kwargs: dict[str, Any], where: str
-) -> initialize.Layer:
-    """The layer function as pure functions of its parameters, state and key."""
-    outside = {} if options.naming_map else hk.experimental.get_params()
+def _cast(carry: Any, dtype: Any) -> Any:
+    """`carry` with its real floating-point leaves in `dtype`, unless that is None."""
 
-    def call(carry: tuple[Any, ...], per_layer: tuple[Any, ...]) -> tuple[Any, Any]:
-        with checks.nothing_shared(outside, where):
-            result = f(*carry, *per_layer, **kwargs)
-        if options.with_per_layer_inputs:
-            checks.is_pair(result, where)
-            return (result[0],), result[1]
-        return (result,) if len(carry) == 1 else result, None
+    def cast(leaf: Any) -> Any:
+        leaf = _as_array(leaf)
+        is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if is_real else leaf
 
-    transformed = hk.transform_with_state(call)
+    return carry if dtype is None else jax.tree.map(cast, carry)
 
-    def init(key: Any, carry: Any, per_layer: Any) -> tuple[hk.Params, hk.State]:
-        return transformed.init(key, carry, per_layer)
 
-    def apply(params: Any, state: Any, key: Any, carry: Any, per_layer: Any) -> Any:
-        return transformed.apply(params, state, key, carry, per_layer)
+class _Own(NamedTuple):
+    """What each layer gets of its own, besides parameters, state and key.
 
-    return initialize.Layer(init, apply)
+    Attributes:
+      index: Its index, `[L]`.
+      added: What to add at its taps, by path.
+      inputs: The per-layer inputs.
+    """
+
+    index: Any
+    added: dict[str, Any]
+    inputs: tuple[Any, ...]
 
 
 class _Given(NamedTuple):
@@ -258,36 +324,228 @@ class _Given(NamedTuple):
     state: Any
     keys: Any
     carry: Any
-    per_layer: Any
+    own: _Own
 
 
-def _run(
-    options: _Options,
-    layer: initialize.Layer,
-    given: _Given,
-    names: list[str],
-    reverse: bool,
-    where: str,
-) -> tuple[Any, Any, Any]:
+class _Call:
+    """One call of a stack.
+
+    Attributes:
+      options: Of the stack.
+      f: The layer function.
+      kwargs: Its keyword arguments.
+      where: Names the stack in errors.
+      path: Of the stack, from the outermost one.
+      names: Of the arguments of the layer function.
+      reverse: Whether the last layer runs first.
+      loop: What runs the layers.
+      check_finite: Whether values are checked, in this stack or for one around it.
+      checked: The stacks inside that check values, by label.
+    """
+
+    def __init__(
+        self,
+        options: _Options,
+        f: Callable[..., Any],
+        kwargs: dict[str, Any],
+        where: str,
+        path: str,
+        names: list[str],
+        reverse: bool,
+    ):
+        self.options = options
+        self.f = f
+        self.kwargs = kwargs
+        self.where = where
+        self.path = path
+        self.names = names
+        self.reverse = reverse
+        self.loop = loops.in_force(options.loop)
+        self.check_finite = options.check_finite or inside.is_checked()
+        self.checked: dict[str, finite.Checked | None] = {}
+
+    @property
+    def is_python(self) -> bool:
+        """Whether a Python loop runs the layers."""
+        return self.loop == "python"
+
+    def in_layer(self, index: int | None) -> contextlib.AbstractContextManager[None]:
+        """Says in which layer an error came up; None for one that is traced."""
+        return checks.in_layer(self.where, index, self.options.num_layers)
+
+    def frame(self, own: _Own, *, is_init: bool) -> inside.Frame:
+        """What is around one layer."""
+        scope = ""
+        if isinstance(own.index, int):
+            name = re.sub(r"\W", "_", self.options.name)
+            scope = inside.scope_below(f"{name}_{own.index}")
+        return inside.Frame(
+            self.path,
+            self.where,
+            own.index,
+            scope,
+            self.check_finite and not is_init,
+            is_init,
+            own.added,
+            self.checked,
+        )
+
+
+def _pure_layer(call: _Call) -> initialize.Layer:
+    """The layer function as pure functions of its parameters, state and key."""
+    options, where = call.options, call.where
+    outside = {} if options.naming_map else hk.experimental.get_params()
+
+    def run(carry: tuple[Any, ...], own: _Own) -> tuple[Any, Any]:
+        scope = inside.frames()[-1].scope
+        with (
+            hk.name_scope(scope) if scope else contextlib.nullcontext(),
+            checks.nothing_shared(outside, where),
+        ):
+            result = call.f(*carry, *own.inputs, **call.kwargs)
+        output = None
+        if options.with_per_layer_inputs:
+            checks.is_pair(result, where)
+            result, output = result
+        if len(carry) == 1:
+            result = (result,)
+        return _cast(result, options.carry_dtype), output
+
+    transformed = hk.transform_with_state(run)
+
+    def init(key: Any, carry: Any, own: _Own) -> tuple[hk.Params, hk.State]:
+        with call.in_layer(None), inside.layer(call.frame(own, is_init=True)):
+            return transformed.init(key, carry, own)
+
+    def apply(params: Any, state: Any, key: Any, carry: Any, own: _Own) -> Any:
+        frame = call.frame(own, is_init=False)
+        with inside.layer(frame):
+            if frame.check_finite:
+                _check_inputs(call, params, state, carry, own)
+            run = transformed.apply
+            if frame.scope:
+                run = _scoped(run, frame.scope)
+            (carry, output), state = run(params, state, key, carry, own)
+            if frame.check_finite:
+                inside.say_finite(dict(zip(call.names, carry, strict=False)), "result ")
+                inside.say_finite(output, "output per layer ")
+        return (carry, output), state
+
+    return initialize.Layer(init, apply)
+
+
+def _scoped(apply: Callable[..., Any], scope: str) -> Callable[..., Any]:
+    """`apply` of a layer whose modules are made in a name scope, by unscoped names.
+
+    Modules that were made outside of the layer keep their names, so the layer is given
+    parameters and state under both.
+    """
+
+    def inside_scope(module: str) -> str:
+        return scope if module == "~" else f"{scope}/{module}"
+
+    def both(tree: Any) -> dict[str, Any]:
+        return {**tree, **{inside_scope(m): leaves for m, leaves in tree.items()}}
+
+    def run(params: Any, state: Any, *rest: Any) -> tuple[Any, Any]:
+        result, after = apply(both(params), both(state), *rest)
+
+        def new(module: str, name: str) -> Any:
+            of_scope = after[inside_scope(module)][name]
+            is_old = of_scope is state[module][name]
+            return after[module][name] if is_old else of_scope
+
+        return result, {m: {n: new(m, n) for n in state[m]} for m in state}
+
+    return run
+
+
+def _check_inputs(call: _Call, params: Any, state: Any, carry: Any, own: _Own) -> None:
+    """Checks what a layer is given."""
+    named = dict(zip(call.names, (*carry, *own.inputs), strict=True))
+    inside.say_finite(params, "parameter ")
+    inside.say_finite(state, "state ")
+    inside.say_finite(named, "argument ")
+
+
+def _run(call: _Call, layer: initialize.Layer, given: _Given) -> tuple[Any, Any, Any]:
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
-    closed, given, shapes = _trace(layer, given, names, where)
-    inputs = _inputs(closed.consts, given, names)
+    options, where = call.options, call.where
+    closed, given, shapes = _trace(call, layer, given)
+    constants = closed.consts
+    marks: list[inside.Mark] = []
+    if call.check_finite or inside.collecting.value is not None:
+        closed, marks = taps.expose(closed)
+    inputs = _inputs(constants, given, call.names)
     parts = cut.cut(closed, inputs, options.setup, where)
     num_carry = len(jax.tree.leaves(given.carry))
-    start = len(closed.consts) + len(jax.tree.leaves(given[:3]))
+    start = len(constants) + len(jax.tree.leaves(given[:3]))
     plan = _Plan(
         parts,
         tuple(i.layered for i in inputs),
         range(start, start + num_carry),
         options.num_layers,
+        call.loop == "unrolled",
         options.unroll,
-        reverse,
+        call.reverse,
+        options.remat,
         options.setup_batch_size,
         options.setup_remat,
     )
-    values = [*closed.consts, *jax.tree.leaves(given)]
+    values = [*constants, *jax.tree.leaves(given)]
     leaves = eager.call(plan.run, values, plan.key)
-    (carry, outputs), state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    count = len(leaves) - len(marks)
+    _pass_on(call, marks, leaves[count:])
+    results = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
+    (carry, outputs), state = results
+    return carry, outputs, state
+
+
+def _pass_on(call: _Call, marks: list[inside.Mark], values: list[Any]) -> None:
+    """Tells whatever is around the stack what is at the marks, `[L, ...]`."""
+    codes = {}
+    for mark, value in zip(marks, values, strict=True):
+        if mark.is_tap:
+            inside.mark_tap(value, mark.label)
+        else:
+            codes[mark.label] = value
+    if codes:
+        items = tuple((label, call.checked.get(label)) for label in codes)
+        checked = finite.Checked(
+            call.where, call.options.num_layers, call.reverse, items
+        )
+        inside.say_code(checked.encode(list(codes.values())), call.where, checked)
+
+
+def _run_python(
+    call: _Call, layer: initialize.Layer, given: _Given
+) -> tuple[Any, Any, Any]:
+    """Runs the layer function itself, layer by layer."""
+    structure: Any = None
+
+    def step(carry: Any, own: Any) -> tuple[Any, Any]:
+        nonlocal structure
+        with call.in_layer(own[3].index):
+            (after, output), state = _apply(call, layer, *own[:3], carry, own[3])
+            checks.same_structure(carry, after, call.names, call.where)
+            after, output = jax.tree.map(_as_array, (after, output))
+            promoted = jax.tree.map(_promote, carry, after)
+            checks.same_carry(promoted, after, call.names, call.where)
+            found = jax.tree.structure(output)
+            checks.same_outputs(structure, found, call.where)
+            structure = found
+        return after, (output, state)
+
+    num_layers = call.options.num_layers
+    own = given.own._replace(index=range(num_layers))
+    carry, (outputs, state) = loops.run(
+        step,
+        given.carry,
+        (given.params, given.state, given.keys, own),
+        num_layers=num_layers,
+        unrolled=True,
+        reverse=call.reverse,
+    )
     return carry, outputs, state
 
 
@@ -299,8 +557,10 @@ class _Plan(NamedTuple):
       layered: For each input of the layer, whether it has a layer axis.
       carry: Which inputs are the carry. The outputs begin with the next carry.
       num_layers: `L`.
-      unroll: See `loop.scan`.
-      reverse: See `loop.scan`.
+      unrolled: See `loop.run`, as the next three.
+      unroll: How many layers one step holds.
+      reverse: Whether the last layer runs first.
+      remat: What the backward pass computes again.
       setup_batch_size: See `layer_stack`.
       setup_remat: See `layer_stack`.
     """
@@ -309,8 +569,10 @@ class _Plan(NamedTuple):
     layered: tuple[bool, ...]
     carry: range
     num_layers: int
+    unrolled: bool
     unroll: int
     reverse: bool
+    remat: loops.Remat | None
     setup_batch_size: int | None
     setup_remat: bool | None
 
@@ -331,6 +593,7 @@ class _Plan(NamedTuple):
             batch_size=self.setup_batch_size,
             remat=self.setup_remat,
         )
+        shared, own = (list(map(_derived, made)) for made in (shared, own))
         inputs = {i: values[i] for i in parts.call_inputs}
         layered = [i for i in inputs if self.layered[i]]
         carried = [i for i in inputs if i in self.carry]
@@ -342,34 +605,35 @@ class _Plan(NamedTuple):
             results = jex.jaxpr_as_fun(parts.call)(*shared, *own, *read.values())
             return results[: len(carry)], results[len(carry) :]
 
-        carry, rest = loop.scan(
+        carry, rest = loops.run(
             step,
             [values[i] for i in self.carry],
             (own, [inputs[i] for i in layered]),
             num_layers=self.num_layers,
+            unrolled=self.unrolled,
             unroll=self.unroll,
             reverse=self.reverse,
+            remat=self.remat,
         )
         return [*carry, *rest]
 
 
+def _derived(value: Any) -> Any:
+    """Names a derived value for policies of `jax.checkpoint` around the stack."""
+    return checkpoint_name(value, "hk_stack.derived")
+
+
 def _trace(
-    layer: initialize.Layer, given: _Given, names: list[str], where: str
+    call: _Call, layer: initialize.Layer, given: _Given
 ) -> tuple[jex.ClosedJaxpr, _Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
-    params, state, key, _, per_layer = layout.drop_layers(given._replace(carry=None))
-    trace = jax.make_jaxpr(layer.apply, return_shape=True)
+    params, state, key, _, own = layout.drop_layers(given._replace(carry=None))
+    names, where = call.names, call.where
+    trace = jax.make_jaxpr(functools.partial(_apply, call, layer), return_shape=True)
     while True:
         carry = given.carry
-        try:
-            closed, shapes = trace(params, state, key, carry, per_layer)
-        except ValueError:
-            if not hk.running_init():
-                init_key = jax.random.key(0) if key is None else key
-                spec = (init_key, carry, per_layer)
-                stored = hk.experimental.get_params()
-                checks.has_params(layer.init, spec, given.params, stored, where)
-            raise
+        with call.in_layer(None):
+            closed, shapes = trace(params, state, key, carry, own)
         (after, _), _ = shapes
         checks.same_structure(carry, after, names, where)
         outs = jax.tree.unflatten(
@@ -380,6 +644,20 @@ def _trace(
             checks.same_carry(carry, after, names, where)
             return closed, given, shapes
         given = given._replace(carry=promoted)
+
+
+def _apply(
+    call: _Call, layer: initialize.Layer, params: Any, state: Any, key: Any, *rest: Any
+) -> Any:
+    """Runs one layer; if it fails, looks for parameters that do not fit."""
+    stored = hk.experimental.get_params()
+    try:
+        return layer.apply(params, state, key, *rest)
+    except ValueError:
+        if not hk.running_init():
+            spec = (jax.random.key(0) if key is None else key, *rest)
+            checks.has_params(layer.init, spec, params, stored, call.where)
+        raise
 
 
 def _promote(leaf: jax.Array, after: Any) -> jax.Array:
@@ -401,6 +679,7 @@ def _inputs(constants: list[Any], given: _Given, names: list[str]) -> list[cut.I
         ]
 
     num_carry = len(given.carry)
+    index = cut.Input("the layer's index", known=True, fixed=True, layered=True)
     carry = [
         cut.Input(f"argument `{name}{leaf}`", False, False, False)
         for name, tree in zip(names[:num_carry], given.carry, strict=True)
@@ -408,7 +687,7 @@ def _inputs(constants: list[Any], given: _Given, names: list[str]) -> list[cut.I
     ]
     per_layer = [
         entry
-        for name, tree in zip(names[num_carry:], given.per_layer, strict=True)
+        for name, tree in zip(names[num_carry:], given.own.inputs, strict=True)
         for entry in own(tree, f"per-layer input `{name}`")
     ]
     return [
@@ -417,6 +696,8 @@ def _inputs(constants: list[Any], given: _Given, names: list[str]) -> list[cut.I
         *own(given.state, "state "),
         *own(given.keys, "a random key"),
         *carry,
+        index,
+        *own(given.own.added, "what is added to the tap "),
         *per_layer,
     ]
 

@@ -331,7 +331,10 @@ def test_a_framework_that_is_not_installed_is_skipped(monkeypatch, tmp_path, cap
         (["--layers=0"], "--layers: '0' is no number of layers"),
         (["--layers="], "--layers: '' is no number of layers"),
         (["--model="], "--model: [] not among s4"),
-        (["--baseline=haiku scan"], "'haiku scan' not among equinox filter_vmap + scan, haiku"),
+        (
+            ["--baseline=haiku scan"],
+            "'haiku scan' not among equinox filter_vmap + scan, haiku",
+        ),
         (["--model=mlp", "--mode=decode"], "mlp does not decode; s4 does"),
         (["--model=s4", "--dtype=bfloat16"], "s4 runs in float32 or float64"),
         (["--mode=init", "--dtype=float64"], "init makes parameters in float32"),

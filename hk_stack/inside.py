@@ -1,0 +1,339 @@
+"""What a layer function may ask or say while it runs in a stack: its index, taps.
+
+Each stack puts a `Frame` around its layer function. A tap that somebody wants becomes a
+mark in the traced program, an identity with a name that says what it is; the stack, and
+`collect` around all, take the values at the marks out (`taps`).
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import checkify
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frame:
+    """A stack around the code that runs.
+
+    Attributes:
+      path: Of the stack, as in the parameter tree.
+      where: Names the stack in errors.
+      index: Of the layer: traced, or an int in a Python loop.
+      scope: The name scope that a Python loop puts around the layer, or "".
+      check_finite: Whether taps are checked.
+      is_init: Whether the layers are being initialised: then taps are silent.
+      added: What to add to tapped values, by path.
+      checked: The stacks inside that check values, by label; filled while tracing.
+    """
+
+    path: str
+    where: str
+    index: Any
+    scope: str = ""
+    check_finite: bool = False
+    is_init: bool = False
+    added: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    checked: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_python(self) -> bool:
+        """Whether a Python loop runs the layers, so that nobody traces this one."""
+        return isinstance(self.index, int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """What `collect` wants; part of the key of JAX's caches.
+
+    Attributes:
+      patterns: Globs of the paths to collect.
+      adding: Values to add, and the paths that were found; equal by identity.
+    """
+
+    patterns: tuple[str, ...]
+    adding: "Adding | None"
+
+    def wants(self, path: str) -> bool:
+        """Whether a tap is to be collected."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adding:
+    """Values to add to taps, by path, and the paths at which some were added."""
+
+    values: Mapping[str, jax.Array]
+    used: set[str] = dataclasses.field(default_factory=set)
+
+
+_frames: contextvars.ContextVar[tuple[Frame, ...]] = contextvars.ContextVar(
+    "hk_stack.frames", default=()
+)
+# JAX's caches know these values, so a program that was traced under one is not used
+# under another.
+collecting: Any = jax.make_user_context(None)
+recording: Any = jax.make_user_context(None)
+
+
+def frames() -> tuple[Frame, ...]:
+    """The stacks around the code that runs, outermost first."""
+    return _frames.get()
+
+
+@contextlib.contextmanager
+def layer(frame: Frame) -> Iterator[None]:
+    """Runs a layer function inside `frame`."""
+    token = _frames.set((*_frames.get(), frame))
+    try:
+        yield
+    finally:
+        _frames.reset(token)
+
+
+def layer_index() -> Any:
+    """The index of the layer that runs, from 0, inside a layer function.
+
+    In a compiled loop all layers are one program, and the index is a traced
+    integer; with `loop="python"` it is an int. It is known before the loop, as
+    parameters are: what is made of both alone leaves the loop. In nested stacks it is
+    that of the innermost; read the others before.
+
+    Initial values may depend on it, and are still made for all layers at once:
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     shrink = (hk_stack.layer_index() + 1.0) ** -0.5
+    ...     init = hk.initializers.Constant(shrink)
+    ...     return x * hk.get_parameter("scale", [], init=init)
+    >>> model = hk.transform(hk_stack.layer_stack(4, name="layers")(layer))
+    >>> params = model.init(jax.random.key(0), jnp.ones([2]))
+    >>> print(params["layers/~"]["scale"].round(2))
+    [1.   0.71 0.58 0.5 ]
+
+    A function under `jax.jit` inside the layer function should take the index as an
+    argument: JAX traces it once, and would reuse the first layer's int in a Python
+    loop.
+
+    Returns:
+      A traced integer scalar, typed weakly as an int is, or an int.
+
+    Raises:
+      ValueError: Outside of a layer function.
+    """
+    if not frames():
+        raise ValueError(
+            "hk_stack.layer_index() was called outside of a layer function; there is "
+            "an index only inside hk_stack.layer_stack(num_layers)(layer_function)."
+        )
+    index = frames()[-1].index
+    # Weakly typed, as an int is, so that it takes on the type of what it meets.
+    return index if isinstance(index, int) else jax.lax.convert_element_type(index, int)
+
+
+def tap(value: T, name: str) -> T:
+    """Lets `collect` read `value` under a name, from the middle of a model.
+
+    The result is `value` itself, and unless somebody collects, the traced program is
+    the same as without the tap. Parameters and names do not change.
+
+    A stack with `check_finite=True` checks the values at its taps.
+
+    Args:
+      value: Any pytree of arrays. Each leaf is tapped, with its path after the name.
+      name: Of the tap. Its path is that of the module that calls it, as in the
+        parameter tree: `layers/attention/scores`.
+
+    Returns:
+      The same pytree. Use it instead of `value` where something is to be added to it or
+      differentiated by it (`collect(..., add=...)`).
+
+    Raises:
+      TypeError: If the name is no text.
+      ValueError: If the name is empty.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"hk_stack.tap: the name must be a str, not {name!r}.")
+    if not name:
+        raise ValueError("hk_stack.tap: the name is empty; name what is tapped.")
+    around, collector = frames(), collecting.value
+    if any(frame.is_init for frame in around):
+        return value
+    if collector is None and not (around and around[-1].check_finite):
+        return value
+    path = "/".join(filter(None, [_path(), name]))
+
+    def one(at: tuple[Any, ...], leaf: Any) -> Any:
+        end = jax.tree_util.keystr(at, simple=True, separator="/")
+        return _tap_leaf(leaf, f"{path}/{end}" if end else path, collector)
+
+    return jax.tree.map_with_path(one, value)
+
+
+def _path() -> str:
+    """The path of the module that runs, from the outermost stack, or ""."""
+    try:
+        name = hk.experimental.current_name()
+    except ValueError:  # Outside of a transform.
+        return ""
+    return path_below("" if name == "~" else name)
+
+
+def path_below(name: str) -> str:
+    """A path from the outermost stack, given the name in the innermost."""
+    if not frames():
+        return name
+    frame = frames()[-1]
+    if frame.scope and (name == frame.scope or name.startswith(f"{frame.scope}/")):
+        name = name[len(frame.scope) + 1 :]
+    return f"{frame.path}/{name}" if name else frame.path
+
+
+def _tap_leaf(leaf: Any, path: str, collector: Collector | None) -> Any:
+    around = frames()
+    if collector and collector.adding and path in (added := _adding(around)):
+        leaf = _add(leaf, added[path], path)
+        collector.adding.used.add(path)
+    if around and around[-1].check_finite:
+        say_finite(leaf, f"tap {path}")
+    if collector and collector.wants(path):
+        leaf = mark_tap(leaf, path)
+    return leaf
+
+
+def _add(leaf: Any, added: Any, path: str) -> Any:
+    found, expected = jnp.shape(added), jnp.shape(leaf)
+    if found != expected:
+        raise ValueError(
+            f"hk_stack.collect: what is to be added at {path} has shape {found} for "
+            f"each layer; the tapped value has {expected}."
+        )
+    return leaf + jnp.asarray(added).astype(jnp.asarray(leaf).dtype)
+
+
+def _adding(around: Sequence[Frame]) -> Mapping[str, jax.Array]:
+    if around:
+        return around[-1].added
+    collector = collecting.value
+    return collector.adding.values if collector and collector.adding else {}
+
+
+def added_below(path: str, num_layers: int, where: str) -> dict[str, jax.Array]:
+    """What is to be added at the taps of a stack: arrays `[L, ...]`, by path."""
+    here = _adding(frames())
+    below = {at: value for at, value in here.items() if at.startswith(f"{path}/")}
+    for at, value in below.items():
+        shape = jnp.shape(value)
+        if not shape or shape[0] != num_layers:
+            raise ValueError(
+                f"{where}: what is to be added at {at} has shape {shape}; expected "
+                f"a leading axis of {num_layers}, one entry for each layer."
+            )
+    return below
+
+
+def scope_below(scope: str) -> str:
+    """The name scope of a layer in a Python loop, in those of the loops around it."""
+    around = frames()[-1].scope if frames() else ""
+    return f"{around}/{scope}" if around else scope
+
+
+def is_checked() -> bool:
+    """Whether a stack around the code that runs checks values."""
+    return bool(frames()) and frames()[-1].check_finite
+
+
+_TAP, _FINITE = "hk_stack.tap", "hk_stack.finite"
+
+
+def mark_tap(value: Any, path: str) -> Any:
+    """Marks `value` for whoever traces this program to take out."""
+    return checkpoint_name(value, ":".join([_TAP, _python_indices(), path]))
+
+
+def say_finite(value: Any, label: str) -> None:
+    """Checks that all leaves of a pytree are finite, in a layer that is checked."""
+    for path, leaf in jax.tree.leaves_with_path(value):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+            end = jax.tree_util.keystr(path, simple=True, separator="/")
+            fine = jnp.all(jnp.isfinite(leaf)).astype(jnp.int32)
+            say_code(fine, f"{label}{end}", None)
+
+
+def say_code(code: Any, label: str, checked: Any) -> None:
+    """Passes on which check failed first, if any did.
+
+    Args:
+      code: A scalar `int32`: of the check that failed, or their number if none did.
+      label: What is checked.
+      checked: The checks of a stack (`finite.Checked`); None for one value, whose code
+        is 0 or 1.
+    """
+    around = ""
+    for frame in reversed(frames()):
+        if not frame.is_python:
+            label += around
+            frame.checked[label] = checked and checked._replace(around=around)
+            checkpoint_name(code, f"{_FINITE}:{label}")
+            return
+        around += f", in layer {frame.index} of {frame.where}"
+    if checked is None:
+        _check(code == 1, escaped(f"{label}{around}"), {})
+        return
+    for text, failed, indices in checked._replace(around=around).messages(code):
+        _check(~failed, text, indices)
+
+
+def _check(fine: Any, label: str, indices: dict[str, Any]) -> None:
+    message = f"the first value that is not finite is {label}"
+    checkify.check(fine, message, **indices)
+
+
+def escaped(text: str) -> str:
+    """`text` for a message that is formatted."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _python_indices() -> str:
+    """The indices of the Python loops around, up to what is traced."""
+    indices: list[int] = []
+    for frame in reversed(frames()):
+        if not frame.is_python:
+            break
+        indices.append(frame.index)
+    return ",".join(map(str, reversed(indices)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What the name of a mark says.
+
+    Attributes:
+      is_tap: Whether it is a tap, not a check.
+      label: The path of the tap, or what is checked.
+      indices: Of the layers in Python loops around the tap.
+    """
+
+    is_tap: bool
+    label: str
+    indices: tuple[int, ...] = ()
+
+
+def read_mark(name: str) -> Mark | None:
+    """The inverse of `mark_tap` and `say_finite`; None if `name` is no mark."""
+    kind, _, rest = name.partition(":")
+    if kind == _FINITE:
+        return Mark(False, rest)
+    if kind != _TAP:
+        return None
+    indices, _, path = rest.partition(":")
+    return Mark(True, path, tuple(map(int, filter(None, indices.split(",")))))

@@ -1,0 +1,300 @@
+"""Values out of the middle of a traced program: what is at the marks of `inside`."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from hk_stack import checks, eager, flat, inside
+
+
+def collect(
+    fn: Callable[..., Any],
+    select: str | Sequence[str] = "*",
+    *,
+    add: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`fn`, returning besides what it returns the values at the taps inside of it.
+
+    For a stack `layer_stack(L, name="layers")` of
+
+    ```
+    def layer(x):
+        x = hk_stack.tap(f(x), "hidden")
+        return g(x)
+    ```
+
+    `out, taps = collect(apply)(params, rng, x)` is equal to
+
+    ```
+    for i in range(L):
+        x = taps["layers/hidden"][i] = f(x)
+        x = g(x)
+    ```
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     return hk_stack.tap(jnp.tanh(hk.Linear(4)(x)), "hidden")
+    >>> model = hk.transform(hk_stack.layer_stack(3, name="layers")(layer))
+    >>> params = model.init(jax.random.key(0), jnp.ones([2, 4]))
+    >>> out, taps = hk_stack.collect(model.apply)(params, None, jnp.ones([2, 4]))
+    >>> jax.tree.map(jnp.shape, taps)
+    {'layers/hidden': (3, 2, 4)}
+
+    The gradient of a result by a tapped value is that by what is added to it:
+
+    >>> def score(shift):
+    ...     return hk_stack.collect(model.apply, add=shift)(params, None, x)[0].sum()
+    >>> x = jnp.ones([2, 4])
+    >>> jax.tree.map(jnp.shape, jax.grad(score)({k: 0 * v for k, v in taps.items()}))
+    {'layers/hidden': (3, 2, 4)}
+
+    Args:
+      fn: Any function, such as the `apply` of a transform, also one that takes
+        gradients. It is traced on its arrays; numbers, booleans and other arguments
+        stay as they are.
+      select: Globs of the paths to collect, as in `fnmatch`: `*` also matches slashes.
+        What is not selected is neither computed nor kept for it.
+      add: Arrays `[L, ...]` to add to the tapped values, by path. The layer must use
+        what `tap` returns. Outside of stacks without `L`; in nested stacks
+        `[L_outer, L_inner, ...]`. They need not be selected.
+
+    Returns:
+      A function that takes what `fn` takes, and returns what it returns and a dict of
+      the tapped values `[L, ...]`, by path; `[L_outer, L_inner, ...]` in nested stacks,
+      `[T, ...]` in a `scan` of T turns. A path that is there more than once is
+      numbered: `scores`, `scores_1`. It may be used under `jit`, `grad` and `vmap`.
+      Under a `vmap` inside of `fn`, the batch axis is where `vmap` has put it.
+
+    Raises:
+      TypeError: If `fn` is no function, or `select` no text.
+      ValueError: If nothing matches what is selected; if what is added fits no tap; if
+        a tap is in a conditional, a `while` or a function with its own derivative,
+        which no value can leave.
+    """
+    patterns = checks.collected(fn, select)
+    values = None if add is None else {k: jnp.asarray(v) for k, v in add.items()}
+
+    @functools.wraps(fn)
+    def collected(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_array(leaf)}
+
+        def run(arrays: dict[int, Any]) -> Any:
+            now = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+            args, kwargs = jax.tree.unflatten(tree, now)
+            return fn(*args, **kwargs)
+
+        adding = None if values is None else inside.Adding(values)
+        with inside.collecting(inside.Collector(patterns, adding)):
+            closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
+        exposed, marks = expose(closed)
+        found = [mark.label for mark in marks]
+        used = adding.used if adding else set()
+        checks.some_taps(patterns, select, found, sorted({*(add or ())} - used))
+        inputs = [*closed.consts, *arrays.values()]
+        program = jex.jaxpr_as_fun(exposed)
+        results = eager.call(
+            lambda values: program(*values), inputs, lambda: eager.structure(exposed)
+        )
+        count = len(results) - len(marks)
+        out = jax.tree.unflatten(jax.tree.structure(shapes), results[:count])
+        return out, dict(zip(found, results[count:], strict=True))
+
+    return collected
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def expose(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[inside.Mark]]:
+    """Takes the values at marks out of a traced function.
+
+    Args:
+      closed: A traced function.
+
+    Returns:
+      The same without marks, whose constants are its first inputs, and whose last
+      outputs are the values at the marks; and what each of these is.
+    """
+    jaxpr = flat.without_constants(closed.jaxpr)
+    if not _has_marks(jaxpr):
+        return jex.ClosedJaxpr(jaxpr, []), []
+    found: list[inside.Mark] = []
+
+    def run(*args: Any) -> list[Any]:
+        outputs, marked = _evaluate(jaxpr, args)
+        entries = _stacked(marked)
+        found[:] = [entry.mark for entry in entries]
+        return [*outputs, *(entry.value for entry in entries)]
+
+    exposed = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
+    assert not exposed.consts
+    return exposed, found
+
+
+class _Marked(NamedTuple):
+    """A value at a mark."""
+
+    mark: inside.Mark
+    value: Any
+
+
+def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
+    """Runs `jaxpr`, which has no constants; returns its outputs and what is marked."""
+    env = dict(zip(jaxpr.invars, args, strict=True))
+    found: list[_Marked] = []
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = list(map(read, eqn.invars))
+        mark = _mark(eqn)
+        if mark is not None:
+            results, more = inputs, [_Marked(mark, inputs[0])]
+        elif any(map(_has_marks, flat.bodies(eqn))):
+            results, more = _open(jaxpr, eqn, inputs)
+        else:
+            results, more = _run_one(jaxpr, eqn, inputs), []
+        env.update(zip(eqn.outvars, results, strict=True))
+        found += more
+    return list(map(read, jaxpr.outvars)), found
+
+
+def _mark(eqn: jex.JaxprEqn) -> inside.Mark | None:
+    if eqn.primitive.name != "name":
+        return None
+    return inside.read_mark(eqn.params["name"])
+
+
+def _has_marks(jaxpr: jex.Jaxpr) -> bool:
+    return any(
+        _mark(eqn) is not None or any(map(_has_marks, flat.bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _run_one(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Runs an equation as it is."""
+    taken: list[Any] = list(map(flat.fresh, eqn.invars))
+    alone = jaxpr.replace(
+        invars=taken,
+        outvars=list(eqn.outvars),
+        eqns=[eqn.replace(invars=taken)],
+        effects=eqn.effects,
+    )
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))(*inputs)
+
+
+def _open(
+    jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, inputs: Sequence[Any]
+) -> tuple[list[Any], list[_Marked]]:
+    """Runs an equation of `jaxpr` with marks inside."""
+    body = flat.body(eqn)
+    if body is not None and eqn.primitive.name in flat.REMAT:
+        return _open_remat(eqn, body, inputs)
+    if body is not None:
+        return _evaluate(body, inputs)
+    if eqn.primitive.name == "scan":
+        return _open_scan(eqn, inputs)
+    for inner in flat.bodies(eqn):
+        for mark in _marks(inner):
+            if mark.is_tap:
+                raise ValueError(
+                    f"hk_stack.collect: the tap {mark.label} is inside a "
+                    f"{eqn.primitive.name}, which no value can leave. Return the value "
+                    "from there and tap it outside, or do not select it."
+                )
+    return _run_one(jaxpr, eqn, inputs), []  # Checks are left out there.
+
+
+def _marks(jaxpr: jex.Jaxpr) -> list[inside.Mark]:
+    """All marks, those inside equations too."""
+    own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
+    inner = (_marks(body) for eqn in jaxpr.eqns for body in flat.bodies(eqn))
+    return [*own, *itertools.chain(*inner)]
+
+
+def _open_remat(
+    eqn: jex.JaxprEqn, body: jex.Jaxpr, inputs: Sequence[Any]
+) -> tuple[list[Any], list[_Marked]]:
+    marks: list[inside.Mark] = []
+
+    def run(*args: Any) -> tuple[list[Any], list[Any]]:
+        outputs, found = _evaluate(body, args)
+        marks[:] = [entry.mark for entry in found]
+        return outputs, [entry.value for entry in found]
+
+    options = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
+    outputs, values = jax.checkpoint(run, **options)(*inputs)
+    return outputs, list(map(_Marked, marks, values))
+
+
+def _open_scan(
+    eqn: jex.JaxprEqn, inputs: Sequence[Any]
+) -> tuple[list[Any], list[_Marked]]:
+    params, closed = eqn.params, eqn.params["jaxpr"]
+    first, count = params["num_consts"], params["num_carry"]
+    body = flat.without_constants(closed.jaxpr)
+    shared = [*closed.consts, *inputs[:first]]
+    marks: list[inside.Mark] = []
+
+    def turn(carry: Any, own: Any) -> tuple[Any, Any]:
+        outputs, found = _evaluate(body, [*shared, *carry, *own])
+        entries = _stacked(found)
+        marks[:] = [entry.mark for entry in entries]
+        return outputs[:count], (outputs[count:], [entry.value for entry in entries])
+
+    options = {k: params[k] for k in ("length", "reverse", "unroll")}
+    carry, mapped = inputs[first : first + count], inputs[first + count :]
+    carry, (outputs, values) = jax.lax.scan(turn, carry, mapped, **options)
+    found = [
+        _Marked(mark, value if mark.is_tap else jnp.min(value))
+        for mark, value in zip(marks, values, strict=True)
+    ]
+    return [*carry, *outputs], found
+
+
+def _stacked(found: Sequence[_Marked]) -> list[_Marked]:
+    """Puts the taps of layers that a Python loop runs together, and numbers the rest.
+
+    A tap that is not in all layers stays apart, under a path with the layer's index.
+    """
+    checked = [entry for entry in found if not entry.mark.is_tap]
+    grids: dict[tuple[str, int], dict[tuple[int, ...], Any]] = {}
+    for mark, value in (entry for entry in found if entry.mark.is_tap):
+        number = 0
+        while mark.indices in grids.get((mark.label, number), ()):
+            number += 1
+        grids.setdefault((mark.label, number), {})[mark.indices] = value
+    taps = [
+        entry
+        for (path, number), grid in grids.items()
+        for entry in _grid(f"{path}_{number}" if number else path, grid)
+    ]
+    return [*checked, *taps]
+
+
+def _grid(path: str, grid: dict[tuple[int, ...], Any]) -> list[_Marked]:
+    """One tap of layers with these indices."""
+    indices = sorted(grid)
+    extents = [len(set(axis)) for axis in zip(*indices, strict=True)]
+    values = [grid[i] for i in indices]
+    like = {(jnp.shape(v), jnp.asarray(v).dtype) for v in values}
+    if len(indices) != np.prod(extents, dtype=int) or len(like) > 1:
+        return [
+            _Marked(inside.Mark(True, f"{path}[{','.join(map(str, i))}]"), value)
+            for i, value in zip(indices, values, strict=True)
+        ]
+    if not extents:
+        return [_Marked(inside.Mark(True, path), values[0])]
+    whole = jnp.stack(values)
+    whole = whole.reshape(*extents, *whole.shape[1:])
+    return [_Marked(inside.Mark(True, path), whole)]
