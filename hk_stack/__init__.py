@@ -8,6 +8,7 @@ from hk_stack.loop import use_loop
 from hk_stack.partition import Partition, partition
 from hk_stack.port import flax_to_haiku, haiku_to_flax
 from hk_stack.stack import layer_stack
+from hk_stack.summary import summary
 from hk_stack.taps import collect
 
 __all__ = (
@@ -22,6 +23,7 @@ __all__ = (
     "layer_stack",
     "partition",
     "stack_params",
+    "summary",
     "tap",
     "unstack_params",
     "use_loop",

@@ -19,12 +19,13 @@ import numpy as np
 
 def describe(name: str, f: Callable[..., Any]) -> str:
     """How errors name a stack."""
-    return f"layer_stack {name!r} of layer function {_name_of(f)!r}"
+    return f"layer_stack {name!r} of layer function {name_of(f)!r}"
 
 
-def _name_of(f: Callable[..., Any]) -> str:
+def name_of(f: Callable[..., Any]) -> str:
+    """The name of a function, as its author knows it."""
     if isinstance(f, functools.partial):
-        return _name_of(f.func)
+        return name_of(f.func)
     return getattr(f, "__name__", None) or getattr(f, "name", None) or type(f).__name__
 
 
@@ -142,7 +143,7 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
         raise ValueError(
             f"{describe(name, f)}: the layer function takes *{starred[0]}, so it "
             "cannot be known what it carries from layer to layer. Name its arguments, "
-            f"as in def {_name_of(f)}(x, y), or pass one tuple."
+            f"as in def {name_of(f)}(x, y), or pass one tuple."
         )
 
 
@@ -202,6 +203,15 @@ def per_layer_inputs(
                 )
 
 
+def summarised(fn: Any) -> None:
+    """Checks what `summary` is given."""
+    if not callable(fn):
+        hint = " Give its apply." if hasattr(fn, "apply") else ""
+        raise TypeError(
+            f"hk_stack.summary: expected a function, not {type(fn).__name__}.{hint}"
+        )
+
+
 def some_taps(
     patterns: Sequence[str],
     select: Any,
@@ -254,7 +264,8 @@ def collected(fn: Any, select: Any) -> tuple[str, ...]:
         raise TypeError(
             f"hk_stack.collect: expected a function, not {type(fn).__name__}.{hint}"
         )
-    patterns = (select,) if isinstance(select, str) else tuple(select)
+    is_several = isinstance(select, Sequence) and not isinstance(select, str)
+    patterns = tuple(select) if is_several else (select,)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(
@@ -424,7 +435,7 @@ def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:
         raise TypeError(
             f"partition: expected a function, not {type(fn).__name__}.{hint}"
         )
-    where = f"partition of {_name_of(fn)!r}"
+    where = f"partition of {name_of(fn)!r}"
     if not example_args:
         raise TypeError(
             f"{where}: no example arguments. Write partition(fn, params, *rest), with "
@@ -522,7 +533,7 @@ def microbatches(loss: Any, params: Any, trees: tuple[Any, ...]) -> str:
         raise TypeError(
             f"accumulate: the loss must be a function, not {type(loss).__name__}."
         )
-    where = f"accumulate of {_name_of(loss)!r}"
+    where = f"accumulate of {name_of(loss)!r}"
     first, *names = argument_names(loss, len(trees) + 1)
     arrays(params, f"{where}: argument `{first}`")
     lengths: dict[str, int] = {}

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import haiku as hk
 import jax
@@ -76,6 +76,39 @@ class Adding:
     used: set[str] = dataclasses.field(default_factory=set)
 
 
+class Record(NamedTuple):
+    """One call of a stack, for `summary`.
+
+    Attributes:
+      path: Of the stack.
+      function: Name of the layer function.
+      num_layers: `L`.
+      params: Parameters of all layers, `[L, ...]`.
+      stored: All parameters of the transform around it.
+      parts: How its layer was cut (`cut.Cut`); None if it was not.
+      loop: What runs the layers.
+      remat: What the backward pass computes again, in words.
+      is_nested: Whether the stack is inside another.
+    """
+
+    path: str
+    function: str
+    num_layers: int
+    params: Any
+    stored: Any
+    parts: Any
+    loop: str
+    remat: str
+    is_nested: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recorder:
+    """What `summary` has heard of."""
+
+    records: dict[str, Record] = dataclasses.field(default_factory=dict)
+
+
 _frames: contextvars.ContextVar[tuple[Frame, ...]] = contextvars.ContextVar(
     "hk_stack.frames", default=()
 )
@@ -104,7 +137,7 @@ def layer_index() -> Any:
     """The index of the layer that runs, from 0, inside a layer function.
 
     In a compiled loop all layers are one program, and the index is a traced
-    integer; with `loop="python"` it is an int. It is known before the loop, as
+    `int32`; with `loop="python"` it is an int. It is known before the loop, as
     parameters are: what is made of both alone leaves the loop. In nested stacks it is
     that of the innermost; read the others before.
 
@@ -112,7 +145,7 @@ def layer_index() -> Any:
 
     >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
     >>> def layer(x):
-    ...     shrink = (hk_stack.layer_index() + 1.0) ** -0.5
+    ...     shrink = jax.lax.rsqrt(jnp.float32(hk_stack.layer_index() + 1))
     ...     init = hk.initializers.Constant(shrink)
     ...     return x * hk.get_parameter("scale", [], init=init)
     >>> model = hk.transform(hk_stack.layer_stack(4, name="layers")(layer))
@@ -125,7 +158,7 @@ def layer_index() -> Any:
     loop.
 
     Returns:
-      A traced integer scalar, typed weakly as an int is, or an int.
+      A traced `int32` scalar, or an int.
 
     Raises:
       ValueError: Outside of a layer function.
@@ -135,9 +168,7 @@ def layer_index() -> Any:
             "hk_stack.layer_index() was called outside of a layer function; there is "
             "an index only inside hk_stack.layer_stack(num_layers)(layer_function)."
         )
-    index = frames()[-1].index
-    # Weakly typed, as an int is, so that it takes on the type of what it meets.
-    return index if isinstance(index, int) else jax.lax.convert_element_type(index, int)
+    return frames()[-1].index
 
 
 def tap(value: T, name: str) -> T:

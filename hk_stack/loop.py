@@ -70,6 +70,20 @@ class Remat(NamedTuple):
     every: int
 
 
+def describe(remat: Remat | None) -> str:
+    """`remat` in words: "all", "dots_saveable, every 4"."""
+    if remat is None:
+        return "no"
+    policy: Any = remat.policy
+    words = "all"
+    if policy is not None:
+        known = vars(jax.checkpoint_policies).items()
+        names = [name for name, value in known if value is policy]
+        own = getattr(policy, "__name__", type(policy).__name__)
+        words = names[0] if names else own
+    return f"{words}, every {remat.every}" if remat.every > 1 else words
+
+
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 

@@ -127,8 +127,8 @@ def report(
     flags = [True] * len(parts.shared.out_avals) + [known[i] for i in parts.call_inputs]
     stayed = dict.fromkeys(_stayed(parts.call.jaxpr, flags))
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
-    groups = tuple(_groups(parts.shared.jaxpr))
-    return Report(where, groups, len(kept), nbytes, tuple(stayed))
+    hoisted = tuple(groups(parts.shared.jaxpr))
+    return Report(where, hoisted, len(kept), nbytes, tuple(stayed))
 
 
 def hoisted_names(setup: jex.Jaxpr) -> list[str]:
@@ -138,7 +138,7 @@ def hoisted_names(setup: jex.Jaxpr) -> list[str]:
     return [f"{i:0{digits}}_{primitive}" for i, (_, primitive) in made]
 
 
-def _groups(setup: jex.Jaxpr) -> Iterator[Group]:
+def groups(setup: jex.Jaxpr) -> Iterator[Group]:
     """The outputs of `setup`, those of one line together."""
     nodes = [flat.Node(eqn, (), 0) for eqn in setup.eqns]
     found: dict[tuple[str, str], list[Any]] = {}

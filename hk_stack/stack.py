@@ -369,6 +369,31 @@ class _Call:
         """Whether a Python loop runs the layers."""
         return self.loop == "python"
 
+    def record(self, params: Any, parts: cut.Cut | None) -> None:
+        """Tells `summary`, if it listens."""
+        recorder = inside.recording.value
+        if recorder is None:
+            return
+        if hk.running_init():
+            raise ValueError(
+                "hk_stack.summary: expected the apply of a transform, not its init, "
+                "as a summary is of parameters that are there. Shapes are enough: "
+                "params = jax.eval_shape(model.init, rng, x), then "
+                "summary(model.apply, params, rng, x)."
+            )
+        remat = None if self.is_python else self.options.remat
+        recorder.records[self.path] = inside.Record(
+            self.path,
+            checks.name_of(self.f),
+            self.options.num_layers,
+            params,
+            hk.experimental.get_params(),
+            parts,
+            self.loop,
+            loops.describe(remat),
+            bool(inside.frames()),
+        )
+
     def in_layer(self, index: int | None) -> contextlib.AbstractContextManager[None]:
         """Says in which layer an error came up; None for one that is traced."""
         return checks.in_layer(self.where, index, self.options.num_layers)
@@ -478,6 +503,7 @@ def _run(call: _Call, layer: initialize.Layer, given: _Given) -> tuple[Any, Any,
         closed, marks = taps.expose(closed)
     inputs = _inputs(constants, given, call.names)
     parts = cut.cut(closed, inputs, options.setup, where)
+    call.record(given.params, parts)
     num_carry = len(jax.tree.leaves(given.carry))
     start = len(constants) + len(jax.tree.leaves(given[:3]))
     plan = _Plan(
@@ -536,6 +562,7 @@ def _run_python(
             structure = found
         return after, (output, state)
 
+    call.record(given.params, None)
     num_layers = call.options.num_layers
     own = given.own._replace(index=range(num_layers))
     carry, (outputs, state) = loops.run(

@@ -82,14 +82,7 @@ def collect(
 
     @functools.wraps(fn)
     def collected(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_array(leaf)}
-
-        def run(arrays: dict[int, Any]) -> Any:
-            now = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-            args, kwargs = jax.tree.unflatten(tree, now)
-            return fn(*args, **kwargs)
-
+        run, arrays = on_arrays(fn, args, kwargs)
         adding = None if values is None else inside.Adding(values)
         with inside.collecting(inside.Collector(patterns, adding)):
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
@@ -98,10 +91,7 @@ def collect(
         used = adding.used if adding else set()
         checks.some_taps(patterns, select, found, sorted({*(add or ())} - used))
         inputs = [*closed.consts, *arrays.values()]
-        program = jex.jaxpr_as_fun(exposed)
-        results = eager.call(
-            lambda values: program(*values), inputs, lambda: eager.structure(exposed)
-        )
+        results = _run(exposed, inputs)
         count = len(results) - len(marks)
         out = jax.tree.unflatten(jax.tree.structure(shapes), results[:count])
         return out, dict(zip(found, results[count:], strict=True))
@@ -109,8 +99,30 @@ def collect(
     return collected
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
+    """Runs a program, compiled if it has no side effects (checks are such)."""
+    run = jex.jaxpr_as_fun(program)
+    if program.effects:
+        return run(*inputs)
+    return eager.call(
+        lambda values: run(*values), inputs, lambda: eager.structure(program)
+    )
+
+
+def on_arrays(
+    fn: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Callable[[dict[int, Any]], Any], dict[int, Any]]:
+    """`fn` as a function of its arrays alone, and these; all else stays as it is."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)}
+
+    def run(arrays: dict[int, Any]) -> Any:
+        now = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(tree, now)
+        return fn(*args, **kwargs)
+
+    return run, arrays
 
 
 def expose(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[inside.Mark]]:

@@ -1,0 +1,240 @@
+"""`summary`: what the stacks of a model hold, hoist and keep, as a table."""
+
+import html
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from hk_stack import checks, inside, taps
+from hk_stack.report import Group, aligned, groups, si
+
+
+class Stack(NamedTuple):
+    """One stack of a model.
+
+    Attributes:
+      path: As in the parameter tree; a stack in another begins with the other's.
+      function: Name of the layer function.
+      num_layers: `L`.
+      parameters: Number of parameters of all layers, those of stacks inside included.
+      nbytes: Their size in bytes.
+      derived: Size in bytes of the values that setup hands to the loop, of all layers.
+      hoisted: What setup computes for one layer, by source line.
+      loop: What runs the layers: "scan", "unrolled" or "python".
+      remat: What gradients compute again: "no", "all", or what policy keeps some; and
+        how many layers are a group.
+    """
+
+    path: str
+    function: str
+    num_layers: int
+    parameters: int
+    nbytes: int
+    derived: int
+    hoisted: tuple[Group, ...]
+    loop: str
+    remat: str
+
+
+class Summary(NamedTuple):
+    """What `summary` found; `str`, `rich.print` and notebooks show it as a table.
+
+    Attributes:
+      stacks: In the order in which they run, those inside of others after these.
+      parameters: Number of parameters of the model, in stacks or not.
+      nbytes: Their size in bytes.
+    """
+
+    stacks: tuple[Stack, ...]
+    parameters: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        lines = aligned([_TITLES, *self._rows()])
+        if hoisted := self._hoisted():
+            lines += ["", *aligned([_HOISTED, *hoisted])]
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        import rich.console
+        import rich.table
+        import rich.text
+
+        def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+            made = rich.table.Table(box=None, header_style="bold")
+            for title in titles:
+                made.add_column(title, justify="right" if title in _NUMBERS else "left")
+            for row in rows:
+                made.add_row(*map(rich.text.Text, row))
+            return made
+
+        tables = [table(_TITLES, self._rows())]
+        if hoisted := self._hoisted():
+            tables += [rich.text.Text(), table(_HOISTED, hoisted)]
+        return rich.console.Group(*tables)
+
+    def _repr_html_(self) -> str:
+        def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+            lines = [_html_row(titles, "th"), *(_html_row(row, "td") for row in rows)]
+            return f"<table>{''.join(lines)}</table>" if rows else ""
+
+        return table(_TITLES, self._rows()) + table(_HOISTED, self._hoisted())
+
+    def _rows(self) -> list[list[str]]:
+        in_stacks = [s for s in self.stacks if not _around(s.path, self.stacks)]
+        count = self.parameters - sum(s.parameters for s in in_stacks)
+        nbytes = self.nbytes - sum(s.nbytes for s in in_stacks)
+        return [
+            *map(self._row, self.stacks),
+            _padded("outside of stacks", count, nbytes),
+            _padded("total", self.parameters, self.nbytes),
+        ]
+
+    def _row(self, stack: Stack) -> list[str]:
+        around = _around(stack.path, self.stacks)
+        name = stack.path
+        if around:
+            name = "  " * len(around) + name.removeprefix(f"{around[-1].path}/")
+        return [
+            name,
+            stack.function,
+            str(stack.num_layers),
+            f"{stack.parameters:,}",
+            f"{si(stack.nbytes)}B",
+            f"{si(stack.derived)}B" if stack.derived else "-",
+            stack.loop,
+            stack.remat,
+        ]
+
+    def _hoisted(self) -> list[list[str]]:
+        return [
+            [
+                stack.path,
+                group.source,
+                group.primitive,
+                ", ".join(group.shapes).replace(" ", ""),
+                f"{si(group.nbytes)}B",
+            ]
+            for stack in self.stacks
+            for group in stack.hoisted
+        ]
+
+
+_TITLES = "stack|layer function|layers|parameters|bytes|derived|loop|remat".split("|")
+_HOISTED = "hoisted from|line|primitive|derived values of a layer|bytes".split("|")
+_NUMBERS = ("layers", "parameters", "bytes", "derived")
+
+
+def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
+    """What the stacks of a model hold, hoist and keep.
+
+    Nothing is computed: `fn` is traced, as by `jax.eval_shape`.
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     w = hk.get_parameter("w", [8, 8], init=hk.initializers.RandomNormal(0.1))
+    ...     return jnp.tanh(x @ jax.scipy.linalg.expm(w))
+    >>> def model(x):
+    ...     x = hk_stack.layer_stack(6, name="layers", remat=True)(layer)(x)
+    ...     return hk.Linear(2)(x)
+    >>> model, x = hk.transform(model), jnp.ones([2, 8])
+    >>> params = model.init(jax.random.key(0), x)
+    >>> print(hk_stack.summary(model.apply, params, None, x))
+      stack  layer function  layers  parameters  bytes  derived  loop  remat
+      layers  layer           6       384         1.54 kB  1.54 kB  scan  all
+      outside of stacks                          18          72 B
+      total                                      402         1.61 kB
+    <BLANKLINE>
+      hoisted from  line           primitive    derived values of a layer  bytes
+      layers        ...3 in layer  dot_general  float32[8,8]               256 B
+
+    Args:
+      fn: What runs the model: the `apply` of a transform, or a function that calls it.
+      *args: What `fn` takes: arrays or `jax.ShapeDtypeStruct`s; all else stays as
+        it is.
+      **kwargs: The same.
+
+    Returns:
+      The stacks in the order in which they are called, and the number of parameters,
+      each counted once.
+
+    Raises:
+      TypeError: If `fn` is no function.
+      ValueError: If it is an `init`, which has no parameters yet.
+    """
+    checks.summarised(fn)
+    recorder = inside.Recorder()
+    with inside.recording(recorder):
+        jax.eval_shape(*taps.on_arrays(fn, args, kwargs))
+    records = sorted(recorder.records.values(), key=_order(list(recorder.records)))
+    stored = {id(p): p for r in records for p in _outer(r)}
+    return Summary(
+        tuple(_stack(record, records) for record in records),
+        sum(p.size for p in stored.values()),
+        sum(_nbytes(p) for p in stored.values()),
+    )
+
+
+def _order(paths: Sequence[str]) -> Callable[[inside.Record], list[int]]:
+    """Sorts stacks by when they began: those inside of one are recorded before it."""
+
+    def key(record: inside.Record) -> list[int]:
+        parts = record.path.split("/")
+        begins = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+        return [paths.index(path) for path in begins if path in paths]
+
+    return key
+
+
+def _outer(record: inside.Record) -> list[Any]:
+    return [] if record.is_nested else jax.tree.leaves(record.stored)
+
+
+def _stack(record: inside.Record, records: Sequence[inside.Record]) -> Stack:
+    copies = math.prod(r.num_layers for r in _around(record.path, records))
+    leaves = jax.tree.leaves(record.params)
+    hoisted = tuple(_hoisted(record.parts)) if record.parts else ()
+    return Stack(
+        record.path,
+        record.function,
+        record.num_layers,
+        copies * sum(leaf.size for leaf in leaves),
+        copies * sum(map(_nbytes, leaves)),
+        _derived(record) if record.parts else 0,
+        hoisted,
+        record.loop,
+        record.remat,
+    )
+
+
+def _around(path: str, stacks: Sequence[Any]) -> list[Any]:
+    """The stacks around one."""
+    return [other for other in stacks if path.startswith(f"{other.path}/")]
+
+
+def _hoisted(parts: Any) -> Iterator[Group]:
+    yield from groups(parts.shared.jaxpr)
+    yield from groups(parts.setup.jaxpr)
+
+
+def _derived(record: inside.Record) -> int:
+    """Bytes of what the call is handed."""
+    shared = record.parts.shared.out_avals[: record.parts.num_shared]
+    own = sum(map(_nbytes, record.parts.setup.out_avals))
+    return sum(map(_nbytes, shared)) + record.num_layers * own
+
+
+def _nbytes(leaf: Any) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def _padded(name: str, count: int, nbytes: int) -> list[str]:
+    row = [name, "", "", f"{count:,}", f"{si(nbytes)}B"]
+    return row + [""] * (len(_TITLES) - len(row))
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    made = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{''.join(made)}</tr>"
