@@ -31,7 +31,7 @@ class Frame:
       index: Of the layer: traced, or an int in a Python loop.
       scope: The name scope that a Python loop puts around the layer, or "".
       check_finite: Whether taps are checked.
-      is_init: Whether the layers are being initialised: then taps are silent.
+      is_init: Whether the model is being initialised: then taps are silent.
       added: What to add to tapped values, by path.
       checked: The stacks inside that check values, by label; filled while tracing.
     """
@@ -197,7 +197,7 @@ def tap(value: T, name: str) -> T:
     if not name:
         raise ValueError("hk_stack.tap: the name is empty; name what is tapped.")
     around, collector = frames(), collecting.value
-    if any(frame.is_init for frame in around):
+    if is_init():
         return value
     if collector is None and not (around and around[-1].check_finite):
         return value
@@ -276,6 +276,11 @@ def scope_below(scope: str) -> str:
     """The name scope of a layer in a Python loop, in those of the loops around it."""
     around = frames()[-1].scope if frames() else ""
     return f"{around}/{scope}" if around else scope
+
+
+def is_init() -> bool:
+    """Whether a stack around the code that runs is being initialised."""
+    return bool(frames()) and frames()[-1].is_init
 
 
 def is_checked() -> bool:

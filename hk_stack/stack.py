@@ -339,6 +339,7 @@ class _Call:
       names: Of the arguments of the layer function.
       reverse: Whether the last layer runs first.
       loop: What runs the layers.
+      is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
       checked: The stacks inside that check values, by label.
     """
@@ -361,6 +362,7 @@ class _Call:
         self.names = names
         self.reverse = reverse
         self.loop = loops.in_force(options.loop)
+        self.is_init = hk.running_init() or inside.is_init()
         self.check_finite = options.check_finite or inside.is_checked()
         self.checked: dict[str, finite.Checked | None] = {}
 
@@ -404,6 +406,7 @@ class _Call:
         if isinstance(own.index, int):
             name = re.sub(r"\W", "_", self.options.name)
             scope = inside.scope_below(f"{name}_{own.index}")
+        is_init = is_init or self.is_init
         return inside.Frame(
             self.path,
             self.where,
@@ -499,7 +502,7 @@ def _run(call: _Call, layer: initialize.Layer, given: _Given) -> tuple[Any, Any,
     closed, given, shapes = _trace(call, layer, given)
     constants = closed.consts
     marks: list[inside.Mark] = []
-    if call.check_finite or inside.collecting.value is not None:
+    if call.checked or inside.collecting.value is not None:
         closed, marks = taps.expose(closed)
     inputs = _inputs(constants, given, call.names)
     parts = cut.cut(closed, inputs, options.setup, where)

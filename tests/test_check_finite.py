@@ -1,0 +1,316 @@
+"""Which layer was first to have a value that is not finite, and what that value was."""
+
+import functools
+import re
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import pytest
+from agreement import FAST, assert_close, assert_equal
+from jax.experimental import checkify
+from layer_cases import D, by_name, vectors, weight
+from test_layer_stack import KEY, initial
+
+import hk_stack
+
+EXECUTORS = ("scan", "unrolled", "python")
+LAST = "of layer_stack 'outer' of layer function 'outer'"
+
+
+def inner(x):
+    g = hk.get_parameter("g", [], init=jnp.ones)
+    return hk_stack.tap(jnp.log(hk_stack.tap(x * g, "scaled") + 5.0), "log") / 3.0
+
+
+def outer(x, y):
+    x = jnp.tanh(hk.Linear(D)(x))
+    x = hk.remat(lambda x: hk_stack.tap(jnp.sin(x) + y, "shifted{}"))(x)
+    x = hk_stack.layer_stack(2, name="inner")(inner)(x)
+    return x + x @ jnp.cumsum(jnp.exp(weight()), 0), x.mean()
+
+
+def network(x, y, reverse=False):
+    stack = hk_stack.layer_stack(3, True, name="outer", check_finite=True)
+    return stack(outer)(x, y, reverse=reverse)
+
+
+model = hk.transform(network)
+NOTHING = jnp.zeros(3)
+
+
+@functools.cache
+def params():
+    return jax.jit(model.init)(KEY, *vectors(), NOTHING)
+
+
+def spoiled(module, leaf, index, value=jnp.nan):
+    """The parameters, with one bad number."""
+    changed = {**params()[module]}
+    changed[leaf] = changed[leaf].at[index].set(value)
+    return {**params(), module: changed}
+
+
+def found(fn, *args):
+    """What checkify says of `fn`."""
+    error, _ = jax.jit(checkify.checkify(fn), compiler_options=FAST)(*args)
+    return error.get()
+
+
+def loss(params, x, y, reverse=False):
+    out, means = model.apply(params, None, x, y, reverse)
+    return out.sum() + means.sum()
+
+
+# Parameters, what is wrong with the per-layer input, and what is found.
+FAULTS = {
+    "parameter": (
+        lambda: spoiled("outer/linear", "w", (1, 0, 0)),
+        NOTHING,
+        f"parameter linear/w, in layer 1 {LAST}",
+    ),
+    "stacked parameter": (
+        lambda: spoiled("outer/inner/~", "g", (2, 0), jnp.inf),
+        NOTHING,
+        f"parameter inner/~/g, in layer 2 {LAST}",
+    ),
+    "per-layer input": (
+        params,
+        NOTHING.at[2].set(jnp.inf),
+        f"argument y, in layer 2 {LAST}",
+    ),
+    "tap in a stack inside": (
+        lambda: spoiled("outer/inner/~", "g", (1, 1), -1e3),
+        NOTHING,
+        "tap outer/inner/log, in layer 1 of layer_stack 'inner' of layer function "
+        f"'inner', in layer 1 {LAST}",
+    ),
+    "nothing": (params, NOTHING.at[1].set(3.0), None),
+    "setup": (
+        lambda: spoiled("outer/~", "w", (0, 0, 0), 1e3),
+        NOTHING,
+        f"result x, in layer 0 {LAST}",
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults(fault, loop):
+    make, y, message = FAULTS[fault]
+    given = (make(), *vectors(), y)
+    with hk_stack.use_loop(loop):
+        for fn in (loss, jax.grad(loss)):
+            said = found(fn, *given)
+            if message is None:
+                assert said is None
+                continue
+            said = re.sub(r"'outer_\d/inner'", "'inner'", said)
+            assert said.startswith(f"the first value that is not finite is {message}")
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_outside_of_jit_it_raises(loop):
+    make, y, message = FAULTS["parameter"]
+    with (
+        hk_stack.use_loop(loop),
+        pytest.raises(checkify.JaxRuntimeError, match=re.escape(message)),
+    ):
+        model.apply(make(), None, *vectors(), y)
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_the_first_layer_is_the_first_that_runs(loop):
+    bad = spoiled("outer/linear", "w", (slice(None), 0, 0))
+    with hk_stack.use_loop(loop):
+        for reverse, layer in ((False, 0), (True, 2)):
+            said = found(
+                functools.partial(loss, reverse=reverse), bad, *vectors(), NOTHING
+            )
+            assert f"parameter linear/w, in layer {layer} {LAST}" in said
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_what_the_stack_is_given(loop):
+    with hk_stack.use_loop(loop):
+        said = found(loss, params(), vectors()[0].at[0, 0].set(jnp.nan), NOTHING)
+    assert f"argument x, in layer 0 {LAST}" in said
+
+
+@pytest.mark.parametrize("remat", [{"remat": True}, {"remat": True, "remat_every": 2}])
+def test_with_remat_and_vmap(remat):
+    def layer(x, y):
+        return hk_stack.tap(jnp.sqrt(x + y), "root"), None
+
+    stack = hk_stack.layer_stack(5, True, name="s", check_finite=True, **remat)
+    apply = hk.transform(stack(layer)).apply
+
+    def run(x, y):
+        return apply({}, None, x, y)[0].sum()
+
+    ys = jnp.ones([5]).at[3].set(-9.0)
+    place = "tap s/root, in layer 3 of layer_stack 's' of layer function 'layer'"
+    assert place in found(jax.grad(run), jnp.ones([2]), ys)
+    batch = jax.vmap(run, (0, None))
+    assert place in found(batch, jnp.ones([4, 2]), ys)
+    assert found(batch, jnp.ones([4, 2]), abs(ys)) is None
+
+
+def test_checks_while_others_collect():
+    make, y, message = FAULTS["parameter"]
+    run = hk_stack.collect(loss)
+    assert message in found(run, make(), *vectors(), y)
+    with pytest.raises(checkify.JaxRuntimeError, match=re.escape(message)):
+        run(make(), *vectors(), y)
+    assert set(run(params(), *vectors(), y)[1]) == {
+        "outer/shifted{}",
+        "outer/inner/scaled",
+        "outer/inner/log",
+    }
+
+
+def test_stacks_around_check_those_inside():
+    """An inner stack that asks for it, in one that does not, checks too."""
+
+    def layer(x):
+        stack = hk_stack.layer_stack(2, name="in", check_finite=True)
+        return stack(lambda x: jnp.log(x))(x)
+
+    apply = hk.transform(hk_stack.layer_stack(3, name="out")(layer)).apply
+    said = found(lambda x: apply({}, None, x), jnp.float32(3.0))
+    assert "result x, in layer 1 of layer_stack 'in'" in said
+    assert "in layer 1 of layer_stack 'out' of layer function 'layer'" in said
+
+
+def test_integers_are_finite():
+    def layer(x, count):
+        return x + 1.0, count + 1
+
+    stack = hk_stack.layer_stack(2, check_finite=True)(layer)
+    given = jnp.zeros([2]), jnp.int32(0)
+    assert (
+        found(lambda *given: hk.transform(stack).apply({}, None, *given), *given)
+        is None
+    )
+
+
+CHECKED = [
+    "counter",
+    "dropout",
+    "haiku_remat",
+    "integers",
+    "nested_thrice",
+    "one_layer",
+    "per_layer_reverse",
+    "pytree_carry",
+]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_checked_stacks_compute_the_same(name):
+    case = by_name[name]
+    given = (*initial(name), KEY, *case.given())
+    checked = case.model(hk_stack.layer_stack, check_finite=True).apply
+    run = jax.jit(checkify.checkify(checked), compiler_options=FAST)
+    error, out = run(*given)
+    assert error.get() is None
+    plain = case.model(hk_stack.layer_stack).apply
+    assert_close(out, jax.jit(plain, compiler_options=FAST)(*given))
+
+
+# The type of the carry.
+
+
+def test_carry_dtype():
+    def layer(x, count, z):
+        assert x.dtype == jnp.bfloat16 and count.dtype == jnp.int32
+        y = hk.Linear(D)(x.astype(jnp.float32))
+        return y, count + 1, z * 1j
+
+    for loop in EXECUTORS:
+        stack = hk_stack.layer_stack(3, carry_dtype=jnp.bfloat16, loop=loop, name="s")
+        model = hk.transform(stack(layer))
+        given = (*vectors(), jnp.int32(0), jnp.complex64(1.0))
+        params = model.init(KEY, *given)
+        x, count, z = jax.jit(model.apply)(params, None, *given)
+        expected = vectors()[0].astype(jnp.bfloat16)
+        for i in range(3):
+            w, b = params["s/linear"]["w"][i], params["s/linear"]["b"][i]
+            expected = (expected.astype(jnp.float32) @ w + b[None]).astype(jnp.bfloat16)
+        assert_equal(count, jnp.int32(3))
+        assert z.dtype == jnp.complex64
+        assert_close(x, expected)
+
+
+# Errors in a layer function.
+
+
+def wrong_shape(x):
+    x = hk.Linear(D)(x)
+    if isinstance(hk_stack.layer_index(), int) and hk_stack.layer_index() == 2:
+        return x @ jnp.ones([D + 1, D])
+    return x
+
+
+def narrows(x):
+    is_second = isinstance(hk_stack.layer_index(), int) and hk_stack.layer_index() == 1
+    return x[:, :-1] if is_second else x
+
+
+def raised(layer, *, loop, name="blocks"):
+    model = hk.transform(hk_stack.layer_stack(4, name=name, loop=loop)(layer))
+    trained = hk.transform(hk_stack.layer_stack(4, name=name)(layer)).init(
+        KEY, *vectors()
+    )
+    with pytest.raises(TypeError) as error:
+        model.apply(trained, None, *vectors())
+    return error.value
+
+
+def test_a_python_loop_names_the_layer_that_fails():
+    error = raised(wrong_shape, loop="python")
+    assert "dot_general requires contracting dimensions" in str(error)
+    place = "layer 2 of 4 of layer_stack 'blocks' of layer function 'wrong_shape'"
+    assert [place in note for note in error.__notes__].count(True) == 1
+
+
+def test_a_python_loop_names_the_layer_that_changes_the_carry():
+    error = raised(narrows, loop="python")
+    assert "`x` goes from float32[2, 8] to float32[2, 7]" in str(error)
+    assert any("layer 1 of 4" in note for note in error.__notes__)
+
+
+def test_a_traced_layer_names_its_stack():
+    def layer(x):
+        return x @ jnp.ones([D + 1, D])
+
+    def outside(x):
+        return hk_stack.layer_stack(2, name="out")(
+            lambda x: hk_stack.layer_stack(3, name="in")(layer)(x)
+        )(x)
+
+    with pytest.raises(TypeError, match="dot_general") as error:
+        hk.transform(outside).apply({}, None, *vectors())
+    notes = [n for n in error.value.__notes__ if n.startswith("This was in")]
+    assert "layer_stack 'in' of layer function 'layer', tracing one" in notes[0]
+    assert "layer_stack 'out' of layer function '<lambda>'" in notes[1]
+    assert 'loop="python" (or HK_STACK_LOOP=python)' in notes[0] and len(notes) == 2
+
+
+def test_a_carry_that_changes_its_type_says_how_to_keep_it():
+    def layer(x):
+        return hk.Linear(D)(x).astype(jnp.bfloat16)
+
+    with pytest.raises(TypeError, match=r"carry_dtype=jnp\.float32"):
+        hk.transform(hk_stack.layer_stack(2)(layer)).init(KEY, *vectors())
+
+
+def test_nothing_stays_behind_after_an_error():
+    def layer(x):
+        raise RuntimeError("stop")
+
+    for loop in EXECUTORS:
+        with hk_stack.use_loop(loop), pytest.raises(RuntimeError, match="stop"):
+            hk.transform(hk_stack.layer_stack(2)(layer)).apply({}, None, *vectors())
+        with pytest.raises(ValueError, match="outside of a layer function"):
+            hk_stack.layer_index()
