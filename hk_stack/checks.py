@@ -232,19 +232,15 @@ def some_taps(
 
 
 @contextlib.contextmanager
-def in_layer(where: str, index: int | None, num_layers: int) -> Iterator[None]:
+def in_layer(where: str, index: int | None, doing: str) -> Iterator[None]:
     """Says in which stack an error came up, and in which layer if it has an index."""
     try:
         yield
     except Exception as error:
         if index is not None:
-            error.add_note(f"This was in layer {index} of {num_layers} of {where}.")
+            error.add_note(f"This was in layer {index} of {where}.")
         elif where not in str(error):
-            error.add_note(
-                f"This was in {where}, tracing one layer for all {num_layers}. "
-                'loop="python" (or HK_STACK_LOOP=python) runs them one by one, with '
-                "true values and the index of the layer that fails."
-            )
+            error.add_note(f"This was in {where}, {doing}.")
         raise
 
 
@@ -393,11 +389,14 @@ def has_params(
 @contextlib.contextmanager
 def nothing_shared(
     outside: Mapping[str, Mapping[str, Any]], where: str
-) -> Iterator[None]:
+) -> Iterator[dict[str, hk.Module]]:
     """Refuses parameters of a module that also has them outside of the stack.
 
     A module that was made outside has parameters of its own in each layer, so what
     looks shared would not be.
+
+    Yields:
+      The modules that were made outside, by name, as they are met.
     """
     made_here: dict[int, hk.Module] = {}
     captured: dict[str, hk.Module] = {}
@@ -425,7 +424,7 @@ def nothing_shared(
         return next_getter(value)
 
     with hk.intercept_methods(on_method), hk.custom_getter(on_get):
-        yield
+        yield captured
 
 
 def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:

@@ -342,6 +342,8 @@ class _Call:
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
       checked: The stacks inside that check values, by label.
+      captured: Modules made outside of the layer that are used in it, by name; None
+        until a layer has run.
     """
 
     def __init__(
@@ -365,6 +367,7 @@ class _Call:
         self.is_init = hk.running_init() or inside.is_init()
         self.check_finite = options.check_finite or inside.is_checked()
         self.checked: dict[str, finite.Checked | None] = {}
+        self.captured: dict[str, hk.Module] | None = None
 
     @property
     def is_python(self) -> bool:
@@ -396,9 +399,14 @@ class _Call:
             bool(inside.frames()),
         )
 
-    def in_layer(self, index: int | None) -> contextlib.AbstractContextManager[None]:
+    def in_layer(
+        self, index: int | None, doing: str = ""
+    ) -> contextlib.AbstractContextManager[None]:
         """Says in which layer an error came up; None for one that is traced."""
-        return checks.in_layer(self.where, index, self.options.num_layers)
+        doing = f"{doing} all {self.options.num_layers} layers at once"
+        if doing.startswith("tracing"):
+            doing += '; loop="python" runs them one by one'
+        return checks.in_layer(self.where, index, doing)
 
     def frame(self, own: _Own, *, is_init: bool) -> inside.Frame:
         """What is around one layer."""
@@ -426,10 +434,14 @@ def _pure_layer(call: _Call) -> initialize.Layer:
 
     def run(carry: tuple[Any, ...], own: _Own) -> tuple[Any, Any]:
         scope = inside.frames()[-1].scope
+        # Watching slows a loop in Python down, and one of its layers tells enough.
+        is_watched = not scope or call.captured is None
+        watch = checks.nothing_shared(outside, where)
         with (
             hk.name_scope(scope) if scope else contextlib.nullcontext(),
-            checks.nothing_shared(outside, where),
+            watch if is_watched else contextlib.nullcontext(call.captured) as captured,
         ):
+            call.captured = captured
             result = call.f(*carry, *own.inputs, **call.kwargs)
         output = None
         if options.with_per_layer_inputs:
@@ -442,7 +454,10 @@ def _pure_layer(call: _Call) -> initialize.Layer:
     transformed = hk.transform_with_state(run)
 
     def init(key: Any, carry: Any, own: _Own) -> tuple[hk.Params, hk.State]:
-        with call.in_layer(None), inside.layer(call.frame(own, is_init=True)):
+        with (
+            call.in_layer(None, "initialising"),
+            inside.layer(call.frame(own, is_init=True)),
+        ):
             return transformed.init(key, carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: _Own) -> Any:
@@ -452,7 +467,7 @@ def _pure_layer(call: _Call) -> initialize.Layer:
                 _check_inputs(call, params, state, carry, own)
             run = transformed.apply
             if frame.scope:
-                run = _scoped(run, frame.scope)
+                run = _scoped(run, frame.scope, call.captured != {})
             (carry, output), state = run(params, state, key, carry, own)
             if frame.check_finite:
                 inside.say_finite(dict(zip(call.names, carry, strict=False)), "result ")
@@ -462,25 +477,28 @@ def _pure_layer(call: _Call) -> initialize.Layer:
     return initialize.Layer(init, apply)
 
 
-def _scoped(apply: Callable[..., Any], scope: str) -> Callable[..., Any]:
+def _scoped(
+    apply: Callable[..., Any], scope: str, has_others: bool
+) -> Callable[..., Any]:
     """`apply` of a layer whose modules are made in a name scope, by unscoped names.
 
-    Modules that were made outside of the layer keep their names, so the layer is given
-    parameters and state under both.
+    Modules that were made outside of the layer keep their names: if it `has_others`,
+    the layer is given parameters and state under both.
     """
 
     def inside_scope(module: str) -> str:
         return scope if module == "~" else f"{scope}/{module}"
 
-    def both(tree: Any) -> dict[str, Any]:
-        return {**tree, **{inside_scope(m): leaves for m, leaves in tree.items()}}
+    def named(tree: Any) -> dict[str, Any]:
+        scoped = {inside_scope(m): leaves for m, leaves in tree.items()}
+        return {**tree, **scoped} if has_others else scoped
 
     def run(params: Any, state: Any, *rest: Any) -> tuple[Any, Any]:
-        result, after = apply(both(params), both(state), *rest)
+        result, after = apply(named(params), named(state), *rest)
 
         def new(module: str, name: str) -> Any:
             of_scope = after[inside_scope(module)][name]
-            is_old = of_scope is state[module][name]
+            is_old = has_others and of_scope is state[module][name]
             return after[module][name] if is_old else of_scope
 
         return result, {m: {n: new(m, n) for n in state[m]} for m in state}
@@ -662,7 +680,7 @@ def _trace(
     trace = jax.make_jaxpr(functools.partial(_apply, call, layer), return_shape=True)
     while True:
         carry = given.carry
-        with call.in_layer(None):
+        with call.in_layer(None, "tracing"):
             closed, shapes = trace(params, state, key, carry, own)
         (after, _), _ = shapes
         checks.same_structure(carry, after, names, where)

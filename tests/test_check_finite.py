@@ -270,14 +270,14 @@ def raised(layer, *, loop, name="blocks"):
 def test_a_python_loop_names_the_layer_that_fails():
     error = raised(wrong_shape, loop="python")
     assert "dot_general requires contracting dimensions" in str(error)
-    place = "layer 2 of 4 of layer_stack 'blocks' of layer function 'wrong_shape'"
+    place = "layer 2 of layer_stack 'blocks' of layer function 'wrong_shape'"
     assert [place in note for note in error.__notes__].count(True) == 1
 
 
 def test_a_python_loop_names_the_layer_that_changes_the_carry():
     error = raised(narrows, loop="python")
     assert "`x` goes from float32[2, 8] to float32[2, 7]" in str(error)
-    assert any("layer 1 of 4" in note for note in error.__notes__)
+    assert any("layer 1 of layer_stack" in note for note in error.__notes__)
 
 
 def test_a_traced_layer_names_its_stack():
@@ -292,9 +292,9 @@ def test_a_traced_layer_names_its_stack():
     with pytest.raises(TypeError, match="dot_general") as error:
         hk.transform(outside).apply({}, None, *vectors())
     notes = [n for n in error.value.__notes__ if n.startswith("This was in")]
-    assert "layer_stack 'in' of layer function 'layer', tracing one" in notes[0]
+    assert "layer_stack 'in' of layer function 'layer', tracing all 3" in notes[0]
     assert "layer_stack 'out' of layer function '<lambda>'" in notes[1]
-    assert 'loop="python" (or HK_STACK_LOOP=python)' in notes[0] and len(notes) == 2
+    assert len(notes) == 2
 
 
 def test_a_carry_that_changes_its_type_says_how_to_keep_it():

@@ -319,7 +319,7 @@ def test_outputs_that_differ_between_layers():
     stack = hk_stack.layer_stack(2, True, loop="python", name="s")(layer)
     with pytest.raises(TypeError, match="must return the same pytree") as error:
         hk.transform(stack).apply({}, None, *vectors())
-    assert "layer 1 of 2 of layer_stack 's'" in error.value.__notes__[0]
+    assert "layer 1 of layer_stack 's'" in error.value.__notes__[0]
 
 
 # Trained parameters under other executors and rematerialisation.

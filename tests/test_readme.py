@@ -12,12 +12,13 @@ README = (ROOT / "README.md").read_text()
 SETUP = (ROOT / "docs" / "setup.md").read_text()
 
 
-def test_python_blocks_run_one_after_the_other():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("name", ["README.md", "docs/depth.md"])
+def test_python_blocks_run_one_after_the_other(name):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert blocks
     namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, name, "exec"), namespace)
 
 
 def test_shell_commands_are_those_of_ci():

@@ -467,10 +467,15 @@ def decoder(
     return models.Decoder(params, step, states(model, num_layers, x))
 
 
+def layer(model: models.Model) -> Layer:
+    """One layer of a model."""
+    block = functools.partial(BLOCKS[model.name], **model.options, name="block")
+    return lambda x: block()(x, False)
+
+
 def network(model: models.Model, layers: Callable[[Layer], Layer]) -> hk.Transformed:
     """A model of which `layers` makes a stack of one layer."""
-    block = functools.partial(BLOCKS[model.name], **model.options, name="block")
-    return hk.transform(lambda x: layers(lambda x: block()(x, False))(x))
+    return hk.transform(lambda x: layers(layer(model))(x))
 
 
 def applied(net: hk.Transformed) -> Callable[[Any, jax.Array], jax.Array]:

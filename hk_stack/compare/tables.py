@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import hk_stack
-from hk_stack.compare import in_haiku, in_plain, models, porting
+from hk_stack.compare import deep, in_haiku, in_plain, models, porting
 from hk_stack.compare import s4 as s4_maths
 from hk_stack.compare.environment import environment
 from hk_stack.compare.measure import Program, build, steady
@@ -326,6 +326,26 @@ def depth(repeat: int) -> dict[str, Any]:
     return _jitted("init by depth", programs, repeat)
 
 
+def remat(repeat: int) -> dict[str, Any]:
+    """Gradients of 48 blocks: how much memory and time rematerialisation takes."""
+    tables: dict[str, Any] = {}
+    for name in ("mlp", "transformer"):
+        programs = list(map(_gradient, deep.rematerialised(name)))
+        tables |= _jitted(f"remat, {name}, gradient", programs, repeat)
+    return tables
+
+
+def eager(repeat: int) -> dict[str, Any]:
+    """The same 48 blocks outside of `jit`, one after the other."""
+    tables: dict[str, Any] = {}
+    for name in ("mlp", "transformer"):
+        samples = steady(deep.eager(name), repeat)
+        table = {way: {"run_s": seconds} for way, seconds in samples.items()}
+        _print(f"eager, {name}, forward", table)
+        tables[f"eager, {name}, forward"] = table
+    return tables
+
+
 def port(repeat: int) -> dict[str, Any]:
     """Porting and stacking a tree of 24 layers, against copying its arrays."""
     table = porting.measured(repeat)
@@ -343,6 +363,8 @@ TABLES = {
     "accumulate": accumulate,
     "setup": setup,
     "decode": decode,
+    "remat": remat,
+    "eager": eager,
     "port": port,
 }
 
