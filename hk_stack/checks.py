@@ -73,6 +73,23 @@ def true_or_false(value: Any, argument: str, where: str) -> bool | None:
     return None if value is None else bool(value)
 
 
+def unroll(value: Any, num_layers: int, where: str) -> int:
+    """How many layers one step of the loop holds; True is all of them."""
+    if isinstance(value, (bool, np.bool_)):
+        return num_layers if value else 1
+    return positive(value, "unroll", where)
+
+
+def no_clash(found: int, expected: int, scopes: Sequence[str], where: str) -> None:
+    """Checks that modules of a Python loop have names of their own."""
+    if found != expected:
+        raise ValueError(
+            f"{where}: a Python loop calls the modules of its layers "
+            f"{scopes[0]}/..., and there is a module of such a name that was made "
+            "outside of the stack. Rename one of them."
+        )
+
+
 def policy(remat: Any, where: str) -> Callable[..., Any] | None:
     """What `remat` keeps, as a policy of `jax.checkpoint`."""
     if isinstance(remat, (bool, np.bool_)):

@@ -290,7 +290,7 @@ def body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     """What a `jit` or remat equation runs; None where opening it would lose meaning."""
     if eqn.primitive.name in REMAT:
         return eqn.params["jaxpr"]
-    if eqn.primitive.name not in _JIT:
+    if eqn.primitive.name not in JIT:
         return None
     placed = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
     closed = eqn.params["jaxpr"]
@@ -329,5 +329,5 @@ def _is_library(file_name: str) -> bool:
 UNKNOWN = "unknown source"
 
 # Names that versions of JAX have given to these equations.
-_JIT = ("jit", "pjit")
+JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")

@@ -29,6 +29,7 @@ class Frame:
       path: Of the stack, as in the parameter tree.
       where: Names the stack in errors.
       index: Of the layer: traced, or an int in a Python loop.
+      num_layers: `L`.
       scope: The name scope that a Python loop puts around the layer, or "".
       check_finite: Whether taps are checked.
       is_init: Whether the model is being initialised: then taps are silent.
@@ -39,6 +40,7 @@ class Frame:
     path: str
     where: str
     index: Any
+    num_layers: int
     scope: str = ""
     check_finite: bool = False
     is_init: bool = False
@@ -106,7 +108,7 @@ class Record(NamedTuple):
 class Recorder:
     """What `summary` has heard of."""
 
-    records: dict[str, Record] = dataclasses.field(default_factory=dict)
+    records: dict[Any, Record] = dataclasses.field(default_factory=dict)
 
 
 _frames: contextvars.ContextVar[tuple[Frame, ...]] = contextvars.ContextVar(
@@ -116,6 +118,7 @@ _frames: contextvars.ContextVar[tuple[Frame, ...]] = contextvars.ContextVar(
 # under another.
 collecting: Any = jax.make_user_context(None)
 recording: Any = jax.make_user_context(None)
+_place: Any = jax.make_user_context(None)
 
 
 def frames() -> tuple[Frame, ...]:
@@ -124,11 +127,23 @@ def frames() -> tuple[Frame, ...]:
 
 
 @contextlib.contextmanager
-def layer(frame: Frame) -> Iterator[None]:
-    """Runs a layer function inside `frame`."""
+def layer(frame: Frame, *, is_traced: bool = True) -> Iterator[None]:
+    """Runs a layer function inside `frame`.
+
+    Args:
+      frame: What is around the layer function.
+      is_traced: Whether what it is given is. A function under `jit` that taps is then
+        traced anew in each place, or it would keep the first one's path. Outside of
+        `jit` the layers of a Python loop share what JAX has compiled.
+    """
+    place = None
+    if collecting.value is not None or frame.check_finite:
+        index = frame.index if is_traced and frame.is_python else None
+        place = (_place.value, frame.path, index, frame.check_finite, frame.is_init)
     token = _frames.set((*_frames.get(), frame))
     try:
-        yield
+        with _place(place):
+            yield
     finally:
         _frames.reset(token)
 
@@ -136,10 +151,10 @@ def layer(frame: Frame) -> Iterator[None]:
 def layer_index() -> Any:
     """The index of the layer that runs, from 0, inside a layer function.
 
-    In a compiled loop all layers are one program, and the index is a traced
-    `int32`; with `loop="python"` it is an int. It is known before the loop, as
-    parameters are: what is made of both alone leaves the loop. In nested stacks it is
-    that of the innermost; read the others before.
+    In a compiled loop, and at init, all layers are one program, and the index is a
+    traced `int32`; in a loop with `loop="python"` it is an int. It is known before the
+    loop, as parameters are: what is made of both alone leaves the loop. In nested
+    stacks it is that of the innermost; read the others before.
 
     Initial values may depend on it, and are still made for all layers at once:
 
@@ -305,7 +320,7 @@ def say_finite(value: Any, label: str) -> None:
             say_code(fine, f"{label}{end}", None)
 
 
-def say_code(code: Any, label: str, checked: Any) -> None:
+def say_code(code: Any, label: str, checked: Any) -> Any:
     """Passes on which check failed first, if any did.
 
     Args:
@@ -313,20 +328,24 @@ def say_code(code: Any, label: str, checked: Any) -> None:
       label: What is checked.
       checked: The checks of a stack (`finite.Checked`); None for one value, whose code
         is 0 or 1.
+
+    Returns:
+      What must not be lost for the check to be made; None if it was made.
     """
     around = ""
     for frame in reversed(frames()):
         if not frame.is_python:
-            label += around
+            # Of several with one label, each has a number of its own.
+            label = f"{len(frame.checked)}:{label}{around}"
             frame.checked[label] = checked and checked._replace(around=around)
-            checkpoint_name(code, f"{_FINITE}:{label}")
-            return
+            return checkpoint_name(code, f"{_FINITE}:{label}")
         around += f", in layer {frame.index} of {frame.where}"
     if checked is None:
         _check(code == 1, escaped(f"{label}{around}"), {})
-        return
+        return None
     for text, failed, indices in checked._replace(around=around).messages(code):
         _check(~failed, text, indices)
+    return None
 
 
 def _check(fine: Any, label: str, indices: dict[str, Any]) -> None:
@@ -340,28 +359,27 @@ def escaped(text: str) -> str:
 
 
 def _python_indices() -> str:
-    """The indices of the Python loops around, up to what is traced."""
-    indices: list[int] = []
+    """The indices of the Python loops around, up to what is traced: `3/12,0/2`."""
+    indices: list[str] = []
     for frame in reversed(frames()):
         if not frame.is_python:
             break
-        indices.append(frame.index)
-    return ",".join(map(str, reversed(indices)))
+        indices.append(f"{frame.index}/{frame.num_layers}")
+    return ",".join(reversed(indices))
 
 
-@dataclasses.dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """What the name of a mark says.
 
     Attributes:
       is_tap: Whether it is a tap, not a check.
-      label: The path of the tap, or what is checked.
-      indices: Of the layers in Python loops around the tap.
+      label: The path of the tap, or what is checked, after a number.
+      indices: Of the layers in Python loops around the tap, and how many there are.
     """
 
     is_tap: bool
     label: str
-    indices: tuple[int, ...] = ()
+    indices: tuple[tuple[int, int], ...] = ()
 
 
 def read_mark(name: str) -> Mark | None:
@@ -372,4 +390,5 @@ def read_mark(name: str) -> Mark | None:
     if kind != _TAP:
         return None
     indices, _, path = rest.partition(":")
-    return Mark(True, path, tuple(map(int, filter(None, indices.split(",")))))
+    pairs = (entry.split("/") for entry in indices.split(",") if entry)
+    return Mark(True, path, tuple((int(i), int(n)) for i, n in pairs))

@@ -190,11 +190,10 @@ def _one_by_one(
     arrays = [leaf for leaf in leaves if not isinstance(leaf, range)]
     slices = iter(_unstack(arrays, count))
     columns = [leaf if isinstance(leaf, range) else next(slices) for leaf in leaves]
-    own = [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]
-    own = own or [per_layer] * count
     outputs: list[Any] = [None] * count
     for i in reversed(range(count)) if reverse else range(count):
-        carry, outputs[i] = layer(carry, own[i])
+        own = jax.tree.unflatten(tree, [column[i] for column in columns])
+        carry, outputs[i] = layer(carry, own)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 

@@ -8,9 +8,10 @@ all layers in batches, and loops over the calls (`loop`).
 import contextlib
 import dataclasses
 import functools
+import itertools
 import operator
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -139,7 +140,7 @@ def layer_stack(
     options = _Options(
         num_layers=num_layers,
         with_per_layer_inputs=with_per_layer_inputs,
-        unroll=unroll,
+        unroll=checks.unroll(unroll, num_layers, where),
         pass_reverse=pass_reverse_to_layer_fn,
         naming_map=transparency_map if transparent else None,
         name=name,
@@ -387,7 +388,7 @@ class _Call:
                 "summary(model.apply, params, rng, x)."
             )
         remat = None if self.is_python else self.options.remat
-        recorder.records[self.path] = inside.Record(
+        record = inside.Record(
             self.path,
             checks.name_of(self.f),
             self.options.num_layers,
@@ -398,6 +399,8 @@ class _Call:
             loops.describe(remat),
             bool(inside.frames()),
         )
+        types = tuple((v.shape, v.dtype) for v in jax.tree.leaves(params))
+        recorder.records[self.path, record.function, types] = record
 
     def in_layer(
         self, index: int | None, doing: str = ""
@@ -419,6 +422,7 @@ class _Call:
             self.path,
             self.where,
             own.index,
+            self.options.num_layers,
             scope,
             self.check_finite and not is_init,
             is_init,
@@ -462,12 +466,12 @@ def _pure_layer(call: _Call) -> initialize.Layer:
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: _Own) -> Any:
         frame = call.frame(own, is_init=False)
-        with inside.layer(frame):
+        leaves = jax.tree.leaves((params, carry))
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        with inside.layer(frame, is_traced=is_traced):
             if frame.check_finite:
                 _check_inputs(call, params, state, carry, own)
-            run = transformed.apply
-            if frame.scope:
-                run = _scoped(run, frame.scope, call.captured != {})
+            run = _renamed(transformed.apply, call, frame)
             (carry, output), state = run(params, state, key, carry, own)
             if frame.check_finite:
                 inside.say_finite(dict(zip(call.names, carry, strict=False)), "result ")
@@ -477,33 +481,52 @@ def _pure_layer(call: _Call) -> initialize.Layer:
     return initialize.Layer(init, apply)
 
 
-def _scoped(
-    apply: Callable[..., Any], scope: str, has_others: bool
+def _renamed(
+    apply: Callable[..., Any], call: _Call, frame: inside.Frame
 ) -> Callable[..., Any]:
-    """`apply` of a layer whose modules are made in a name scope, by unscoped names.
+    """`apply` of a layer in a Python loop, by names without the loop's name scopes.
 
-    Modules that were made outside of the layer keep their names: if it `has_others`,
-    the layer is given parameters and state under both.
+    Modules that the layer makes have its scope in their names; modules of the layers
+    around have theirs, and others have none. So that each finds its own, the layer is
+    given parameters and state by all the names that it may ask for.
     """
+    scopes = [f.scope for f in inside.frames() if f.scope]
+    if not scopes:
+        return apply
+    if scopes[-1] != frame.scope or call.captured != {}:
+        scopes.append("")
 
-    def inside_scope(module: str) -> str:
-        return scope if module == "~" else f"{scope}/{module}"
+    def named(tree: Any, scope: str) -> dict[str, Any]:
+        if not scope:
+            return dict(tree)
+        return {scope if m == "~" else f"{scope}/{m}": tree[m] for m in tree}
 
-    def named(tree: Any) -> dict[str, Any]:
-        scoped = {inside_scope(m): leaves for m, leaves in tree.items()}
-        return {**tree, **scoped} if has_others else scoped
+    def all_names(tree: Any) -> dict[str, Any]:
+        trees = [named(tree, scope) for scope in scopes]
+        names = dict(itertools.chain(*(made.items() for made in trees)))
+        checks.no_clash(len(names), sum(map(len, trees)), scopes, call.where)
+        return names
 
     def run(params: Any, state: Any, *rest: Any) -> tuple[Any, Any]:
-        result, after = apply(named(params), named(state), *rest)
-
-        def new(module: str, name: str) -> Any:
-            of_scope = after[inside_scope(module)][name]
-            is_old = has_others and of_scope is state[module][name]
-            return after[module][name] if is_old else of_scope
-
-        return result, {m: {n: new(m, n) for n in state[m]} for m in state}
+        result, after = apply(all_names(params), all_names(state), *rest)
+        return result, _plain_names(after, state, scopes)
 
     return run
+
+
+def _plain_names(after: Any, before: Any, scopes: Sequence[str]) -> dict[str, Any]:
+    """State by names without scopes; of several by one name, the one that changed."""
+    plain: dict[str, dict[str, Any]] = {}
+    for module, leaves in after.items():
+        inside_of = (s for s in scopes if s and f"{module}/".startswith(f"{s}/"))
+        scope = max(inside_of, key=len, default="")
+        own = module[len(scope) + 1 :] if scope and module != scope else module
+        own = "~" if scope and module == scope else own
+        for name, value in leaves.items():
+            is_old = value is before.get(own, {}).get(name)
+            if not is_old or name not in plain.get(own, {}):
+                plain.setdefault(own, {})[name] = value
+    return plain
 
 
 def _check_inputs(call: _Call, params: Any, state: Any, carry: Any, own: _Own) -> None:
@@ -542,26 +565,43 @@ def _run(call: _Call, layer: initialize.Layer, given: _Given) -> tuple[Any, Any,
     values = [*constants, *jax.tree.leaves(given)]
     leaves = eager.call(plan.run, values, plan.key)
     count = len(leaves) - len(marks)
-    _pass_on(call, marks, leaves[count:])
+    kept = _pass_on(call, marks, leaves[count:])
     results = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
     (carry, outputs), state = results
-    return carry, outputs, state
+    return _tied(carry, kept), outputs, state
 
 
-def _pass_on(call: _Call, marks: list[inside.Mark], values: list[Any]) -> None:
-    """Tells whatever is around the stack what is at the marks, `[L, ...]`."""
-    codes = {}
+def _pass_on(call: _Call, marks: list[inside.Mark], values: list[Any]) -> list[Any]:
+    """Tells whatever is around the stack what is at the marks, `[L, ...]`.
+
+    Returns:
+      What must not be lost on the way there.
+    """
+    kept, items, codes = [], [], []
     for mark, value in zip(marks, values, strict=True):
         if mark.is_tap:
-            inside.mark_tap(value, mark.label)
+            kept.append(inside.mark_tap(value, mark.label))
         else:
-            codes[mark.label] = value
+            label = mark.label.partition(":")[2]
+            items.append((label, call.checked[mark.label]))
+            codes.append(value)
     if codes:
-        items = tuple((label, call.checked.get(label)) for label in codes)
-        checked = finite.Checked(
-            call.where, call.options.num_layers, call.reverse, items
-        )
-        inside.say_code(checked.encode(list(codes.values())), call.where, checked)
+        num_layers = call.options.num_layers
+        checked = finite.Checked(call.where, num_layers, call.reverse, tuple(items))
+        kept.append(inside.say_code(checked.encode(codes), call.where, checked))
+    return [value for value in kept if value is not None]
+
+
+def _tied(carry: Any, kept: list[Any]) -> Any:
+    """`carry`, computed only together with what is `kept`.
+
+    Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
+    """
+    leaves, tree = jax.tree.flatten(carry)
+    if not kept or not leaves:
+        return carry
+    tied = jax.lax.optimization_barrier((leaves, kept))[0]
+    return jax.tree.unflatten(tree, tied)
 
 
 def _run_python(
@@ -698,11 +738,11 @@ def _apply(
     call: _Call, layer: initialize.Layer, params: Any, state: Any, key: Any, *rest: Any
 ) -> Any:
     """Runs one layer; if it fails, looks for parameters that do not fit."""
-    stored = hk.experimental.get_params()
     try:
         return layer.apply(params, state, key, *rest)
     except ValueError:
         if not hk.running_init():
+            stored = hk.experimental.get_params()
             spec = (jax.random.key(0) if key is None else key, *rest)
             checks.has_params(layer.init, spec, params, stored, call.where)
         raise

@@ -157,8 +157,8 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
       **kwargs: The same.
 
     Returns:
-      The stacks in the order in which they are called, and the number of parameters,
-      each counted once.
+      The stacks in the order in which they are called, and the number of parameters of
+      the transforms that have stacks. What has the same name and shape is counted once.
 
     Raises:
       TypeError: If `fn` is no function.
@@ -168,8 +168,9 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
     recorder = inside.Recorder()
     with inside.recording(recorder):
         jax.eval_shape(*taps.on_arrays(fn, args, kwargs))
-    records = sorted(recorder.records.values(), key=_order(list(recorder.records)))
-    stored = {id(p): p for r in records for p in _outer(r)}
+    found = list(recorder.records.values())
+    records = sorted(found, key=_order([record.path for record in found]))
+    stored = {key: leaf for record in records for key, leaf in _outer(record)}
     return Summary(
         tuple(_stack(record, records) for record in records),
         sum(p.size for p in stored.values()),
@@ -188,8 +189,12 @@ def _order(paths: Sequence[str]) -> Callable[[inside.Record], list[int]]:
     return key
 
 
-def _outer(record: inside.Record) -> list[Any]:
-    return [] if record.is_nested else jax.tree.leaves(record.stored)
+def _outer(record: inside.Record) -> list[tuple[Any, Any]]:
+    """The parameters of the transform around a stack, by name and type."""
+    if record.is_nested:
+        return []
+    leaves = jax.tree.leaves_with_path(record.stored)
+    return [((str(path), leaf.shape, leaf.dtype), leaf) for path, leaf in leaves]
 
 
 def _stack(record: inside.Record, records: Sequence[inside.Record]) -> Stack:

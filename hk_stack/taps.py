@@ -87,7 +87,7 @@ def collect(
         with inside.collecting(inside.Collector(patterns, adding)):
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
         exposed, marks = expose(closed)
-        found = [mark.label for mark in marks]
+        found = _unique(list(map(_name, marks)))
         used = adding.used if adding else set()
         checks.some_taps(patterns, select, found, sorted({*(add or ())} - used))
         inputs = [*closed.consts, *arrays.values()]
@@ -97,6 +97,21 @@ def collect(
         return out, dict(zip(found, results[count:], strict=True))
 
     return collected
+
+
+def _name(mark: inside.Mark) -> str:
+    """The path of a tap; with the layer's index if it is not in all layers."""
+    indices = ",".join(str(i) for i, _ in mark.indices)
+    return f"{mark.label}[{indices}]" if indices else mark.label
+
+
+def _unique(paths: Sequence[str]) -> list[str]:
+    """Paths, of which those that are there more than once are numbered."""
+    taken: dict[str, None] = {}
+    for path in paths:
+        numbers = (f"{path}_{i}" if i else path for i in itertools.count())
+        taken[next(name for name in numbers if name not in taken)] = None
+    return list(taken)
 
 
 def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
@@ -142,7 +157,7 @@ def expose(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[inside.Mark]]
 
     def run(*args: Any) -> list[Any]:
         outputs, marked = _evaluate(jaxpr, args)
-        entries = _stacked(marked)
+        entries = _folded(marked)
         found[:] = [entry.mark for entry in entries]
         return [*outputs, *(entry.value for entry in entries)]
 
@@ -170,7 +185,9 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
         inputs = list(map(read, eqn.invars))
         mark = _mark(eqn)
         if mark is not None:
-            results, more = inputs, [_Marked(mark, inputs[0])]
+            # A check under `vmap` has a code for each example.
+            value = inputs[0] if mark.is_tap else jnp.min(inputs[0])
+            results, more = inputs, [_Marked(mark, value)]
         elif any(map(_has_marks, flat.bodies(eqn))):
             results, more = _open(jaxpr, eqn, inputs)
         else:
@@ -209,19 +226,23 @@ def _open(
     jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, inputs: Sequence[Any]
 ) -> tuple[list[Any], list[_Marked]]:
     """Runs an equation of `jaxpr` with marks inside."""
-    body = flat.body(eqn)
-    if body is not None and eqn.primitive.name in flat.REMAT:
-        return _open_remat(eqn, body, inputs)
-    if body is not None:
-        return _evaluate(body, inputs)
-    if eqn.primitive.name == "scan":
+    name, params = eqn.primitive.name, eqn.params
+    if name in flat.REMAT:
+        if params["differentiated"]:  # A backward pass computes again what was there.
+            return _run_one(jaxpr, eqn, inputs), []
+        return _open_remat(eqn, params["jaxpr"], inputs)
+    if name in flat.JIT:
+        closed = params["jaxpr"]
+        body = flat.without_constants(closed.jaxpr)
+        return _evaluate(body, [*closed.consts, *inputs])
+    if name == "scan":
         return _open_scan(eqn, inputs)
     for inner in flat.bodies(eqn):
         for mark in _marks(inner):
             if mark.is_tap:
                 raise ValueError(
                     f"hk_stack.collect: the tap {mark.label} is inside a "
-                    f"{eqn.primitive.name}, which no value can leave. Return the value "
+                    f"{name}, which no value can leave. Return the value "
                     "from there and tap it outside, or do not select it."
                 )
     return _run_one(jaxpr, eqn, inputs), []  # Checks are left out there.
@@ -260,7 +281,7 @@ def _open_scan(
 
     def turn(carry: Any, own: Any) -> tuple[Any, Any]:
         outputs, found = _evaluate(body, [*shared, *carry, *own])
-        entries = _stacked(found)
+        entries = _folded(found, in_scan=True)
         marks[:] = [entry.mark for entry in entries]
         return outputs[:count], (outputs[count:], [entry.value for entry in entries])
 
@@ -274,39 +295,48 @@ def _open_scan(
     return [*carry, *outputs], found
 
 
-def _stacked(found: Sequence[_Marked]) -> list[_Marked]:
-    """Puts the taps of layers that a Python loop runs together, and numbers the rest.
+def _folded(found: Sequence[_Marked], *, in_scan: bool = False) -> list[_Marked]:
+    """Puts together the taps of the layers that a Python loop runs.
 
-    A tap that is not in all layers stays apart, under a path with the layer's index.
+    Args:
+      found: What is marked.
+      in_scan: Whether this is in a turn of a scan. Then loops may be around the scan,
+        of which there is one layer only.
     """
-    checked = [entry for entry in found if not entry.mark.is_tap]
-    grids: dict[tuple[str, int], dict[tuple[int, ...], Any]] = {}
-    for mark, value in (entry for entry in found if entry.mark.is_tap):
-        number = 0
-        while mark.indices in grids.get((mark.label, number), ()):
+    groups: dict[Any, dict[Any, Any]] = {}
+    for mark, value in found:
+        number = 0  # Of taps with one path in one layer.
+        while mark.indices in groups.get(_key(mark, number), ()):
             number += 1
-        grids.setdefault((mark.label, number), {})[mark.indices] = value
-    taps = [
-        entry
-        for (path, number), grid in grids.items()
-        for entry in _grid(f"{path}_{number}" if number else path, grid)
+        groups.setdefault(_key(mark, number), {})[mark.indices] = value
+    return [
+        _Marked(inside.Mark(is_tap, label, indices), value)
+        for (is_tap, label, _, _), grid in groups.items()
+        for indices, value in _fold(grid, 2 if in_scan else 1).items()
     ]
-    return [*checked, *taps]
 
 
-def _grid(path: str, grid: dict[tuple[int, ...], Any]) -> list[_Marked]:
-    """One tap of layers with these indices."""
-    indices = sorted(grid)
-    extents = [len(set(axis)) for axis in zip(*indices, strict=True)]
-    values = [grid[i] for i in indices]
-    like = {(jnp.shape(v), jnp.asarray(v).dtype) for v in values}
-    if len(indices) != np.prod(extents, dtype=int) or len(like) > 1:
-        return [
-            _Marked(inside.Mark(True, f"{path}[{','.join(map(str, i))}]"), value)
-            for i, value in zip(indices, values, strict=True)
-        ]
-    if not extents:
-        return [_Marked(inside.Mark(True, path), values[0])]
-    whole = jnp.stack(values)
-    whole = whole.reshape(*extents, *whole.shape[1:])
-    return [_Marked(inside.Mark(True, path), whole)]
+def _key(mark: inside.Mark, number: int) -> tuple[bool, str, int, int]:
+    return mark.is_tap, mark.label, len(mark.indices), number
+
+
+def _fold(grid: dict[Any, Any], fewest: int) -> dict[Any, Any]:
+    """Stacks the values of all layers of the innermost loops, as far as they are there.
+
+    Args:
+      grid: Values, by the indices of their layers.
+      fewest: Loops over fewer layers are left as they are.
+    """
+    rows: dict[Any, dict[int, Any]] = {}
+    for indices, value in grid.items():
+        if not indices or indices[-1][1] < fewest:
+            return grid
+        rows.setdefault((indices[:-1], indices[-1][1]), {})[indices[-1][0]] = value
+    kinds = {(jnp.shape(v), jnp.asarray(v).dtype) for v in grid.values()}
+    if len(kinds) > 1 or any(len(row) != n for (_, n), row in rows.items()):
+        return grid
+    stacked = {
+        before: jnp.stack([row[i] for i in range(n)])
+        for (before, n), row in rows.items()
+    }
+    return _fold(stacked, fewest)

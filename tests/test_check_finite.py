@@ -182,6 +182,69 @@ def test_stacks_around_check_those_inside():
     assert "in layer 1 of layer_stack 'out' of layer function 'layer'" in said
 
 
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_checks_of_one_label_are_kept_apart(loop):
+    """Two stacks and two taps by one name, the first of which goes wrong."""
+
+    def block(x, w):
+        hk_stack.tap(jnp.log(w), "l")
+        hk_stack.tap(x, "l")
+        return x, None
+
+    def outer(x, ws):
+        stack = hk_stack.layer_stack(2, True)
+        x, _ = stack(block)(x, ws)
+        return stack(block)(x, jnp.ones(2))[0], None
+
+    stack = hk_stack.layer_stack(3, True, name="o", check_finite=True, loop=loop)
+    apply = hk.transform(stack(outer)).apply
+
+    def run(ws):
+        return apply({}, None, jnp.ones(2), ws)
+
+    said = found(run, jnp.ones([3, 2]).at[1, 1].set(-1.0))
+    assert "tap o/__layer_stack_with_per_layer/l, in layer 1 of" in said
+    assert "in layer 1 of layer_stack 'o'" in said
+    assert found(run, jnp.ones([3, 2])) is None
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_checks_in_helpers_and_inner_gradients(loop):
+    """In functions that JAX has traced before, silently, and differentiates."""
+    helper = jax.jit(lambda x: hk_stack.tap(jnp.log(x), "log"))
+
+    def layer(x):
+        w = hk.get_parameter("w", [], init=jnp.ones)
+        y = helper(x * w)
+        slope = jax.grad(lambda x: jax.jit(jnp.sum)(helper(x * w)))(x)
+        return x + 0.0 * jnp.where(jnp.isnan(y), 1.0, slope)
+
+    stack = hk_stack.layer_stack(3, name="s", check_finite=True, loop=loop)
+    model = hk.transform(stack(layer))
+    params = model.init(KEY, jnp.ones(2))
+    params = {"s/~": {"w": params["s/~"]["w"].at[1].set(-1.0)}}
+    said = found(lambda p: model.apply(p, None, jnp.ones(2)), params)
+    assert "tap s/log, in layer 1 of layer_stack 's'" in said
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_checks_under_vmap_in_a_layer(loop):
+    def layer(x, w):
+        def one(v):
+            stack = hk_stack.layer_stack(2, name="in")
+            return stack(lambda v: v + 1.0)(hk_stack.tap(v * w, "v"))
+
+        return jax.vmap(one)(x), None
+
+    stack = hk_stack.layer_stack(3, True, name="s", check_finite=True, loop=loop)
+    apply = hk.transform(stack(layer)).apply
+    ws = jnp.ones(3).at[2].set(jnp.inf)
+    said = found(lambda x: apply({}, None, x, jnp.ones(3)), jnp.ones([3, 2]))
+    assert said is None
+    said = found(lambda x: apply({}, None, x, ws), jnp.ones([3, 2]))
+    assert "argument w, in layer 2 of layer_stack 's'" in said
+
+
 def test_integers_are_finite():
     def layer(x, count):
         return x + 1.0, count + 1

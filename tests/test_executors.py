@@ -249,6 +249,71 @@ class Counting(hk.Module):
         return x * hk.get_parameter("scale", [D], init=jnp.ones)[None] + calls
 
 
+@pytest.mark.parametrize("inner", ["scan", "python"])
+@pytest.mark.parametrize("outer", ["scan", "python"])
+def test_modules_of_an_outer_layer_in_an_inner_stack(outer, inner):
+    def layer(x):
+        captured = Counting()
+
+        def deep(x):
+            return hk.Linear(D)(captured(x))
+
+        def middle(x):
+            stack = hk_stack.layer_stack(2, name="deep", loop=inner)
+            return hk.Linear(D)(stack(deep)(x))
+
+        return hk_stack.layer_stack(2, name="middle", loop=outer)(middle)(x)
+
+    def model(loop):
+        return hk.transform_with_state(
+            hk_stack.layer_stack(L, name="stack", loop=loop)(layer)
+        )
+
+    params, state = jax.jit(model("scan").init)(KEY, *vectors())
+    with hk_stack.use_loop("scan"):
+        expected = model("scan").apply(params, state, None, *vectors())
+    assert_close(model(outer).apply(params, state, None, *vectors()), expected)
+    jitted = jax.jit(model(inner).apply)
+    assert_close(jitted(params, state, None, *vectors()), expected)
+
+
+def test_modules_of_clashing_names():
+    class Outside(hk.Module):
+        def __call__(self, x):
+            return hk.Linear(D, name="linear")(x)
+
+    def run(x):
+        first = Outside(name="layers_0")
+
+        def layer(x):
+            return first(x) + hk.Linear(D, name="linear")(x)
+
+        return hk_stack.layer_stack(2, name="layers")(layer)(x)
+
+    model = hk.transform(run)
+    params = model.init(KEY, *vectors())
+    with (
+        hk_stack.use_loop("python"),
+        pytest.raises(
+            ValueError, match="a module of such a name that was made outside"
+        ),
+    ):
+        model.apply(params, None, *vectors())
+
+
+def test_state_that_a_call_creates():
+    def layer(x):
+        if not hk.running_init():
+            hk.set_state("last", x.sum())
+        return x + 1.0
+
+    def apply(loop):
+        stack = hk_stack.layer_stack(3, name="s", loop=loop)(layer)
+        return hk.transform_with_state(stack).apply({}, {}, None, *vectors())
+
+    assert_close(apply("python"), apply("scan"))
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_captured_modules(jit):
     def run(x):

@@ -142,6 +142,23 @@ def test_models_without_stacks_and_shared_parameters():
     assert found.parameters == 2 * BLOCK
 
 
+def test_two_models_with_stacks_of_one_name():
+    def model(num_layers):
+        return hk.transform(hk_stack.layer_stack(num_layers, name="s")(block))
+
+    two, three = model(2), model(3)
+
+    def both(p, q, x):
+        return two.apply(p, None, x), three.apply(q, None, x)
+
+    p, q = two.init(KEY, *vectors()), three.init(KEY, *vectors())
+    found = summary(both, p, q, *vectors())
+    assert [s.num_layers for s in found.stacks] == [2, 3]
+    assert found.parameters == 5 * BLOCK
+    again = summary(jax.jit(both), p, q, *vectors())
+    assert again.parameters == 5 * BLOCK
+
+
 def test_mistakes():
     with pytest.raises(TypeError, match=r"not Transformed\. Give its apply"):
         summary(model)
