@@ -127,25 +127,32 @@ def frames() -> tuple[Frame, ...]:
 
 
 @contextlib.contextmanager
-def layer(frame: Frame, *, is_traced: bool = True) -> Iterator[None]:
+def layer(frame: Frame, given: Any = None) -> Iterator[None]:
     """Runs a layer function inside `frame`.
 
     Args:
       frame: What is around the layer function.
-      is_traced: Whether what it is given is. A function under `jit` that taps is then
-        traced anew in each place, or it would keep the first one's path. Outside of
-        `jit` the layers of a Python loop share what JAX has compiled.
+      given: What the layer function is given.
     """
-    place = None
-    if collecting.value is not None or frame.check_finite:
-        index = frame.index if is_traced and frame.is_python else None
-        place = (_place.value, frame.path, index, frame.check_finite, frame.is_init)
     token = _frames.set((*_frames.get(), frame))
     try:
-        with _place(place):
+        if collecting.value is None and not frame.check_finite:
+            yield
+            return
+        with _place(_key(frame, given)):
             yield
     finally:
         _frames.reset(token)
+
+
+def _key(frame: Frame, given: Any) -> Any:
+    """What JAX's caches must know: functions under `jit` keep the paths of their taps.
+
+    Outside of `jit` the layers of a Python loop share what JAX has compiled.
+    """
+    is_traced = any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(given))
+    index = frame.index if is_traced and frame.is_python else None
+    return _place.value, frame.path, index, frame.check_finite, frame.is_init
 
 
 def layer_index() -> Any:

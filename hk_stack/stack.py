@@ -339,6 +339,7 @@ class _Call:
       path: Of the stack, from the outermost one.
       names: Of the arguments of the layer function.
       reverse: Whether the last layer runs first.
+      scope_name: What the name scopes of a Python loop begin with.
       loop: What runs the layers.
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
@@ -364,6 +365,7 @@ class _Call:
         self.path = path
         self.names = names
         self.reverse = reverse
+        self.scope_name = re.sub(r"\W", "_", options.name)
         self.loop = loops.in_force(options.loop)
         self.is_init = hk.running_init() or inside.is_init()
         self.check_finite = options.check_finite or inside.is_checked()
@@ -415,8 +417,7 @@ class _Call:
         """What is around one layer."""
         scope = ""
         if isinstance(own.index, int):
-            name = re.sub(r"\W", "_", self.options.name)
-            scope = inside.scope_below(f"{name}_{own.index}")
+            scope = inside.scope_below(f"{self.scope_name}_{own.index}")
         is_init = is_init or self.is_init
         return inside.Frame(
             self.path,
@@ -442,7 +443,7 @@ def _pure_layer(call: _Call) -> initialize.Layer:
         is_watched = not scope or call.captured is None
         watch = checks.nothing_shared(outside, where)
         with (
-            hk.name_scope(scope) if scope else contextlib.nullcontext(),
+            _named(scope) if scope else contextlib.nullcontext(),
             watch if is_watched else contextlib.nullcontext(call.captured) as captured,
         ):
             call.captured = captured
@@ -466,9 +467,7 @@ def _pure_layer(call: _Call) -> initialize.Layer:
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: _Own) -> Any:
         frame = call.frame(own, is_init=False)
-        leaves = jax.tree.leaves((params, carry))
-        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-        with inside.layer(frame, is_traced=is_traced):
+        with inside.layer(frame, (params, carry)):
             if frame.check_finite:
                 _check_inputs(call, params, state, carry, own)
             run = _renamed(transformed.apply, call, frame)
@@ -479,6 +478,15 @@ def _pure_layer(call: _Call) -> initialize.Layer:
         return (carry, output), state
 
     return initialize.Layer(init, apply)
+
+
+def _named(scope: str) -> contextlib.AbstractContextManager[None]:
+    """A name scope, for one layer of a Python loop."""
+    before = hk.experimental.module_auto_repr(False)  # It takes half of the time.
+    try:
+        return hk.name_scope(scope)
+    finally:
+        hk.experimental.module_auto_repr(before)
 
 
 def _renamed(
@@ -544,7 +552,7 @@ def _run(call: _Call, layer: initialize.Layer, given: _Given) -> tuple[Any, Any,
     constants = closed.consts
     marks: list[inside.Mark] = []
     if call.checked or inside.collecting.value is not None:
-        closed, marks = taps.expose(closed)
+        closed, constants, marks = taps.expose(closed)
     inputs = _inputs(constants, given, call.names)
     parts = cut.cut(closed, inputs, options.setup, where)
     call.record(given.params, parts)

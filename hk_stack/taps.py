@@ -86,11 +86,11 @@ def collect(
         adding = None if values is None else inside.Adding(values)
         with inside.collecting(inside.Collector(patterns, adding)):
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
-        exposed, marks = expose(closed)
+        exposed, constants, marks = expose(closed)
         found = _unique(list(map(_name, marks)))
         used = adding.used if adding else set()
         checks.some_taps(patterns, select, found, sorted({*(add or ())} - used))
-        inputs = [*closed.consts, *arrays.values()]
+        inputs = [*constants, *arrays.values()]
         results = _run(exposed, inputs)
         count = len(results) - len(marks)
         out = jax.tree.unflatten(jax.tree.structure(shapes), results[:count])
@@ -140,7 +140,9 @@ def on_arrays(
     return run, arrays
 
 
-def expose(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[inside.Mark]]:
+def expose(
+    closed: jex.ClosedJaxpr,
+) -> tuple[jex.ClosedJaxpr, list[Any], list[inside.Mark]]:
     """Takes the values at marks out of a traced function.
 
     Args:
@@ -148,11 +150,11 @@ def expose(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[inside.Mark]]
 
     Returns:
       The same without marks, whose constants are its first inputs, and whose last
-      outputs are the values at the marks; and what each of these is.
+      outputs are the values at the marks; these constants; and what the marks are.
     """
     jaxpr = flat.without_constants(closed.jaxpr)
     if not _has_marks(jaxpr):
-        return jex.ClosedJaxpr(jaxpr, []), []
+        return jex.ClosedJaxpr(jaxpr, []), closed.consts, []
     found: list[inside.Mark] = []
 
     def run(*args: Any) -> list[Any]:
@@ -162,8 +164,10 @@ def expose(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[inside.Mark]]
         return [*outputs, *(entry.value for entry in entries)]
 
     exposed = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
-    assert not exposed.consts
-    return exposed, found
+    # Functions under `jit` may have had constants of their own.
+    constants = [*exposed.consts, *closed.consts]
+    exposed = jex.ClosedJaxpr(flat.without_constants(exposed.jaxpr), [])
+    return exposed, constants, found
 
 
 class _Marked(NamedTuple):

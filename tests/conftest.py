@@ -3,8 +3,10 @@
 import os
 
 # Most programs run once: they should compile fast rather than be fast.
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+).strip()
 
 import jax
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 
 import hk_stack
 from hk_stack.compare import in_haiku, models
@@ -39,7 +38,6 @@ def rematerialised(name: str) -> list[Program]:
             block, remat=jax.checkpoint_policies.dots_saveable
         ),
         "hk_stack remat, sqrt": _stack(block, remat=True, remat_every="sqrt"),
-        "hk_stack unrolled, remat": _stack(block, remat=True, loop="unrolled"),
     }
     x = jax.random.normal(jax.random.key(0), SHAPE)
     params = hk.transform(stacks["hk.layer_stack"]).init(jax.random.key(1), x)
@@ -92,7 +90,7 @@ def eager(name: str) -> list[tuple[str, Callable[[], Any]]]:
 
     stack = hk.transform(_stack(block, loop="python"))
     by_hand = hk.transform(loop)
-    x = jnp.ones((1, 64, 64))
+    x = jax.random.normal(jax.random.key(0), SHAPE)
     stacked = jax.jit(stack.init)(jax.random.key(0), x)
     names = hk_stack.NumberedLayers("block", "layers/block")
     params = hk_stack.unstack_params(stacked, names)
