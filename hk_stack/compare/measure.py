@@ -137,7 +137,7 @@ def steady(
         for i in rng.permutation(len(runs)):
             name, run = runs[i]
             samples.setdefault(name, []).append(_named(name, run, calls[name]))
-    return samples
+    return {name: samples[name] for name, _ in runs}
 
 
 def _named(name: str, run: Run, calls: int = 1) -> float:
