@@ -36,7 +36,12 @@ def run(example, *arguments):
 
 
 @pytest.mark.parametrize(
-    "way", ["--layer_stack=hk_stack", "--layer_stack=haiku", "--framework=linen"]
+    "way",
+    [
+        "--layer_stack=hk_stack",
+        pytest.param("--layer_stack=haiku", marks=pytest.mark.long),
+        pytest.param("--framework=linen", marks=pytest.mark.long),
+    ],
 )
 def test_digits(way, tmp_path):
     if "linen" in way:
@@ -112,9 +117,10 @@ def test_digits_refuses_an_unwritable_folder(tmp_path):
             "haiku",
             ["hk_stack.partition", "hk_stack.layer_stack alone", "hk.layer_stack"],
         ),
-        (
+        pytest.param(
             "linen",
             ['collection "prime"', "hk_stack.partition", "setup in every step"],
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -21,6 +21,13 @@ TINY = {
     "resnet": ["--width=4", "--groups=2"],
 }
 EXAMPLES = pytest.mark.parametrize("name", TINY)
+ONE_EXAMPLE = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "transformer" else pytest.mark.long)
+        for name in TINY
+    ],
+)
 
 
 def run(name, *arguments):
@@ -34,7 +41,7 @@ def run(name, *arguments):
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-@EXAMPLES
+@ONE_EXAMPLE
 def test_walk_through(name, tmp_path):
     out = tmp_path / "new" / "folder"
     done = run(name, f"--out={out}")
