@@ -124,7 +124,7 @@ def flatten(
                 eqn = eqn.replace(source_info=caller.source_info)
             eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
             masks = [flat.dependencies(a) for a in eqn.invars]
-            inner = body(eqn)
+            inner = _body(eqn)
             if inner is not None and opens(inner, _union(masks)):
                 is_remat = eqn.primitive.name in REMAT
                 inside = (*regions, Region(eqn)) if is_remat else regions
@@ -286,7 +286,7 @@ def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
                 yield value if isinstance(value, jex.Jaxpr) else value.jaxpr
 
 
-def body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     """What a `jit` or remat equation runs; None where opening it would lose meaning."""
     if eqn.primitive.name in REMAT:
         return eqn.params["jaxpr"]
