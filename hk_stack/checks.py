@@ -249,7 +249,7 @@ def some_taps(
 
 
 @contextlib.contextmanager
-def in_layer(where: str, index: int | None, doing: str) -> Iterator[None]:
+def in_layer(where: str, index: int | None, doing: str = "") -> Iterator[None]:
     """Says in which stack an error came up, and in which layer if it has an index."""
     try:
         yield
@@ -408,18 +408,19 @@ def has_params(
 
 @contextlib.contextmanager
 def nothing_shared(
-    outside: Mapping[str, Mapping[str, Any]], where: str
-) -> Iterator[dict[str, hk.Module]]:
+    outside: Mapping[str, Mapping[str, Any]], captured: dict[str, hk.Module], where: str
+) -> Iterator[None]:
     """Refuses parameters of a module that also has them outside of the stack.
 
     A module that was made outside has parameters of its own in each layer, so what
     looks shared would not be.
 
-    Yields:
-      The modules that were made outside, by name, as they are met.
+    Args:
+      outside: Parameters of the transform around the stack.
+      captured: Filled with modules that were made outside, by name, as they are met.
+      where: Names the stack.
     """
     made_here: dict[int, hk.Module] = {}
-    captured: dict[str, hk.Module] = {}
 
     def on_method(
         next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
@@ -444,7 +445,7 @@ def nothing_shared(
         return next_getter(value)
 
     with hk.intercept_methods(on_method), hk.custom_getter(on_get):
-        yield captured
+        yield
 
 
 def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:

@@ -137,40 +137,45 @@ def run(
         return lambda carry, own: loop(step, carry, own, count, unroll)
 
     every = remat.every
-    groups, rest = divmod(num_layers, every)
     if every == 1 or every >= num_layers:
         return group(num_layers)(carry, per_layer)
-    whole = num_layers - rest
+    groups, rest = divmod(num_layers, every)
 
-    def whole_groups(carry: Any) -> tuple[Any, Any]:
-        own = _map(per_layer, lambda leaf: _fold(leaf[:whole], groups, every))
+    def whole_groups(carry: Any, own: Any) -> tuple[Any, Any]:
+        own = jax.tree.map(lambda leaf: _fold(leaf, groups, every), own)
         step = again(group(every), groups, 1)
         carry, outputs = loop(step, carry, own, groups, 1)
-        return carry, _map(outputs, lambda leaf: leaf.reshape(whole, *leaf.shape[2:]))
+        return carry, jax.tree.map(_unfold, outputs)
 
     if not rest:
-        return whole_groups(carry)
+        return whole_groups(carry, per_layer)
+    last_group = again(group(rest), 1, 1)
+    return _in_two(whole_groups, last_group, carry, per_layer, rest, reverse)
 
-    def last_group(carry: Any) -> tuple[Any, Any]:
-        own = _map(per_layer, lambda leaf: leaf[whole:])
-        return again(group(rest), 1, 1)(carry, own)
 
+def _in_two(
+    first: Step, last: Step, carry: Any, per_layer: Any, rest: int, reverse: bool
+) -> tuple[Any, Any]:
+    """Runs the layers but for the last `rest` of them in `first`, these in `last`."""
+    own = jax.tree.map(lambda leaf: leaf[:-rest], per_layer)
+    own_of_last = jax.tree.map(lambda leaf: leaf[-rest:], per_layer)
     if reverse:
-        carry, last = last_group(carry)
-        carry, first = whole_groups(carry)
+        carry, end = last(carry, own_of_last)
+        carry, start = first(carry, own)
     else:
-        carry, first = whole_groups(carry)
-        carry, last = last_group(carry)
-    return carry, jax.tree.map(lambda *ends: jnp.concatenate(ends), first, last)
-
-
-def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
-    return jax.tree.map(change, tree)
+        carry, start = first(carry, own)
+        carry, end = last(carry, own_of_last)
+    return carry, jax.tree.map(lambda *ends: jnp.concatenate(ends), start, end)
 
 
 def _fold(leaf: Any, *shape: int) -> Any:
     """`leaf` with its first axis in the place of several."""
     return leaf.reshape(*shape, *leaf.shape[1:])
+
+
+def _unfold(leaf: Any) -> Any:
+    """`leaf` with its first two axes as one."""
+    return leaf.reshape(-1, *leaf.shape[2:])
 
 
 def _scan(

@@ -1,0 +1,269 @@
+"""One call of a stack: what is known of it, and its layer as pure functions."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from hk_stack import checks, cut, finite, initialize, inside, scopes
+from hk_stack import loop as loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `layer_stack` was given, checked."""
+
+    num_layers: int
+    with_per_layer_inputs: bool
+    unroll: int
+    pass_reverse: bool
+    naming_map: hk.LayerStackTransparencyMapping | None
+    name: str
+    setup: str
+    setup_batch_size: int | None
+    setup_remat: bool | None
+    init: str
+    loop: str
+    remat: loops.Remat | None
+    carry_dtype: Any
+    check_finite: bool
+
+
+class Own(NamedTuple):
+    """What each layer gets of its own, besides parameters, state and key.
+
+    Attributes:
+      index: Its index, `[L]`.
+      added: What to add at its taps, by path.
+      inputs: The per-layer inputs.
+    """
+
+    index: Any
+    added: dict[str, Any]
+    inputs: tuple[Any, ...]
+
+
+class Given(NamedTuple):
+    """What a stack is given, in the order in which a layer's `apply` takes it."""
+
+    params: Any
+    state: Any
+    keys: Any
+    carry: Any
+    own: Own
+
+
+class Call:
+    """One call of a stack.
+
+    Attributes:
+      options: Of the stack.
+      f: The layer function.
+      kwargs: Its keyword arguments.
+      where: Names the stack in errors.
+      path: Of the stack, from the outermost one.
+      arguments: Names of the arguments of the layer function.
+      reverse: Whether the last layer runs first.
+      loop: What runs the layers.
+      is_init: Whether the model is being initialised.
+      check_finite: Whether values are checked, in this stack or for one around it.
+      checked: The stacks inside that check values, by label.
+      captured: Modules made outside of the layer that are used in it, by name; None
+        until a layer has run.
+      outside: Parameters of the transform around, which no layer may share.
+      scopes: Of the layers, if a Python loop runs them.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        f: Callable[..., Any],
+        kwargs: dict[str, Any],
+        where: str,
+        path: str,
+        arguments: list[str],
+        reverse: bool,
+    ):
+        self.options = options
+        self.f = f
+        self.kwargs = kwargs
+        self.where = where
+        self.path = path
+        self.arguments = arguments
+        self.reverse = reverse
+        self.loop = loops.in_force(options.loop)
+        self.is_init = hk.running_init() or inside.is_init()
+        self.check_finite = options.check_finite or inside.is_checked()
+        self.checked: dict[str, finite.Checked | None] = {}
+        self.captured: dict[str, hk.Module] | None = None
+        self.outside = {} if options.naming_map else hk.experimental.get_params()
+        self.scopes: list[scopes.Scope] = []
+
+    @property
+    def is_python(self) -> bool:
+        """Whether a Python loop runs the layers."""
+        return self.loop == "python"
+
+    def record(self, params: Any, parts: cut.Cut | None) -> None:
+        """Tells `summary`, if it listens."""
+        recorder = inside.recording.value
+        if recorder is None:
+            return
+        if hk.running_init():
+            raise ValueError(
+                "hk_stack.summary: expected the apply of a transform, not its init, "
+                "as a summary is of parameters that are there. Shapes are enough: "
+                "params = jax.eval_shape(model.init, rng, x), then "
+                "summary(model.apply, params, rng, x)."
+            )
+        remat = None if self.is_python else self.options.remat
+        record = inside.Record(
+            self.path,
+            checks.name_of(self.f),
+            self.options.num_layers,
+            params,
+            hk.experimental.get_params(),
+            parts,
+            self.loop,
+            loops.describe(remat),
+            bool(inside.frames()),
+        )
+        types = tuple((v.shape, v.dtype) for v in jax.tree.leaves(params))
+        recorder.records[self.path, record.function, types] = record
+
+    @property
+    def all_layers(self) -> str:
+        """What is traced, in words."""
+        return f"all {self.options.num_layers} layers at once"
+
+    def scope(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
+        """What puts the layer's index into names."""
+        return self.scopes[frame.index].context if frame.scope else _NOTHING
+
+    def watch(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
+        """What finds modules that were made outside of the layer."""
+        # Watching slows a Python loop down, and one of its layers tells enough.
+        if frame.scope and self.captured is not None:
+            return _NOTHING
+        self.captured = {}
+        return checks.nothing_shared(self.outside, self.captured, self.where)
+
+    def names(self, frame: inside.Frame) -> scopes.Names:
+        """The names by which the layer may ask for its parameters and state."""
+        around = [f.scope for f in inside.frames() if f.scope]
+        only_own = frame.scope and self.captured is not None and not self.captured
+        return scopes.Names(around if only_own else [*around, ""], self.where)
+
+    def frame(self, own: Own, *, is_init: bool) -> inside.Frame:
+        """What is around one layer."""
+        is_python = isinstance(own.index, int)
+        is_init = is_init or self.is_init
+        return inside.Frame(
+            self.path,
+            self.where,
+            own.index,
+            self.options.num_layers,
+            self.scopes[own.index].name if is_python else "",
+            self.check_finite and not is_init,
+            is_init,
+            own.added,
+            self.checked,
+        )
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def pure_layer(call: Call) -> initialize.Layer:
+    """The layer function as pure functions of its parameters, state and key."""
+    options, where = call.options, call.where
+
+    def run(carry: tuple[Any, ...], own: Own) -> tuple[Any, Any]:
+        frame = inside.frames()[-1]
+        with call.scope(frame), call.watch(frame):
+            result = call.f(*carry, *own.inputs, **call.kwargs)
+        output = None
+        if options.with_per_layer_inputs:
+            checks.is_pair(result, where)
+            result, output = result
+        if len(carry) == 1:
+            result = (result,)
+        return cast(result, options.carry_dtype), output
+
+    transformed = hk.transform_with_state(run)
+
+    def init(key: Any, carry: Any, own: Own) -> tuple[hk.Params, hk.State]:
+        doing = f"initialising {call.all_layers}"
+        with (
+            checks.in_layer(where, None, doing),
+            inside.layer(call.frame(own, is_init=True)),
+        ):
+            return transformed.init(key, carry, own)
+
+    def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
+        frame = call.frame(own, is_init=False)
+        with inside.layer(frame, (params, carry)):
+            if frame.check_finite:
+                _check_inputs(call, params, state, carry, own)
+            names = call.names(frame)
+            (carry, output), after = transformed.apply(
+                names.added(params), names.added(state), key, carry, own
+            )
+            if frame.check_finite:
+                arguments = zip(call.arguments, carry, strict=False)
+                inside.say_finite(dict(arguments), "result ")
+                inside.say_finite(output, "output per layer ")
+        return (carry, output), names.dropped(after, state)
+
+    return initialize.Layer(init, apply)
+
+
+def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> None:
+    """Checks what a layer is given."""
+    named = dict(zip(call.arguments, (*carry, *own.inputs), strict=True))
+    inside.say_finite(params, "parameter ")
+    inside.say_finite(state, "state ")
+    inside.say_finite(named, "argument ")
+
+
+def run_one(
+    call: Call, layer: initialize.Layer, params: Any, state: Any, key: Any, *rest: Any
+) -> Any:
+    """Runs one layer; if it fails, looks for parameters that do not fit."""
+    try:
+        return layer.apply(params, state, key, *rest)
+    except ValueError:
+        if not hk.running_init():
+            stored = hk.experimental.get_params()
+            spec = (jax.random.key(0) if key is None else key, *rest)
+            checks.has_params(layer.init, spec, params, stored, call.where)
+        raise
+
+
+def as_array(leaf: Any) -> jax.Array:
+    """`leaf`, or an array of it."""
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def cast(carry: Any, dtype: Any) -> Any:
+    """`carry` with its real floating-point leaves in `dtype`, unless that is None."""
+
+    def cast(leaf: Any) -> Any:
+        leaf = as_array(leaf)
+        is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if is_real else leaf
+
+    return carry if dtype is None else jax.tree.map(cast, carry)
+
+
+def promote(leaf: jax.Array, after: Any) -> jax.Array:
+    """A weakly typed carry takes on the type that the first layer gives it."""
+    if not getattr(leaf, "weak_type", False) or after.shape != leaf.shape:
+        return leaf
+    if after.weak_type and after.dtype == leaf.dtype:
+        return leaf
+    return jax.lax.convert_element_type(leaf, after.dtype)
