@@ -775,7 +775,7 @@ def _find_layers(
 
 def _member(name: str, leaf: _Leaf, naming_map: Any) -> _Member | None:
     """The leaf as a part of the stack, if one of the dicts around it is a module."""
-    for level, key in enumerate(leaf.path):
+    for level, key in enumerate(leaf.path[:-1]):  # The last is the leaf's own.
         if not (isinstance(key, DictKey) and isinstance(key.key, str)):
             continue
         place = None

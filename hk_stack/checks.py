@@ -229,6 +229,16 @@ def summarised(fn: Any) -> None:
         )
 
 
+def some_stack(found: Sequence[Any], fn: Any) -> None:
+    """Checks that there is something to summarise."""
+    if not found:
+        raise ValueError(
+            f"hk_stack.summary: {name_of(fn)!r} calls no stack, or not in this call. "
+            "Those of hk.layer_stack are not seen: write hk_stack.layer_stack, which "
+            "takes the same arguments."
+        )
+
+
 def some_taps(
     patterns: Sequence[str],
     select: Any,

@@ -270,7 +270,13 @@ def _add(leaf: Any, added: Any, path: str) -> Any:
             f"hk_stack.collect: what is to be added at {path} has shape {found} for "
             f"each layer; the tapped value has {expected}."
         )
-    return leaf + jnp.asarray(added).astype(jnp.asarray(leaf).dtype)
+    kind, of_added = jnp.asarray(leaf).dtype, jnp.asarray(added).dtype
+    if not jnp.can_cast(of_added, kind, "same_kind"):
+        raise ValueError(
+            f"hk_stack.collect: what is to be added at {path} is {of_added}, the "
+            f"tapped value is {kind}, which cannot hold it. Cast one of them."
+        )
+    return leaf + jnp.asarray(added).astype(kind)
 
 
 def _adding(around: Sequence[Frame]) -> Mapping[str, jax.Array]:

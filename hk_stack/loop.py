@@ -175,7 +175,7 @@ def _fold(leaf: Any, *shape: int) -> Any:
 
 def _unfold(leaf: Any) -> Any:
     """`leaf` with its first two axes as one."""
-    return leaf.reshape(-1, *leaf.shape[2:])
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 
 def _scan(

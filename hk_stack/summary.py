@@ -162,13 +162,14 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
 
     Raises:
       TypeError: If `fn` is no function.
-      ValueError: If it is an `init`, which has no parameters yet.
+      ValueError: If it is an `init`, which has no parameters yet; if it calls no stack.
     """
     checks.summarised(fn)
     recorder = inside.Recorder()
     with inside.recording(recorder):
         jax.eval_shape(*taps.on_arrays(fn, args, kwargs))
     found = list(recorder.records.values())
+    checks.some_stack(found, fn)
     records = sorted(found, key=_order([record.path for record in found]))
     stored = {key: leaf for record in records for key, leaf in _outer(record)}
     return Summary(

@@ -60,9 +60,10 @@ def collect(
         stay as they are.
       select: Globs of the paths to collect, as in `fnmatch`: `*` also matches slashes.
         What is not selected is neither computed nor kept for it.
-      add: Arrays `[L, ...]` to add to the tapped values, by path. The layer must use
-        what `tap` returns. Outside of stacks without `L`; in nested stacks
-        `[L_outer, L_inner, ...]`. They need not be selected.
+      add: Arrays `[L, ...]` to add to the tapped values, by path, wherever there is a
+        tap of this path. The layer must use what `tap` returns. Outside of stacks
+        without `L`; in nested stacks `[L_outer, L_inner, ...]`. They need not be
+        selected.
 
     Returns:
       A function that takes what `fn` takes, and returns what it returns and a dict of

@@ -566,6 +566,12 @@ def test_parameters_say_how_deep_a_stack_is(path):
     assert checkpoint.metadata(path)[:2] == ("stacked", 12)
 
 
+def test_a_leaf_may_be_called_as_the_stack(path):
+    tree = {**STACKED, "sizes": {"layers": np.ones([4])}}
+    checkpoint.save(path, tree, layers=Numbered())
+    assert checkpoint.metadata(path)[:2] == ("stacked", 12)
+
+
 class Habit:
     """`linear`, `linear_1`, ...: the first is named as the stack is."""
 

@@ -122,11 +122,7 @@ def test_functions_around_the_model():
     assert summary(loss, params(), np.asarray(*vectors())) == found()
 
 
-def test_models_without_stacks_and_shared_parameters():
-    plain = hk.transform(lambda x: hk.Linear(D)(x))
-    nothing = summary(plain.apply, plain.init(KEY, *vectors()), None, *vectors())
-    assert nothing.stacks == ()
-
+def test_shared_parameters():
     class Twice(hk.Module):
         def __call__(self, x):
             return hk_stack.layer_stack(2, name="s")(block)(x)
@@ -164,3 +160,8 @@ def test_mistakes():
         summary(model)
     with pytest.raises(ValueError, match="expected the apply of a transform, not its"):
         summary(model.init, KEY, *vectors())
+    plain = hk.transform(hk.layer_stack(2)(block))
+    with pytest.raises(
+        ValueError, match=r"calls no stack.*write hk_stack\.layer_stack"
+    ):
+        summary(plain.apply, plain.init(KEY, *vectors()), None, *vectors())

@@ -269,6 +269,16 @@ def test_adding_inside_of_nested_stacks_and_outside():
         assert not jnp.allclose(other, out), path
 
 
+def test_adding_what_the_value_cannot_hold():
+    def f(x):
+        return tap(x, "count") + 1
+
+    with pytest.raises(ValueError, match="count is float32, the tapped value is int32"):
+        collect(f, add={"count": jnp.ones([3])})(jnp.arange(3))
+    out, _ = collect(f, add={"count": jnp.arange(3)})(jnp.zeros([3]))
+    assert_equal(out, jnp.arange(1.0, 4.0))
+
+
 def test_reverse_puts_layers_in_their_places():
     def layer(x, y):
         return tap(x + y, "x"), None
