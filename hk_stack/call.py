@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from hk_stack import checks, cut, finite, initialize, inside, scopes
+from hk_stack import checks, cut, equations, finite, initialize, inside, scopes
 from hk_stack import loop as loops
 
 
@@ -261,7 +261,12 @@ def cast(carry: Any, dtype: Any) -> Any:
 
 
 def promote(leaf: jax.Array, after: Any) -> jax.Array:
-    """A weakly typed carry takes on the type that the first layer gives it."""
+    """A carry takes on what the first layer makes of its type, where it may.
+
+    So does a weakly typed one, and one that is the same on all devices of a manual mesh
+    axis, if the layer makes it differ.
+    """
+    leaf = equations.vary_as(leaf, after)
     if not getattr(leaf, "weak_type", False) or after.shape != leaf.shape:
         return leaf
     if after.weak_type and after.dtype == leaf.dtype:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from hk_stack import flat
-from hk_stack.flat import Atom
+from hk_stack import equations
+from hk_stack.equations import Atom
 
 
 def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
@@ -28,7 +28,7 @@ def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
     if name in _TRANSCENDENTAL:
         return most > parameters
     return any(
-        is_expensive(e, parameters) for body in flat.bodies(eqn) for e in body.eqns
+        is_expensive(e, parameters) for body in equations.bodies(eqn) for e in body.eqns
     )
 
 
@@ -46,7 +46,7 @@ def can_batch(jaxpr: jex.Jaxpr) -> bool:
     return all(
         eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
         and not any(map(_is_other_key, eqn.invars))
-        and all(map(can_batch, flat.bodies(eqn)))
+        and all(map(can_batch, equations.bodies(eqn)))
         for eqn in jaxpr.eqns
     )
 
@@ -59,7 +59,8 @@ def _is_other_key(atom: Atom) -> bool:
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
-    inner = (largest_value(body) for eqn in jaxpr.eqns for body in flat.bodies(eqn))
+    bodies = (body for eqn in jaxpr.eqns for body in equations.bodies(eqn))
+    inner = map(largest_value, bodies)
     own = (nbytes([v]) for eqn in jaxpr.eqns for v in eqn.outvars)
     return max(itertools.chain(inner, own), default=0)
 
@@ -84,7 +85,7 @@ def flops(eqn: jex.JaxprEqn) -> float:
     """
     name, params = eqn.primitive.name, eqn.params
     most = max(map(size, eqn.outvars), default=0)
-    inner = [sum(map(flops, body.eqns)) for body in flat.bodies(eqn)]
+    inner = [sum(map(flops, body.eqns)) for body in equations.bodies(eqn)]
     operands: list[Any] = [atom.aval for atom in eqn.invars]
     if name == "scan":
         return params["length"] * sum(inner)

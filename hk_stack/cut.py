@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import cost, flat, loop
-from hk_stack.flat import Atom, Exposed, Flat, bits
+from hk_stack import cost, equations, flat, loop
+from hk_stack.equations import Atom, carried, fresh, variables
+from hk_stack.flat import Exposed, Flat, bits
 
 T = TypeVar("T")
 
@@ -175,9 +175,9 @@ def cut(
 
 def _without_unread(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, tuple[int, ...]]:
     """`jaxpr` without the inputs that it does not read, and where the others were."""
-    if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
+    if any(map(equations.names_an_input, jaxpr.effects)):
         return jaxpr, tuple(range(len(jaxpr.invars)))
-    read = flat.variables([*jaxpr.outvars, *(a for e in jaxpr.eqns for a in e.invars)])
+    read = variables([*jaxpr.outvars, *(a for e in jaxpr.eqns for a in e.invars)])
     positions = tuple(i for i, v in enumerate(jaxpr.invars) if v in read)
     return jaxpr.replace(invars=[jaxpr.invars[i] for i in positions]), positions
 
@@ -252,7 +252,8 @@ class _Task(NamedTuple):
           a whole, is of another kind, or has nothing to hoist.
         """
         expose = _CONTROL.get(eqn.primitive.name)
-        if expose is None or any(c.consts for c in _closed_bodies(eqn)):
+        bodies = equations.closed_bodies(eqn)
+        if expose is None or any(map(equations.constants, bodies)):
             return None
         outer = [self._describe(mask) for mask in reads]
         if all(i.known for i in outer) or (
@@ -278,10 +279,10 @@ def _expose_scan(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     if not length:
         return None
-    carried = _carried(eqn)
-    carry = _describe_carry(body.jaxpr, outer, carried, "scan")
-    mapped = [i._replace(layered=True) for i in outer[carried.stop :]]
-    inputs = [*outer[: carried.start], *carry, *mapped]
+    places = carried(eqn)
+    carry = _describe_carry(body.jaxpr, outer, places, "scan")
+    mapped = [i._replace(layered=True) for i in outer[places.stop :]]
+    inputs = [*outer[: places.start], *carry, *mapped]
     parts = task.inner(body, inputs, "scan")
     if not _count(parts):
         return None
@@ -293,19 +294,13 @@ def _expose_scan(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
     return Exposed(_trace(run, eqn), functools.partial(_rest_of_scan, eqn, parts))
 
 
-def _carried(eqn: jex.JaxprEqn) -> range:
-    """Which inputs of a `scan` are its carry: constants are before, the rest after."""
-    first = eqn.params["num_consts"]
-    return range(first, first + eqn.params["num_carry"])
-
-
 def _rest_of_scan(eqn: jex.JaxprEqn, parts: Cut, derived: list[Atom]) -> jex.JaxprEqn:
     """The `scan` of calls, given the values that all turns share, then the others."""
-    carried, body = _carried(eqn), eqn.params["jaxpr"].jaxpr
-    call = _Call(parts, body)
-    constants = [i for i in parts.call_inputs if i < carried.start]
-    mapped = [i for i in parts.call_inputs if i >= carried.stop]
-    order = [*constants, *carried, *mapped]
+    places = carried(eqn)
+    call = _Call(parts, eqn.params["jaxpr"].jaxpr)
+    constants = [i for i in parts.call_inputs if i < places.start]
+    mapped = [i for i in parts.call_inputs if i >= places.stop]
+    order = [*constants, *places, *mapped]
     count = parts.num_shared
     operands = [
         *derived[:count],
@@ -315,10 +310,7 @@ def _rest_of_scan(eqn: jex.JaxprEqn, parts: Cut, derived: list[Atom]) -> jex.Jax
     rest = call.taking(
         [*call.given[:count], *map(call.variable, order), *call.given[count:]]
     )
-    params = {**eqn.params, "jaxpr": rest, "num_consts": count + len(constants)}
-    if "linear" in params:  # Of earlier versions of JAX.
-        params["linear"] = (False,) * len(operands)
-    return eqn.replace(invars=operands, params=params)
+    return equations.with_scan_body(eqn, operands, rest, count + len(constants))
 
 
 def _expose_while(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
@@ -395,7 +387,7 @@ def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
         def branch(values: Sequence[Any]) -> list[Any]:
             setup = jex.jaxpr_as_fun(parts.shared)
             found = setup(*(values[read.index(i)] for i in parts.shared_inputs))
-            filled = [jnp.zeros(aval.shape, aval.dtype) for aval in slots.avals]
+            filled = list(map(equations.zeros, slots.avals))
             for slot, value in zip(own, found, strict=True):
                 filled[slot] = jax.lax.convert_element_type(value, value.dtype)
             return filled
@@ -422,7 +414,7 @@ def _rest_of_cond(
     for parts, own, branch in zip(cuts, slots.of, eqn.params["branches"], strict=True):
         call = _Call(parts, branch.jaxpr)
         given = dict(zip(own, call.given, strict=True))
-        filled = [given.get(i) or flat.fresh(v) for i, v in enumerate(derived)]
+        filled = [given.get(i) or fresh(v) for i, v in enumerate(derived)]
         branches.append(call.taking([*filled, *map(call.variable, order)]))
     operands = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
     params = {**eqn.params, "branches": tuple(branches)}
@@ -445,12 +437,12 @@ class _Slots:
         self.of: list[list[int]] = []
         for avals in branches:
             free = list(range(len(self.avals)))
-            self.of.append([self._take(aval, free) for aval in avals])
+            strong = [aval.update(weak_type=False) for aval in avals]
+            self.of.append([self._take(aval, free) for aval in strong])
 
     def _take(self, aval: Any, free: list[int]) -> int:
         for slot in free:
-            there = self.avals[slot]
-            if (there.shape, there.dtype) == (aval.shape, aval.dtype):
+            if self.avals[slot] == aval:
                 free.remove(slot)
                 return slot
         self.avals.append(aval)
@@ -474,7 +466,7 @@ class _Call:
 
     def variable(self, i: int) -> jex.Var:
         """What takes input `i`; a new variable if the call does not read it."""
-        return self._read[i] if i in self._read else flat.fresh(self._whole.invars[i])
+        return self._read[i] if i in self._read else fresh(self._whole.invars[i])
 
     def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
         """The call as a function of `variables`."""
@@ -510,18 +502,11 @@ def _count(parts: Cut) -> int:
     return parts.num_shared + len(parts.setup.jaxpr.outvars)
 
 
-def _closed_bodies(eqn: jex.JaxprEqn) -> Iterator[jex.ClosedJaxpr]:
-    for param in eqn.params.values():
-        for value in param if isinstance(param, tuple) else (param,):
-            if isinstance(value, jex.ClosedJaxpr):
-                yield value
-
-
 def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
     """All equations, those inside others too."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for body in flat.bodies(eqn):
+        for body in equations.bodies(eqn):
             yield from _equations(body)
 
 
@@ -534,15 +519,9 @@ def _is_key(aval: Any) -> bool:
 
 
 def _has_references(flattened: Flat) -> bool:
-    """Whether an effect names an input by its position, which a cut would change.
-
-    Those on mutable references do, in earlier versions of JAX.
-    """
-    return any(
-        hasattr(effect, "input_index")
-        for node in flattened.nodes
-        for effect in node.eqn.effects
-    )
+    """Whether an effect names an input, which a cut would change."""
+    effects = (effect for node in flattened.nodes for effect in node.eqn.effects)
+    return any(map(equations.names_an_input, effects))
 
 
 def _split(flattened: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]) -> Cut:
@@ -573,9 +552,9 @@ def _used(
     flattened: Flat, outputs: Sequence[Atom], given: Sequence[jex.Var]
 ) -> list[jex.Var]:
     """Those of `given` that are read, if all are given, to compute `outputs`."""
-    used = flat.variables(outputs)
+    used = variables(outputs)
     for node in flat.needed(flattened.nodes, outputs, given, with_effects=True):
-        used |= flat.variables(node.eqn.invars)
+        used |= variables(node.eqn.invars)
     return [v for v in given if v in used]
 
 
@@ -605,7 +584,7 @@ def _is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
     """Whether `eqn` is one of `marks`, or holds one."""
     is_mark = _name(eqn) == "name" and eqn.params["name"] in marks
     return is_mark or any(
-        _is_marked(e, marks) for body in flat.bodies(eqn) for e in body.eqns
+        _is_marked(e, marks) for body in equations.bodies(eqn) for e in body.eqns
     )
 
 
@@ -616,14 +595,14 @@ def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if _name(eqn) == "name":
         return eqn.replace(params={**eqn.params, "name": _HOISTED})
 
-    def weaken(param: Any) -> Any:
-        if isinstance(param, jex.Jaxpr):
-            return param.replace(eqns=[_weaken(e) for e in param.eqns])
-        if isinstance(param, jex.ClosedJaxpr):
-            return jex.ClosedJaxpr(weaken(param.jaxpr), param.consts)
-        return tuple(map(weaken, param)) if isinstance(param, tuple) else param
+    return equations.with_bodies(eqn, _weaken_all)
 
-    return eqn.replace(params={k: weaken(p) for k, p in eqn.params.items()})
+
+def _weaken_all(body: Any) -> Any:
+    if isinstance(body, jex.ClosedJaxpr):
+        eqns = list(map(_weaken, body.jaxpr.eqns))
+        return jex.ClosedJaxpr(body.jaxpr.replace(eqns=eqns), body.consts)
+    return body.replace(eqns=list(map(_weaken, body.eqns)))
 
 
 def _explain_mark(
@@ -668,7 +647,7 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
         frontier = {v: frozenset([v]) for v, i in given if i.known}
 
     def behind(atoms: Iterable[Atom]) -> frozenset[jex.Var]:
-        read = flat.variables(atoms)
+        read = variables(atoms)
         return frozenset().union(*(frontier.get(v, ()) for v in read))
 
     for node in flattened.nodes:

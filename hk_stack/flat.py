@@ -8,13 +8,13 @@ back together, each inside the rematerialised regions that it came from.
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core as jex
 
-Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for both
+from hk_stack import equations
+from hk_stack.equations import Atom, fresh, variables
 
 
 class Node(NamedTuple):
@@ -106,43 +106,50 @@ def flatten(
     reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
     effect = 1 << len(jaxpr.invars)
     flat = Flat(jaxpr, [], [], reads)
-    made: set[int] = set()
 
     def visit(
-        jaxpr: jex.Jaxpr, args: Sequence[Atom], regions: Any, caller: Any = None
+        jaxpr: jex.Jaxpr,
+        args: Sequence[Atom],
+        regions: Any,
+        caller: Any = None,
+        *,
+        is_exposed: bool = False,
     ) -> list[Atom]:
-        # Bodies are shared, and so are variables by bodies made from one another.
-        if any(v in reads for eqn in jaxpr.eqns for v in eqn.outvars):
-            jaxpr = _copy(jaxpr)
         env = dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom: Atom) -> Atom:
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
         for eqn in jaxpr.eqns:
+            outvars = eqn.outvars
             if caller and _is_of_a_library(eqn):
                 eqn = eqn.replace(source_info=caller.source_info)
             eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
             masks = [flat.dependencies(a) for a in eqn.invars]
-            inner = _body(eqn)
+            inner = equations.body_of_call(eqn)
             if inner is not None and opens(inner, _union(masks)):
-                is_remat = eqn.primitive.name in REMAT
+                is_remat = eqn.primitive.name in equations.REMAT
                 inside = (*regions, Region(eqn)) if is_remat else regions
-                outs = visit(inner, eqn.invars, inside, eqn)
-                env.update(zip(eqn.outvars, outs, strict=True))
+                outs = visit(inner, eqn.invars, inside, eqn, is_exposed=is_exposed)
+                env.update(zip(outvars, outs, strict=True))
                 continue
             # What an exposed equation became is not exposed again.
-            if id(jaxpr) not in made and (exposed := expose(eqn, masks)):
-                assert not exposed.before.consts
+            if not is_exposed and (exposed := expose(eqn, masks)):
                 before = exposed.before.jaxpr
-                made.add(id(before))
-                eqn = exposed.after(visit(before, eqn.invars, regions))
-            mask = _union(flat.dependencies(a) for a in eqn.invars)
-            if eqn.effects or eqn.primitive.name in effects:
-                mask |= effect
-            reads.update((v, mask) for v in eqn.outvars)
-            flat.nodes.append(Node(eqn, regions, mask))
+                made = visit(before, eqn.invars, regions, is_exposed=True)
+                eqn = exposed.after(made)
+            env.update(zip(outvars, note(eqn, regions), strict=True))
         return [read(a) for a in jaxpr.outvars]
+
+    def note(eqn: jex.JaxprEqn, regions: Any) -> list[jex.Var]:
+        # Bodies are shared, and so are variables by bodies made from one another.
+        outvars = [fresh(v) if v in reads else v for v in eqn.outvars]
+        mask = _union(flat.dependencies(a) for a in eqn.invars)
+        if eqn.effects or eqn.primitive.name in effects:
+            mask |= effect
+        reads.update((v, mask) for v in outvars)
+        flat.nodes.append(Node(eqn.replace(outvars=outvars), regions, mask))
+        return outvars
 
     return flat._replace(outputs=visit(jaxpr, jaxpr.invars, ()))
 
@@ -152,14 +159,6 @@ def _union(masks: Iterable[int]) -> int:
     for mask in masks:
         union |= mask
     return union
-
-
-def _copy(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """`jaxpr` with variables of its own."""
-    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
-    copy = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
-    assert not copy.consts
-    return copy.jaxpr
 
 
 def program(
@@ -217,11 +216,6 @@ def needed(
     return kept[::-1]
 
 
-def fresh(v: Atom) -> jex.Var:
-    """A new variable of the type of `v`."""
-    return jax.make_jaxpr(lambda x: x)(v.aval).jaxpr.invars[0]
-
-
 def _restore_regions(
     nodes: Sequence[Node], depth: int, outputs: Sequence[Atom]
 ) -> list[jex.JaxprEqn]:
@@ -252,16 +246,10 @@ def _remat(
     made = {v for e in body for v in e.outvars}
     reads = {v: None for e in body for v in variables(e.invars) if v not in made}
     invars: list[Atom] = list(reads)
-    effects = _effects(body)
     jaxpr = eqn.params["jaxpr"].replace(
-        invars=invars, outvars=outvars, eqns=body, effects=effects
+        invars=invars, outvars=outvars, eqns=body, effects=_effects(body)
     )
-    return eqn.replace(
-        invars=invars,
-        outvars=outvars,
-        params={**eqn.params, "jaxpr": jaxpr},
-        effects=effects,
-    )
+    return equations.with_remat_body(eqn, invars, jaxpr)
 
 
 def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
@@ -269,34 +257,8 @@ def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
-def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
-    """The variables among `atoms`, once each, in order (a dict as an ordered set)."""
-    return {a: None for a in atoms if not isinstance(a, jex.Literal)}
-
-
 def _effects(eqns: Iterable[jex.JaxprEqn]) -> set:
     return set().union(*(eqn.effects for eqn in eqns))
-
-
-def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
-    """The jaxprs that `eqn` runs, of whatever kind it is."""
-    for param in eqn.params.values():
-        for value in param if isinstance(param, (tuple, list)) else (param,):
-            if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
-                yield value if isinstance(value, jex.Jaxpr) else value.jaxpr
-
-
-def _body(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
-    """What a `jit` or remat equation runs; None where opening it would lose meaning."""
-    if eqn.primitive.name in REMAT:
-        return eqn.params["jaxpr"]
-    if eqn.primitive.name not in JIT:
-        return None
-    placed = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
-    closed = eqn.params["jaxpr"]
-    if any(isinstance(s, jax.sharding.Sharding) for s in placed) or closed.consts:
-        return None
-    return closed.jaxpr
 
 
 def source_line(eqn: jex.JaxprEqn) -> str:
@@ -327,7 +289,3 @@ def _is_library(file_name: str) -> bool:
 
 
 UNKNOWN = "unknown source"
-
-# Names that versions of JAX have given to these equations.
-JIT = ("jit", "pjit")
-REMAT = ("checkpoint", "remat", "remat2")

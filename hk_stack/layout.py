@@ -332,10 +332,12 @@ def unstack_modules(
 def drop_layers(tree: Any) -> Any:
     """The types of the leaves `[L, ...]` of `tree` without their `L`."""
 
-    def first(leaf: jax.Array) -> jax.Array:
-        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
+    def first(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [jax.lax.index_in_dim(leaf, 0, keepdims=False) for leaf in leaves]
 
-    return jax.eval_shape(lambda tree: jax.tree.map(first, tree), tree)
+    leaves, structure = jax.tree.flatten(tree)
+    # Unlike a `jax.ShapeDtypeStruct` these types can be traced in a `jax.shard_map`.
+    return jax.tree.unflatten(structure, jax.make_jaxpr(first)(leaves).out_avals)
 
 
 # Whole trees

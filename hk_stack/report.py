@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import cost, cut, flat
+from hk_stack import cost, cut, equations, flat
 
 
 class Group(NamedTuple):
@@ -144,12 +144,12 @@ def groups(setup: jex.Jaxpr) -> Iterator[Group]:
     found: dict[tuple[str, str], list[Any]] = {}
     for v, origin in zip(setup.outvars, _origins(setup), strict=True):
         found.setdefault(origin, []).append(v)
-    counted: set[int] = set()
+    counted: set[jex.Var] = set()
     for (source, primitive), made in found.items():
         new = {
-            id(node.eqn.outvars[0]): cost.flops(node.eqn)
+            node.eqn.outvars[0]: cost.flops(node.eqn)
             for node in flat.needed(nodes, made)
-            if node.eqn.outvars and id(node.eqn.outvars[0]) not in counted
+            if node.eqn.outvars and node.eqn.outvars[0] not in counted
         }
         counted |= set(new)
         shapes = tuple(f"{v.aval.dtype}{list(v.aval.shape)}" for v in made)
@@ -173,7 +173,7 @@ def _origin(
     """The same for one value, given which equation and output each comes from."""
     while value in made:
         eqn, i = made[value]
-        before = list(flat.variables(eqn.invars))
+        before = list(equations.variables(eqn.invars))
         if not (cost.is_layout(eqn) or eqn.primitive.name == "name"):
             break
         if len(before) != 1 or before[0] not in made:
@@ -182,9 +182,9 @@ def _origin(
     else:
         return flat.UNKNOWN, "an input"
     line, primitive = flat.source_line(eqn), eqn.primitive.name
-    for body in flat.bodies(eqn):
+    for body in equations.bodies(eqn):
         if len(body.outvars) == len(eqn.outvars):
-            inner = flat.variables([body.outvars[i]])
+            inner = equations.variables([body.outvars[i]])
             if any(v in e.outvars for e in body.eqns for v in inner):
                 inner_line, primitive = _origins(body)[i]
                 return (line if inner_line == flat.UNKNOWN else inner_line), primitive
@@ -204,7 +204,7 @@ def _stayed(
     values = {v for v, flag in zip(jaxpr.invars, known, strict=True) if flag}
     rest = set(jaxpr.invars) - values
     for eqn in jaxpr.eqns:
-        read = set(flat.variables(eqn.invars))
+        read = set(equations.variables(eqn.invars))
         source, name = flat.source_line(eqn), eqn.primitive.name
         source = caller if source == flat.UNKNOWN else source
         if read & rest:
@@ -227,12 +227,11 @@ def _hashable(eqn: jex.JaxprEqn) -> list[Any]:
 
 def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Stayed]:
     """The same for what `eqn` runs."""
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
     if name == "scan":
-        first = params["num_consts"]
-        last = first + params["num_carry"]
-        known = [flag and not first <= i < last for i, flag in enumerate(known)]
-    for body in flat.bodies(eqn):
+        carry = equations.carried(eqn)
+        known = [flag and i not in carry for i, flag in enumerate(known)]
+    for body in equations.bodies(eqn):
         flags = known[len(known) - len(body.invars) :]
         if len(flags) != len(body.invars) or name == "while":
             continue
@@ -244,7 +243,7 @@ def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Staye
             yield Stayed(source, name, why)
 
 
-_CUT = ("scan", "jit", "pjit", "checkpoint", "remat", "remat2")
+_CUT = ("scan", *equations.JIT, *equations.REMAT)
 
 
 def _cells(group: Group) -> list[str]:

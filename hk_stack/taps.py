@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import checks, eager, flat, inside
+from hk_stack import checks, eager, equations, flat, inside
 
 
 def collect(
@@ -193,7 +193,7 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
             # A check under `vmap` has a code for each example.
             value = inputs[0] if mark.is_tap else jnp.min(inputs[0])
             results, more = inputs, [_Marked(mark, value)]
-        elif any(map(_has_marks, flat.bodies(eqn))):
+        elif any(map(_has_marks, equations.bodies(eqn))):
             results, more = _open(jaxpr, eqn, inputs)
         else:
             results, more = _run_one(jaxpr, eqn, inputs), []
@@ -210,14 +210,14 @@ def _mark(eqn: jex.JaxprEqn) -> inside.Mark | None:
 
 def _has_marks(jaxpr: jex.Jaxpr) -> bool:
     return any(
-        _mark(eqn) is not None or any(map(_has_marks, flat.bodies(eqn)))
+        _mark(eqn) is not None or any(map(_has_marks, equations.bodies(eqn)))
         for eqn in jaxpr.eqns
     )
 
 
 def _run_one(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Runs an equation as it is."""
-    taken: list[Any] = list(map(flat.fresh, eqn.invars))
+    taken: list[Any] = list(map(equations.fresh, eqn.invars))
     alone = jaxpr.replace(
         invars=taken,
         outvars=list(eqn.outvars),
@@ -232,17 +232,17 @@ def _open(
 ) -> tuple[list[Any], list[_Marked]]:
     """Runs an equation of `jaxpr` with marks inside."""
     name, params = eqn.primitive.name, eqn.params
-    if name in flat.REMAT:
+    if name in equations.REMAT:
         if params["differentiated"]:  # A backward pass computes again what was there.
             return _run_one(jaxpr, eqn, inputs), []
         return _open_remat(eqn, params["jaxpr"], inputs)
-    if name in flat.JIT:
+    if name in equations.JIT:
         closed = params["jaxpr"]
         body = flat.without_constants(closed.jaxpr)
         return _evaluate(body, [*closed.consts, *inputs])
     if name == "scan":
         return _open_scan(eqn, inputs)
-    for inner in flat.bodies(eqn):
+    for inner in equations.bodies(eqn):
         for mark in _marks(inner):
             if mark.is_tap:
                 raise ValueError(
@@ -256,7 +256,7 @@ def _open(
 def _marks(jaxpr: jex.Jaxpr) -> list[inside.Mark]:
     """All marks, those inside equations too."""
     own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
-    inner = (_marks(body) for eqn in jaxpr.eqns for body in flat.bodies(eqn))
+    inner = (_marks(body) for eqn in jaxpr.eqns for body in equations.bodies(eqn))
     return [*own, *itertools.chain(*inner)]
 
 
@@ -279,7 +279,8 @@ def _open_scan(
     eqn: jex.JaxprEqn, inputs: Sequence[Any]
 ) -> tuple[list[Any], list[_Marked]]:
     params, closed = eqn.params, eqn.params["jaxpr"]
-    first, count = params["num_consts"], params["num_carry"]
+    carried = equations.carried(eqn)
+    first, count = carried.start, len(carried)
     body = flat.without_constants(closed.jaxpr)
     shared = [*closed.consts, *inputs[:first]]
     marks: list[inside.Mark] = []

@@ -1,0 +1,180 @@
+"""How versions of JAX spell an equation and its types: the one place that knows.
+
+All is read from `jax.extend.core` and from public attributes. What an equation needs
+that no public name makes, such as the layout of a `scan`'s operands, is taken from a
+small equation of that kind, traced.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for both
+
+# Names that versions of JAX have given to these equations.
+JIT = ("jit", "pjit")
+REMAT = ("checkpoint", "remat", "remat2")
+
+
+def fresh(v: Atom) -> jex.Var:
+    """A new variable of the type of `v`."""
+    return jex.Var(v.aval)
+
+
+def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
+    """The variables among `atoms`, once each, in order (a dict as an ordered set)."""
+    return {a: None for a in atoms if not isinstance(a, jex.Literal)}
+
+
+def closed_bodies(eqn: jex.JaxprEqn) -> Iterator[Any]:
+    """The jaxprs that `eqn` runs, of whatever kind it is, with their constants."""
+    for param in eqn.params.values():
+        yield from _held(param)
+
+
+def _held(param: Any) -> Iterator[Any]:
+    if isinstance(param, _JAXPRS):
+        yield param
+    elif isinstance(param, (tuple, list)):
+        for value in param:
+            yield from _held(value)
+
+
+_JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
+
+
+def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
+    """The jaxprs that `eqn` runs, of whatever kind it is."""
+    for body in closed_bodies(eqn):
+        yield body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
+
+
+def constants(body: Any) -> Sequence[Any]:
+    """The values that a body brings along."""
+    return getattr(body, "consts", ())
+
+
+def with_bodies(eqn: jex.JaxprEqn, change: Callable[[Any], Any]) -> jex.JaxprEqn:
+    """`eqn` with `change` of each jaxpr that it runs."""
+
+    def changed(param: Any) -> Any:
+        if isinstance(param, _JAXPRS):
+            return change(param)
+        if not isinstance(param, (tuple, list)):
+            return param
+        entries = list(map(changed, param))
+        if all(new is old for new, old in zip(entries, param, strict=True)):
+            return param
+        kind: Any = type(param)
+        return kind(*entries) if hasattr(param, "_fields") else kind(entries)
+
+    return eqn.replace(params={k: changed(p) for k, p in eqn.params.items()})
+
+
+def body_of_call(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+    """What a `jit` or remat equation runs; None where opening it would lose meaning."""
+    if eqn.primitive.name not in (*REMAT, *JIT):
+        return None
+    body = eqn.params["jaxpr"]
+    params = eqn.params
+    placed = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
+    if any(isinstance(s, jax.sharding.Sharding) for s in placed) or constants(body):
+        return None
+    return body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
+
+
+def with_remat_body(
+    eqn: jex.JaxprEqn, invars: list[Atom], jaxpr: jex.Jaxpr
+) -> jex.JaxprEqn:
+    """A rematerialised equation with another body, which takes `invars`."""
+    params = {**eqn.params, "jaxpr": jaxpr}
+    flags = params["prevent_cse"]
+    if isinstance(flags, tuple):  # One for each input.
+        known = dict(_of_variables(eqn.invars, flags))
+        params["prevent_cse"] = tuple(known.get(v, any(flags)) for v in invars)
+    return eqn.replace(
+        invars=invars, outvars=jaxpr.outvars, params=params, effects=jaxpr.effects
+    )
+
+
+def _of_variables(atoms: Sequence[Atom], values: Sequence[Any]) -> Iterator[Any]:
+    for atom, value in zip(atoms, values, strict=True):
+        if not isinstance(atom, jex.Literal):
+            yield atom, value
+
+
+def carried(eqn: jex.JaxprEqn) -> range:
+    """Which inputs of a `scan` are its carry: constants are before, the rest after."""
+    if "ft_in" in eqn.params:  # From JAX 0.11 on.
+        constants, carry, _ = map(len, eqn.params["ft_in"].unpack())
+    else:
+        constants, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    return range(constants, constants + carry)
+
+
+def with_scan_body(
+    eqn: jex.JaxprEqn, invars: list[Atom], body: jex.ClosedJaxpr, num_consts: int
+) -> jex.JaxprEqn:
+    """A `scan` with another body, of which only the constants and rows are others."""
+    params = {**eqn.params, "jaxpr": body}
+    if "ft_in" in params:
+        carry = len(carried(eqn))
+        rows = len(invars) - num_consts - carry
+        params["ft_in"] = _layout_of_scan(num_consts, carry, rows)
+    else:
+        params["num_consts"] = num_consts
+    if "linear" in params:  # Before JAX 0.10.
+        params["linear"] = (False,) * len(invars)
+    return eqn.replace(invars=invars, params=params)
+
+
+@functools.cache
+def _layout_of_scan(num_consts: int, num_carry: int, num_rows: int) -> Any:
+    """How a `scan` says which of its inputs are what, read off one of that kind."""
+    scalar, row = (jax.core.ShapedArray(s, jnp.dtype("int32")) for s in ((), (1,)))
+
+    def scan(constants: list[Any], carry: list[Any], rows: list[Any]) -> Any:
+        def turn(carry: list[Any], row: list[Any]) -> Any:
+            total = sum([*constants, *row], jnp.int32(0))
+            return [c + total for c in carry], total
+
+        return jax.lax.scan(turn, carry, rows, length=1)
+
+    operands = [scalar] * num_consts, [scalar] * num_carry, [row] * num_rows
+    [eqn] = [
+        e for e in jax.make_jaxpr(scan)(*operands).eqns if e.primitive.name == "scan"
+    ]
+    return eqn.params["ft_in"]
+
+
+def names_an_input(effect: Any) -> bool:
+    """Whether an effect is on one input, such as reading a mutable reference."""
+    return hasattr(effect, "input_index") or hasattr(effect, "input")
+
+
+def varying(aval: Any) -> frozenset[Any]:
+    """The manual axes of a mesh over which values of this type differ."""
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+
+
+def vary_as(value: jax.Array, aval: Any) -> jax.Array:
+    """`value`, typed as differing over the manual axes over which `aval` does."""
+    missing = varying(aval) - varying(jax.typeof(value))
+    return jax.lax.pcast(value, tuple(missing), to="varying") if missing else value
+
+
+def explicit(aval: Any) -> Any:
+    """The sharding that is part of a type, on a mesh with explicit axes; or None."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding if any(getattr(sharding, "spec", ())) else None
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of a type, its sharding and its manual axes included."""
+    made = jnp.zeros(aval.shape, aval.dtype, out_sharding=explicit(aval))
+    return vary_as(made, aval)
