@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hk_stack import equations
+
 
 def describe(name: str, f: Callable[..., Any]) -> str:
     """How errors name a stack."""
@@ -368,6 +370,23 @@ def depth(params: Any, state: Any, num_layers: int, where: str) -> None:
                     f"parameters {deep}, change num_layers. If they come from a Python "
                     "loop of layers, stack them with hk_stack.stack_params(params, "
                     "naming_map)."
+                )
+
+
+def not_sharded_by_layer(trees: Mapping[str, Any], where: str) -> None:
+    """Checks that no type says that layers are on other devices than one another."""
+    for kind, tree in trees.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            sharding = equations.explicit(jax.typeof(leaf))
+            if sharding and sharding.spec[0] is not None:
+                whole = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
+                raise ValueError(
+                    f"{where}: {kind} {_path_name(path)} is sharded over its layers, "
+                    f"{jax.typeof(leaf).str_short()}, on a mesh axis of type Explicit; "
+                    "a loop needs each layer on all devices. Write "
+                    f"jax.sharding.reshard(leaf, jax.P{tuple(whole)}) before the "
+                    "stack, or shard another axis, or make the mesh axis one of type "
+                    "Auto."
                 )
 
 

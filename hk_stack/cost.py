@@ -37,24 +37,59 @@ def is_layout(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name in _LAYOUT
 
 
-def can_batch(jaxpr: jex.Jaxpr) -> bool:
+def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
     """Whether a batch computes just what one layer after another would.
 
     In a batch all branches of a `cond` run, also one that would not end, and random
-    bits of other keys than threefry's are other bits.
+    bits of other keys than threefry's are other bits. Rules for batches run outside of
+    the `jax.enable_x64` in which an equation was written, and would narrow its values.
+
+    Args:
+      jaxpr: What each layer runs.
+      derivatives: Up to which derivative this must hold, as authors of functions may
+        write what theirs run.
     """
-    return all(
+    return not any(map(_is_narrowed, jaxpr.invars)) and all(
         eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
         and not any(map(_is_other_key, eqn.invars))
-        and all(map(can_batch, equations.bodies(eqn)))
+        and not any(map(_is_narrowed, eqn.outvars))
+        and all(can_batch(body, derivatives) for body in equations.bodies(eqn))
+        and (not derivatives or _can_batch_rule(eqn, derivatives - 1))
         for eqn in jaxpr.eqns
     )
+
+
+def _is_narrowed(atom: Atom) -> bool:
+    """Whether `atom` is of 64 bits where JAX has 32."""
+    dtype = atom.aval.dtype
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return False
+    return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
+
+
+def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
+    """Whether what a derivative of `eqn` runs, if its author has said so, can batch."""
+    if eqn.primitive.name not in equations.CUSTOM_DERIVATIVES:
+        return True
+    try:
+        rule = equations.derivative(eqn)
+    except Exception:  # Whatever its author wrote; one by one it is as it was.
+        return False
+    return can_batch(rule, derivatives)
 
 
 def _is_other_key(atom: Atom) -> bool:
     """Whether `atom` is a random key of another kind than threefry's."""
     is_key = jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.prng_key)
     return is_key and "fry" not in str(atom.aval.dtype)
+
+
+def gathers(jaxpr: jex.Jaxpr) -> bool:
+    """Whether `jaxpr` gathers values that several devices hold a share of."""
+    return any(
+        equations.gathers_from(eqn) > 1 or any(map(gathers, equations.bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:

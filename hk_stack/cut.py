@@ -219,10 +219,10 @@ def derive(
 
     if not cost.can_batch(setup.jaxpr):
         batch_size = 1
+    elif batch_size is None and cost.gathers(setup.jaxpr):
+        batch_size = 1  # A batch would hold all of its layers whole on each device.
     elif batch_size is None:
         batch_size = loop.batch_size(num_layers, cost.largest_value(setup.jaxpr))
-    if remat is None:
-        remat = batch_size < num_layers
     return shared, loop.in_batches(
         one, [inputs[i] for i in own], size=batch_size, remat=remat
     )
@@ -560,8 +560,11 @@ def _used(
 
 def _elements(flattened: Flat, reads: int) -> int:
     """The number of elements of the inputs `reads`."""
-    inputs = enumerate(flattened.jaxpr.invars)
-    return sum(cost.size(v) for i, v in inputs if reads >> i & 1)
+    return sum(map(cost.size, _inputs_of(flattened, reads)))
+
+
+def _inputs_of(flattened: Flat, reads: int) -> list[jex.Var]:
+    return [v for i, v in enumerate(flattened.jaxpr.invars) if reads >> i & 1]
 
 
 def _settle_marks(
@@ -635,6 +638,10 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
     In automatic mode each value that the call reads and that took expensive work is
     handed over, or else the values that it is cheaply computed from, if these are
     smaller: `frontier[v]` is what to hand over for `v`.
+
+    Who writes a gather into a layer wants one layer at a time whole on each device. So
+    what is made of a gathered value is handed over only if, as a whole, it is no larger
+    than a device's share of the inputs that it comes from.
     """
     if task.policy != "auto":
         return list(marked)
@@ -645,6 +652,8 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
     if task.reuse:  # Then parameters are handed over too, for what is made of them.
         given = zip(inputs, task.inputs, strict=True)
         frontier = {v: frozenset([v]) for v, i in given if i.known}
+
+    gathered: dict[jex.Var, int] = {}  # From how many devices.
 
     def behind(atoms: Iterable[Atom]) -> frozenset[jex.Var]:
         read = variables(atoms)
@@ -658,15 +667,20 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
         expensive = is_known and cost.is_expensive(
             node.eqn, _elements(flattened, node.reads)
         )
+        counts = [gathered.get(v, 1) for v in variables(node.eqn.invars)]
+        count = max([equations.gathers_from(node.eqn), *counts])
+        share = cost.nbytes(_inputs_of(flattened, node.reads)) / count
         for v in node.eqn.outvars:
-            if v in marked or expensive:
+            gathered[v] = count
+            is_whole = count > 1 and cost.nbytes([v]) > share
+            if v in marked or (expensive and not is_whole):
                 frontier[v] = frozenset([v])
             elif is_known and before:
                 tails[v] = before
                 both = [frozenset([v]), before]
                 if cost.is_layout(node.eqn):
                     both.reverse()  # `min` takes the first of equals.
-                frontier[v] = min(both, key=cost.nbytes)
+                frontier[v] = before if is_whole else min(both, key=cost.nbytes)
     chosen = _share(chosen | behind(flattened.outputs), tails) - set(inputs)
     made = (v for node in flattened.nodes for v in node.eqn.outvars)
     return [v for v in made if v in chosen]

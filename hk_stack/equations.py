@@ -6,6 +6,7 @@ small equation of that kind, traced.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for
 # Names that versions of JAX have given to these equations.
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
+CUSTOM_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
 
 def fresh(v: Atom) -> jex.Var:
@@ -105,6 +107,73 @@ def _of_variables(atoms: Sequence[Atom], values: Sequence[Any]) -> Iterator[Any]
     for atom, value in zip(atoms, values, strict=True):
         if not isinstance(atom, jex.Literal):
             yield atom, value
+
+
+def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """`eqn` as a program of its own, which takes all its inputs, literals too."""
+    taken = list(map(fresh, eqn.invars))
+    jaxpr = _nothing().replace(
+        invars=taken,
+        outvars=list(eqn.outvars),
+        eqns=[eqn.replace(invars=taken)],
+        effects=eqn.effects,
+    )
+    return jex.ClosedJaxpr(jaxpr, [])
+
+
+@functools.cache
+def _nothing() -> jex.Jaxpr:
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+def derivative(eqn: jex.JaxprEqn) -> jex.Jaxpr:
+    """What a derivative of an equation runs that has a rule of its own."""
+    run = jex.jaxpr_as_fun(alone(eqn))
+
+    def traced(*values: Any) -> Any:
+        moving = {i: v for i, v in enumerate(values) if _is_inexact(v)}
+
+        def of_moving(moving: dict[int, Any]) -> list[Any]:
+            results = run(*(moving.get(i, v) for i, v in enumerate(values)))
+            return list(filter(_is_inexact, results))
+
+        if eqn.primitive.name == "custom_jvp_call":
+            return jax.jvp(of_moving, [moving], [moving])
+        results, pull_back = jax.vjp(of_moving, moving)
+        return pull_back(results)
+
+    return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars)).jaxpr
+
+
+def _is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def gathers_from(eqn: jex.JaxprEqn) -> int:
+    """How many devices hold the same after an equation that may have shared before.
+
+    1 if it is no such equation. Only on meshes with explicit axes, and in a
+    `jax.shard_map`, does a type say how a value was spread before.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if name.startswith("all_gather"):
+        return int(params["axis_size"])
+    if name == "reshard":
+        before = _shards(eqn.invars[0].aval.sharding)
+        return max(1, before // _shards(params["dst_sharding"]))
+    sharding = params["sharding"] if name == "sharding_constraint" else None
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return 1
+    return int(sharding.mesh.size) // _shards(sharding)
+
+
+def _shards(sharding: Any) -> int:
+    """Over how many devices a value is spread, not counting copies."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return 1
+    entries = (e if isinstance(e, tuple) else (e,) for e in sharding.spec)
+    sizes = sharding.mesh.shape
+    return math.prod(sizes.get(axis, 1) for entry in entries for axis in entry)
 
 
 def carried(eqn: jex.JaxprEqn) -> range:

@@ -232,7 +232,7 @@ def in_batches(
     values: list[Any],
     *,
     size: int,
-    remat: bool,
+    remat: bool | None = None,
     vmap: Callable[..., Any] = jax.vmap,
 ) -> list[Any]:
     """Runs all layers independently of one another, `size` of them at a time.
@@ -248,17 +248,30 @@ def in_batches(
       run: One layer.
       values: Arrays `[L, ...]`.
       size: Layers in a batch; the last batch may be smaller. A batch of one layer is no
-        batch: `run` is not transformed.
+        batch: `run` is not transformed. Nor is it where there is no batch of it: some
+        primitives have none, or not of all their uses.
       remat: Whether the backward pass runs each batch again instead of keeping what it
-        computed on the way, which may be large.
+        computed on the way, which may be large; by default, if there is more than one.
       vmap: What makes a batch of `run`.
 
     Returns:
       Arrays `[L, ...]`.
     """
     num_layers = values[0].shape[0]
-    batch = vmap(run) if size > 1 and num_layers > 1 else run
-    if remat:
+    if size > 1 and num_layers > 1:
+        with contextlib.suppress(Exception):  # Of any kind: the primitive's author's.
+            return _in_batches(vmap(run), values, size, remat)
+    return _in_batches(run, values, 1, remat)
+
+
+def _in_batches(
+    batch: Callable[[list[Any]], list[Any]],
+    values: list[Any],
+    size: int,
+    remat: bool | None,
+) -> list[Any]:
+    num_layers = values[0].shape[0]
+    if size < num_layers if remat is None else remat:
         # In the loop over batches nothing can be merged with the backward pass; outside
         # of one XLA would undo the rematerialisation.
         batch = jax.checkpoint(batch, prevent_cse=size >= num_layers)

@@ -231,6 +231,8 @@ def _call(
         lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
         params, state = (_stacked(options, tree) for tree in lifted(key))
     checks.depth(params, state, num_layers, where)
+    layered = {"parameter": params, "state": state, "per-layer input": inputs}
+    checks.not_sharded_by_layer(layered, where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
 

@@ -194,9 +194,9 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
             value = inputs[0] if mark.is_tap else jnp.min(inputs[0])
             results, more = inputs, [_Marked(mark, value)]
         elif any(map(_has_marks, equations.bodies(eqn))):
-            results, more = _open(jaxpr, eqn, inputs)
+            results, more = _open(eqn, inputs)
         else:
-            results, more = _run_one(jaxpr, eqn, inputs), []
+            results, more = _run_one(eqn, inputs), []
         env.update(zip(eqn.outvars, results, strict=True))
         found += more
     return list(map(read, jaxpr.outvars)), found
@@ -215,26 +215,17 @@ def _has_marks(jaxpr: jex.Jaxpr) -> bool:
     )
 
 
-def _run_one(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Runs an equation as it is."""
-    taken: list[Any] = list(map(equations.fresh, eqn.invars))
-    alone = jaxpr.replace(
-        invars=taken,
-        outvars=list(eqn.outvars),
-        eqns=[eqn.replace(invars=taken)],
-        effects=eqn.effects,
-    )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))(*inputs)
+    return jex.jaxpr_as_fun(equations.alone(eqn))(*inputs)
 
 
-def _open(
-    jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, inputs: Sequence[Any]
-) -> tuple[list[Any], list[_Marked]]:
-    """Runs an equation of `jaxpr` with marks inside."""
+def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
+    """Runs an equation with marks inside."""
     name, params = eqn.primitive.name, eqn.params
     if name in equations.REMAT:
         if params["differentiated"]:  # A backward pass computes again what was there.
-            return _run_one(jaxpr, eqn, inputs), []
+            return _run_one(eqn, inputs), []
         return _open_remat(eqn, params["jaxpr"], inputs)
     if name in equations.JIT:
         closed = params["jaxpr"]
@@ -250,7 +241,7 @@ def _open(
                     f"{name}, which no value can leave. Return the value "
                     "from there and tap it outside, or do not select it."
                 )
-    return _run_one(jaxpr, eqn, inputs), []  # Checks are left out there.
+    return _run_one(eqn, inputs), []  # Checks are left out there.
 
 
 def _marks(jaxpr: jex.Jaxpr) -> list[inside.Mark]:
