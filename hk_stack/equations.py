@@ -98,8 +98,9 @@ def with_remat_body(
     if isinstance(flags, tuple):  # One for each input.
         known = dict(_of_variables(eqn.invars, flags))
         params["prevent_cse"] = tuple(known.get(v, any(flags)) for v in invars)
+    outvars: list[Any] = jaxpr.outvars
     return eqn.replace(
-        invars=invars, outvars=jaxpr.outvars, params=params, effects=jaxpr.effects
+        invars=invars, outvars=outvars, params=params, effects=jaxpr.effects
     )
 
 
@@ -111,7 +112,7 @@ def _of_variables(atoms: Sequence[Atom], values: Sequence[Any]) -> Iterator[Any]
 
 def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """`eqn` as a program of its own, which takes all its inputs, literals too."""
-    taken = list(map(fresh, eqn.invars))
+    taken: list[Any] = list(map(fresh, eqn.invars))
     jaxpr = _nothing().replace(
         invars=taken,
         outvars=list(eqn.outvars),
@@ -159,7 +160,8 @@ def gathers_from(eqn: jex.JaxprEqn) -> int:
     if name.startswith("all_gather"):
         return int(params["axis_size"])
     if name == "reshard":
-        before = _shards(eqn.invars[0].aval.sharding)
+        aval: Any = eqn.invars[0].aval
+        before = _shards(aval.sharding)
         return max(1, before // _shards(params["dst_sharding"]))
     sharding = params["sharding"] if name == "sharding_constraint" else None
     if not isinstance(sharding, jax.sharding.NamedSharding):

@@ -2,8 +2,9 @@
 
 Initial values need the initialisers only, not the forward passes of the layers. So the
 initialisation of one layer is traced, all that its initial values do not depend on is
-dropped, and what is left runs in batches of layers, under `hk.vmap`. Where an initial
-value depends on the activations, the layers have to run one after the other.
+dropped, and what is left runs in batches of layers, under `hk.vmap`; inside `jit`, where
+a batch takes longer to compile than it saves, in a loop. Where an initial value depends
+on the activations, the layers have to run one after the other.
 """
 
 import functools
@@ -61,9 +62,9 @@ def initialize(
       carry: What the first layer is given.
       per_layer: A pytree of arrays `[L, ...]`.
       method: "vmap" runs the initialisers batched, "map" one layer after another,
-        "scan" the loop above. "auto" is "vmap", but "map" where a batch would compute
-        other values (random bits of all keys but threefry's), and "scan" if an initial
-        value depends on the activations.
+        "scan" the loop above. "auto" is "vmap", but "map" inside `jit`, and where a
+        batch would compute other values (random bits of all keys but threefry's), and
+        "scan" if an initial value depends on the activations.
       where: Names the stack in errors.
 
     Returns:
@@ -76,9 +77,8 @@ def initialize(
     if method != "scan":
         traced = _trace(layer, key, carry, per_layer)
         if not traced.dependent:
-            keys = None if key is None else init_keys(key, num_layers)
-            own = jax.tree.leaves((keys, carry, per_layer))
-            return _run_initialisers(traced, num_layers, own, method)
+            own = jax.tree.leaves((key, carry, per_layer))
+            return _run_initialisers(traced, num_layers, own, key is not None, method)
         if method != "auto":
             raise ValueError(
                 f'{where}: init="{method}" runs the initialisers without the layers, '
@@ -122,20 +122,27 @@ def _trace(layer: Layer, key: Any, carry: Any, per_layer: Any) -> _Traced:
 
 
 def _run_initialisers(
-    traced: _Traced, num_layers: int, own: list[Any], method: str
+    traced: _Traced, num_layers: int, own: list[Any], has_key: bool, method: str
 ) -> tuple[Any, Any]:
-    """Runs the initialisers of all layers on their `own` inputs, `[L, ...]`."""
+    """Runs the initialisers of all layers; a key is the first of their `own` inputs."""
     initialisers, reads = flat.program(traced.flattened, traced.flattened.outputs)
     inputs = [*traced.constants, *own]
-    shared = sum(i < len(traced.constants) for i in reads)
-    can_batch = method == "auto" and cost.can_batch(initialisers.jaxpr)
+    values = [inputs[i] for i in reads]
+    start = len(traced.constants)
+    shared = sum(i < start for i in reads)
+    key = inputs[start] if has_key and start in reads else None
+    in_jit = any(isinstance(value, jax.core.Tracer) for value in values)
     size = 1
-    if can_batch or method == "vmap":
+    if method == "vmap" or (
+        method == "auto" and not in_jit and cost.can_batch(initialisers.jaxpr)
+    ):
         size = loop.batch_size(num_layers, cost.largest_value(initialisers.jaxpr))
+    # JAX's cache does not know what kind of key an array of integers is.
+    kind = None if key is None else str(jax.random.key_impl(key))
     leaves = eager.call(
-        functools.partial(_run, initialisers, num_layers, shared, size),
-        [inputs[i] for i in reads],
-        lambda: (eager.structure(initialisers), num_layers, shared, size),
+        functools.partial(_run, initialisers, num_layers, shared, kind, size),
+        values,
+        lambda: (eager.structure(initialisers), num_layers, shared, kind, size),
     )
     return jax.tree.unflatten(traced.tree, leaves)
 
@@ -144,24 +151,54 @@ def _run(
     initialisers: jex.ClosedJaxpr,
     num_layers: int,
     shared: int,
+    kind: str | None,
     size: int,
     values: list[Any],
 ) -> list[jax.Array]:
     """Runs the initialisers, `size` layers at a time.
 
-    The first `shared` of `values` are the same for all layers, the rest `[L, ...]`.
+    The first `shared` of `values` are the same for all layers. Then there may be a key
+    of this `kind`; the rest are `[L, ...]`.
     """
+    given, own = values[:shared], values[shared:]
 
     def one(own: list[Any]) -> list[jax.Array]:
-        return jex.jaxpr_as_fun(initialisers)(*values[:shared], *own[1:])
+        return jex.jaxpr_as_fun(initialisers)(*given, *own)
 
+    if size == 1:
+        return _in_turn(one, num_layers, kind, own)
+    if kind:
+        own = [_init_keys(own[0], num_layers), *own[1:]]
     # The layer's number is mapped over too, as nothing else may be. A transform of its
     # own keeps all this pure, so that it can be compiled.
-    own = [jnp.arange(num_layers), *values[shared:]]
-    vmap = functools.partial(hk.vmap, split_rng=False)
-    batches = functools.partial(loop.in_batches, one, size=size, remat=False, vmap=vmap)
-    run = hk.transform(batches)
-    return run.apply({}, None, own)
+    run = hk.transform(
+        functools.partial(
+            loop.in_batches,
+            lambda numbered: one(numbered[1:]),
+            size=size,
+            remat=False,
+            vmap=functools.partial(hk.vmap, split_rng=False),
+        )
+    )
+    return run.apply({}, None, [jnp.arange(num_layers), *own])
+
+
+def _in_turn(
+    one: Callable[[list[Any]], list[jax.Array]],
+    num_layers: int,
+    kind: str | None,
+    own: list[Any],
+) -> list[jax.Array]:
+    """Runs the initialisers layer after layer, with keys that are made on the way."""
+
+    def step(key: Any, own: list[Any]) -> tuple[Any, list[jax.Array]]:
+        if not kind:
+            return key, one(own)
+        init_key, key, _ = jax.random.split(key, 3)
+        return key, one([init_key, *own])
+
+    key, rows = (own[0], own[1:]) if kind else (None, own)
+    return loop.run(step, key, rows, num_layers=num_layers)[1]
 
 
 def _one_after_another(
@@ -183,7 +220,7 @@ def _three_keys(key: jax.Array | None) -> Any:
     return (None, None, None) if key is None else jax.random.split(key, 3)
 
 
-def init_keys(key: jax.Array, num_layers: int) -> jax.Array:
+def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
     """The key that each layer is initialised with, `[L, ...]`.
 
     ```
@@ -191,13 +228,6 @@ def init_keys(key: jax.Array, num_layers: int) -> jax.Array:
         keys[i], key, _ = jax.random.split(key, 3)
     ```
     """
-    # JAX's cache does not know what kind of key an array of integers is.
-    return _init_keys(key, num_layers, str(jax.random.key_impl(key)))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _init_keys(key: jax.Array, num_layers: int, kind: str) -> jax.Array:
-    del kind
 
     def step(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         init_key, key, _ = jax.random.split(key, 3)
