@@ -564,6 +564,39 @@ def derived_values(derived: Any, expected: Any, where: str) -> None:
         ) from None
 
 
+def not_stale(expected: Any, derived: Any, where: str) -> None:
+    """Checks that derived values are those of the parameters at hand."""
+    found = []
+    for (path, new), old in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(derived), strict=True
+    ):
+        new, old = map(_numbers, (new, old))
+        with np.errstate(invalid="ignore"):  # An infinity equals itself.
+            apart = np.where((new == old) | (new != new) & (old != old), 0, new - old)
+        most = np.max(np.abs(apart), initial=0)
+        largest = np.max(np.abs(new), initial=0, where=np.isfinite(new))
+        if not most <= _ROUNDING * largest:
+            found.append(f"{_path_name(path)} by up to {most:.3g}")
+    if found:
+        raise ValueError(
+            f"{where}: derived values are not those of these parameters; they differ "
+            f"in {', '.join(found[:4])}. Run setup again whenever the parameters "
+            "change: derived = split.setup(params)."
+        )
+
+
+# Of values of one setup, compiled alone or as part of a larger program.
+_ROUNDING = 1e-5
+
+
+def _numbers(leaf: Any) -> np.ndarray:
+    """`leaf` as numbers that can be subtracted."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    kind = np.complex128 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else float
+    return np.asarray(leaf).astype(kind)
+
+
 def same_count(given: Sequence[Any], names: Sequence[str], where: str) -> None:
     """Checks the number of the arguments after `derived`."""
     if len(given) != len(names):

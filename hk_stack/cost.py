@@ -86,10 +86,21 @@ def _is_other_key(atom: Atom) -> bool:
 
 def gathers(jaxpr: jex.Jaxpr) -> bool:
     """Whether `jaxpr` gathers values that several devices hold a share of."""
-    return any(
-        equations.gathers_from(eqn) > 1 or any(map(gathers, equations.bodies(eqn)))
-        for eqn in jaxpr.eqns
-    )
+    return any(map(_gathers, jaxpr.eqns))
+
+
+def _gathers(eqn: jex.JaxprEqn) -> bool:
+    inside = any(map(gathers, equations.bodies(eqn)))
+    return inside or equations.gathers_from(eqn) > 1
+
+
+def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
+    """Which outputs are made of gathered values, so that each device may hold all."""
+    found: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        if _gathers(eqn) or not found.isdisjoint(equations.variables(eqn.invars)):
+            found.update(eqn.outvars)
+    return [not found.isdisjoint(equations.variables([v])) for v in jaxpr.outvars]
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:

@@ -10,27 +10,38 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
+
+from hk_stack import equations
+
+Structure = Callable[[jex.ClosedJaxpr], Hashable]
 
 
 def call(
-    run: Callable[[list[Any]], Any], values: list[Any], key: Callable[[], Hashable]
+    run: Callable[[list[Any]], Any],
+    values: list[Any],
+    key: Callable[[Structure], Hashable],
 ) -> Any:
-    """`run(values)`, compiled if no value is traced.
+    """`run(values)`, compiled outside of `jit`, also where a gradient is taken of it.
 
     Args:
       run: A pure function of a list of arrays, which closes over no arrays.
       values: The arrays.
-      key: Gives all that `run` depends on; runs with equal keys are interchangeable.
+      key: Gives all that `run` depends on, given what makes a hashable value of a
+        closed jaxpr without constants; runs with equal keys are interchangeable.
 
     Returns:
       What `run` returns.
     """
-    if any(isinstance(value, jax.core.Tracer) for value in values):
+    is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
+    # Inside `jit` all is traced; under gradients only what depends on their values.
+    if is_traced and isinstance(jnp.zeros([]), jax.core.Tracer):
         return run(values)
+    structure = functools.partial(_structure, derivatives=2 if is_traced else 0)
     try:
-        compiled = _compiled(_Program(run, key()))
-    except TypeError:  # Some parameter of an equation cannot be hashed.
+        compiled = _compiled(_Program(run, key(lambda closed: structure(closed.jaxpr))))
+    except Exception:  # Some parameter cannot be hashed, or some rule cannot be traced.
         return run(values)
     return compiled(values)
 
@@ -54,17 +65,13 @@ def _compiled(program: _Program) -> Callable[[list[Any]], Any]:
     return jax.jit(program.run)
 
 
-def structure(closed: jex.ClosedJaxpr) -> Hashable:
-    """What a closed jaxpr without constants computes, as a hashable value."""
-    return _structure(closed.jaxpr)
-
-
-def _structure(jaxpr: jex.Jaxpr) -> Hashable:
+def _structure(jaxpr: jex.Jaxpr, derivatives: int) -> Hashable:
+    """What a jaxpr computes, and its first derivatives, as a hashable value."""
     numbers: dict[jex.Var, int] = {}
 
     def atom(a: Any) -> Hashable:
         if isinstance(a, jex.Literal):
-            return (a.aval, _value(a.val))
+            return (a.aval, _value(a.val, 0))
         return numbers.setdefault(a, len(numbers))
 
     head = tuple((atom(v), v.aval) for v in (*jaxpr.constvars, *jaxpr.invars))
@@ -74,30 +81,37 @@ def _structure(jaxpr: jex.Jaxpr) -> Hashable:
             repr(eqn.ctx),  # How to compute: the kind of random bits, and the like.
             tuple(map(atom, eqn.invars)),
             tuple((atom(v), v.aval) for v in eqn.outvars),
-            tuple((name, _value(p)) for name, p in sorted(_params(eqn).items())),
+            tuple(
+                (name, _value(p, derivatives))
+                for name, p in sorted(_params(eqn, derivatives).items())
+            ),
         )
         for eqn in jaxpr.eqns
     )
     return head, body, tuple(map(atom, jaxpr.outvars))
 
 
-def _params(eqn: jex.JaxprEqn) -> dict[str, Any]:
-    """The parameters of `eqn` that bear on its value.
+def _params(eqn: jex.JaxprEqn, derivatives: int) -> dict[str, Any]:
+    """The parameters of `eqn` that bear on its value, or on its derivatives.
 
-    Derivative rules do not: values that are not traced are not differentiated.
+    A rule for derivatives is a function made anew each time: what it runs tells.
     """
-    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-        return {k: p for k, p in eqn.params.items() if k == "call_jaxpr"}
-    return eqn.params
+    if eqn.primitive.name not in equations.CUSTOM_DERIVATIVES:
+        return eqn.params
+    params = {k: p for k, p in eqn.params.items() if k == "call_jaxpr"}
+    if derivatives:
+        rule = _structure(equations.derivative(eqn), derivatives - 1)
+        params["derivative"] = rule
+    return params
 
 
-def _value(value: Any) -> Hashable:
-    if isinstance(value, jex.Jaxpr):
-        return _structure(value)
-    if isinstance(value, jex.ClosedJaxpr):
-        return _structure(value.jaxpr), tuple(map(_value, value.consts))
+def _value(value: Any, derivatives: int) -> Hashable:
+    if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
+        consts = (_value(c, derivatives) for c in equations.constants(value))
+        jaxpr = value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value
+        return _structure(jaxpr, derivatives), tuple(consts)
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_value, value))
+        return type(value), tuple(_value(v, derivatives) for v in value)
     if hasattr(value, "tobytes"):  # numpy arrays and scalars
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, (float, complex)):  # 0.0 and -0.0 are equal, but differ.

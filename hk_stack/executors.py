@@ -119,10 +119,10 @@ class _Plan(NamedTuple):
     setup_batch_size: int | None
     setup_remat: bool | None
 
-    def key(self) -> Hashable:
+    def key(self, structure: eager.Structure) -> Hashable:
         """All that `run` depends on."""
         shared, setup, call, *positions = self.parts
-        programs = tuple(map(eager.structure, (shared, setup, call)))
+        programs = tuple(map(structure, (shared, setup, call)))
         return programs, tuple(positions), self[1:]
 
     def run(self, values: list[Any]) -> list[Any]:

@@ -2,9 +2,9 @@
 
 Initial values need the initialisers only, not the forward passes of the layers. So the
 initialisation of one layer is traced, all that its initial values do not depend on is
-dropped, and what is left runs in batches of layers, under `hk.vmap`; inside `jit`, where
-a batch takes longer to compile than it saves, in a loop. Where an initial value depends
-on the activations, the layers have to run one after the other.
+dropped, and what is left runs in batches of layers, under `hk.vmap`; in a loop inside
+`jit`, where a batch takes longer to compile than it saves. Where an initial value
+depends on the activations, the layers have to run one after the other.
 """
 
 import functools
@@ -142,7 +142,7 @@ def _run_initialisers(
     leaves = eager.call(
         functools.partial(_run, initialisers, num_layers, shared, kind, size),
         values,
-        lambda: (eager.structure(initialisers), num_layers, shared, kind, size),
+        lambda structure: (structure(initialisers), num_layers, shared, kind, size),
     )
     return jax.tree.unflatten(traced.tree, leaves)
 

@@ -48,7 +48,10 @@ class _Parts:
         return {"hoisted": dict(zip(self.hoisted, made, strict=True)), "kept": kept}
 
     def call(self, constants: list[Any], derived: Derived, *rest: Any) -> Any:
-        self._check(derived, rest)
+        self.check(derived)
+        checks.same_count(rest, self.names[1:], self.where)
+        for name, tree, aval in zip(self.names[1:], rest, self.avals[1:], strict=True):
+            checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
         inputs = dict(enumerate(constants))
         inputs |= {i: derived["kept"][self._name(i)] for i in self.kept()}
         start = self.num_constants + len(self.leaves)
@@ -58,16 +61,13 @@ class _Parts:
         outputs = run(*made, *(inputs[i] for i in self.parts.call_inputs))
         return jax.tree.unflatten(self.result, outputs)
 
-    def _check(self, derived: Any, rest: tuple[Any, ...]) -> None:
-        """Checks what `call` is given; this runs when it is traced."""
+    def check(self, derived: Any) -> None:
+        """Checks that derived values are of the right types."""
         made = zip(self.hoisted, self.parts.shared.out_avals, strict=True)
         known = jax.tree.leaves(self.avals[0])
         kept = {self._name(i): known[i - self.num_constants] for i in self.kept()}
         expected = {"hoisted": dict(made), "kept": kept}
         checks.derived_values(derived, expected, self.where)
-        checks.same_count(rest, self.names[1:], self.where)
-        for name, tree, aval in zip(self.names[1:], rest, self.avals[1:], strict=True):
-            checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
 
     def kept(self) -> list[int]:
         """The known inputs that the call reads."""
@@ -90,6 +90,7 @@ class Partition:
 
     def __init__(self, parts: _Parts, constants: list[Any], report: Report):
         self.report = report
+        self._parts = parts
         # Compiled functions take constants as arguments, or they would hold copies.
         self._setup = functools.partial(jax.jit(parts.setup), constants)
         self._call = functools.partial(jax.jit(parts.call), constants)
@@ -115,7 +116,9 @@ class Partition:
         """Computes the result from derived values and the other arguments.
 
         Args:
-          derived: What `setup` returned.
+          derived: What `setup` returned. Values of other parameters, such as those
+            before an update, have the same shapes and are taken as they are: see
+            `check`.
           *rest: The arguments of the function after the first.
 
         Raises:
@@ -123,6 +126,23 @@ class Partition:
           ValueError: If a leaf has another shape or dtype.
         """
         return self._call(derived, *rest)
+
+    def check(self, known: Any, derived: Derived, /) -> None:
+        """Checks that `derived` is the setup of `known`, for tests and debugging.
+
+        It runs setup again and compares, up to rounding: outside of `jit` only, and at
+        the cost that reuse saves.
+
+        Args:
+          known: The first argument of the function.
+          derived: What `call` is to be given.
+
+        Raises:
+          TypeError: If either has another structure than the example.
+          ValueError: If a value is not what `setup(known)` returns; it names which.
+        """
+        self._parts.check(derived)
+        checks.not_stale(self.setup(known), derived, self.report.where)
 
     def __str__(self) -> str:
         return str(self.report)

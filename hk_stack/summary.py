@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hk_stack import checks, inside, taps
+from hk_stack import checks, cost, inside, taps
 from hk_stack.report import Group, aligned, groups, si
 
 
@@ -21,6 +21,10 @@ class Stack(NamedTuple):
       parameters: Number of parameters of all layers, those of stacks inside included.
       nbytes: Their size in bytes.
       derived: Size in bytes of the values that setup hands to the loop, of all layers.
+      nbytes_per_device: Size of the parameters on each device, as far as the arguments
+        of the model say how they are sharded.
+      derived_per_device: The same of what setup hands to the loop: whole on each device
+        if made of gathered values, else spread as the parameters are.
       hoisted: What setup computes for one layer, by source line.
       loop: What runs the layers: "scan", "unrolled" or "python".
       remat: What gradients compute again: "no", "all", or what policy keeps some; and
@@ -33,6 +37,8 @@ class Stack(NamedTuple):
     parameters: int
     nbytes: int
     derived: int
+    nbytes_per_device: int
+    derived_per_device: int
     hoisted: tuple[Group, ...]
     loop: str
     remat: str
@@ -55,6 +61,7 @@ class Summary(NamedTuple):
         lines = aligned([_TITLES, *self._rows()])
         if hoisted := self._hoisted():
             lines += ["", *aligned([_HOISTED, *hoisted])]
+        lines += [line for warning in self.warnings for line in ("", warning)]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
@@ -73,6 +80,7 @@ class Summary(NamedTuple):
         tables = [table(_TITLES, self._rows())]
         if hoisted := self._hoisted():
             tables += [rich.text.Text(), table(_HOISTED, hoisted)]
+        tables += [rich.text.Text(f"\n{warning}") for warning in self.warnings]
         return rich.console.Group(*tables)
 
     def _repr_html_(self) -> str:
@@ -80,7 +88,20 @@ class Summary(NamedTuple):
             lines = [_html_row(titles, "th"), *(_html_row(row, "td") for row in rows)]
             return f"<table>{''.join(lines)}</table>" if rows else ""
 
-        return table(_TITLES, self._rows()) + table(_HOISTED, self._hoisted())
+        warnings = (f"<p>{html.escape(warning)}</p>" for warning in self.warnings)
+        tables = table(_TITLES, self._rows()) + table(_HOISTED, self._hoisted())
+        return tables + "".join(warnings)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Stacks whose derived values take more memory than their parameters."""
+        return tuple(
+            f"{s.path}: derived values take {si(s.derived_per_device)}B on each "
+            f"device, the parameters {si(s.nbytes_per_device)}B. If memory is short, "
+            f'hoist less: setup="marked" with hk_stack.hoist, or setup="inline".'
+            for s in self.stacks
+            if s.derived_per_device > s.nbytes_per_device
+        )
 
     def _rows(self) -> list[list[str]]:
         in_stacks = [s for s in self.stacks if not _around(s.path, self.stacks)]
@@ -173,7 +194,7 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
     records = sorted(found, key=_order([record.path for record in found]))
     stored = {key: leaf for record in records for key, leaf in _outer(record)}
     return Summary(
-        tuple(_stack(record, records) for record in records),
+        tuple(_stack(record, records, (args, kwargs)) for record in records),
         sum(p.size for p in stored.values()),
         sum(_nbytes(p) for p in stored.values()),
     )
@@ -198,18 +219,43 @@ def _outer(record: inside.Record) -> list[tuple[Any, Any]]:
     return [((str(path), leaf.shape, leaf.dtype), leaf) for path, leaf in leaves]
 
 
-def _stack(record: inside.Record, records: Sequence[inside.Record]) -> Stack:
-    copies = math.prod(r.num_layers for r in _around(record.path, records))
+def _share(given: Any, stack: str) -> float:
+    """Which part of the parameters of a stack, by its path, is on each device."""
+    leaves = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(given)
+        if any(str(getattr(k, "key", "")).startswith(f"{stack}/") for k in path)
+    ]
+    whole = sum(map(_nbytes, leaves))
+    return sum(_nbytes(leaf) * _part(leaf) for leaf in leaves) / whole if whole else 1.0
+
+
+def _part(leaf: Any) -> float:
+    """Which part of an array is on each device."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not leaf.size:
+        return 1.0
+    return math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
+
+
+def _stack(
+    record: inside.Record, records: Sequence[inside.Record], given: Any
+) -> Stack:
+    around = _around(record.path, records)
+    copies = math.prod(r.num_layers for r in around)
     leaves = jax.tree.leaves(record.params)
-    hoisted = tuple(_hoisted(record.parts)) if record.parts else ()
+    nbytes = copies * sum(map(_nbytes, leaves))
+    share = _share(given, around[0].path if around else record.path)
     return Stack(
         record.path,
         record.function,
         record.num_layers,
         copies * sum(leaf.size for leaf in leaves),
-        copies * sum(map(_nbytes, leaves)),
-        _derived(record) if record.parts else 0,
-        hoisted,
+        nbytes,
+        round(_derived(record, 1.0)),
+        round(share * nbytes),
+        round(_derived(record, share)),
+        tuple(_hoisted(record.parts)) if record.parts else (),
         record.loop,
         record.remat,
     )
@@ -225,11 +271,19 @@ def _hoisted(parts: Any) -> Iterator[Group]:
     yield from groups(parts.setup.jaxpr)
 
 
-def _derived(record: inside.Record) -> int:
-    """Bytes of what the call is handed."""
-    shared = record.parts.shared.out_avals[: record.parts.num_shared]
-    own = sum(map(_nbytes, record.parts.setup.out_avals))
-    return sum(map(_nbytes, shared)) + record.num_layers * own
+def _derived(record: inside.Record, share: float) -> float:
+    """Bytes of what the call is handed, if devices have this share of parameters."""
+    if not record.parts:
+        return 0.0
+    shared, setup = record.parts.shared.jaxpr, record.parts.setup.jaxpr
+    common = sum(_sizes(shared, share)[: record.parts.num_shared])
+    return common + record.num_layers * sum(_sizes(setup, share))
+
+
+def _sizes(jaxpr: Any, share: float) -> list[float]:
+    """Bytes of each output: whole if made of gathered values, else a share of it."""
+    made = zip(jaxpr.outvars, cost.gathered(jaxpr), strict=True)
+    return [_nbytes(v.aval) * (1.0 if whole else share) for v, whole in made]
 
 
 def _nbytes(leaf: Any) -> int:

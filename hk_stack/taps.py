@@ -121,7 +121,7 @@ def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
     if program.effects:
         return run(*inputs)
     return eager.call(
-        lambda values: run(*values), inputs, lambda: eager.structure(program)
+        lambda values: run(*values), inputs, lambda structure: structure(program)
     )
 
 
