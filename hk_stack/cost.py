@@ -49,17 +49,23 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
       derivatives: Up to which derivative this must hold, as authors of functions may
         write what theirs run.
     """
-    return not any(map(_is_narrowed, jaxpr.invars)) and all(
+    return not is_narrowed(jaxpr) and all(
         eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
         and not any(map(_is_other_key, eqn.invars))
-        and not any(map(_is_narrowed, eqn.outvars))
         and all(can_batch(body, derivatives) for body in equations.bodies(eqn))
         and (not derivatives or _can_batch_rule(eqn, derivatives - 1))
         for eqn in jaxpr.eqns
     )
 
 
-def _is_narrowed(atom: Atom) -> bool:
+def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
+    """Whether a batch would compute in 32 bits what `jaxpr` computes in 64."""
+    values = (v for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars))
+    bodies = (body for eqn in jaxpr.eqns for body in equations.bodies(eqn))
+    return any(map(_is_wide, values)) or any(map(is_narrowed, bodies))
+
+
+def _is_wide(atom: Atom) -> bool:
     """Whether `atom` is of 64 bits where JAX has 32."""
     dtype = atom.aval.dtype
     if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):

@@ -133,7 +133,7 @@ def _run_initialisers(
     key = inputs[start] if has_key and start in reads else None
     in_jit = any(isinstance(value, jax.core.Tracer) for value in values)
     size = 1
-    if method == "vmap" or (
+    if (method == "vmap" and not cost.is_narrowed(initialisers.jaxpr)) or (
         method == "auto" and not in_jit and cost.can_batch(initialisers.jaxpr)
     ):
         size = loop.batch_size(num_layers, cost.largest_value(initialisers.jaxpr))

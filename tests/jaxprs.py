@@ -1,14 +1,6 @@
 """What a traced program holds, for assertions on it."""
 
-from jax.extend import core as jex
-
-
-def bodies(eqn):
-    """The jaxprs that `eqn` runs."""
-    for param in eqn.params.values():
-        for value in param if isinstance(param, (tuple, list)) else (param,):
-            if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
-                yield getattr(value, "jaxpr", value)
+from hk_stack.equations import bodies
 
 
 def equations(jaxpr):

@@ -1,5 +1,7 @@
 """The cut through loops and conditionals: what is known leaves them, and no more."""
 
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -354,6 +356,34 @@ class TestMarks:
         assert "sin" in jaxprs.names(body("inline"))
         assert "sin" not in jaxprs.names(body("marked"))
         assert "sin" not in jaxprs.names(body("auto"))
+
+    @pytest.mark.parametrize("marked", [True, False])
+    @pytest.mark.parametrize("plain", range(1, 9))
+    def test_in_scans_of_one_function_used_often(self, plain, marked):
+        """What leaves must not depend on which objects have come and gone."""
+        mark = hk_stack.hoist if marked else lambda v: v
+
+        def layer(x, jitted):
+            w = hk.get_parameter("w", [4, 4], init=hk.initializers.RandomNormal(0.3))
+
+            def scan(x):
+                def turn(x, _):
+                    return jnp.tanh(x + mark(jnp.cumsum(w, axis=1))[0]), None
+
+                return jax.lax.scan(turn, x, None, length=2)[0]
+
+            for _ in range(plain):
+                x = scan(x)
+            for _ in range(jitted):
+                x = jax.jit(scan)(x)
+            return x
+
+        for jitted in range(1, 9):
+            stack = hk_stack.layer_stack(3)(layer)
+            model = hk.transform(functools.partial(stack, jitted=jitted))
+            params = jax.eval_shape(model.init, KEY, X)
+            traced = jax.make_jaxpr(model.apply)(params, None, X).jaxpr
+            assert "cumsum" not in jaxprs.names(jaxprs.body(traced, 3))
 
     def test_on_the_carry_of_a_scan(self):
         def layer(x):

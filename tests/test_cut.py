@@ -120,6 +120,21 @@ class TestHoist:
         outside, inside = cut(layer, setup="marked")
         assert "cumsum" in outside and "cumsum" not in inside
 
+    def test_reaches_into_what_a_solver_runs(self):
+        def layer(x):
+            w = hk.get_parameter("w", [D, D], init=hk.initializers.RandomNormal(0.3))
+
+            def matvec(v):
+                return hk_stack.hoist(w @ w.T + jnp.eye(D)) @ v
+
+            solved, _ = jax.scipy.sparse.linalg.cg(matvec, w[0], maxiter=3)
+            return x + jnp.broadcast_to(solved, x.shape)
+
+        assert_same_results(layer, normal(0, D))
+        assert "custom_linear_solve" not in jaxprs.names(
+            jaxprs.body(trace(layer, normal(0, D)), L)
+        )
+
     def test_may_depend_on_arrays_closed_over(self):
         def model(x, table):
             def layer(x):

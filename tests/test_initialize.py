@@ -418,3 +418,29 @@ def test_initialiser_that_calls_back_runs_layer_after_layer():
 
     found, expected = run(hk_stack.layer_stack), run(hk.layer_stack)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+class TestCompiled:
+    """Inside `jit`, where Haiku's forward passes are dropped, nothing is to be lost."""
+
+    def layer(self, x):
+        for i in range(6):
+            init = hk.initializers.TruncatedNormal(0.1 + i)
+            x = x + jnp.sum(hk.get_parameter(f"w{i}", [3 + i, 5 + i], init=init))
+        return x + hk.get_parameter("b", [2], init=jnp.zeros)
+
+    def compiled(self, layer_stack, num_layers):
+        model = hk.transform(layer_stack(num_layers)(self.layer))
+        return jax.jit(model.init).lower(KEY, jnp.ones(2)).compile()
+
+    @pytest.mark.parametrize("num_layers", [3, 1000])
+    def test_is_no_larger_than_that_of_haiku(self, num_layers):
+        ours, theirs = (
+            self.compiled(stack, num_layers)
+            for stack in (hk_stack.layer_stack, hk.layer_stack)
+        )
+        sizes = [len(program.as_text()) for program in (ours, theirs)]
+        assert sizes[0] <= 1.2 * sizes[1]
+        temps = [p.memory_analysis().temp_size_in_bytes for p in (ours, theirs)]
+        assert temps[0] <= 2 * temps[1]
+        assert_equal(ours(KEY, jnp.ones(2)), theirs(KEY, jnp.ones(2)))

@@ -236,7 +236,8 @@ def test_without_jit(mixed_values):
     assert_close(found, jax.jit(small.apply)(params, state, KEY, *vectors()))
 
 
-def test_eager_calls_compile_once(mixed_values):
+@pytest.fixture
+def count_of_compilations():
     compiled = []
 
     def listen(event, seconds, **_):
@@ -245,6 +246,11 @@ def test_eager_calls_compile_once(mixed_values):
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiled
+
+
+def test_eager_calls_compile_once(mixed_values, count_of_compilations):
+    compiled = count_of_compilations
 
     def run():
         model = mixed_model(hk_stack.layer_stack)
@@ -255,6 +261,55 @@ def test_eager_calls_compile_once(mixed_values):
     compiled.clear()
     run()
     assert not compiled
+
+
+def activation(slope):
+    """A function whose derivative is made anew, and is another for another slope."""
+
+    @jax.custom_jvp
+    def rectified(x):
+        return jnp.maximum(x, 0)
+
+    @rectified.defjvp
+    def _(primals, tangents):
+        return rectified(*primals), slope * tangents[0] * jnp.sign(primals[0])
+
+    return rectified
+
+
+def rectified_layer(slope):
+    def layer(x):
+        w = hk.get_parameter("w", [D, D], init=hk.initializers.RandomNormal(0.3))
+        return x + activation(slope)(x @ slow(w))
+
+    return hk.transform(lambda x: hk_stack.layer_stack(3, name="layers")(layer)(x))
+
+
+TRANSFORMATIONS = {
+    "grad": lambda f: jax.grad(lambda p: jnp.sum(jnp.sin(f(p)))),
+    "jvp": lambda f: lambda p: jax.jvp(f, [p], [p])[1],
+    "vmap": lambda f: lambda p: jax.vmap(f)(jax.tree.map(lambda w: w[None], p))[0],
+    "second derivative": lambda f: jax.grad(
+        lambda p: sum(map(jnp.sum, jax.tree.leaves(TRANSFORMATIONS["grad"](f)(p))))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_eager_transformations_compile_once(name, count_of_compilations):
+    x = vectors()[0]
+    params = rectified_layer(1.0).init(KEY, x)
+
+    def run(slope, jit=lambda f: f):
+        model = rectified_layer(slope)
+        return jit(TRANSFORMATIONS[name](lambda p: model.apply(p, None, x)))(params)
+
+    run(1.0)
+    count = len(count_of_compilations)
+    found = run(1.0)
+    assert len(count_of_compilations) == count
+    assert_close(found, run(1.0, jax.jit))
+    assert_close(run(2.0), run(2.0, jax.jit))  # Not the first one's derivative.
 
 
 def test_eager_calls_do_not_mix_up_constants():

@@ -176,10 +176,30 @@ class TestDerivedValues:
         assert_close(through(split)(params, X), fn(params, X))
         assert len(split.setup(params)["kept"]) == 2
 
+    @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")  # It says so.
     def test_types_that_jax_narrows(self):
         spec = jax.ShapeDtypeStruct((4, 4), np.float64)
         split = hk_stack.partition(lambda w, x: x @ slow(w), spec, X)
         assert_close(split.call(split.setup(np.eye(4)), X), X @ slow(jnp.eye(4)))
+
+    def test_check_finds_values_of_other_parameters(self):
+        def fn(params, x):
+            noise = jax.random.normal(params["key"], [4])
+            return x @ slow(params["w"]) + params["b"] + noise
+
+        key = jax.random.key(3)
+        params = {"w": jnp.eye(4), "b": jnp.ones(4), "key": key}
+        split = hk_stack.partition(fn, params, X[0])
+        derived = split.setup(params)
+        split.check(params, derived)
+        split.check(params, jax.jit(split.setup)(params))
+        others = {"w": 1.001 * jnp.eye(4), "b": jnp.full(4, jnp.nan), "key": KEY}
+        names = {"w": "hoisted/", "b": "kept/b", "key": "hoisted/"}
+        for name, other in others.items():
+            with pytest.raises(ValueError, match=f"differ in {names[name]}"):
+                split.check(params | {name: other}, derived)
+        with pytest.raises(TypeError, match="lacks"):
+            split.check(params, {"hoisted": {}, "kept": {}})
 
     def test_one_setup_serves_new_parameters_and_specs(self):
         model = hk.transform(stacked)

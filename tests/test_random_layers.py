@@ -11,6 +11,7 @@ are compiled nevertheless.
 import collections
 import gc
 import os
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from layer_cases import layer_loop
 from random_layers import DTYPES, SHAPES, Program, Step, model, programs, real
 
 import hk_stack
+from hk_stack import equations
 
 LAYERS = int(os.environ.get("HK_STACK_LAYERS", "40"))
 SHARD = 100  # Layers in one test, so that the long run shows how far it is.
@@ -346,9 +348,10 @@ def call(name: str) -> Callable[..., list[Any]]:
 
 
 def scan_rule(values: list[Any], **params: Any) -> list[Any]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    consts, carry = values[:num_consts], values[num_consts:][:num_carry]
-    rows = values[num_consts + num_carry :]
+    carried = equations.carried(types.SimpleNamespace(params=params))
+    num_carry = len(carried)
+    consts, rows = values[: carried.start], values[carried.stop :]
+    carry = values[carried.start : carried.stop]
     length = params["length"]
     outs: list[Any] = [None] * length
     order = range(length)

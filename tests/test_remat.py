@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from layer_cases import D, slow, vectors, weight
 
 import hk_stack
+from hk_stack.equations import carried
 
 P = jax.checkpoint_policies
 KEY = jax.random.key(0)
@@ -49,7 +50,7 @@ def gradient(**options):
 def kept(jaxpr):
     """What the forward loop keeps for the backward pass, by shape."""
     forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
-    stacked = forward.outvars[forward.params["num_carry"] :]
+    stacked = forward.outvars[len(carried(forward)) :]
     return sorted(v.aval.str_short() for v in stacked)
 
 
@@ -244,3 +245,34 @@ def _is_policy(value):
         return isinstance(value(jax.lax.sin_p), bool)
     except TypeError:
         return False
+
+
+def test_flags_for_each_input_of_what_a_layer_rematerialises():
+    """What leaves such a region takes an input along, and brings another."""
+
+    def layer(x):
+        def again(w, x):
+            return x + hk_stack.tap(jnp.tanh(x @ slow(w)), "after")
+
+        scale = hk.get_parameter("scale", [], init=jnp.ones)
+        again = jax.checkpoint(again, prevent_cse=(False, True))
+        return again(weight(), x) * scale
+
+    def model(layer_stack, **options):
+        stack = layer_stack(3, name="layers", **options)(layer)
+        return hk.without_apply_rng(hk.transform(stack))
+
+    x, *_ = vectors()
+    ours, theirs = model(hk_stack.layer_stack), model(hk.layer_stack)
+    params = ours.init(jax.random.key(0), x)
+
+    def results(run):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(run(p)))))(params)
+
+    expected = results(lambda p: theirs.apply(p, x))
+    assert_close(results(lambda p: ours.apply(p, x)), expected)
+    split = hk_stack.partition(ours.apply, params, x)
+    assert_close(results(lambda p: split.call(split.setup(p), x)), expected)
+    collected = hk_stack.collect(ours.apply)
+    assert_close(results(lambda p: collected(p, x)[0]), expected)
+    assert collected(params, x)[1]["layers/after"].shape == (3, *x.shape)

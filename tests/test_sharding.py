@@ -1,6 +1,7 @@
 """Stacks on several devices: the same results, wherever Haiku's stack gives any."""
 
 import functools
+from typing import ClassVar
 
 import haiku as hk
 import jax
@@ -297,3 +298,226 @@ class TestReuse:
             y = split.call(split.setup(params), batches[0])
         assert y.sharding.spec[0] == "b"
         assert_close(y, self.model.apply(self.params, self.batches[0]))
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """A mesh of which a `shard_map` may take one axis."""
+    return jax.make_mesh((2, DEVICES // 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def with_a_scan(x):
+    w = weight()
+
+    def turn(x, _):
+        return jnp.tanh(x @ slow(w)), None
+
+    return jax.lax.scan(turn, x, None, length=2)[0]
+
+
+def with_a_cond(x):
+    """Branches of the layer's index, each with values of its own to hoist."""
+    w = weight()
+    branches = [
+        lambda x: x @ hk_stack.hoist(jnp.tanh(w)),
+        lambda x: x @ hk_stack.hoist(slow(w)) * jnp.sum(hk_stack.hoist(jnp.sin(w))),
+    ]
+    return jax.lax.switch(hk_stack.layer_index() % 2, branches, x)
+
+
+class TestShardMap:
+    """Values that differ over a manual axis of a mesh whose other axes are not."""
+
+    ways: ClassVar[dict] = {
+        "scan": {},
+        "unrolled": {"loop": "unrolled"},
+        "python": {"loop": "python"},
+        "remat": {"loop": "unrolled", "remat": True, "remat_every": 3},
+    }
+    layers: ClassVar[dict] = {
+        "short": short,
+        "a scan": with_a_scan,
+        "a cond": with_a_cond,
+    }
+
+    def params(self, layer):
+        model = make(hk_stack.layer_stack, layer)
+        both = [model.init(jax.random.key(i), inputs()) for i in range(2)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
+
+    def sharded(self, run, mesh, x):
+        def on_one(params, x):
+            return run(jax.tree.map(lambda leaf: leaf[0], params), x)
+
+        specs = {"in_specs": (P("a"), x), "out_specs": P("a"), "axis_names": {"a"}}
+        return jax.jit(jax.shard_map(on_one, mesh=mesh, **specs))
+
+    def on_each(self, run, params, batches):
+        results = [
+            run(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
+            for i, x in enumerate(batches)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+
+    @pytest.mark.parametrize("way", ways)
+    @pytest.mark.parametrize(
+        ("layer", "spec"),
+        [
+            ("short", P()),
+            ("short", P("a")),
+            ("a scan", P("a")),  # Whose own carry may not begin to differ.
+            ("a cond", P()),
+        ],
+        ids=str,
+    )
+    def test_layers(self, layer, spec, way, grid):
+        layer = self.layers[layer]
+        apply = make(
+            functools.partial(hk_stack.layer_stack, **self.ways[way]), layer
+        ).apply
+        plain = make(
+            functools.partial(hk_stack.layer_stack, setup="inline"), layer
+        ).apply
+        params, x = self.params(layer), inputs()
+        batches = [x, x] if spec == P() else [x[:4], x[4:]]
+        run = self.sharded(apply, grid, spec)
+        assert_close(run(params, x), self.on_each(plain, params, batches))
+
+        def loss(run):
+            return lambda params: jnp.sum(jnp.sin(run(params)))
+
+        found = jax.grad(loss(lambda params: run(params, x)))(params)
+        expected = jax.grad(loss(lambda p: self.on_each(plain, p, batches)))(params)
+        assert_close(found, expected)
+
+    def test_initial_values(self, grid):
+        model = make(hk_stack.layer_stack, short)
+        keys = jax.random.split(KEY, 2)
+        found = self.sharded(model.init, grid, P("a"))(keys, inputs())
+        assert_close(found, self.on_each(model.init, keys, [inputs()] * 2))
+
+    @pytest.mark.parametrize("layer", layers)
+    def test_reuse_and_taps(self, layer, grid):
+        apply = make(hk_stack.layer_stack, self.layers[layer]).apply
+
+        def tapped(params, x):
+            return hk_stack.tap(apply(params, x), "end")
+
+        def run(params, x):
+            split = hk_stack.partition(apply, params, x)
+            _, taps = hk_stack.collect(tapped)(params, x)
+            return split.call(split.setup(params), x) + taps["end"]
+
+        def plain(params, x):
+            return 2 * apply(params, x)
+
+        params, x = self.params(self.layers[layer]), inputs()
+        found = self.sharded(run, grid, P("a"))(params, x)
+        assert_close(found, self.on_each(plain, params, [x[:4], x[4:]]))
+
+
+class TestExplicitMesh:
+    def test_a_cond_on_the_index(self, explicit_mesh):
+        model = make(hk_stack.layer_stack, with_a_cond)
+        params, x = model.init(KEY, inputs()), inputs()
+        expected = both(model, params, x)
+        with jax.set_mesh(explicit_mesh):
+            batch = jax.device_put(x, NamedSharding(explicit_mesh, P("b")))
+            params = jax.device_put(params, NamedSharding(explicit_mesh, P()))
+            assert_close(both(model, params, batch), expected)
+
+    def test_parameters_sharded_by_layer(self, explicit_mesh):
+        model = make(hk_stack.layer_stack, short)
+        params, x = model.init(KEY, inputs()), inputs()
+        expected = model.apply(params, x)
+        with jax.set_mesh(explicit_mesh):
+            x = jax.device_put(x, NamedSharding(explicit_mesh, P()))
+            params = jax.device_put(params, NamedSharding(explicit_mesh, P("b")))
+            advice = r"jax\.sharding\.reshard\(leaf, jax\.P\(None, None, None\)\)"
+            with pytest.raises(ValueError, match=f"parameter ~/w .*{advice}"):
+                model.apply(params, x)
+
+            def whole(leaf):
+                return jax.sharding.reshard(leaf, P(None, None, None))
+
+            found = model.apply(jax.tree.map(whole, params), x)
+        assert_close(found, expected)
+
+
+class TestGathers:
+    """Layers that gather their parameters, one at a time, on all devices."""
+
+    width = 32
+
+    def layers(self, mesh):
+        def whole():
+            shape = [self.width, self.width]
+            w = hk.get_parameter("w", shape, init=hk.initializers.RandomNormal(0.1))
+            return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+
+        def norm(w):
+            u = jnp.ones(self.width)
+            for _ in range(3):
+                u = w @ (w.T @ u)
+                u = u / jnp.linalg.norm(u)
+            return u @ w @ u
+
+        def unit(w):
+            return w / norm(w)
+
+        changes = {
+            "bare": lambda w: w,
+            "cheap": jnp.tanh,
+            "as large": lambda w: jnp.linalg.inv(w + 3 * jnp.eye(self.width)),
+            "small": unit,
+        }
+        return {
+            name: lambda x, change=change: x + jnp.tanh(x @ change(whole()))
+            for name, change in changes.items()
+        }
+
+    def sharded(self, mesh, name, **options):
+        stack = functools.partial(hk_stack.layer_stack, **options)
+        model = make(stack, self.layers(mesh)[name])
+        params = model.init(KEY, self.inputs())
+        return model, jax.device_put(params, NamedSharding(mesh, P(None, "b")))
+
+    def inputs(self):
+        return normal(0, 8, self.width)
+
+    @pytest.mark.parametrize("name", ["bare", "cheap", "as large", "small"])
+    def test_are_not_the_last_step_of_setup(self, mesh, name):
+        model, params = self.sharded(mesh, name)
+        split = hk_stack.partition(model.apply, params, self.inputs())
+        derived = split.setup(params)
+        assert_close(
+            split.call(derived, self.inputs()), model.apply(params, self.inputs())
+        )
+        here = sum(
+            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(derived)
+        )
+        share = 4 * LAYERS * self.width**2 // DEVICES
+        assert here <= share + 4 * LAYERS * self.width
+
+    @pytest.mark.parametrize("name", ["bare", "cheap", "as large", "small"])
+    def test_take_no_more_memory_than_in_the_loop(self, mesh, name):
+        def memory(**options):
+            model, params = self.sharded(mesh, name, **options)
+            compiled = jax.jit(model.apply).lower(params, self.inputs()).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        assert memory() <= 1.3 * memory(setup="inline")
+
+    def test_a_marked_value_is_warned_of(self, mesh):
+        def layer(x):
+            sharding = NamedSharding(mesh, P())
+            whole = jax.lax.with_sharding_constraint(weight(), sharding)
+            return x @ hk_stack.hoist(jnp.tanh(whole))
+
+        model = make(hk_stack.layer_stack, layer)
+        params = model.init(KEY, inputs())
+        assert not hk_stack.summary(model.apply, params, inputs()).warnings
+        params = jax.device_put(params, NamedSharding(mesh, P(None, "b")))
+        [warning] = hk_stack.summary(model.apply, params, inputs()).warnings
+        expected = "derived values take 1.02 kB on each device, the parameters 256 B"
+        assert f"stack: {expected}" in warning
