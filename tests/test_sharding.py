@@ -418,12 +418,23 @@ class TestShardMap:
 
 class TestExplicitMesh:
     def test_a_cond_on_the_index(self, explicit_mesh):
-        model = make(hk_stack.layer_stack, with_a_cond)
+        """Values of one shape that are sharded on different axes share no room."""
+
+        def layer(x):
+            w = weight()
+            branches = [
+                lambda x: x * jnp.sum(hk_stack.hoist(jnp.tanh(w))),
+                lambda x: x - jnp.sum(hk_stack.hoist(jnp.sin(w).T)),
+            ]
+            return jax.lax.switch(hk_stack.layer_index() % 2, branches, x)
+
+        model = make(hk_stack.layer_stack, layer)
         params, x = model.init(KEY, inputs()), inputs()
         expected = both(model, params, x)
         with jax.set_mesh(explicit_mesh):
             batch = jax.device_put(x, NamedSharding(explicit_mesh, P("b")))
-            params = jax.device_put(params, NamedSharding(explicit_mesh, P()))
+            spec = NamedSharding(explicit_mesh, P(None, None, "b"))
+            params = jax.device_put(params, spec)
             assert_close(both(model, params, batch), expected)
 
     def test_parameters_sharded_by_layer(self, explicit_mesh):
