@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -72,10 +72,11 @@ class Call:
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
       checked: The stacks inside that check values, by label.
-      captured: Modules made outside of the layer that are used in it, by name; None
-        until a layer has run.
-      outside: Parameters of the transform around, which no layer may share.
+      outside: Parameters of the transform around, which no layer may share, by plain
+        names.
       scopes: Of the layers, if a Python loop runs them.
+      are_odd: Whether the layers of a Python loop use modules that have to be told
+        their names; True until one has run.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Call:
         self.is_init = hk.running_init() or inside.is_init()
         self.check_finite = options.check_finite or inside.is_checked()
         self.checked: dict[str, finite.Checked | None] = {}
-        self.captured: dict[str, hk.Module] | None = None
-        self.outside = {} if options.naming_map else hk.experimental.get_params()
+        outside = {} if options.naming_map else hk.experimental.get_params()
+        self.outside = {scopes.plain(m): outside[m] for m in outside}
         self.scopes: list[scopes.Scope] = []
+        self.are_odd = True
 
     @property
     def is_python(self) -> bool:
@@ -140,23 +142,22 @@ class Call:
         """What is traced, in words."""
         return f"all {self.options.num_layers} layers at once"
 
-    def scope(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
-        """What puts the layer's index into names."""
-        return self.scopes[frame.index].context if frame.scope else _NOTHING
-
-    def watch(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
-        """What finds modules that were made outside of the layer."""
-        # Watching slows a Python loop down, and one of its layers tells enough.
-        if frame.scope and self.captured is not None:
-            return _NOTHING
-        self.captured = {}
-        return checks.nothing_shared(self.outside, self.captured, self.where)
-
-    def names(self, frame: inside.Frame) -> scopes.Names:
-        """The names by which the layer may ask for its parameters and state."""
-        around = [f.scope for f in inside.frames() if f.scope]
-        only_own = frame.scope and self.captured is not None and not self.captured
-        return scopes.Names(around if only_own else [*around, ""], self.where)
+    @contextlib.contextmanager
+    def around(self, names: scopes.Names) -> Iterator[None]:
+        """What is around the layer function: its scope, and a watch on modules."""
+        captured: set[str] = set()
+        with self.scopes[names.frame.index].context if names.own else _NOTHING:
+            # Watching slows a Python loop down, and one of its layers tells enough.
+            if names.own and not self.are_odd:
+                yield
+                return
+            shared = checks.nothing_shared(
+                self.outside, captured, scopes.plain, self.where
+            )
+            with names.watched(captured), shared:
+                yield
+            if names.own:
+                self.are_odd = names.were_odd
 
     def frame(self, own: Own, *, is_init: bool) -> inside.Frame:
         """What is around one layer."""
@@ -182,9 +183,8 @@ def pure_layer(call: Call) -> initialize.Layer:
     """The layer function as pure functions of its parameters, state and key."""
     options, where = call.options, call.where
 
-    def run(carry: tuple[Any, ...], own: Own) -> tuple[Any, Any]:
-        frame = inside.frames()[-1]
-        with call.scope(frame), call.watch(frame):
+    def run(names: scopes.Names, carry: Any, own: Own) -> tuple[Any, Any]:
+        with call.around(names):
             result = call.f(*carry, *own.inputs, **call.kwargs)
         output = None
         if options.with_per_layer_inputs:
@@ -202,16 +202,17 @@ def pure_layer(call: Call) -> initialize.Layer:
             checks.in_layer(where, None, doing),
             inside.layer(call.frame(own, is_init=True)),
         ):
-            return transformed.init(key, carry, own)
+            return transformed.init(key, scopes.Names(), carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
         frame = call.frame(own, is_init=False)
         with inside.layer(frame, (params, carry)):
             if frame.check_finite:
                 _check_inputs(call, params, state, carry, own)
-            names = call.names(frame)
+            names = scopes.Names()
+            names.given = given = names.added(params)
             (carry, output), after = transformed.apply(
-                names.added(params), names.added(state), key, carry, own
+                given, names.added(state), key, names, carry, own
             )
             if frame.check_finite:
                 arguments = zip(call.arguments, carry, strict=False)

@@ -80,16 +80,6 @@ def unroll(value: Any, num_layers: int, where: str) -> int:
     return positive(value, "unroll", where)
 
 
-def no_clash(found: int, expected: int, scopes: Sequence[str], where: str) -> None:
-    """Checks that modules of a Python loop have names of their own."""
-    if found != expected:
-        raise ValueError(
-            f"{where}: a Python loop calls the modules of its layers "
-            f"{scopes[0]}/..., and there is a module of such a name that was made "
-            "outside of the stack. Rename one of them."
-        )
-
-
 def policy(remat: Any, where: str) -> Callable[..., Any] | None:
     """What `remat` keeps, as a policy of `jax.checkpoint`."""
     if isinstance(remat, (bool, np.bool_)):
@@ -413,10 +403,12 @@ def has_params(
                 )
 
 
-@contextlib.contextmanager
 def nothing_shared(
-    outside: Mapping[str, Mapping[str, Any]], captured: dict[str, hk.Module], where: str
-) -> Iterator[None]:
+    outside: Mapping[str, Mapping[str, Any]],
+    captured: set[str],
+    plain: Callable[[str], str],
+    where: str,
+) -> contextlib.AbstractContextManager[Any]:
     """Refuses parameters of a module that also has them outside of the stack.
 
     A module that was made outside has parameters of its own in each layer, so what
@@ -424,22 +416,15 @@ def nothing_shared(
 
     Args:
       outside: Parameters of the transform around the stack.
-      captured: Filled with modules that were made outside, by name, as they are met.
+      captured: Names of modules that were made outside and are used inside.
+      plain: Gives the name of a module, from that which it has while it runs.
       where: Names the stack.
     """
-    made_here: dict[int, hk.Module] = {}
-
-    def on_method(
-        next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
-    ) -> Any:
-        if context.method_name == "__init__":
-            made_here[id(context.module)] = context.module
-        elif id(context.module) not in made_here:
-            captured[context.module.module_name] = context.module
-        return next_f(*args, **kwargs)
 
     def on_get(next_getter: Any, value: Any, context: Any) -> Any:
-        owner = context.module_name
+        if not captured:
+            return next_getter(value)
+        owner = plain(context.module_name)
         comes_from = [n for n in captured if owner == n or owner.startswith(f"{n}/")]
         if comes_from and context.name in outside.get(owner, {}):
             raise ValueError(
@@ -451,8 +436,7 @@ def nothing_shared(
             )
         return next_getter(value)
 
-    with hk.intercept_methods(on_method), hk.custom_getter(on_get):
-        yield
+    return hk.custom_getter(on_get)
 
 
 def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:
