@@ -154,17 +154,16 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
         )
 
 
-def inside_transform(name: str, f: Callable[..., Any]) -> str:
-    """Checks that a Haiku transform is running; returns how errors name the stack."""
+def inside_transform(name: str, f: Callable[..., Any]) -> None:
+    """Checks that a Haiku transform is running."""
     try:
-        scope = hk.experimental.current_name()
+        hk.experimental.current_name()
     except ValueError:
         raise ValueError(
             f"{describe(name, f)} was called outside of a Haiku transform. Call it "
             "inside the function that you give to hk.transform or "
             "hk.transform_with_state."
         ) from None
-    return describe(name if scope == "~" else f"{scope}/{name}", f)
 
 
 def argument_names(f: Callable[..., Any], count: int) -> list[str]:

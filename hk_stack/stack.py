@@ -201,21 +201,22 @@ def _call(
 ) -> Any:
     """Runs the stack, inside a Haiku transform."""
     num_layers = options.num_layers
-    where = checks.inside_transform(options.name, f)
+    checks.inside_transform(options.name, f)
     names = checks.argument_names(f, len(args))
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
     carry, inputs = args, ()
     if options.with_per_layer_inputs:
         carry, inputs = args[:1], args[1:]
-        checks.per_layer_inputs(inputs, num_layers, names[1:], where)
-    carry, inputs = jax.tree.map(as_array, (carry, inputs))
-    carry = cast(carry, options.carry_dtype)
-
     key = hk.maybe_next_rng_key()
-    # A stack that is not transparent stores its layers in a scope of its own.
-    scope = hk.name_scope(options.name)
-    with contextlib.nullcontext() if options.naming_map else scope:
+    # A stack that is not transparent stores its layers in a scope of its own. Haiku
+    # numbers scopes of one name, so only inside is it known what this one is called.
+    is_transparent = options.naming_map is not None
+    with contextlib.nullcontext() if is_transparent else hk.name_scope(options.name):
+        where = checks.describe(_path(options), f)
+        checks.per_layer_inputs(inputs, num_layers, names[len(carry) :], where)
+        carry, inputs = jax.tree.map(as_array, (carry, inputs))
+        carry = cast(carry, options.carry_dtype)
         path = inside.path_below(_path(options))
         added = inside.added_below(path, num_layers, where)
         own = Own(np.arange(num_layers, dtype=np.int32), added, inputs)

@@ -211,6 +211,41 @@ def test_module_used_inside_and_after():
         model.apply(params, None, X)
 
 
+class Net(hk.Module):
+    """Several stacks in a module."""
+
+    def __init__(self, *stacks):
+        super().__init__()
+        self.stacks = stacks
+
+    def __call__(self, x):
+        for stack in self.stacks:
+            x = stack(x)
+        return x
+
+    def other(self, x):
+        return self.stacks[-1](x)
+
+
+def widened(x):
+    return jnp.concatenate([x, x])
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda good, bad: bad(good(X)), "__layer_stack_no_per_layer_1"),
+        (lambda good, bad: Net(good, good, bad)(X), "net/__layer_stack_no_per_layer_2"),
+        (lambda good, bad: Net(bad).other(X), "net/~other/__layer_stack_no_per_layer"),
+    ],
+    ids=["second", "third in a module", "in a method"],
+)
+def test_errors_name_the_stack_as_the_tree_does(run, name):
+    good, bad = (hk_stack.layer_stack(2)(f) for f in (block, widened))
+    with pytest.raises(TypeError, match=f"^layer_stack '{name}' of layer function"):
+        hk.transform(lambda: run(good, bad)).init(KEY)
+
+
 def test_module_made_outside_and_used_inside_only():
     def model(stack):
         def run(x):
