@@ -68,6 +68,7 @@ class Call:
       path: Of the stack, from the outermost one.
       arguments: Names of the arguments of the layer function.
       reverse: Whether the last layer runs first.
+      module: Plain name of the module around a transparent stack, or "".
       loop: What runs the layers.
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
@@ -96,6 +97,7 @@ class Call:
         self.path = path
         self.arguments = arguments
         self.reverse = reverse
+        self.module = scopes.plain(scopes.around()) if options.naming_map else ""
         self.loop = loops.in_force(options.loop)
         self.is_init = hk.running_init() or inside.is_init()
         self.check_finite = options.check_finite or inside.is_checked()
@@ -141,6 +143,10 @@ class Call:
     def all_layers(self) -> str:
         """What is traced, in words."""
         return f"all {self.options.num_layers} layers at once"
+
+    def names(self) -> scopes.Names:
+        """The names of the layer that runs."""
+        return scopes.Names(self.module, self.options.naming_map)
 
     @contextlib.contextmanager
     def around(self, names: scopes.Names) -> Iterator[None]:
@@ -202,14 +208,14 @@ def pure_layer(call: Call) -> initialize.Layer:
             checks.in_layer(where, None, doing),
             inside.layer(call.frame(own, is_init=True)),
         ):
-            return transformed.init(key, scopes.Names(), carry, own)
+            return transformed.init(key, call.names(), carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
         frame = call.frame(own, is_init=False)
         with inside.layer(frame, (params, carry)):
             if frame.check_finite:
                 _check_inputs(call, params, state, carry, own)
-            names = scopes.Names()
+            names = call.names()
             names.given = given = names.added(params)
             (carry, output), after = transformed.apply(
                 given, names.added(state), key, names, carry, own

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 
-from hk_stack import inside
+from hk_stack import inside, layout
 
 
 class Scope(NamedTuple):
@@ -57,14 +57,22 @@ class Names:
       frame: Of the layer.
       own: Its scope, or "".
       around: The scopes around it.
+      module: Plain name of the module around a transparent stack, or "".
+      naming_map: Of a transparent stack.
       given: The parameters of the layer, by its names; None while it is initialised.
       were_odd: Whether a module was met that has to be told its name in this layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        module: str = "",
+        naming_map: hk.LayerStackTransparencyMapping | None = None,
+    ) -> None:
         *around, self.frame = inside.frames()
         self.own = self.frame.scope
         self.around = [frame.scope for frame in around if frame.scope]
+        self.module = module
+        self.naming_map = naming_map
         self.given: Mapping[str, Any] | None = None
         self.were_odd = False
 
@@ -106,7 +114,7 @@ class Names:
                 return result
             if key in here:
                 return self._with_bare(module, next_f(*args, **kwargs))
-            captured.add(_without(self.around, module.module_name))
+            captured.add(self._of_other(module.module_name))
             if not self._are_in_force():
                 return next_f(*args, **kwargs)
             with self._lent(module):
@@ -127,7 +135,10 @@ class Names:
 
         The layer function may have made another transform, with names of its own.
         """
-        if not (self.own or self.around) or self.frame is not inside.frames()[-1]:
+        if (
+            not (self.own or self.around or self.module)
+            or self.frame is not inside.frames()[-1]
+        ):
             return False
         if self.given is None:
             return hk.running_init()
@@ -149,9 +160,21 @@ class Names:
         self.were_odd = True
         before = {a: getattr(module, a) for a in _NAMES if hasattr(module, a)}
         for attribute, name in before.items():
-            own = _below(self.own, _without(self.around, name or _BARE))
+            own = _below(self.own, self._of_other(name or _BARE))
             setattr(module, attribute, "" if own == _BARE else own)
         return before
+
+    def _of_other(self, module: str) -> str:
+        """The plain name of a module that was made outside of the layer.
+
+        A transparent stack knows it by the name from the transform on, as
+        `hk.layer_stack` does; or, where that is none of the stack's, by the name from
+        the module around the stack on, as it is stored.
+        """
+        name = _without(self.around, module)
+        if self.naming_map is None or layout.is_stacked(self.naming_map, name):
+            return name
+        return _without([self.module], name)
 
     def _with_bare(self, module: hk.Module, result: Any) -> Any:
         """What `hk.transparent_lift` finds, with parameters that are of no module.
@@ -172,6 +195,12 @@ class Names:
 # What Haiku calls parameters and state of no module, and where lifted ones come from.
 _BARE, _PREFIX = "~", "prefix_name"
 _NAMES = ("module_name", _PREFIX)
+
+
+def around() -> str:
+    """What names of modules that are made here begin with; "" outside of modules."""
+    with hk.name_scope("hk_stack_scope"):  # Knows of the method that runs, too.
+        return hk.experimental.current_name().rpartition("/")[0]
 
 
 def plain(module: str) -> str:
