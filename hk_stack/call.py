@@ -103,7 +103,7 @@ class Call:
         self.check_finite = options.check_finite or inside.is_checked()
         self.checked: dict[str, finite.Checked | None] = {}
         outside = {} if options.naming_map else hk.experimental.get_params()
-        self.outside = {scopes.plain(m): outside[m] for m in outside}
+        self.outside = scopes.plain_tree(outside)
         self.scopes: list[scopes.Scope] = []
         self.are_odd = True
 
@@ -243,11 +243,14 @@ def run_one(
     """Runs one layer; if it fails, looks for parameters that do not fit."""
     try:
         return layer.apply(params, state, key, *rest)
-    except ValueError:
+    except ValueError as error:
         if not hk.running_init():
-            stored = hk.experimental.get_params()
+            stored = scopes.plain_tree(hk.experimental.get_params())
             spec = (jax.random.key(0) if key is None else key, *rest)
-            checks.has_params(layer.init, spec, params, stored, call.where)
+            naming_map, where = call.options.naming_map, call.where
+            checks.has_params(
+                layer.init, spec, params, stored, naming_map, where, error
+            )
         raise
 
 

@@ -365,7 +365,9 @@ def has_params(
     spec: tuple[Any, ...],
     params: Any,
     stored: Any,
+    naming_map: hk.LayerStackTransparencyMapping | None,
     where: str,
+    error: Exception,
 ) -> None:
     """Checks that `params` holds all that a layer asks for.
 
@@ -377,29 +379,84 @@ def has_params(
       spec: What `init` takes.
       params: The layer's parameters.
       stored: All parameters of the transform, to show what there is instead.
+      naming_map: Of a transparent stack.
       where: Names the stack.
+      error: Why the layer failed. It is shown unless there is a better reason.
     """
     try:
         expected, _ = jax.eval_shape(init, *spec)
-    except Exception:  # The layer fails for a reason of its own, which is shown.
+    except Exception as other:
+        if where in str(other):
+            raise other from None
+        if str(other) != str(error):  # Else the layer fails for a reason of its own.
+            error.add_note(
+                f"{where}: whether the parameters are those of the layers could not be "
+                f"checked, as it cannot be initialised ({other}). They hold: "
+                f"{_some_leaves(stored)}."
+            )
         return
+    if params and _LACK in str(error):
+        return  # A stack inside knows better.
     for module, leaves in expected.items():
         for name, leaf in leaves.items():
             found = params.get(module, {}).get(name)
             if found is None:
-                there = ", ".join(leaf_names(stored)[:8]) or "nothing"
                 raise ValueError(
-                    f"{where}: the parameters lack {module}/{name}, of shape "
-                    f"{leaf.shape} in each layer. They hold: {there}. If they come "
-                    "from a Python loop of layers, stack them with "
-                    "hk_stack.stack_params(params, naming_map), or store them per "
-                    "layer: transparent=True with a transparency_map."
+                    f"{where}: {_LACK} {module}/{name}, of shape "
+                    f"{leaf.shape} in each layer. They hold: {_some_leaves(stored)}. "
+                    f"{_advice(expected, stored, module, naming_map)}"
                 )
             if found.shape != leaf.shape:
                 raise ValueError(
                     f"{where}: parameter {module}/{name} has shape {found.shape} "
                     f"in each layer; the layer function expects {leaf.shape}."
                 )
+
+
+_LACK = "the parameters lack"
+
+
+def _some_leaves(stored: Any) -> str:
+    names = leaf_names(stored)
+    return ", ".join(names[:8]) + (", ..." if names[8:] else "") or "nothing"
+
+
+def _advice(
+    expected: Any,
+    stored: Any,
+    module: str,
+    naming_map: hk.LayerStackTransparencyMapping | None,
+) -> str:
+    """What to do about a module of the layers that is missing."""
+    if naming_map is not None:
+        return (
+            f"By the transparency_map, layer 0 has it as "
+            f"{naming_map.stacked_to_flat(module, 0)}; give the map the names that the "
+            "parameters have."
+        )
+    for path, num_layers in _stacks_of(expected, stored):
+        return (
+            f"All that the layers ask for is there for {num_layers} layers, in {path}: "
+            f"if that is this stack, saved under another name, write "
+            f"layer_stack({num_layers}, name={path.rpartition('/')[-1]!r})."
+        )
+    return (
+        "If they come from a Python loop of layers, stack them with "
+        "hk_stack.stack_params(params, naming_map), or store them per layer: "
+        "transparent=True with a transparency_map."
+    )
+
+
+def _stacks_of(expected: Any, stored: Any) -> Iterator[tuple[str, int]]:
+    """Modules that hold all `expected` parameters, stacked, and how many layers."""
+    leaves = [(m, name, leaf) for m in expected for name, leaf in expected[m].items()]
+    first = f"/{leaves[0][0]}"
+    for path in (m.removesuffix(first) for m in stored if m.endswith(first)):
+        found = [stored.get(f"{path}/{m}", {}).get(name) for m, name, _ in leaves]
+        shapes = list(map(np.shape, found))
+        depth = shapes[0][:1]
+        if depth and shapes == [(*depth, *leaf.shape) for *_, leaf in leaves]:
+            yield path, *depth
 
 
 def nothing_shared(

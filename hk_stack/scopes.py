@@ -208,6 +208,11 @@ def plain(module: str) -> str:
     return _without([frame.scope for frame in inside.frames()[-1:]], module)
 
 
+def plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the transform that runs, by plain names."""
+    return {plain(module): tree[module] for module in tree}
+
+
 def _below(scope: str, module: str) -> str:
     if not scope:
         return module
