@@ -124,13 +124,16 @@ class Call:
                 "params = jax.eval_shape(model.init, rng, x), then "
                 "summary(model.apply, params, rng, x)."
             )
+        stored = hk.experimental.get_params()
+        # Only types, as traced values must not outlive what is traced.
+        params, stored = jax.tree.map(jax.typeof, (params, stored))
         remat = None if self.is_python else self.options.remat
         record = inside.Record(
             self.path,
             checks.name_of(self.f),
             self.options.num_layers,
             params,
-            hk.experimental.get_params(),
+            stored,
             parts,
             self.loop,
             loops.describe(remat),
