@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -68,14 +68,16 @@ class Call:
       path: Of the stack, from the outermost one.
       arguments: Names of the arguments of the layer function.
       reverse: Whether the last layer runs first.
+      module: Plain name of the module around a transparent stack, or "".
       loop: What runs the layers.
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
       checked: The stacks inside that check values, by label.
-      captured: Modules made outside of the layer that are used in it, by name; None
-        until a layer has run.
-      outside: Parameters of the transform around, which no layer may share.
+      outside: Parameters of the transform around, which no layer may share, by plain
+        names.
       scopes: Of the layers, if a Python loop runs them.
+      are_odd: Whether the layers of a Python loop use modules that have to be told
+        their names; True until one has run.
     """
 
     def __init__(
@@ -95,13 +97,15 @@ class Call:
         self.path = path
         self.arguments = arguments
         self.reverse = reverse
+        self.module = scopes.plain(scopes.around()) if options.naming_map else ""
         self.loop = loops.in_force(options.loop)
         self.is_init = hk.running_init() or inside.is_init()
         self.check_finite = options.check_finite or inside.is_checked()
         self.checked: dict[str, finite.Checked | None] = {}
-        self.captured: dict[str, hk.Module] | None = None
-        self.outside = {} if options.naming_map else hk.experimental.get_params()
+        outside = {} if options.naming_map else hk.experimental.get_params()
+        self.outside = scopes.plain_tree(outside)
         self.scopes: list[scopes.Scope] = []
+        self.are_odd = True
 
     @property
     def is_python(self) -> bool:
@@ -120,13 +124,16 @@ class Call:
                 "params = jax.eval_shape(model.init, rng, x), then "
                 "summary(model.apply, params, rng, x)."
             )
+        stored = hk.experimental.get_params()
+        # Only types, as traced values must not outlive what is traced.
+        params, stored = jax.tree.map(jax.typeof, (params, stored))
         remat = None if self.is_python else self.options.remat
         record = inside.Record(
             self.path,
             checks.name_of(self.f),
             self.options.num_layers,
             params,
-            hk.experimental.get_params(),
+            stored,
             parts,
             self.loop,
             loops.describe(remat),
@@ -140,23 +147,26 @@ class Call:
         """What is traced, in words."""
         return f"all {self.options.num_layers} layers at once"
 
-    def scope(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
-        """What puts the layer's index into names."""
-        return self.scopes[frame.index].context if frame.scope else _NOTHING
+    def names(self) -> scopes.Names:
+        """The names of the layer that runs."""
+        return scopes.Names(self.module, self.options.naming_map)
 
-    def watch(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
-        """What finds modules that were made outside of the layer."""
-        # Watching slows a Python loop down, and one of its layers tells enough.
-        if frame.scope and self.captured is not None:
-            return _NOTHING
-        self.captured = {}
-        return checks.nothing_shared(self.outside, self.captured, self.where)
-
-    def names(self, frame: inside.Frame) -> scopes.Names:
-        """The names by which the layer may ask for its parameters and state."""
-        around = [f.scope for f in inside.frames() if f.scope]
-        only_own = frame.scope and self.captured is not None and not self.captured
-        return scopes.Names(around if only_own else [*around, ""], self.where)
+    @contextlib.contextmanager
+    def around(self, names: scopes.Names) -> Iterator[None]:
+        """What is around the layer function: its scope, and a watch on modules."""
+        captured: set[str] = set()
+        with self.scopes[names.frame.index].context if names.own else _NOTHING:
+            # Watching slows a Python loop down, and one of its layers tells enough.
+            if names.own and not self.are_odd:
+                yield
+                return
+            shared = checks.nothing_shared(
+                self.outside, captured, scopes.plain, self.where
+            )
+            with names.watched(captured), shared:
+                yield
+            if names.own:
+                self.are_odd = names.were_odd
 
     def frame(self, own: Own, *, is_init: bool) -> inside.Frame:
         """What is around one layer."""
@@ -182,9 +192,8 @@ def pure_layer(call: Call) -> initialize.Layer:
     """The layer function as pure functions of its parameters, state and key."""
     options, where = call.options, call.where
 
-    def run(carry: tuple[Any, ...], own: Own) -> tuple[Any, Any]:
-        frame = inside.frames()[-1]
-        with call.scope(frame), call.watch(frame):
+    def run(names: scopes.Names, carry: Any, own: Own) -> tuple[Any, Any]:
+        with call.around(names):
             result = call.f(*carry, *own.inputs, **call.kwargs)
         output = None
         if options.with_per_layer_inputs:
@@ -202,16 +211,17 @@ def pure_layer(call: Call) -> initialize.Layer:
             checks.in_layer(where, None, doing),
             inside.layer(call.frame(own, is_init=True)),
         ):
-            return transformed.init(key, carry, own)
+            return transformed.init(key, call.names(), carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
         frame = call.frame(own, is_init=False)
         with inside.layer(frame, (params, carry)):
             if frame.check_finite:
                 _check_inputs(call, params, state, carry, own)
-            names = call.names(frame)
+            names = call.names()
+            names.given = given = names.added(params)
             (carry, output), after = transformed.apply(
-                names.added(params), names.added(state), key, carry, own
+                given, names.added(state), key, names, carry, own
             )
             if frame.check_finite:
                 arguments = zip(call.arguments, carry, strict=False)
@@ -236,11 +246,14 @@ def run_one(
     """Runs one layer; if it fails, looks for parameters that do not fit."""
     try:
         return layer.apply(params, state, key, *rest)
-    except ValueError:
+    except ValueError as error:
         if not hk.running_init():
-            stored = hk.experimental.get_params()
+            stored = scopes.plain_tree(hk.experimental.get_params())
             spec = (jax.random.key(0) if key is None else key, *rest)
-            checks.has_params(layer.init, spec, params, stored, call.where)
+            naming_map, where = call.options.naming_map, call.where
+            checks.has_params(
+                layer.init, spec, params, stored, naming_map, where, error
+            )
         raise
 
 

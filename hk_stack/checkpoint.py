@@ -84,7 +84,7 @@ def save(
       tree: Any pytree of arrays, such as `{"params": params, "state": state,
         "opt_state": opt_state}`: of numpy, JAX (also sharded, and typed random keys) or
         Python numbers. Arrays that are spread over several processes need a folder, and
-        are written without checksums.
+        are written without checksums; of others, the first process writes its own.
       layers: The naming map of the stack: says which modules are layers, so that the
         layout and depth of the tree can be noted. Without it, nothing is said of them.
 
@@ -329,8 +329,12 @@ def _stored(value: Any, at: str) -> Any:
     if isinstance(value, jax.Array) and value.is_deleted():
         raise ValueError(f"{at} was donated or deleted. Save it before that.")
     if _is_key(_spec(value).dtype):
-        return jax.random.key_data(value)
-    return value if isinstance(value, jax.Array) else np.asarray(value)
+        value = jax.random.key_data(value)
+    if not isinstance(value, jax.Array):
+        return np.asarray(value)
+    # Of several processes, orbax takes arrays of them all, or what is on the host.
+    is_local = value.is_fully_addressable and jax.process_count() > 1
+    return np.asarray(value) if is_local else value
 
 
 def _entry(leaf: _Leaf, array: Any) -> dict[str, Any]:
@@ -530,10 +534,19 @@ def _place(array: Any, entry: Mapping[str, Any], like: Any) -> Any:
     if "key" in entry:
         array = jax.random.wrap_key_data(array, impl=entry["key"])
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        return jax.device_put(array, _sharding(like))
+        return _put(array, _sharding(like))
     if isinstance(like, np.generic):
         return array[()]
     return array.item() if isinstance(like, int | float | complex) else array
+
+
+def _put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array  # Orbax has put it there.
+    # On devices of other processes, `device_put` puts no typed keys.
+    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
 
 
 def _sharding(like: Any) -> jax.sharding.Sharding | None:

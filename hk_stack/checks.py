@@ -82,16 +82,6 @@ def unroll(value: Any, num_layers: int, where: str) -> int:
     return positive(value, "unroll", where)
 
 
-def no_clash(found: int, expected: int, scopes: Sequence[str], where: str) -> None:
-    """Checks that modules of a Python loop have names of their own."""
-    if found != expected:
-        raise ValueError(
-            f"{where}: a Python loop calls the modules of its layers "
-            f"{scopes[0]}/..., and there is a module of such a name that was made "
-            "outside of the stack. Rename one of them."
-        )
-
-
 def policy(remat: Any, where: str) -> Callable[..., Any] | None:
     """What `remat` keeps, as a policy of `jax.checkpoint`."""
     if isinstance(remat, (bool, np.bool_)):
@@ -166,17 +156,16 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
         )
 
 
-def inside_transform(name: str, f: Callable[..., Any]) -> str:
-    """Checks that a Haiku transform is running; returns how errors name the stack."""
+def inside_transform(name: str, f: Callable[..., Any]) -> None:
+    """Checks that a Haiku transform is running."""
     try:
-        scope = hk.experimental.current_name()
+        hk.experimental.current_name()
     except ValueError:
         raise ValueError(
             f"{describe(name, f)} was called outside of a Haiku transform. Call it "
             "inside the function that you give to hk.transform or "
             "hk.transform_with_state."
         ) from None
-    return describe(name if scope == "~" else f"{scope}/{name}", f)
 
 
 def argument_names(f: Callable[..., Any], count: int) -> list[str]:
@@ -395,7 +384,9 @@ def has_params(
     spec: tuple[Any, ...],
     params: Any,
     stored: Any,
+    naming_map: hk.LayerStackTransparencyMapping | None,
     where: str,
+    error: Exception,
 ) -> None:
     """Checks that `params` holds all that a layer asks for.
 
@@ -407,23 +398,32 @@ def has_params(
       spec: What `init` takes.
       params: The layer's parameters.
       stored: All parameters of the transform, to show what there is instead.
+      naming_map: Of a transparent stack.
       where: Names the stack.
+      error: Why the layer failed. It is shown unless there is a better reason.
     """
     try:
         expected, _ = jax.eval_shape(init, *spec)
-    except Exception:  # The layer fails for a reason of its own, which is shown.
+    except Exception as other:
+        if where in str(other):
+            raise other from None
+        if str(other) != str(error):  # Else the layer fails for a reason of its own.
+            error.add_note(
+                f"{where}: whether the parameters are those of the layers could not be "
+                f"checked, as it cannot be initialised ({other}). They hold: "
+                f"{_some_leaves(stored)}."
+            )
         return
+    if params and _LACK in str(error):
+        return  # A stack inside knows better.
     for module, leaves in expected.items():
         for name, leaf in leaves.items():
             found = params.get(module, {}).get(name)
             if found is None:
-                there = ", ".join(leaf_names(stored)[:8]) or "nothing"
                 raise ValueError(
-                    f"{where}: the parameters lack {module}/{name}, of shape "
-                    f"{leaf.shape} in each layer. They hold: {there}. If they come "
-                    "from a Python loop of layers, stack them with "
-                    "hk_stack.stack_params(params, naming_map), or store them per "
-                    "layer: transparent=True with a transparency_map."
+                    f"{where}: {_LACK} {module}/{name}, of shape "
+                    f"{leaf.shape} in each layer. They hold: {_some_leaves(stored)}. "
+                    f"{_advice(expected, stored, module, naming_map)}"
                 )
             if found.shape != leaf.shape:
                 raise ValueError(
@@ -432,10 +432,58 @@ def has_params(
                 )
 
 
-@contextlib.contextmanager
+_LACK = "the parameters lack"
+
+
+def _some_leaves(stored: Any) -> str:
+    names = leaf_names(stored)
+    return ", ".join(names[:8]) + (", ..." if names[8:] else "") or "nothing"
+
+
+def _advice(
+    expected: Any,
+    stored: Any,
+    module: str,
+    naming_map: hk.LayerStackTransparencyMapping | None,
+) -> str:
+    """What to do about a module of the layers that is missing."""
+    if naming_map is not None:
+        return (
+            f"By the transparency_map, layer 0 has it as "
+            f"{naming_map.stacked_to_flat(module, 0)}; give the map the names that the "
+            "parameters have."
+        )
+    for path, num_layers in _stacks_of(expected, stored):
+        return (
+            f"All that the layers ask for is there for {num_layers} layers, in {path}: "
+            f"if that is this stack, saved under another name, write "
+            f"layer_stack({num_layers}, name={path.rpartition('/')[-1]!r})."
+        )
+    return (
+        "If they come from a Python loop of layers, stack them with "
+        "hk_stack.stack_params(params, naming_map), or store them per layer: "
+        "transparent=True with a transparency_map."
+    )
+
+
+def _stacks_of(expected: Any, stored: Any) -> Iterator[tuple[str, int]]:
+    """Modules that hold all `expected` parameters, stacked, and how many layers."""
+    leaves = [(m, name, leaf) for m in expected for name, leaf in expected[m].items()]
+    first = f"/{leaves[0][0]}"
+    for path in (m.removesuffix(first) for m in stored if m.endswith(first)):
+        found = [stored.get(f"{path}/{m}", {}).get(name) for m, name, _ in leaves]
+        shapes = list(map(np.shape, found))
+        depth = shapes[0][:1]
+        if depth and shapes == [(*depth, *leaf.shape) for *_, leaf in leaves]:
+            yield path, *depth
+
+
 def nothing_shared(
-    outside: Mapping[str, Mapping[str, Any]], captured: dict[str, hk.Module], where: str
-) -> Iterator[None]:
+    outside: Mapping[str, Mapping[str, Any]],
+    captured: set[str],
+    plain: Callable[[str], str],
+    where: str,
+) -> contextlib.AbstractContextManager[Any]:
     """Refuses parameters of a module that also has them outside of the stack.
 
     A module that was made outside has parameters of its own in each layer, so what
@@ -443,22 +491,15 @@ def nothing_shared(
 
     Args:
       outside: Parameters of the transform around the stack.
-      captured: Filled with modules that were made outside, by name, as they are met.
+      captured: Names of modules that were made outside and are used inside.
+      plain: Gives the name of a module, from that which it has while it runs.
       where: Names the stack.
     """
-    made_here: dict[int, hk.Module] = {}
-
-    def on_method(
-        next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
-    ) -> Any:
-        if context.method_name == "__init__":
-            made_here[id(context.module)] = context.module
-        elif id(context.module) not in made_here:
-            captured[context.module.module_name] = context.module
-        return next_f(*args, **kwargs)
 
     def on_get(next_getter: Any, value: Any, context: Any) -> Any:
-        owner = context.module_name
+        if not captured:
+            return next_getter(value)
+        owner = plain(context.module_name)
         comes_from = [n for n in captured if owner == n or owner.startswith(f"{n}/")]
         if comes_from and context.name in outside.get(owner, {}):
             raise ValueError(
@@ -470,8 +511,7 @@ def nothing_shared(
             )
         return next_getter(value)
 
-    with hk.intercept_methods(on_method), hk.custom_getter(on_get):
-        yield
+    return hk.custom_getter(on_get)
 
 
 def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:

@@ -85,8 +85,8 @@ class Record(NamedTuple):
       path: Of the stack.
       function: Name of the layer function.
       num_layers: `L`.
-      params: Parameters of all layers, `[L, ...]`.
-      stored: All parameters of the transform around it.
+      params: Types of the parameters of all layers, `[L, ...]`.
+      stored: Types of all parameters of the transform around it.
       parts: How its layer was cut (`cut.Cut`); None if it was not.
       loop: What runs the layers.
       remat: What the backward pass computes again, in words.

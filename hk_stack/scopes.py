@@ -1,18 +1,20 @@
 """Names in a Python loop: the modules of layer 3 are called `layers_3/linear`.
 
 A name scope around each layer puts its index into the names of the modules that it
-makes. Parameters and state are stored by names without scopes, so each layer is given
-them by all the names that it may ask for.
+makes, and the layer is given its parameters and state by these names. A module that was
+made elsewhere, or has forced a name on Haiku, gets such a name while the layer runs it.
 """
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
+import jax
 
-from hk_stack import checks, inside
+from hk_stack import inside, layout
 
 
 class Scope(NamedTuple):
@@ -47,53 +49,178 @@ def of_layers(stack: str, num_layers: int) -> list[Scope]:
 
 
 class Names:
-    """The names by which a layer may ask for its parameters and state.
+    """The names of one layer's modules, parameters and state, while it runs.
 
-    Modules that the layer makes have its scope in their names; modules of the layers
-    around have theirs, and others have none.
+    Parameters and state are stored by plain names, without a scope.
 
     Attributes:
-      scopes: Of the loops around the layer and of its own, innermost last; "" for
-        names without one.
-      where: Names the stack in errors.
+      frame: Of the layer.
+      own: Its scope, or "".
+      around: The scopes around it.
+      module: Plain name of the module around a transparent stack, or "".
+      naming_map: Of a transparent stack.
+      given: The parameters of the layer, by its names; None while it is initialised.
+      were_odd: Whether a module was met that has to be told its name in this layer.
     """
 
-    def __init__(self, scopes: Sequence[str], where: str):
-        self.scopes = scopes
-        self.where = where
+    def __init__(
+        self,
+        module: str = "",
+        naming_map: hk.LayerStackTransparencyMapping | None = None,
+    ) -> None:
+        *around, self.frame = inside.frames()
+        self.own = self.frame.scope
+        self.around = [frame.scope for frame in around if frame.scope]
+        self.module = module
+        self.naming_map = naming_map
+        self.given: Mapping[str, Any] | None = None
+        self.were_odd = False
 
-    def added(self, tree: Any) -> dict[str, Any]:
-        """Parameters or state by all names, from those by names without scopes."""
-        names = {
-            _below(s, module): tree[module] for s in self.scopes for module in tree
-        }
-        checks.no_clash(
-            len(names), len(self.scopes) * len(tree), self.scopes, self.where
-        )
-        return names
+    def added(self, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Parameters or state by the names of this layer, from those by plain names."""
+        return {_below(self.own, module): tree[module] for module in tree}
 
     def dropped(self, after: Any, before: Any) -> dict[str, Any]:
-        """State by names without scopes; of several with one name, what changed."""
+        """The inverse of `added`; of several with one name, what changed."""
         plain: dict[str, dict[str, Any]] = {}
         for module, leaves in after.items():
-            own = _without(self.scopes, module)
+            own = _without([self.own], module)
             for name, value in leaves.items():
                 is_old = value is before.get(own, {}).get(name)
                 if not is_old or name not in plain.get(own, {}):
                     plain.setdefault(own, {})[name] = value
         return plain
 
+    @contextlib.contextmanager
+    def watched(self, captured: set[str]) -> Iterator[None]:
+        """Gives the modules that a layer uses its names.
+
+        Args:
+          captured: Filled with plain names of modules that were made outside of the
+            layer, as they are met.
+        """
+        here: dict[int, Any] = {}  # Weak, as modules may hold traced values.
+
+        def on_method(
+            next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
+        ) -> Any:
+            module = context.module
+            key = id(module)
+            if context.method_name == "__init__":
+                here[key] = weakref.ref(module, lambda _: here.pop(key, None))
+                result = next_f(*args, **kwargs)
+                if not self._owns(module.module_name) and self._are_in_force():
+                    self._rename(module)  # Haiku was forced to take another name.
+                return result
+            if key in here:
+                return self._with_bare(module, next_f(*args, **kwargs))
+            captured.add(self._of_other(module.module_name))
+            if not self._are_in_force():
+                return next_f(*args, **kwargs)
+            with self._lent(module):
+                here[key] = module
+                try:
+                    return self._with_bare(module, next_f(*args, **kwargs))
+                finally:
+                    del here[key]
+
+        with hk.intercept_methods(on_method):
+            yield
+
+    def _owns(self, module: str) -> bool:
+        return not self.own or module.startswith(f"{self.own}/")
+
+    def _are_in_force(self) -> bool:
+        """Whether the code that runs is in a transform in which modules have scopes.
+
+        The layer function may have made another transform, with names of its own.
+        """
+        if (
+            not (self.own or self.around or self.module)
+            or self.frame is not inside.frames()[-1]
+        ):
+            return False
+        if self.given is None:
+            return hk.running_init()
+        found = hk.experimental.get_params()
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(self.given), strict=False)
+        return found.keys() == self.given.keys() and all(a is b for a, b in pairs)
+
+    @contextlib.contextmanager
+    def _lent(self, module: hk.Module) -> Iterator[None]:
+        before = self._rename(module)
+        try:
+            yield
+        finally:
+            for attribute, name in before.items():
+                setattr(module, attribute, name)
+
+    def _rename(self, module: hk.Module) -> dict[str, str]:
+        """Gives a module the name that it has in this layer; returns the old ones."""
+        self.were_odd = True
+        before = {a: getattr(module, a) for a in _NAMES if hasattr(module, a)}
+        for attribute, name in before.items():
+            own = _below(self.own, self._of_other(name or _BARE))
+            setattr(module, attribute, "" if own == _BARE else own)
+        return before
+
+    def _of_other(self, module: str) -> str:
+        """The plain name of a module that was made outside of the layer.
+
+        A transparent stack knows it by the name from the transform on, as
+        `hk.layer_stack` does; or, where that is none of the stack's, by the name from
+        the module around the stack on, as it is stored.
+        """
+        name = _without(self.around, module)
+        if self.naming_map is None or layout.is_stacked(self.naming_map, name):
+            return name
+        return _without([self.module], name)
+
+    def _with_bare(self, module: hk.Module, result: Any) -> Any:
+        """What `hk.transparent_lift` finds, with parameters that are of no module.
+
+        It looks for them in a module `~` of the scope, where they are of the scope.
+        """
+        is_lift = self.own and getattr(module, _PREFIX, None) == self.own
+        if not (is_lift and isinstance(result, tuple)):
+            return result
+        self.were_odd = True
+        bare = hk.experimental.get_params(), hk.experimental.get_current_state()
+        for tree, around in zip(result, bare, strict=True):
+            if self.own in around:
+                tree[_BARE] = {**around[self.own], **tree.get(_BARE, {})}
+        return result
+
+
+# What Haiku calls parameters and state of no module, and where lifted ones come from.
+_BARE, _PREFIX = "~", "prefix_name"
+_NAMES = ("module_name", _PREFIX)
+
+
+def around() -> str:
+    """What names of modules that are made here begin with; "" outside of modules."""
+    with hk.name_scope("hk_stack_scope"):  # Knows of the method that runs, too.
+        return hk.experimental.current_name().rpartition("/")[0]
+
+
+def plain(module: str) -> str:
+    """A module's name in the layer that runs, without the layer's scope."""
+    return _without([frame.scope for frame in inside.frames()[-1:]], module)
+
+
+def plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the transform that runs, by plain names."""
+    return {plain(module): tree[module] for module in tree}
+
 
 def _below(scope: str, module: str) -> str:
     if not scope:
         return module
-    return scope if module == "~" else f"{scope}/{module}"
+    return scope if module == _BARE else f"{scope}/{module}"
 
 
-def _without(scopes: Iterable[str], module: str) -> str:
+def _without(scopes: Sequence[str], module: str) -> str:
     """The inverse of `_below`, for the innermost scope that fits."""
     fitting = (s for s in scopes if s and f"{module}/".startswith(f"{s}/"))
     scope = max(fitting, key=len, default="")
-    if not scope:
-        return module
-    return "~" if module == scope else module[len(scope) + 1 :]
+    return module[len(scope) + 1 :] or _BARE if scope else module

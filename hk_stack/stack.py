@@ -14,7 +14,7 @@ import haiku as hk
 import jax
 import numpy as np
 
-from hk_stack import checks, cut, executors, initialize, inside, layout
+from hk_stack import checks, cut, executors, initialize, inside, layout, scopes
 from hk_stack import loop as loops
 from hk_stack.call import Call, Given, Options, Own, as_array, cast, pure_layer
 
@@ -201,22 +201,24 @@ def _call(
 ) -> Any:
     """Runs the stack, inside a Haiku transform."""
     num_layers = options.num_layers
-    where = checks.inside_transform(options.name, f)
+    checks.inside_transform(options.name, f)
     names = checks.argument_names(f, len(args))
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
     carry, inputs = args, ()
     if options.with_per_layer_inputs:
         carry, inputs = args[:1], args[1:]
-        checks.per_layer_inputs(inputs, num_layers, names[1:], where)
-    carry, inputs = jax.tree.map(as_array, (carry, inputs))
-    carry = cast(carry, options.carry_dtype)
-
     key = hk.maybe_next_rng_key()
-    # A stack that is not transparent stores its layers in a scope of its own.
-    scope = hk.name_scope(options.name)
-    with contextlib.nullcontext() if options.naming_map else scope:
-        path = inside.path_below(_path(options))
+    # A stack that is not transparent stores its layers in a scope of its own. Haiku
+    # numbers scopes of one name, so only inside is it known what this one is called.
+    is_transparent = options.naming_map is not None
+    with contextlib.nullcontext() if is_transparent else hk.name_scope(options.name):
+        path = _path(options)
+        where = checks.describe(path, f)
+        checks.per_layer_inputs(inputs, num_layers, names[len(carry) :], where)
+        carry, inputs = jax.tree.map(as_array, (carry, inputs))
+        carry = cast(carry, options.carry_dtype)
+        path = inside.path_below(path)
         added = inside.added_below(path, num_layers, where)
         own = Own(np.arange(num_layers, dtype=np.int32), added, inputs)
         call = Call(options, f, kwargs, where, path, names, reverse)
@@ -239,7 +241,7 @@ def _call(
     given = Given(params, state, keys, carry, own)
     run = executors.python if call.is_python else executors.compiled
     carry, outputs, state = run(call, layer, given)
-    updater.update(_stored(options, state))
+    updater.update(_with_method(options, _stored(options, state)))
     if options.with_per_layer_inputs:
         return carry[0], outputs
     return carry[0] if len(args) == 1 else carry
@@ -247,10 +249,17 @@ def _call(
 
 def _path(options: Options) -> str:
     """Of the stack, in the transform around it."""
-    scope = hk.experimental.current_name()
     if options.naming_map is None:
-        return scope
-    return options.name if scope == "~" else f"{scope}/{options.name}"
+        return hk.experimental.current_name()
+    return "/".join(filter(None, [scopes.around(), options.name]))
+
+
+def _with_method(options: Options, state: layout.Modules) -> layout.Modules:
+    """State by names from the module on that runs: what lifts it forgets the method."""
+    if options.naming_map is None:
+        return state
+    method = scopes.around()[len(hk.experimental.current_name()) + 1 :]
+    return {f"{method}/{m}": state[m] for m in state} if method else state
 
 
 def _stacked(options: Options, tree: layout.Modules) -> Any:

@@ -147,14 +147,76 @@ LOOP = hk.transform(loop)
             {"layers/linear": {"w": jnp.ones((3, 7, 8)), "b": jnp.ones((3, 8))}},
             ["linear/w", "(7, 8)", "(8, 8)"],
         ),
+        (
+            {"blocks/linear": stack_of(3).init(KEY, X)["layers/linear"]},
+            ["lack linear/b", "blocks/linear/w", "layer_stack(3, name='blocks')"],
+        ),
+        (
+            {"blocks/linear": stack_of(5).init(KEY, X)["layers/linear"]},
+            ["lack linear/b", "for 5 layers", "layer_stack(5, name='blocks')"],
+        ),
+        (
+            {"blocks/linear": {"w": jnp.ones((3, 8, 8)), "b": jnp.ones((2, 8))}},
+            ["lack linear/b", "hk_stack.stack_params"],
+        ),
     ],
-    ids=["other depth", "loop", "one layer", "other shape"],
+    ids=[
+        "other depth",
+        "loop",
+        "one layer",
+        "other shape",
+        "other name",
+        "other name and depth",
+        "other name, no stack",
+    ],
 )
 def test_foreign_parameters(params, texts):
     with pytest.raises(ValueError) as error:
         stack_of(3).apply(params, None, X)
     for text in ["layer_stack 'layers' of layer function 'block'", *texts]:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("outer/", "other/"), ("/inner/", "/other/")],
+    ids=["outer", "inner"],
+)
+def test_nested_stacks_saved_under_another_name(old, new, loop):
+    def outer(x):
+        return block(hk_stack.layer_stack(2, name="inner")(block)(x))
+
+    model = hk.transform(hk_stack.layer_stack(3, name="outer")(outer))
+    params = model.init(KEY, X)
+    saved = {module.replace(old, new): params[module] for module in params}
+    with hk_stack.use_loop(loop), pytest.raises(ValueError) as error:
+        model.apply(saved, None, X)
+    assert old.strip("/") in str(error.value).partition("' of layer function")[0]
+    assert f"layer_stack({3 if old == 'outer/' else 2}, name='other')" in str(
+        error.value
+    )
+
+
+def test_transparent_stack_saved_under_other_names():
+    names = hk_stack.NumberedLayers("block_{}", "linear")
+    model = hk.transform(make(2, transparent=True, transparency_map=names)(block))
+    params = {f"layer_{i}": {"w": X.T @ X, "b": X[0]} for i in range(2)}
+    with pytest.raises(ValueError, match="layer 0 has it as block_0; give the map the"):
+        model.apply(params, None, X)
+
+
+def test_missing_parameters_of_a_layer_that_cannot_be_initialised():
+    def layer(x):
+        if hk.running_init():
+            raise ValueError("made elsewhere")
+        return block(x)
+
+    params = {"blocks/linear": stack_of(3).init(KEY, X)["layers/linear"]}
+    with pytest.raises(ValueError, match="parameter 'w' for module 'linear'") as error:
+        hk.transform(make(3)(layer)).apply(params, None, X)
+    (note,) = (note for note in error.value.__notes__ if "made elsewhere" in note)
+    assert "They hold: blocks/linear/b" in note
 
 
 def test_error_inside_a_module_names_the_whole_scope():
@@ -209,6 +271,54 @@ def test_module_used_inside_and_after():
     params = model.init(KEY, X)
     with pytest.raises(ValueError, match="'linear' was made outside of the stack"):
         model.apply(params, None, X)
+
+
+class Net(hk.Module):
+    """Several stacks in a module."""
+
+    def __init__(self, *stacks):
+        super().__init__()
+        self.stacks = stacks
+
+    def __call__(self, x):
+        for stack in self.stacks:
+            x = stack(x)
+        return x
+
+    def other(self, x):
+        return self.stacks[-1](x)
+
+
+def widened(x):
+    return jnp.concatenate([x, x])
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda good, bad: bad(good(X)), "__layer_stack_no_per_layer_1"),
+        (lambda good, bad: Net(good, good, bad)(X), "net/__layer_stack_no_per_layer_2"),
+        (lambda good, bad: Net(bad).other(X), "net/~other/__layer_stack_no_per_layer"),
+    ],
+    ids=["second", "third in a module", "in a method"],
+)
+def test_errors_name_the_stack_as_the_tree_does(run, name):
+    good, bad = (hk_stack.layer_stack(2)(f) for f in (block, widened))
+    with pytest.raises(TypeError, match=f"^layer_stack '{name}' of layer function"):
+        hk.transform(lambda: run(good, bad)).init(KEY)
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+def test_parameters_of_a_module_made_outside_that_are_not_stacked(loop):
+    def run(x):
+        up = hk.Linear(8, name="up")
+        return make(3)(lambda x: up(x))(x)
+
+    params = {"up": hk.transform(block).init(KEY, X)["linear"]}
+    with hk_stack.use_loop(loop), pytest.raises(ValueError) as error:
+        hk.transform(run).apply(params, None, X)
+    for text in ["layer_stack 'layers'", "'up'", "up/w", "made outside", "close over"]:
+        assert text in str(error.value)
 
 
 def test_module_made_outside_and_used_inside_only():

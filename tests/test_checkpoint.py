@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -851,6 +852,82 @@ def test_killed_save_leaves_nothing_half(tmp_path, name, when):
     for path in found:
         tree = checkpoint.load(path)
         np.testing.assert_array_equal(tree["x"], float(tree["step"]))
+
+
+PROCESS = """
+    import sys
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from hk_stack import checkpoint
+
+    number, address, path = sys.argv[1:]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, 2, int(number))
+    devices = np.asarray(jax.devices())
+    assert len(jax.local_devices()) < len(devices)
+    mesh, P = jax.sharding.Mesh(devices, ("d",)), jax.sharding.PartitionSpec
+
+    def spread(array, *spec):
+        sharding = jax.sharding.NamedSharding(mesh, P(*spec))
+        return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+    tree = {"here": jnp.arange(3), "here_key": jax.random.key(7), "step": 1}
+    tree["numpy"], tree["none"] = np.arange(3), spread(np.zeros([0, 4]), None)
+    for dtype in ("float32", "bfloat16", "bool", "int4", "complex64"):
+        numbers = np.arange(2 * len(devices)).astype(dtype).reshape(-1, 2)
+        tree[dtype] = [spread(numbers, "d"), spread(numbers), spread(numbers[0])]
+    for kind in ("threefry2x32", "rbg", "unsafe_rbg"):
+        keys = jax.random.split(jax.random.key(1, impl=kind), len(devices))
+        tree[kind] = [spread(keys, "d"), spread(keys), spread(keys[0])]
+
+    def data(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        shards = [shard.data for shard in leaf.addressable_shards]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            shards = [jax.random.key_data(shard) for shard in shards]
+        return leaf.sharding, leaf.dtype, [np.asarray(shard) for shard in shards]
+
+    def spec(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    checkpoint.save(path, tree)
+    for like in (tree, jax.tree.map(spec, tree)):
+        both = map(jax.tree.leaves, (checkpoint.load(path, like), tree))
+        for one, other in zip(*both, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, data(one), data(other))
+    print("as it was")
+"""
+
+
+def test_folder_of_several_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
+    flags = "--xla_force_host_platform_device_count=2"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    children = [
+        subprocess.Popen(
+            [*command, str(number), address, tmp_path / "step"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        for child in children:
+            out, errors = child.communicate(timeout=60)
+            assert "as it was" in out, errors
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="has no such modes")

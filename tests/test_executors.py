@@ -277,7 +277,7 @@ def test_modules_of_an_outer_layer_in_an_inner_stack(outer, inner):
     assert_close(jitted(params, state, None, *vectors()), expected)
 
 
-def test_modules_of_clashing_names():
+def test_modules_with_names_of_a_layer():
     class Outside(hk.Module):
         def __call__(self, x):
             return hk.Linear(D, name="linear")(x)
@@ -288,17 +288,156 @@ def test_modules_of_clashing_names():
         def layer(x):
             return first(x) + hk.Linear(D, name="linear")(x)
 
-        return hk_stack.layer_stack(2, name="layers")(layer)(x)
+        return hk_stack.layer_stack(2, name="layers", loop="python")(layer)(x)
 
-    model = hk.transform(run)
-    params = model.init(KEY, *vectors())
-    with (
-        hk_stack.use_loop("python"),
-        pytest.raises(
-            ValueError, match="a module of such a name that was made outside"
-        ),
-    ):
-        model.apply(params, None, *vectors())
+    as_in_the_compiled_loop(run)
+
+
+def as_in_the_compiled_loop(run):
+    """Checks that a program with Python loops gives what it gives without them."""
+    model = hk.transform_with_state(run)
+
+    def jitted(f):
+        return jax.jit(f, compiler_options=FAST)
+
+    with hk_stack.use_loop("scan"):
+        params, state = jitted(model.init)(KEY, *vectors())
+        expected = jitted(model.apply)(params, state, KEY, *vectors())
+    assert jax.eval_shape(model.init, KEY, *vectors()) == jax.eval_shape(
+        lambda: (params, state)
+    )
+    found = jitted(model.apply)(params, state, KEY, *vectors())
+    assert_close(found, expected)
+
+
+def one_or_two_deep(layer, inner):
+    """A stack of the layer in a Python loop, or of stacks of it that `inner` runs."""
+
+    def outer(x):
+        x = hk_stack.layer_stack(2, name="inner", loop=inner)(layer)(x)
+        return hk.Linear(D, name="after")(x)
+
+    return hk_stack.layer_stack(2, name="stack", loop="python")(
+        outer if inner else layer
+    )
+
+
+def decayed(x):
+    params = hk.experimental.get_params()
+    decay = sum(jnp.sum(jnp.abs(p)) for p in jax.tree.leaves(params))
+    x = x + 1e-3 * decay * jnp.float32(len(params))
+    return hk.Linear(D)(x) * hk.get_parameter("scale", [D], init=jnp.ones)[None]
+
+
+def forced(x):
+    x = hk.Linear(D, name=hk.experimental.force_name("old/lin"))(x)
+    return Counting(name=hk.experimental.force_name("older"))(x)
+
+
+class Forced(hk.Module):
+    """Has a submodule from its constructor, and one from its call."""
+
+    def __init__(self):
+        super().__init__(name=hk.experimental.force_name("very/old"))
+        self.first = hk.Linear(D)
+
+    def __call__(self, x):
+        return hk.Linear(D)(self.first(x))
+
+
+def tied(x):
+    first = hk.Linear(D)
+    again = hk.Linear(D, name=hk.experimental.force_name(first.module_name))
+    return Forced()(first(again(x)))
+
+
+def bare(x):
+    return busy(x * hk.get_parameter("scale", [D], init=jnp.ones)[None])
+
+
+def busy(x):
+    calls = hk.get_state("calls", [], init=jnp.zeros)
+    hk.set_state("calls", calls + 1.0)
+    return Counting()(hk.Linear(D)(x)) + calls
+
+
+def lifted(x):
+    inner = hk.transform(decayed)
+    params = hk.transparent_lift(inner.init)(hk.maybe_next_rng_key(), x)
+    return inner.apply(params, None, x)
+
+
+def lifted_with_state(x):
+    inner = hk.transform_with_state(bare)
+    lift, updater = hk.transparent_lift_with_state(inner.init)
+    params, state = lift(hk.maybe_next_rng_key(), x)
+    x, state = inner.apply(params, state, None, x)
+    updater.update(state)
+    return x
+
+
+def lifted_below_a_name(x):
+    inner = hk.transform(decayed)
+    params = hk.lift(inner.init, name="below")(hk.maybe_next_rng_key(), x)
+    return hk.Linear(D)(inner.apply(params, None, x))
+
+
+def summed_by_name(x):
+    linear = hk.Linear(D)
+    x = linear(x)
+    found = hk.experimental.get_params()[linear.module_name]
+    return x + sum(p.sum() for p in linear.params_dict().values()) + found["w"].sum()
+
+
+ODD = [
+    decayed,
+    forced,
+    tied,
+    bare,
+    lifted,
+    lifted_with_state,
+    lifted_below_a_name,
+    summed_by_name,
+]
+
+
+@pytest.mark.parametrize("inner", [None, "scan", "python"])
+@pytest.mark.parametrize("layer", ODD, ids=lambda f: f.__name__)
+def test_odd_names(layer, inner):
+    as_in_the_compiled_loop(one_or_two_deep(layer, inner))
+
+
+class Closed(hk.Module):
+    """A module, and a lift, to be made outside of the layer."""
+
+    def __init__(self, name=None):
+        super().__init__(name)
+        self.linear = hk.Linear(D)
+        self.inner = hk.transform(bare_parameter)
+        self.lift = hk.lift(self.inner.init, name="lifted")
+
+    def __call__(self, x):
+        params = self.lift(hk.maybe_next_rng_key(), x)
+        return self.inner.apply(params, None, Counting()(self.linear(x)))
+
+
+def bare_parameter(x):
+    return x * hk.get_parameter("scale", [D], init=jnp.ones)[None]
+
+
+@pytest.mark.parametrize("inner", ["scan", "python"])
+def test_odd_modules_of_the_layer_around(inner):
+    def outer(x):
+        closed = [Closed(), Closed(name="deep_0")]
+
+        def layer(x):
+            return decayed(closed[0](closed[1](x)))
+
+        x = hk_stack.layer_stack(2, name="deep", loop=inner)(layer)(x)
+        return hk.Linear(D, name="after")(x)
+
+    stack = hk_stack.layer_stack(2, name="outer", loop="python")
+    as_in_the_compiled_loop(stack(outer))
 
 
 def test_state_that_a_call_creates():

@@ -608,6 +608,25 @@ def test_no_tracer_leaks():
         jax.jit(model.apply)(params, state, KEY, *vectors())
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_no_tracer_leaks_from_nested_stacks(depth):
+    def nested(depth, x):
+        if depth == 0:
+            return hk_stack.tap(busy(x), "busy")
+        inner = functools.partial(nested, depth - 1)
+        return hk_stack.layer_stack(2, name=f"s{depth}")(inner)(x)
+
+    model = hk.transform_with_state(functools.partial(nested, depth))
+    with jax.checking_leaks():
+        params, state = model.init(KEY, *vectors())
+        given = (params, state, KEY, *vectors())
+        expected = model.apply(*given)
+        assert_close(hk_stack.collect(model.apply)(*given)[0], expected)
+        split = hk_stack.partition(model.apply, *given)
+        assert_close(split.call(split.setup(params), *given[1:]), expected)
+        assert len(hk_stack.summary(model.apply, *given).stacks) == depth
+
+
 def test_donated_arguments():
     model, (params, state) = small(busy)
     step = jax.jit(model.apply, donate_argnums=(1, 3))

@@ -353,6 +353,85 @@ def test_transparent_stacks_have_the_tree_of_the_loop(name):
     assert_close(jit(haiku.apply)(*tree, None, X)[0], expected[0], 1e-4)
 
 
+def made_blocks():
+    names = ["block", *(f"block_{i}" for i in range(L))]
+    return {name: Block(name=name) for name in names}
+
+
+class Outside(hk.Module):
+    """Blocks made outside of the layer; `run` takes one, and a function of all."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+        self.blocks = made_blocks()
+
+    def init(self, x):
+        return self(x, self.blocks)
+
+    def __call__(self, x, blocks=None):
+        blocks = blocks or made_blocks()
+        return self.run(blocks["block"], lambda i: blocks[f"block_{i}"])(x)
+
+    def method(self, x):
+        blocks = made_blocks()
+        return self.run(blocks["block"], lambda i: blocks[f"block_{i}"])(x)
+
+
+OUTSIDE = {"__call__": "block_{}", "init": "~/block_{}", "method": "block_{}"}
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+@pytest.mark.parametrize("where", OUTSIDE)
+def test_transparent_stacks_of_modules_made_outside(where, loop):
+    def model(run):
+        def net(x):
+            return hk.Linear(D, name="after")(getattr(Outside(run), where)(x))
+
+        # In another Python loop, names have a scope before that of the module.
+        return hk.transform_with_state(hk_stack.layer_stack(2, name="around")(net))
+
+    def stack(layer, _):
+        names = NumberedLayers(OUTSIDE[where])
+        return hk_stack.layer_stack(L, transparent=True, transparency_map=names)(layer)
+
+    loop_of_blocks = model(functools.partial(in_loop, L))
+    tree = initial(loop_of_blocks)
+    expected = everything(loop_of_blocks)(*tree)
+    in_stacks = model(stack)
+    assert types(jax.eval_shape(in_stacks.init, KEY, X)) == types(tree)
+    with hk_stack.use_loop(loop):
+        assert_close(everything(in_stacks)(*tree), expected, 1e-4)
+
+
+def test_transparent_stacks_have_haikus_names_of_modules_made_outside():
+    """The map knows the module's whole name, so that is kept, as Haiku keeps it."""
+
+    def init(stack):
+        def run(layer, _):
+            names = NumberedLayers("outside/block_{}", "outside/block")
+            return stack(L, transparent=True, transparency_map=names)(layer)
+
+        model = hk.transform_with_state(lambda x: Outside(run)(x))
+        return jax.eval_shape(model.init, KEY, X)[0]
+
+    params = init(hk_stack.layer_stack)
+    assert "outside/outside/block_0/linear" in params
+    assert params == init(hk.layer_stack)
+
+
+def test_transparent_stacks_leave_the_names_after_them_alone():
+    def init(stack):
+        def run(x):
+            names = NumberedLayers("block_{}")
+            x = stack(L, transparent=True, transparency_map=names)(block("block"))(x)
+            return stack(L)(plain)(x)
+
+        return jax.eval_shape(hk.transform_with_state(run).init, KEY, X)[0]
+
+    assert init(hk_stack.layer_stack) == init(hk.layer_stack)
+
+
 # Optimisers
 
 
