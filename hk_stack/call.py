@@ -208,26 +208,25 @@ def pure_layer(call: Call) -> initialize.Layer:
         frame = call.frame(own, is_init=False)
         with inside.layer(frame, (params, carry)):
             if frame.check_finite:
-                _check_inputs(call, params, state, carry, own)
+                carry = _check_inputs(call, params, state, carry, own)
             names = call.names(frame)
             (carry, output), after = transformed.apply(
                 names.added(params), names.added(state), key, carry, own
             )
             if frame.check_finite:
-                arguments = zip(call.arguments, carry, strict=False)
-                inside.say_finite(dict(arguments), "result ")
-                inside.say_finite(output, "output per layer ")
+                named = dict(zip(call.arguments, carry, strict=False))
+                checked = {"result ": named, "output per layer ": output}
+                carry, output = inside.say_finite(checked, (carry, output))
         return (carry, output), names.dropped(after, state)
 
     return initialize.Layer(init, apply)
 
 
-def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> None:
-    """Checks what a layer is given."""
+def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> Any:
+    """Checks what a layer is given; returns its carry, as `say_finite` does."""
     named = dict(zip(call.arguments, (*carry, *own.inputs), strict=True))
-    inside.say_finite(params, "parameter ")
-    inside.say_finite(state, "state ")
-    inside.say_finite(named, "argument ")
+    checked = {"parameter ": params, "state ": state, "argument ": named}
+    return inside.say_finite(checked, carry)
 
 
 def run_one(

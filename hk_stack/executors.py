@@ -53,17 +53,18 @@ def compiled(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, An
     values = [*constants, *jax.tree.leaves(given)]
     leaves = eager.call(plan.run, values, plan.key)
     count = len(leaves) - len(marks)
-    kept = _pass_on(call, marks, leaves[count:])
     results = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    (carry, outputs), state = results
-    return _tied(carry, kept), outputs, state
+    (carry, outputs), state = _pass_on(call, marks, leaves[count:], results)
+    return carry, outputs, state
 
 
-def _pass_on(call: Call, marks: list[inside.Mark], values: list[Any]) -> list[Any]:
+def _pass_on(
+    call: Call, marks: list[inside.Mark], values: list[Any], results: Any
+) -> Any:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
     Returns:
-      What must not be lost on the way there.
+      The stack's results, computed only together with what is told.
     """
     kept, items, codes = [], [], []
     for mark, value in zip(marks, values, strict=True):
@@ -73,23 +74,14 @@ def _pass_on(call: Call, marks: list[inside.Mark], values: list[Any]) -> list[An
             label = mark.label.partition(":")[2]
             items.append((label, call.checked[mark.label]))
             codes.append(value)
-    if codes:
-        num_layers = call.options.num_layers
-        checked = finite.Checked(call.where, num_layers, call.reverse, tuple(items))
-        kept.append(inside.say_code(checked.encode(codes), call.where, checked))
-    return [value for value in kept if value is not None]
-
-
-def _tied(carry: Any, kept: list[Any]) -> Any:
-    """`carry`, computed only together with what is `kept`.
-
-    Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
-    """
-    leaves, tree = jax.tree.flatten(carry)
-    if not kept or not leaves:
-        return carry
-    tied = jax.lax.optimization_barrier((leaves, kept))[0]
-    return jax.tree.unflatten(tree, tied)
+    # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
+    results = inside.tied(results, kept)
+    if not codes:
+        return results
+    num_layers = call.options.num_layers
+    checked = finite.Checked(call.where, num_layers, call.reverse, tuple(items))
+    code = inside.Code(call.where, checked.encode(codes), checked)
+    return inside.say_codes([code], results)
 
 
 class _Plan(NamedTuple):

@@ -190,9 +190,7 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
         inputs = list(map(read, eqn.invars))
         mark = _mark(eqn)
         if mark is not None:
-            # A check under `vmap` has a code for each example.
-            value = inputs[0] if mark.is_tap else jnp.min(inputs[0])
-            results, more = inputs, [_Marked(mark, value)]
+            results, more = inputs, [_Marked(mark, inputs[0])]
         elif any(map(_has_marks, flat.bodies(eqn))):
             results, more = _open(jaxpr, eqn, inputs)
         else:
@@ -203,9 +201,13 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
 
 
 def _mark(eqn: jex.JaxprEqn) -> inside.Mark | None:
-    if eqn.primitive.name != "name":
-        return None
-    return inside.read_mark(eqn.params["name"])
+    if eqn.primitive.name == "name":
+        return inside.read_mark(eqn.params["name"])
+    if eqn.primitive.name == "custom_vmap_call":  # Around the mark of a check.
+        marks = [_mark(inner) for body in flat.bodies(eqn) for inner in body.eqns]
+        if len(marks) == 1 and marks[0] and not marks[0].is_tap:
+            return marks[0]
+    return None
 
 
 def _has_marks(jaxpr: jex.Jaxpr) -> bool:
@@ -294,7 +296,7 @@ def _open_scan(
     carry, mapped = inputs[first : first + count], inputs[first + count :]
     carry, (outputs, values) = jax.lax.scan(turn, carry, mapped, **options)
     found = [
-        _Marked(mark, value if mark.is_tap else jnp.min(value))
+        _Marked(mark, value if mark.is_tap else inside.first_code(value))
         for mark, value in zip(marks, values, strict=True)
     ]
     return [*carry, *outputs], found
