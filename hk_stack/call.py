@@ -2,14 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from hk_stack import checks, cut, finite, initialize, inside, scopes
+from hk_stack import advice, checks, cut, finite, initialize, inside, scopes
 from hk_stack import loop as loops
 
 
@@ -63,7 +63,8 @@ class Call:
     Attributes:
       options: Of the stack.
       f: The layer function.
-      kwargs: Its keyword arguments.
+      args: What the stack was given by position.
+      kwargs: The keyword arguments of the layer function.
       where: Names the stack in errors.
       path: Of the stack, from the outermost one.
       arguments: Names of the arguments of the layer function.
@@ -82,6 +83,7 @@ class Call:
         self,
         options: Options,
         f: Callable[..., Any],
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         where: str,
         path: str,
@@ -90,6 +92,7 @@ class Call:
     ):
         self.options = options
         self.f = f
+        self.args = args
         self.kwargs = kwargs
         self.where = where
         self.path = path
@@ -140,6 +143,42 @@ class Call:
         """What is traced, in words."""
         return f"all {self.options.num_layers} layers at once"
 
+    def explained(
+        self, doing: str = "", index: int | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """What says of errors where they came up, and what to write."""
+        return checks.in_layer(self.where, index, doing, self._advice)
+
+    def _advice(self, error: Exception) -> Iterator[str]:
+        options = self.options
+        arguments = dict(zip(self.arguments, self.args, strict=True))
+        return advice.on(
+            error,
+            advice.Situation(
+                self.f,
+                arguments,
+                self.kwargs,
+                options.num_layers,
+                options.with_per_layer_inputs,
+                options.pass_reverse,
+            ),
+        )
+
+    def keeps_carry(self, before: Any, after: Any) -> Any:
+        """Checks that a layer returns the carry that it is given; `after`, as arrays.
+
+        What is weakly typed may take on another type.
+        """
+        if _are_alike(before, after):
+            return after
+        names, where = self.arguments, self.where
+        with_outputs = self.options.with_per_layer_inputs
+        checks.same_structure(before, after, names, where, with_outputs)
+        after = jax.tree.map(as_array, after)
+        promoted = jax.tree.map(promote, before, after)
+        checks.same_carry(promoted, after, names, where)
+        return after
+
     def scope(self, frame: inside.Frame) -> contextlib.AbstractContextManager[Any]:
         """What puts the layer's index into names."""
         return self.scopes[frame.index].context if frame.scope else _NOTHING
@@ -186,6 +225,7 @@ def pure_layer(call: Call) -> initialize.Layer:
         frame = inside.frames()[-1]
         with call.scope(frame), call.watch(frame):
             result = call.f(*carry, *own.inputs, **call.kwargs)
+        checks.result(result, where)
         output = None
         if options.with_per_layer_inputs:
             checks.is_pair(result, where)
@@ -197,11 +237,7 @@ def pure_layer(call: Call) -> initialize.Layer:
     transformed = hk.transform_with_state(run)
 
     def init(key: Any, carry: Any, own: Own) -> tuple[hk.Params, hk.State]:
-        doing = f"initialising {call.all_layers}"
-        with (
-            checks.in_layer(where, None, doing),
-            inside.layer(call.frame(own, is_init=True)),
-        ):
+        with inside.layer(call.frame(own, is_init=True)):
             return transformed.init(key, carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
@@ -210,9 +246,10 @@ def pure_layer(call: Call) -> initialize.Layer:
             if frame.check_finite:
                 carry = _check_inputs(call, params, state, carry, own)
             names = call.names(frame)
-            (carry, output), after = transformed.apply(
+            (result, output), after = transformed.apply(
                 names.added(params), names.added(state), key, carry, own
             )
+            carry = call.keeps_carry(carry, result)
             if frame.check_finite:
                 named = dict(zip(call.arguments, carry, strict=False))
                 checked = {"result ": named, "output per layer ": output}
@@ -257,6 +294,16 @@ def cast(carry: Any, dtype: Any) -> Any:
         return leaf.astype(dtype) if is_real else leaf
 
     return carry if dtype is None else jax.tree.map(cast, carry)
+
+
+def _are_alike(before: Any, after: Any) -> bool:
+    """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
+    old, tree = jax.tree.flatten(before)
+    new, new_tree = jax.tree.flatten(after)
+    return bool(tree == new_tree) and all(  # type: ignore[operator]
+        isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
+        for x, y in zip(old, new, strict=True)
+    )
 
 
 def promote(leaf: jax.Array, after: Any) -> jax.Array:

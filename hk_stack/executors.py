@@ -163,21 +163,17 @@ def _trace(
 ) -> tuple[jex.ClosedJaxpr, Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
     params, state, key, _, own = layout.drop_layers(given._replace(carry=None))
-    names, where = call.arguments, call.where
     trace = jax.make_jaxpr(functools.partial(run_one, call, layer), return_shape=True)
     doing = f'tracing {call.all_layers}; loop="python" runs them one by one'
     while True:
         carry = given.carry
-        with checks.in_layer(where, None, doing):
+        with call.explained(doing):
             closed, shapes = trace(params, state, key, carry, own)
-        (after, _), _ = shapes
-        checks.same_structure(carry, after, names, where)
         outs = jax.tree.unflatten(
             jax.tree.structure(carry), closed.out_avals[: len(jax.tree.leaves(carry))]
         )
         promoted = jax.tree.map(promote, carry, outs)
         if all(map(operator.is_, jax.tree.leaves(carry), jax.tree.leaves(promoted))):
-            checks.same_carry(carry, after, names, where)
             return closed, given, shapes
         given = given._replace(carry=promoted)
 
@@ -240,15 +236,10 @@ def python(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any,
     def step(carry: Any, per_layer: Any) -> tuple[Any, Any]:
         nonlocal structure
         params, state, key, own = per_layer
-        with checks.in_layer(where, own.index):
+        with call.explained(index=own.index):
             (after, output), state = run_one(
                 call, layer, params, state, key, carry, own
             )
-            if not _are_alike(carry, after):
-                checks.same_structure(carry, after, call.arguments, where)
-                after = jax.tree.map(as_array, after)
-                promoted = jax.tree.map(promote, carry, after)
-                checks.same_carry(promoted, after, call.arguments, where)
             output = jax.tree.map(as_array, output)
             found = jax.tree.structure(output)
             checks.same_outputs(structure, found, where)
@@ -265,13 +256,3 @@ def python(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any,
         reverse=call.reverse,
     )
     return carry, outputs, state
-
-
-def _are_alike(before: Any, after: Any) -> bool:
-    """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
-    old, tree = jax.tree.flatten(before)
-    new, new_tree = jax.tree.flatten(after)
-    return bool(tree == new_tree) and all(  # type: ignore[operator]
-        isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
-        for x, y in zip(old, new, strict=True)
-    )

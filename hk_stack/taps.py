@@ -90,7 +90,8 @@ def collect(
         exposed, constants, marks = expose(closed)
         found = _unique(list(map(_name, marks)))
         used = adding.used if adding else set()
-        checks.some_taps(patterns, select, found, sorted({*(add or ())} - used))
+        lost = sorted({*(add or ())} - used)
+        checks.some_taps(patterns, select, found, lost, lambda: _all_taps(run, arrays))
         inputs = [*constants, *arrays.values()]
         results = _run(exposed, inputs)
         count = len(results) - len(marks)
@@ -98,6 +99,13 @@ def collect(
         return out, dict(zip(found, results[count:], strict=True))
 
     return collected
+
+
+def _all_taps(run: Callable[..., Any], arrays: dict[int, Any]) -> list[str]:
+    """The paths of all taps, for an error."""
+    with inside.collecting(inside.Collector(("*",), None)):
+        closed = jax.make_jaxpr(run)(arrays)
+    return sorted({mark.label for mark in _marks(closed.jaxpr) if mark.is_tap})
 
 
 def _name(mark: inside.Mark) -> str:
