@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from hk_stack import checks, cut, equations, finite, initialize, inside, scopes
+from hk_stack import advice, checks, cut, equations, finite, initialize, inside, scopes
 from hk_stack import loop as loops
 
 
@@ -63,7 +63,8 @@ class Call:
     Attributes:
       options: Of the stack.
       f: The layer function.
-      kwargs: Its keyword arguments.
+      args: What the stack was given by position.
+      kwargs: The keyword arguments of the layer function.
       where: Names the stack in errors.
       path: Of the stack, from the outermost one.
       arguments: Names of the arguments of the layer function.
@@ -84,6 +85,7 @@ class Call:
         self,
         options: Options,
         f: Callable[..., Any],
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         where: str,
         path: str,
@@ -92,6 +94,7 @@ class Call:
     ):
         self.options = options
         self.f = f
+        self.args = args
         self.kwargs = kwargs
         self.where = where
         self.path = path
@@ -151,6 +154,42 @@ class Call:
         """The names of the layer that runs."""
         return scopes.Names(self.module, self.options.naming_map)
 
+    def explained(
+        self, doing: str = "", index: int | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """What says of errors where they came up, and what to write."""
+        return checks.in_layer(self.where, index, doing, self._advice)
+
+    def _advice(self, error: Exception) -> Iterator[str]:
+        options = self.options
+        arguments = dict(zip(self.arguments, self.args, strict=True))
+        return advice.on(
+            error,
+            advice.Situation(
+                self.f,
+                arguments,
+                self.kwargs,
+                options.num_layers,
+                options.with_per_layer_inputs,
+                options.pass_reverse,
+            ),
+        )
+
+    def keeps_carry(self, before: Any, after: Any) -> Any:
+        """Checks that a layer returns the carry that it is given; `after`, as arrays.
+
+        What is weakly typed may take on another type.
+        """
+        if _are_alike(before, after):
+            return after
+        names, where = self.arguments, self.where
+        with_outputs = self.options.with_per_layer_inputs
+        checks.same_structure(before, after, names, where, with_outputs)
+        after = jax.tree.map(as_array, after)
+        promoted = jax.tree.map(promote, before, after)
+        checks.same_carry(promoted, after, names, where)
+        return after
+
     @contextlib.contextmanager
     def around(self, names: scopes.Names) -> Iterator[None]:
         """What is around the layer function: its scope, and a watch on modules."""
@@ -195,6 +234,7 @@ def pure_layer(call: Call) -> initialize.Layer:
     def run(names: scopes.Names, carry: Any, own: Own) -> tuple[Any, Any]:
         with call.around(names):
             result = call.f(*carry, *own.inputs, **call.kwargs)
+        checks.result(result, where)
         output = None
         if options.with_per_layer_inputs:
             checks.is_pair(result, where)
@@ -206,38 +246,34 @@ def pure_layer(call: Call) -> initialize.Layer:
     transformed = hk.transform_with_state(run)
 
     def init(key: Any, carry: Any, own: Own) -> tuple[hk.Params, hk.State]:
-        doing = f"initialising {call.all_layers}"
-        with (
-            checks.in_layer(where, None, doing),
-            inside.layer(call.frame(own, is_init=True)),
-        ):
+        with inside.layer(call.frame(own, is_init=True)):
             return transformed.init(key, call.names(), carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
         frame = call.frame(own, is_init=False)
         with inside.layer(frame, (params, carry)):
             if frame.check_finite:
-                _check_inputs(call, params, state, carry, own)
+                carry = _check_inputs(call, params, state, carry, own)
             names = call.names()
             names.given = given = names.added(params)
-            (carry, output), after = transformed.apply(
+            (result, output), after = transformed.apply(
                 given, names.added(state), key, names, carry, own
             )
+            carry = call.keeps_carry(carry, result)
             if frame.check_finite:
-                arguments = zip(call.arguments, carry, strict=False)
-                inside.say_finite(dict(arguments), "result ")
-                inside.say_finite(output, "output per layer ")
+                named = dict(zip(call.arguments, carry, strict=False))
+                checked = {"result ": named, "output per layer ": output}
+                carry, output = inside.say_finite(checked, (carry, output))
         return (carry, output), names.dropped(after, state)
 
     return initialize.Layer(init, apply)
 
 
-def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> None:
-    """Checks what a layer is given."""
+def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> Any:
+    """Checks what a layer is given; returns its carry, as `say_finite` does."""
     named = dict(zip(call.arguments, (*carry, *own.inputs), strict=True))
-    inside.say_finite(params, "parameter ")
-    inside.say_finite(state, "state ")
-    inside.say_finite(named, "argument ")
+    checked = {"parameter ": params, "state ": state, "argument ": named}
+    return inside.say_finite(checked, carry)
 
 
 def run_one(
@@ -271,6 +307,16 @@ def cast(carry: Any, dtype: Any) -> Any:
         return leaf.astype(dtype) if is_real else leaf
 
     return carry if dtype is None else jax.tree.map(cast, carry)
+
+
+def _are_alike(before: Any, after: Any) -> bool:
+    """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
+    old, tree = jax.tree.flatten(before)
+    new, new_tree = jax.tree.flatten(after)
+    return bool(tree == new_tree) and all(  # type: ignore[operator]
+        isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
+        for x, y in zip(old, new, strict=True)
+    )
 
 
 def promote(leaf: jax.Array, after: Any) -> jax.Array:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.tree_util import DictKey, keystr
 
-from hk_stack import layout
+from hk_stack import checks, layout
 
 Path = str | os.PathLike[str]
 
@@ -751,6 +751,7 @@ def _note_layers(
     where: str,
 ) -> _Layers:
     """The layers of a tree that is saved."""
+    checks.naming_map(naming_map, "layers", where)
     found = _find_layers(leaves, naming_map, where)
     if found is None:
         names = ", ".join(list(leaves)[:8])

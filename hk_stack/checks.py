@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import haiku as hk
@@ -38,13 +38,12 @@ def positive(value: Any, argument: str, where: str) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        hint = (
-            " The layer function comes in the second call: "
-            "layer_stack(num_layers)(layer_function)(x)."
-        )
+        hint = _SECOND_CALL if callable(value) else ""
+        if isinstance(value, (float, np.floating)) and value.is_integer():
+            hint = f" Write {int(value)}."
         raise TypeError(
             f"{where}: {argument} must be a positive int, not {value!r} "
-            f"({type(value).__name__}).{hint if callable(value) else ''}"
+            f"({type(value).__name__}).{hint}"
         ) from None
     if number < 1:
         hint = " A stack of no layers is the identity: leave it out."
@@ -53,6 +52,46 @@ def positive(value: Any, argument: str, where: str) -> int:
             f"{hint if argument == 'num_layers' else ''}"
         )
     return number
+
+
+_SECOND_CALL = (
+    " The layer function comes in the second call, and its arguments in the third: "
+    "layer_stack(num_layers)(layer_function)(x)."
+)
+
+
+def flag(value: Any, argument: str, where: str) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"{where}: {argument} must be True or False, not {value!r}."
+            f"{_SECOND_CALL if callable(value) else ''}"
+        )
+    return bool(value)
+
+
+def stack_name(name: Any) -> None:
+    """Checks the name of a stack."""
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(
+            f"layer_stack: name must be a str or None, not {name!r} "
+            f"({type(name).__name__})."
+        )
+
+
+def naming_map(value: Any, argument: str, where: str) -> Any:
+    """`value`, if it is a naming map."""
+    methods = ("flat_to_stacked", "stacked_to_flat")
+    has_all = all(callable(getattr(value, name, None)) for name in methods)
+    if has_all and not isinstance(value, type):
+        return value
+    hint = f"hk_stack.NumberedLayers({value!r})" if isinstance(value, str) else ""
+    if isinstance(value, type):
+        hint = f"{value.__name__}(...), an instance"
+    raise TypeError(
+        f"{where}: {argument} must be a naming map, not {value!r}. Write "
+        f"{hint or 'hk_stack.NumberedLayers(...)'}."
+    )
 
 
 def one_of(word: Any, words: Sequence[str], argument: str, where: str) -> str:
@@ -143,6 +182,7 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
             f"layer_stack {name!r}: the layer function must be callable, not "
             f"{type(f).__name__}. Write layer_stack(num_layers)(layer_function)(x)."
         )
+    _makes_values(f, name)
     try:
         parameters = list(inspect.signature(f).parameters.values())
     except ValueError:  # Builtins have no signature.
@@ -154,6 +194,60 @@ def layer_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
             "cannot be known what it carries from layer to layer. Name its arguments, "
             f"as in def {name_of(f)}(x, y), or pass one tuple."
         )
+
+
+def _makes_values(f: Callable[..., Any], name: str) -> None:
+    """Refuses what makes, once called, something else than arrays."""
+    where, code = describe(name, f), _innermost(f)
+    if isinstance(code, type):
+        made = f"{code.__name__}(...)"
+        raise TypeError(
+            f"{where}: expected a function, found a class. Make an object of it, in "
+            f"each layer: layer_stack(num_layers)(lambda x: {made}(x))(x)."
+        )
+    for is_kind, kind, instead in (
+        (inspect.iscoroutinefunction, "coroutine function", "def for async def"),
+        (inspect.isasyncgenfunction, "asynchronous generator", "def for async def"),
+        (inspect.isgeneratorfunction, "generator function", "return for yield"),
+    ):
+        if is_kind(code) or is_kind(type(code).__call__):
+            raise TypeError(
+                f"{where}: a {kind} returns no arrays when it is called. Write "
+                f"{instead}."
+            )
+
+
+def _innermost(f: Any) -> Any:
+    return _innermost(f.func) if isinstance(f, functools.partial) else f
+
+
+def only_function(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> None:
+    """Checks that the second call of `layer_stack` takes the layer function alone."""
+    if args or kwargs:
+        more = [type(a).__name__ for a in args] + [f"{key}=..." for key in kwargs]
+        raise TypeError(
+            f"layer_stack {name!r}: the second call takes the layer function alone, "
+            f"and was given {', '.join(more)} too. Write "
+            "layer_stack(num_layers)(layer_function)(x)."
+        )
+
+
+def result(value: Any, where: str) -> None:
+    """Checks that a layer function returns arrays."""
+    for path, leaf in jax.tree.leaves_with_path(value):
+        if isinstance(leaf, _ARRAYS) or hasattr(leaf, "__jax_array__"):
+            continue
+        at = f" (at {_path_name(path)})" if path else ""
+        hint = ""
+        if callable(leaf):
+            hint = " Call it: what it returns then is meant, presumably."
+        raise TypeError(
+            f"{where}: the layer function must return arrays, but it returned a "
+            f"{type(leaf).__name__}{at}.{hint}"
+        )
+
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def inside_transform(name: str, f: Callable[..., Any]) -> None:
@@ -235,31 +329,65 @@ def some_taps(
     select: Any,
     found: Sequence[str],
     lost: Sequence[str],
+    all_taps: Callable[[], Sequence[str]],
 ) -> None:
     """Checks that what `collect` was asked for is there."""
     if not found and tuple(patterns) != ("*",):
         raise ValueError(
-            f"hk_stack.collect: no tap matches {select!r}. collect(fn) without a "
-            "selection returns all there are; hk_stack.tap(value, name) makes one."
+            f"hk_stack.collect: no tap matches {select!r}. {_there_are(all_taps())}"
         )
     if lost:
         raise ValueError(
             f"hk_stack.collect: nothing was added at {', '.join(lost)}, as there is no "
-            "such tap. collect(fn) returns all there are, by path."
+            f"such tap. {_there_are(all_taps())}"
         )
 
 
+def _there_are(taps: Sequence[str]) -> str:
+    if not taps:
+        return "There are no taps in it; hk_stack.tap(value, name) makes one."
+    more = f", and {len(taps) - 20} more" if len(taps) > 20 else ""
+    return f"There are {', '.join(taps[:20])}{more}."
+
+
 @contextlib.contextmanager
-def in_layer(where: str, index: int | None, doing: str = "") -> Iterator[None]:
-    """Says in which stack an error came up, and in which layer if it has an index."""
+def in_layer(
+    where: str,
+    index: int | None,
+    doing: str,
+    advise: Callable[[Exception], Iterable[str]],
+) -> Iterator[None]:
+    """Says in which stack an error came up, in which layer, and what to write."""
     try:
         yield
     except Exception as error:
+        is_innermost = not any(n.startswith(_HERE) for n in _notes(error))
+        advice = list(advise(error)) if is_innermost else []
         if index is not None:
-            error.add_note(f"This was in layer {index} of {where}.")
+            error.add_note(f"{_HERE} layer {index} of {where}.")
         elif where not in str(error):
-            error.add_note(f"This was in {where}, {doing}.")
+            error.add_note(f"{_HERE} {where}, {doing}.")
+        for text in advice:
+            if text not in _notes(error):
+                error.add_note(text)
         raise
+
+
+_HERE = "This was in"
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def carried(args: Sequence[Any], names: Sequence[str], where: str) -> None:
+    """Checks that what a stack is given by position are arrays."""
+    for name, tree in zip(names, args, strict=True):
+        by_keyword = (
+            "expected an array. By keyword it stays as it is, and all layers share it: "
+            f"stack(f)(x, {name}=...)."
+        )
+        arrays(tree, f"{where}: argument `{name}`", by_keyword)
 
 
 def same_outputs(before: Any, after: Any, where: str) -> None:
@@ -298,25 +426,74 @@ def is_pair(result: Any, where: str) -> None:
             found = f"a {found} of {len(result)}"
         raise TypeError(
             f"{where}: with_per_layer_inputs=True, the layer function must return a "
-            f"pair (x, y), but it returned {found}. Return (x, None) if there is no "
-            "output per layer."
+            f"pair (x, y), but it returned {found}. {_pair_advice(result)}"
         )
 
 
+def _pair_advice(result: Any) -> str:
+    if result is None:
+        return _NO_RETURN
+    if isinstance(result, (tuple, list)) and len(result) > 2:
+        return "Return (x, (y, z)) if there are several outputs per layer."
+    if isinstance(result, list):
+        return "Return a tuple."
+    return "Return (x, None) if there is no output per layer."
+
+
+_NO_RETURN = "Is a `return` missing?"
+
+
 def same_structure(
-    before: tuple[Any, ...], after: Any, names: Sequence[str], where: str
+    before: tuple[Any, ...],
+    after: Any,
+    names: Sequence[str],
+    where: str,
+    with_per_layer_inputs: bool,
 ) -> None:
     """Checks that a layer returns the pytree that it was given."""
     old: Any = jax.tree.structure(before)
     new: Any = jax.tree.structure(after)
     if old == new:
         return
-    if len(before) == 1:
-        old, new = jax.tree.structure(before[0]), jax.tree.structure(after[0])
+    took, returned = (before[0], after[0]) if len(before) == 1 else (before, after)
+    names = names[: len(before)]
+    advice = _structure_advice(took, returned, names, with_per_layer_inputs)
     raise TypeError(
         f"{where}: the layer function must return what it takes "
-        f"({', '.join(names[: len(before)])}), as the next layer is given it: took "
-        f"{old}, returned {new}."
+        f"({', '.join(names)}), as the next layer is given it: took "
+        f"{jax.tree.structure(took)}, returned {jax.tree.structure(returned)}.{advice}"
+    )
+
+
+def _structure_advice(
+    took: Any, returned: Any, names: Sequence[str], with_per_layer_inputs: bool
+) -> str:
+    """What to write for a result of another structure."""
+    outputs = (
+        " If there are outputs per layer, write layer_stack(num_layers, "
+        "with_per_layer_inputs=True), and return (x, outputs)."
+    )
+    if not names:
+        return (
+            " Give what goes from layer to layer by position: stack(f)(x). What is "
+            "given by keyword, all layers share."
+        )
+    if returned is None:
+        return f" {_NO_RETURN}"
+    if len(names) == 1:
+        if isinstance(took, list):
+            return (
+                f" `{names[0]}` is a list, so + and * do what they do to lists. "
+                f"jnp.asarray({names[0]}) makes one array of numbers, "
+                f"jnp.stack({names[0]}) one of arrays."
+            )
+        is_more = isinstance(returned, tuple) and len(returned) > 1
+        return outputs if is_more and not with_per_layer_inputs else ""
+    if isinstance(returned, list) and len(returned) == len(names):
+        return " Return a tuple, not a list."
+    return (
+        f" Return one value for each argument: ({', '.join(names)}). What all layers "
+        f"share goes by keyword: stack(f)({names[0]}, {names[1]}=...).{outputs}"
     )
 
 
@@ -339,12 +516,35 @@ def same_carry(
 
 
 def _carry_advice(x: Any, y: Any) -> str:
-    if x.shape == y.shape:
+    is_key = [jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for v in (x, y)]
+    if any(is_key):
+        if all(is_key):
+            return "Return a key of the kind that came in."
         return (
-            f"Cast the result with .astype(x.dtype), or the input to {y.dtype}, or let "
-            f"the stack do so: carry_dtype=jnp.{x.dtype}."
+            "Return a key for a key, as of jax.random.split or fold_in; "
+            "jax.random.wrap_key_data makes one of its data."
         )
-    return "Return the shape that came in, or change it outside of the stack."
+    if x.shape != y.shape:
+        return "Return the shape that came in, or change it outside of the stack."
+    result = f"Cast the result with .astype(jnp.{x.dtype})"
+    given = f"the input with .astype(jnp.{y.dtype})"
+    old, new = (_rank(v.dtype) for v in (x, y))
+    if old == new == _rank(np.float32):
+        return (
+            f"{result}, or {given}, or let the stack do so: carry_dtype=jnp.{x.dtype}."
+        )
+    if old < new == _rank(np.complex64):
+        return f"Cast {given}, or return a part, as of jnp.real."
+    return f"Cast {given}, or the result back." if old < new else f"{result}."
+
+
+def _rank(dtype: Any) -> int:
+    """Of the kind of numbers, each of which holds those before."""
+    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
+    return max(
+        (i + 1 for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)),
+        default=0,
+    )
 
 
 def depth(params: Any, state: Any, num_layers: int, where: str) -> None:
@@ -533,7 +733,13 @@ def partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:
     return where
 
 
-def arrays(tree: Any, what: str) -> None:
+_BIND = (
+    "expected arrays or jax.ShapeDtypeStructs. Bind static arguments before, as in "
+    "functools.partial(fn, is_training=True)."
+)
+
+
+def arrays(tree: Any, what: str, instead: str = _BIND) -> None:
     """Checks that all leaves are arrays, their types, or Python numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         at = f"{what} (at {_path_name(path)})" if path else what
@@ -542,11 +748,7 @@ def arrays(tree: Any, what: str) -> None:
         is_number = isinstance(leaf, (int, float, complex))
         is_text = getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSU"
         if is_text or not (hasattr(leaf, "shape") or is_number):
-            raise TypeError(
-                f"{at} is a {type(leaf).__name__} ({leaf!r}); expected arrays or "
-                "jax.ShapeDtypeStructs. Bind static arguments before, as in "
-                "functools.partial(fn, is_training=True)."
-            )
+            raise TypeError(f"{at} is a {type(leaf).__name__} ({leaf!r}); {instead}")
 
 
 @contextlib.contextmanager

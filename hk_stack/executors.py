@@ -53,17 +53,18 @@ def compiled(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, An
     values = [*constants, *jax.tree.leaves(given)]
     leaves = eager.call(plan.run, values, plan.key)
     count = len(leaves) - len(marks)
-    kept = _pass_on(call, marks, leaves[count:])
     results = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    (carry, outputs), state = results
-    return _tied(carry, kept), outputs, state
+    (carry, outputs), state = _pass_on(call, marks, leaves[count:], results)
+    return carry, outputs, state
 
 
-def _pass_on(call: Call, marks: list[inside.Mark], values: list[Any]) -> list[Any]:
+def _pass_on(
+    call: Call, marks: list[inside.Mark], values: list[Any], results: Any
+) -> Any:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
     Returns:
-      What must not be lost on the way there.
+      The stack's results, computed only together with what is told.
     """
     kept, items, codes = [], [], []
     for mark, value in zip(marks, values, strict=True):
@@ -73,23 +74,14 @@ def _pass_on(call: Call, marks: list[inside.Mark], values: list[Any]) -> list[An
             label = mark.label.partition(":")[2]
             items.append((label, call.checked[mark.label]))
             codes.append(value)
-    if codes:
-        num_layers = call.options.num_layers
-        checked = finite.Checked(call.where, num_layers, call.reverse, tuple(items))
-        kept.append(inside.say_code(checked.encode(codes), call.where, checked))
-    return [value for value in kept if value is not None]
-
-
-def _tied(carry: Any, kept: list[Any]) -> Any:
-    """`carry`, computed only together with what is `kept`.
-
-    Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
-    """
-    leaves, tree = jax.tree.flatten(carry)
-    if not kept or not leaves:
-        return carry
-    tied = jax.lax.optimization_barrier((leaves, kept))[0]
-    return jax.tree.unflatten(tree, tied)
+    # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
+    results = inside.tied(results, kept)
+    if not codes:
+        return results
+    num_layers = call.options.num_layers
+    checked = finite.Checked(call.where, num_layers, call.reverse, tuple(items))
+    code = inside.Code(call.where, checked.encode(codes), checked)
+    return inside.say_codes([code], results)
 
 
 class _Plan(NamedTuple):
@@ -171,21 +163,17 @@ def _trace(
 ) -> tuple[jex.ClosedJaxpr, Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
     params, state, key, _, own = layout.drop_layers(given._replace(carry=None))
-    names, where = call.arguments, call.where
     trace = jax.make_jaxpr(functools.partial(run_one, call, layer), return_shape=True)
     doing = f'tracing {call.all_layers}; loop="python" runs them one by one'
     while True:
         carry = given.carry
-        with checks.in_layer(where, None, doing):
+        with call.explained(doing):
             closed, shapes = trace(params, state, key, carry, own)
-        (after, _), _ = shapes
-        checks.same_structure(carry, after, names, where)
         outs = jax.tree.unflatten(
             jax.tree.structure(carry), closed.out_avals[: len(jax.tree.leaves(carry))]
         )
         promoted = jax.tree.map(promote, carry, outs)
         if all(map(operator.is_, jax.tree.leaves(carry), jax.tree.leaves(promoted))):
-            checks.same_carry(carry, after, names, where)
             return closed, given, shapes
         given = given._replace(carry=promoted)
 
@@ -248,15 +236,10 @@ def python(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any,
     def step(carry: Any, per_layer: Any) -> tuple[Any, Any]:
         nonlocal structure
         params, state, key, own = per_layer
-        with checks.in_layer(where, own.index):
+        with call.explained(index=own.index):
             (after, output), state = run_one(
                 call, layer, params, state, key, carry, own
             )
-            if not _are_alike(carry, after):
-                checks.same_structure(carry, after, call.arguments, where)
-                after = jax.tree.map(as_array, after)
-                promoted = jax.tree.map(promote, carry, after)
-                checks.same_carry(promoted, after, call.arguments, where)
             output = jax.tree.map(as_array, output)
             found = jax.tree.structure(output)
             checks.same_outputs(structure, found, where)
@@ -273,13 +256,3 @@ def python(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any,
         reverse=call.reverse,
     )
     return carry, outputs, state
-
-
-def _are_alike(before: Any, after: Any) -> bool:
-    """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
-    old, tree = jax.tree.flatten(before)
-    new, new_tree = jax.tree.flatten(after)
-    return bool(tree == new_tree) and all(  # type: ignore[operator]
-        isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
-        for x, y in zip(old, new, strict=True)
-    )

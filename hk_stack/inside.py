@@ -16,6 +16,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 from jax.experimental import checkify
 
 T = TypeVar("T")
@@ -257,7 +258,7 @@ def _tap_leaf(leaf: Any, path: str, collector: Collector | None) -> Any:
         leaf = _add(leaf, added[path], path)
         collector.adding.used.add(path)
     if around and around[-1].check_finite:
-        say_finite(leaf, f"tap {path}")
+        leaf = say_finite({f"tap {path}": leaf}, leaf)
     if collector and collector.wants(path):
         leaf = mark_tap(leaf, path)
     return leaf
@@ -318,46 +319,127 @@ def mark_tap(value: Any, path: str) -> Any:
     return checkpoint_name(value, ":".join([_TAP, _python_indices(), path]))
 
 
-def say_finite(value: Any, label: str) -> None:
-    """Checks that all leaves of a pytree are finite, in a layer that is checked."""
-    for path, leaf in jax.tree.leaves_with_path(value):
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
-            end = jax.tree_util.keystr(path, simple=True, separator="/")
-            fine = jnp.all(jnp.isfinite(leaf)).astype(jnp.int32)
-            say_code(fine, f"{label}{end}", None)
-
-
-def say_code(code: Any, label: str, checked: Any) -> Any:
-    """Passes on which check failed first, if any did.
+def say_finite(values: Mapping[str, Any], through: T) -> T:
+    """Checks that values are finite, in a layer that is checked.
 
     Args:
-      code: A scalar `int32`: of the check that failed, or their number if none did.
-      label: What is checked.
-      checked: The checks of a stack (`finite.Checked`); None for one value, whose code
-        is 0 or 1.
+      values: Pytrees, by what their leaves' names begin with.
+      through: What the rest of the program is computed from.
 
     Returns:
-      What must not be lost for the check to be made; None if it was made.
+      `through`, which must be used from here on: see `say_codes`.
+    """
+    codes: list[Code] = []
+    for start, value in values.items():
+        for path, leaf in jax.tree.leaves_with_path(value):
+            if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+                end = jax.tree_util.keystr(path, simple=True, separator="/")
+                fine = jnp.all(jnp.isfinite(leaf)).astype(jnp.int32)
+                codes.append(Code(f"{start}{end}", fine[None], None))
+    return say_codes(codes, through)
+
+
+class Code(NamedTuple):
+    """What a check has found.
+
+    Attributes:
+      label: What is checked.
+      digits: `int32[D]`. Of two checks the one whose digits are less, the first that
+        differ, failed before the other.
+      checked: The checks of a stack (`finite.Checked`); None for one value, whose digit
+        is 0 if it is bad, and 1 if it is fine.
+    """
+
+    label: str
+    digits: Any
+    checked: Any
+
+
+def say_codes(codes: Sequence[Code], through: T) -> T:
+    """Passes on what checks have found.
+
+    Returns:
+      `through`, which must be used from here on: what nobody reads, JAX drops from
+      loops that are differentiated.
     """
     around = ""
     for frame in reversed(frames()):
         if not frame.is_python:
-            # Of several with one label, each has a number of its own.
-            label = f"{len(frame.checked)}:{label}{around}"
-            frame.checked[label] = checked and checked._replace(around=around)
-            return checkpoint_name(code, f"{_FINITE}:{label}")
+            return tied(through, [_mark_code(code, frame, around) for code in codes])
         around += f", in layer {frame.index} of {frame.where}"
-    if checked is None:
-        _check(code == 1, escaped(f"{label}{around}"), {})
-        return None
-    for text, failed, indices in checked._replace(around=around).messages(code):
-        _check(~failed, text, indices)
-    return None
+    return _check(codes, around, through)
 
 
-def _check(fine: Any, label: str, indices: dict[str, Any]) -> None:
-    message = f"the first value that is not finite is {label}"
-    checkify.check(fine, message, **indices)
+def _mark_code(code: Code, frame: Frame, around: str) -> Any:
+    """Marks a code for the stack of `frame` to take out."""
+    # Of several with one label, each has a number of its own.
+    label = f"{len(frame.checked)}:{code.label}{around}"
+    frame.checked[label] = code.checked and code.checked._replace(around=around)
+    return _unbatched(code.digits, f"{_FINITE}:{label}")
+
+
+def tied(value: T, kept: Sequence[Any]) -> T:
+    """`value`, computed only together with what is `kept`."""
+    leaves, tree = jax.tree.flatten(value)
+    if not kept or not leaves:
+        return value
+    return jax.tree.unflatten(
+        tree, jax.lax.optimization_barrier((leaves, list(kept)))[0]
+    )
+
+
+def _check(codes: Sequence[Code], around: str, through: T) -> T:
+    """Raises an error for the first check that failed; inside `jit`, for `checkify`."""
+
+    def run(all_digits: list[Any]) -> list[Any]:
+        for (label, _, checked), digits in zip(codes, all_digits, strict=True):
+            if checked is None:
+                _fail(escaped(f"{label}{around}"), digits[0] == 0, {})
+                continue
+            for failure in checked._replace(around=around).messages(digits):
+                _fail(*failure)
+        return jax.lax.optimization_barrier(all_digits)
+
+    all_digits = [code.digits for code in codes]
+    if any(isinstance(digits, jax.core.Tracer) for digits in all_digits):
+        # The loop of a gradient keeps what its results are computed from, `remat` as a
+        # whole. The gradient of a `custom_jvp` in that loop opens one.
+        run = jax.checkpoint(jax.checkpoint(run))
+        return tied(through, run(list(map(_unbatched, all_digits))))
+    run(all_digits)
+    return through
+
+
+def _fail(text: str, failed: Any, indices: dict[str, Any]) -> None:
+    message = f"the first value that is not finite is {text}"
+    checkify.check(~failed, message, **indices)
+
+
+def _unbatched(digits: Any, name: str = "") -> Any:
+    """The digits of a check, marked if there is a name.
+
+    Under `vmap` they are those of the example that failed first.
+    """
+
+    @custom_vmap
+    def of_one(digits: Any) -> Any:
+        return checkpoint_name(digits, name) if name else digits
+
+    @of_one.def_vmap
+    def of_batch(size: int, is_batched: Any, digits: Any) -> tuple[Any, bool]:
+        del size, is_batched  # Nothing calls this on what is not batched.
+        return of_one(first_code(digits)), False
+
+    return of_one(digits)
+
+
+def first_code(codes: jax.Array) -> jax.Array:
+    """Of codes `[N, D]`, the digits `[D]` of the check that failed first."""
+    is_first = jnp.ones(len(codes), bool)
+    for column in codes.T:
+        least = jnp.min(jnp.where(is_first, column, jnp.iinfo(jnp.int32).max))
+        is_first &= column == least
+    return codes[jnp.argmax(is_first)]
 
 
 def escaped(text: str) -> str:
@@ -390,7 +472,7 @@ class Mark(NamedTuple):
 
 
 def read_mark(name: str) -> Mark | None:
-    """The inverse of `mark_tap` and `say_finite`; None if `name` is no mark."""
+    """The inverse of `mark_tap` and `_mark_code`; None if `name` is no mark."""
     kind, _, rest = name.partition(":")
     if kind == _FINITE:
         return Mark(False, rest)

@@ -128,16 +128,22 @@ def layer_stack(
       ValueError: If one has a wrong value, shape or dtype; if parameters are of another
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
-    name = name or f"__layer_stack_{_KINDS[bool(with_per_layer_inputs)]}"
-    where = f"layer_stack {name!r}"
+    checks.stack_name(name)
+    where = f"layer_stack {name!r}" if name else "layer_stack"
     num_layers = checks.positive(num_layers, "num_layers", where)
+    with_per_layer_inputs = checks.flag(
+        with_per_layer_inputs, "with_per_layer_inputs", where
+    )
+    transparent = checks.flag(transparent, "transparent", where)
     options = Options(
         num_layers=num_layers,
         with_per_layer_inputs=with_per_layer_inputs,
         unroll=checks.unroll(unroll, num_layers, where),
-        pass_reverse=pass_reverse_to_layer_fn,
-        naming_map=transparency_map if transparent else None,
-        name=name,
+        pass_reverse=checks.flag(
+            pass_reverse_to_layer_fn, "pass_reverse_to_layer_fn", where
+        ),
+        naming_map=_naming_map(transparency_map, where) if transparent else None,
+        name=name or f"__layer_stack_{_KINDS[with_per_layer_inputs]}",
         setup=checks.one_of(setup, cut.POLICIES, "setup", where),
         setup_batch_size=(
             None
@@ -151,22 +157,28 @@ def layer_stack(
         carry_dtype=checks.floating(carry_dtype, where),
         check_finite=bool(checks.true_or_false(check_finite, "check_finite", where)),
     )
-    if transparent and transparency_map is None:
-        raise ValueError(
-            f"{where}: transparent=True needs a transparency_map, which names the "
-            "module of each layer (see hk.LayerStackTransparencyMapping)."
-        )
 
-    def stack(f: Callable[..., Any]) -> Callable[..., Any]:
+    def stack(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        checks.only_function(args, kwargs, options.name)
         checks.layer_function(f, options.name, with_per_layer_inputs)
 
         @functools.wraps(f)
         def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
-            return _call(options, f, args, kwargs, reverse)
+            is_reverse = checks.flag(reverse, "reverse", where)
+            return _call(options, f, args, kwargs, is_reverse)
 
         return stacked
 
     return stack
+
+
+def _naming_map(naming_map: Any, where: str) -> hk.LayerStackTransparencyMapping:
+    if naming_map is None:
+        raise ValueError(
+            f"{where}: transparent=True needs a transparency_map, which names the "
+            "module of each layer (see hk.LayerStackTransparencyMapping)."
+        )
+    return checks.naming_map(naming_map, "transparency_map", where)
 
 
 def _remat(remat: Any, every: Any, num_layers: int, where: str) -> loops.Remat | None:
@@ -215,19 +227,21 @@ def _call(
     with contextlib.nullcontext() if is_transparent else hk.name_scope(options.name):
         path = _path(options)
         where = checks.describe(path, f)
+        checks.carried(args, names, where)
         checks.per_layer_inputs(inputs, num_layers, names[len(carry) :], where)
         carry, inputs = jax.tree.map(as_array, (carry, inputs))
         carry = cast(carry, options.carry_dtype)
         path = inside.path_below(path)
         added = inside.added_below(path, num_layers, where)
         own = Own(np.arange(num_layers, dtype=np.int32), added, inputs)
-        call = Call(options, f, kwargs, where, path, names, reverse)
+        call = Call(options, f, args, kwargs, where, path, names, reverse)
         layer = pure_layer(call)
 
         def init(key: jax.Array | None) -> tuple[Any, Any]:
-            params, state = initialize.initialize(
-                layer, num_layers, key, carry, own, method=options.init, where=where
-            )
+            with call.explained(f"initialising {call.all_layers}"):
+                params, state = initialize.initialize(
+                    layer, num_layers, key, carry, own, method=options.init, where=where
+                )
             return _stored(options, params), _stored(options, state)
 
         lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)

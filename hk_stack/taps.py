@@ -90,7 +90,8 @@ def collect(
         exposed, constants, marks = expose(closed)
         found = _unique(list(map(_name, marks)))
         used = adding.used if adding else set()
-        checks.some_taps(patterns, select, found, sorted({*(add or ())} - used))
+        lost = sorted({*(add or ())} - used)
+        checks.some_taps(patterns, select, found, lost, lambda: _all_taps(run, arrays))
         inputs = [*constants, *arrays.values()]
         results = _run(exposed, inputs)
         count = len(results) - len(marks)
@@ -98,6 +99,13 @@ def collect(
         return out, dict(zip(found, results[count:], strict=True))
 
     return collected
+
+
+def _all_taps(run: Callable[..., Any], arrays: dict[int, Any]) -> list[str]:
+    """The paths of all taps, for an error."""
+    with inside.collecting(inside.Collector(("*",), None)):
+        closed = jax.make_jaxpr(run)(arrays)
+    return sorted({mark.label for mark in _marks(closed.jaxpr) if mark.is_tap})
 
 
 def _name(mark: inside.Mark) -> str:
@@ -190,9 +198,7 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
         inputs = list(map(read, eqn.invars))
         mark = _mark(eqn)
         if mark is not None:
-            # A check under `vmap` has a code for each example.
-            value = inputs[0] if mark.is_tap else jnp.min(inputs[0])
-            results, more = inputs, [_Marked(mark, value)]
+            results, more = inputs, [_Marked(mark, inputs[0])]
         elif any(map(_has_marks, equations.bodies(eqn))):
             results, more = _open(eqn, inputs)
         else:
@@ -203,9 +209,13 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
 
 
 def _mark(eqn: jex.JaxprEqn) -> inside.Mark | None:
-    if eqn.primitive.name != "name":
-        return None
-    return inside.read_mark(eqn.params["name"])
+    if eqn.primitive.name == "name":
+        return inside.read_mark(eqn.params["name"])
+    if eqn.primitive.name == "custom_vmap_call":  # Around the mark of a check.
+        marks = [_mark(inner) for body in equations.bodies(eqn) for inner in body.eqns]
+        if len(marks) == 1 and marks[0] and not marks[0].is_tap:
+            return marks[0]
+    return None
 
 
 def _has_marks(jaxpr: jex.Jaxpr) -> bool:
@@ -286,7 +296,7 @@ def _open_scan(
     carry, mapped = inputs[first : first + count], inputs[first + count :]
     carry, (outputs, values) = jax.lax.scan(turn, carry, mapped, **options)
     found = [
-        _Marked(mark, value if mark.is_tap else jnp.min(value))
+        _Marked(mark, value if mark.is_tap else inside.first_code(value))
         for mark, value in zip(marks, values, strict=True)
     ]
     return [*carry, *outputs], found

@@ -13,6 +13,7 @@ from layer_cases import D, by_name, vectors, weight
 from test_layer_stack import KEY, initial
 
 import hk_stack
+from hk_stack import finite, inside
 
 EXECUTORS = ("scan", "unrolled", "python")
 LAST = "of layer_stack 'outer' of layer function 'outer'"
@@ -279,6 +280,213 @@ def test_checked_stacks_compute_the_same(name):
     assert error.get() is None
     plain = case.model(hk_stack.layer_stack).apply
     assert_close(out, jax.jit(plain, compiler_options=FAST)(*given))
+
+
+# Loops around a stack: JAX drops from their gradients what nothing reads.
+
+
+def stack_in(loop):
+    """A function of an array and of what makes the second of three turns fail."""
+
+    def layer(x, w):
+        x = hk_stack.tap(x * hk_stack.tap(jnp.log(w), "log"), "product")
+        return x, x.mean()
+
+    stack = hk_stack.layer_stack(2, True, name="s", check_finite=True, loop=loop)
+    return stack(layer)
+
+
+def turn(apply, x, w):
+    return apply(x, jnp.stack([w + 10.0, w]))
+
+
+def in_scan(apply, x, ws):
+    x, means = jax.lax.scan(lambda x, w: turn(apply, x, w), x, ws)
+    return x.sum() + means.sum()
+
+
+def in_map(apply, x, ws):
+    """Reads what layers return besides the carry, and nothing else."""
+    return jax.lax.map(lambda w: turn(apply, x, w)[1], ws).sum()
+
+
+def in_two_scans(apply, x, ws):
+    def outer(x, _):
+        return jax.lax.scan(lambda x, w: (turn(apply, x, w)[0], None), x, ws)
+
+    return jax.lax.scan(outer, x, None, length=1)[0].sum()
+
+
+def in_remat(apply, x, ws):
+    run = jax.checkpoint(lambda x, w: turn(apply, x, w))
+    return jax.lax.scan(run, x, ws)[0].sum()
+
+
+def in_own_derivative(apply, x, ws):
+    @jax.custom_jvp
+    def run(x, w):
+        return turn(apply, x, w)[0]
+
+    @run.defjvp
+    def derivative(primals, tangents):
+        return run(*primals), 2.0 * tangents[0]
+
+    return jax.lax.scan(lambda x, w: (run(x, w), None), x, ws)[0].sum()
+
+
+def in_cond(apply, x, ws):
+    def step(x, w):
+        x = jax.lax.cond(w > -9.0, lambda: turn(apply, x, w)[0], lambda: x)
+        return x, None
+
+    return jax.lax.scan(step, x, ws)[0].sum()
+
+
+AROUND = [
+    in_scan,
+    in_map,
+    in_two_scans,
+    in_remat,
+    in_own_derivative,
+    in_cond,
+]
+DERIVATIVES = {
+    "none": lambda f: f,
+    "grad": jax.grad,
+    "grad of jit": lambda f: jax.grad(jax.jit(f)),
+    "grad of remat": lambda f: jax.grad(jax.checkpoint(f)),
+    "grad of grad": lambda f: jax.grad(lambda *given: jax.grad(f)(*given).sum()),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(f), (0, None)),
+}
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+@pytest.mark.parametrize("around", AROUND)
+def test_loops_around_a_stack(around, loop):
+    apply = functools.partial(hk.transform(stack_in(loop)).apply, {}, None)
+    run = functools.partial(around, apply)
+    fine = jnp.array([1.0, 1.5, 2.0])
+    place = "tap s/log, in layer 1 of layer_stack 's' of layer function 'layer'"
+    for name, derive in DERIVATIVES.items():
+        derived = checkify.checkify(derive(run))
+        for ws, expected in ((fine, None), (fine.at[1].set(-1.0), place)):
+            said = derived(jnp.ones([2, 1]), ws)[0].get()
+            assert (said is None) == (expected is None), name
+            assert expected is None or expected in said, name
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+def test_loops_of_haiku_and_batches_around_a_stack(loop):
+    def scanned(x, ws):
+        return hk.scan(functools.partial(turn, stack_in(loop)), x, ws)[0].sum()
+
+    def counted(x, ws):
+        run = stack_in(loop)
+        step = lambda i, x: turn(run, x, ws[i])[0]  # noqa: E731
+        return hk.fori_loop(0, 3, step, x).sum()
+
+    def in_batches(x, ws):
+        apply = functools.partial(hk.transform(stack_in(loop)).apply, {}, None)
+        step = lambda w: turn(apply, x, w)[0]  # noqa: E731
+        return jax.lax.map(step, ws, batch_size=2).sum()
+
+    for model in (scanned, counted, in_batches):
+        apply = functools.partial(hk.transform(model).apply, {}, None)
+        said = found(jax.grad(apply), jnp.ones([2]), jnp.array([1.0, -1.0, 2.0]))
+        assert "tap s/log, in layer 1 of layer_stack 's'" in said
+
+
+def test_a_tap_in_an_inner_gradient_of_a_loop():
+    def inner(x, w):
+        turns = jax.lax.scan(lambda x, _: (hk_stack.tap(x * w, "x"), None), x, None, 2)
+        return turns[0].sum()
+
+    def layer(x, w):
+        jax.grad(inner)(x, w)
+        return x, None
+
+    stack = hk_stack.layer_stack(3, True, name="s", check_finite=True)
+    apply = hk.transform(stack(layer)).apply
+    ws = jnp.ones(3).at[1].set(3e38)
+    said = found(lambda x: apply({}, None, x, ws), jnp.full([2], 2.0))
+    assert "tap s/x, in layer 1 of layer_stack 's'" in said
+
+
+@pytest.mark.parametrize("loop", EXECUTORS)
+def test_outside_of_jit_in_remat_and_vmap(loop):
+    apply = functools.partial(hk.transform(stack_in(loop)).apply, {}, None)
+
+    def run(x, w):
+        return jax.checkpoint(lambda x: turn(apply, x, w)[0])(x).sum()
+
+    for call in (run, jax.grad(run), jax.vmap(jax.grad(run), (0, None))):
+        call(jnp.ones([2, 1]), jnp.float32(2.0))
+        with pytest.raises(checkify.JaxRuntimeError, match="tap s/log, in layer 1"):
+            call(jnp.ones([2, 1]), jnp.float32(-1.0))
+
+
+# More layers than an int32 can count.
+
+
+def test_a_program_of_many_layers():
+    def stack(name, layer):
+        return hk_stack.layer_stack(1000, name=name, check_finite=True)(layer)
+
+    def layer(x):
+        return hk_stack.tap(jnp.sin(x), "sine")
+
+    def network(x):
+        return stack("a", lambda x: stack("b", lambda x: stack("c", layer)(x))(x))(x)
+
+    apply = functools.partial(hk.transform(network).apply, {}, None)
+    jax.make_jaxpr(checkify.checkify(apply))(jnp.ones([2]))
+
+
+def checked(*names, reverse=()):
+    """The checks of stacks of 1000 layers in each other."""
+    name, *inner = names
+    more = (("inner", checked(*inner, reverse=reverse)),) if inner else ()
+    return finite.Checked(name, 1000, name in reverse, (("x", None), *more))
+
+
+def code_of(stack, layers=()):
+    """Its code, if value x of the layer of these indices is bad; or nothing is."""
+    of_value = jnp.ones([1000, 1], jnp.int32)
+    of_stacks = [jnp.tile(code_of(s), (1000, 1)) for _, s in stack.items[1:]]
+    if len(layers) == 1:
+        of_value = of_value.at[layers].set(0)
+    elif layers:
+        inner = code_of(stack.items[1][1], layers[1:])
+        of_stacks = [codes.at[layers[0]].set(inner) for codes in of_stacks]
+    return stack.encode([of_value, *of_stacks])
+
+
+@pytest.mark.parametrize("reverse", [(), ("a", "c")])
+def test_codes_of_many_layers(reverse):
+    stack = checked("a", "b", "c", reverse=reverse)
+
+    def failed(code):
+        found = [
+            (text, {k: int(v) for k, v in indices.items()})
+            for text, is_first, indices in stack.messages(code)
+            if is_first
+        ]
+        return found[0] if found else None
+
+    places = [(0, 999, 5), (997, 3, 999), (997, 4, 0), (998, 0, 0)]
+    codes = jnp.stack([code_of(stack, place) for place in places])
+    for place, code in zip(places, codes, strict=True):
+        text, indices = failed(code)
+        assert text == (
+            "x, in layer {layer_2} of c, in layer {layer_1} of b, in layer {layer_0} "
+            "of a"
+        )
+        assert tuple(indices.values()) == place
+    first = 3 if reverse else 0
+    assert (inside.first_code(codes[::-1]) == codes[first]).all()
+    fine = code_of(stack)
+    assert failed(fine) is None
+    assert (inside.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
 
 
 # The type of the carry.
