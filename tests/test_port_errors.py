@@ -999,7 +999,7 @@ def riddles():
             "layers/taps": {"w": np.moveaxis(taps, 1, 0)},
             "layers/ln": {"scale": np.moveaxis(scale, 1, 0)},
         },
-        {"layer_axis": {"layers": 1}, "leaf": {"layers/taps": port.SAME}},
+        {"layer_axis": {"layers": (1,)}, "leaf": {"layers/taps": port.SAME}},
     )
     kernel, scale, bias = new(2, 2, 4, 4, 4), new(2, 2, 2, 3), new(2, 2, 2, 3)
     inner = {"taps": {"kernel": kernel}, "norm": {"scale": scale, "bias": bias}}

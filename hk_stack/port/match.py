@@ -70,11 +70,11 @@ def match(
         if isinstance(move, Move):
             found.append(move)
             continue
-        alone = list(layers.moves(group.alone(), options))
+        alone = [] if move.fits else list(layers.moves(group.alone(), options))
         if alone and all(isinstance(one, Move) for one in alone):
             found += [one for one in alone if isinstance(one, Move)]
         else:
-            unfit.append(Unfit(group.flax, group.haiku, move))
+            unfit.append(Unfit(group.flax, group.haiku, move.why))
     used = {id(x) for m in found for x in (*m.flax.leaves, *m.haiku.leaves)}
     used |= {id(x) for u in unfit for x in (*u.flax, *u.haiku)}
     return Matched(
