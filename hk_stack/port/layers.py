@@ -180,6 +180,11 @@ class Move(NamedTuple):
         return self.flax.is_mixed or self.haiku.is_mixed
 
     @property
+    def is_sure(self) -> bool:
+        """Whether it is ported, if it is the only reading."""
+        return self.is_alike and self.change is not _UNSAID_SWAP
+
+    @property
     def is_alike(self) -> bool:
         """Whether a step of each loop is one in the other, if both have several."""
         one, other = self.flax.factors, self.haiku.factors
@@ -255,13 +260,15 @@ class _Readings(NamedTuple):
 
     Attributes:
       group: The group.
-      fits: The moves that fit, simplest first.
+      fits: The moves that fit.
       why: What to say if none fits.
+      said: The axes that the user names.
     """
 
     group: Group
     fits: list[Move]
     why: str
+    said: Sequence[Axes] = ()
 
     @property
     def module(self) -> tuple[str, str]:
@@ -292,7 +299,8 @@ class _Reader:
         why = self._failures[0] if self._failures else ""
         if rule and not why and () not in choices:
             why = _not_on_axis(group, rule[0])
-        return _Readings(group, fits, why or _difference(group))
+        said = _meant(rule[0]) if rule else ()
+        return _Readings(group, fits, why or _difference(group), said)
 
     def _said(self, said: int | Axes, match: re.Match[str]) -> list[Axes]:
         """The axes that the user may mean: those of a stack, if the rule is for one."""
@@ -462,17 +470,41 @@ def _chosen(read: _Readings) -> Move | Refusal:
     if not read.fits:
         return Refusal(read.why)
     found: dict[Hashable, Move] = {}
-    for move in sorted(read.fits, key=lambda m: (not m.is_alike, len(m.flax.axes))):
+
+    def rank(move: Move) -> tuple[bool, bool, int]:
+        axes = move.flax.axes
+        return not move.is_sure, axes not in read.said, len(axes)
+
+    for move in sorted(read.fits, key=rank):
         found.setdefault(move.effect, move)
     move, *others = found.values()
-    if not others and move.is_alike:
+    if not others and move.is_sure:
         return move
     return Refusal(_unclear(read.group, list(found.values())), fits=True)
 
 
+def unused(found: Iterable[Move], options: Options) -> list[str]:
+    """What to say of an axis for the whole tree, or an order, that nothing has."""
+    found = list(found)
+    lines = []
+    for pattern, said in options.layer_axis.rules.items():
+        meant = _meant(said)
+        is_in_front = all(axes == tuple(range(len(axes))) for axes in meant)
+        if not is_in_front and not any(move.flax.axes in meant for move in found):
+            lines.append(
+                f"layer_axis: no layers are on axis {said}; leave {pattern!r} out."
+            )
+    if options.interleave is not None and not any(move.is_mixed for move in found):
+        lines.append(
+            f"interleave={options.interleave}: no layers are both numbered and on an "
+            "axis; leave it out."
+        )
+    return lines
+
+
 def _unclear(group: Group, found: Sequence[Move]) -> str:
     """What to say where several readings fit, or one that is nested otherwise."""
-    leaf = group.flax[0]
+    path = f"{_scope(group)}/kernel"
     if any(move.change.label == _RULE for move in found):
         return (
             "its rule in leaf= may be for all of it, or for each of its layers; say "
@@ -480,13 +512,14 @@ def _unclear(group: Group, found: Sequence[Move]) -> str:
             "layers instead of ()"
         )
     texts = []
-    if len({move.change.to_haiku is swapped for move in found}) > 1:
+    if any(move.change is _UNSAID_SWAP for move in found):
         texts.append(
-            "it may be a convolution or a transposed one, as its sizes are equal; say "
-            f'leaf={{"{leaf.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED; '
-            'or leaf={"": hk_stack.port.SAME} if none of the model is transposed'
+            f"{_shapes(group)}: it may be a transposed convolution; if so, say "
+            f'leaf={{"{path}": hk_stack.port.TRANSPOSED}}, else '
+            f'leaf={{"{path}": hk_stack.port.SAME}}, or '
+            'leaf={"": hk_stack.port.SAME} if none of the model is transposed'
         )
-        found = [move for move in found if move.change.to_haiku is not swapped]
+        found = [move for move in found if move.change is not _UNSAID_SWAP]
     alike = [move for move in found if move.is_alike]
     if len(alike) < len(found):
         texts.append(_nested(next(move for move in found if not move.is_alike)))
@@ -606,6 +639,7 @@ def swapped(array: np.ndarray) -> np.ndarray:
 
 _RULE = "rule"
 _SWAP = Change("last axes swapped", swapped, swapped)
+_UNSAID_SWAP = Change("last axes swapped, which nothing says", swapped, swapped)
 
 
 def _by_rule(rule: Any, old: Shape, new: Shape, leaf: Leaf) -> Change | str:
@@ -633,12 +667,13 @@ def _convolution(
 ) -> Iterator[Change]:
     """Transposed convolutions have their last two axes the other way round."""
     said = {names.is_transposed(leaf.raw.split("/")[:-1]) for leaf in (flax, haiku)}
-    turned = (*old[:-2], old[-1], old[-2])
     if True not in said and old == new:
         yield Change("", same, same)
-    may_be = True in said or (not said - {None} and not is_usual and old == new)
-    if may_be and turned == new:
-        yield _SWAP
+    if (*old[:-2], old[-1], old[-2]) == new:
+        if True in said:
+            yield _SWAP
+        elif said == {None} and not is_usual:
+            yield _UNSAID_SWAP
 
 
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
@@ -682,10 +717,4 @@ def _difference(group: Group) -> str:
     if len(old) == len(new):
         axes = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
         text += "".join(f"; axis {i} is {old[i]}, not {new[i]}" for i in axes)
-        is_wide = flax.is_kernel and len(old) > 2 and not _is_linear(haiku)
-        if is_wide and (*old[:-2], *old[:-3:-1]) == new:
-            text += (
-                "; for a transposed convolution say "
-                f'leaf={{"{flax.raw}": hk_stack.port.TRANSPOSED}}'
-            )
     return text
