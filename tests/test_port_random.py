@@ -6,8 +6,10 @@ are HK_STACK_MODELS models in each test, some hundred if the environment does no
 them.
 """
 
+import ast
 import collections
 import os
+import re
 from typing import NamedTuple
 
 import hypothesis
@@ -370,6 +372,56 @@ def print_outcomes(outcomes):
         print(f"{'right' if is_ported else 'refused'} {count} ({said} said)")
 
 
+def test_what_a_refusal_proposes_is_ported():
+    """Each rule that an error names, with what it names next if that is not enough."""
+    outcomes = collections.Counter()
+
+    @over(models, MODELS // 2)
+    def check(model):
+        if trees := trees_of(model):
+            said = said_of(model)
+            said["layer_axis"] = as_dict(said.get("layer_axis", {}))
+            for row in port.plan(*types(trees), **said).rows:
+                if row.status == "differs":
+                    outcomes[bool(follow(trees, said, row, 0))] += 1
+
+    check()
+    assert outcomes[True] > outcomes[False]
+
+
+def as_dict(axes):
+    return axes if isinstance(axes, dict) else {"": axes}
+
+
+def follow(trees, said, row, count):
+    """Follows the proposals of a row, and those of what then is refused, if any."""
+    proposals = proposals_of(row.why)
+    assert count < 3, row
+    for proposed in proposals:
+        rules = {**said, **proposed}
+        for argument in ("layer_axis", "leaf"):
+            rules[argument] = {**said.get(argument, {}), **proposed.get(argument, {})}
+        rows = port.plan(*types(trees), **rules).rows
+        again = next(other for other in rows if other.flax == row.flax)
+        if again.status != "ok":
+            assert follow(trees, rules, again, count + 1), (row, proposed, again)
+    return proposals
+
+
+def proposals_of(why):
+    """What an error says to write, as arguments."""
+    pattern = r'leaf={"(.+?)": hk_stack.port.(SAME|TRANSPOSED)}'
+    leaf = [{"leaf": {m[1]: getattr(port, m[2])}} for m in re.finditer(pattern, why)]
+    pattern = r'layer_axis={"(.*?)": (\(.*?\))}(?: with interleave=(True|False))?'
+    found = []
+    for match in re.finditer(pattern, why):
+        axes = tuple(map(int, re.findall("[0-9]+", match[2])))
+        order = {"interleave": match[3] == "True"} if match[3] else {}
+        found.append({"layer_axis": {match[1]: axes}, **order})
+    orders = re.findall(r"(?<!with )interleave=(True|False)", why)
+    return leaf or found or [{"interleave": order == "True"} for order in orders]
+
+
 def test_random_models_that_differ_are_refused():
     """Each tree lacks a leaf that the other has, of the same size if there is one."""
     outcomes = collections.Counter()
@@ -392,6 +444,11 @@ def test_random_models_that_differ_are_refused():
         outcomes[right_or_refused(*smaller, **said)] += 1
         assert not port.plan(variables, types(smaller[1]), **said).ok
         assert not port.plan(smaller[0], types(pair), **said).ok
+        # What an error says to ignore is what is left over.
+        found = re.search(r"ignore=(\[.*?\])", str(port.plan(*smaller, **said)))
+        if found:
+            rows = port.plan(*smaller, ignore=ast.literal_eval(found[1]), **said).rows
+            assert not {row.status for row in rows} & {"unused", "missing"}
 
     check()
     assert outcomes[False] > outcomes[True]

@@ -297,8 +297,9 @@ class _Reader:
         choices = _every_axis(group) if rule is None else self._said(*rule)
         fits = [move for axes in choices for move in self._moves(axes)]
         why = self._failures[0] if self._failures else ""
-        if rule and not why and () not in choices:
-            why = _not_on_axis(group, rule[0])
+        if rule and not fits and not why:
+            others = [move for axes in _every_axis(group) for move in self._moves(axes)]
+            why = _not_on_axis(group, rule[0], others)
         said = _meant(rule[0]) if rule else ()
         return _Readings(group, fits, why or _difference(group), said)
 
@@ -469,18 +470,24 @@ def _chosen(read: _Readings) -> Move | Refusal:
     """The one reading that fits, or why that is not clear."""
     if not read.fits:
         return Refusal(read.why)
-    found: dict[Hashable, Move] = {}
+    found = _by_effect(read.fits, read.said)
+    move, *others = found
+    if not others and move.is_sure:
+        return move
+    return Refusal(_unclear(read.group, found), fits=True)
+
+
+def _by_effect(fits: Iterable[Move], said: Sequence[Axes]) -> list[Move]:
+    """One move of each effect: as the user says it, or else the simplest."""
 
     def rank(move: Move) -> tuple[bool, bool, int]:
         axes = move.flax.axes
-        return not move.is_sure, axes not in read.said, len(axes)
+        return not move.is_sure, axes not in said, len(axes)
 
-    for move in sorted(read.fits, key=rank):
+    found: dict[Hashable, Move] = {}
+    for move in sorted(fits, key=rank):
         found.setdefault(move.effect, move)
-    move, *others = found.values()
-    if not others and move.is_sure:
-        return move
-    return Refusal(_unclear(read.group, list(found.values())), fits=True)
+    return list(found.values())
 
 
 def unused(found: Iterable[Move], options: Options) -> list[str]:
@@ -515,11 +522,14 @@ def _unclear(group: Group, found: Sequence[Move]) -> str:
     if any(move.change is _UNSAID_SWAP for move in found):
         texts.append(
             f"{_shapes(group)}: it may be a transposed convolution; if so, say "
-            f'leaf={{"{path}": hk_stack.port.TRANSPOSED}}, else '
-            f'leaf={{"{path}": hk_stack.port.SAME}}, or '
-            'leaf={"": hk_stack.port.SAME} if none of the model is transposed'
+            f'leaf={{"{path}": hk_stack.port.TRANSPOSED}}'
         )
         found = [move for move in found if move.change is not _UNSAID_SWAP]
+        if found:
+            texts[0] += (
+                f', else leaf={{"{path}": hk_stack.port.SAME}}; or '
+                'leaf={"": hk_stack.port.SAME} if none of the model is transposed'
+            )
     alike = [move for move in found if move.is_alike]
     if len(alike) < len(found):
         texts.append(_nested(next(move for move in found if not move.is_alike)))
@@ -576,12 +586,12 @@ def _starred(texts: set[str]) -> str:
     return first if first == last else "".join(names.beginning(first, last)) + "*"
 
 
-def _not_on_axis(group: Group, said: int | Axes) -> str:
-    return (
-        f"its layers are not on axis {said}, as layer_axis= says: "
-        f"{_difference(group)}; say another axis of it, or () if it has no layers: "
-        f'layer_axis={{"{_scope(group)}": ()}}'
-    )
+def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Move]) -> str:
+    """What to say where a rule does not fit, and what would."""
+    fitting = [move for move in _by_effect(others, said=()) if move.is_sure]
+    rules = ", or ".join(_rule(group, move) for move in fitting[:4])
+    text = f"its layers are not on axis {said}, as layer_axis= says"
+    return f"{text}: {_difference(group)}" + (f"; this fits: {rules}" if rules else "")
 
 
 def _depths(groups: Iterable[Group]) -> dict[Any, set[int]]:
