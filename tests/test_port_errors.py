@@ -4,6 +4,7 @@ All trees here are made by hand, with another value in every element of every le
 whatever is ported can be compared with what is right.
 """
 
+import ast
 import io
 import itertools
 import re
@@ -897,7 +898,43 @@ def stacked(flax, name="block_{}"):
     return np.stack([flax[name.format(i)]["kernel"] for i in numbers])
 
 
+def dense_stack(axis, scope="layers"):
+    """`nn.scan(Dense(8))` of four layers on four features, in a model with a head."""
+    flax, haiku = same("head", kernel=new(8, 3))
+    kernel = new(4, 4, 8)
+    flax = {"model": {**flax, scope: {"kernel": kernel}}}
+    haiku = {"model/head": haiku["head"], f"model/{scope}": {"w": None}}
+    haiku[f"model/{scope}"]["w"] = np.moveaxis(kernel, axis, 0)
+    return flax, haiku
+
+
+def members_in_layers(axis, interleave):
+    """`nn.vmap` on an axis, in as many numbered layers as there are members."""
+    layers = {f"layer_{i}": {"kernel": new(3, 3, 3)} for i in range(3)}
+    members = np.stack([x["kernel"] for x in layers.values()])
+    members = np.moveaxis(members, axis + 1, 1)
+    members = members.swapaxes(0, 1) if interleave else members
+    head, logits = same("head", kernel=new(8, 3))
+    return (
+        {"model": {**layers, **head}},
+        {"model/layer": {"w": members}, "model/head": logits["head"]},
+    )
+
+
 def riddles():
+    for axis in range(2):
+        yield (
+            f"one module on axis {axis}, beside a head",
+            *dense_stack(axis),
+            {"layer_axis": {"model/layers": axis}},
+        )
+    for axis, interleave in itertools.product(range(2), (True, False)):
+        yield (
+            f"members on axis {axis} of layers, interleave={interleave}",
+            *members_in_layers(axis, interleave),
+            {"layer_axis": {"model/layer_*": (axis,)}, "leaf": {"": port.SAME}},
+            {"interleave": interleave},
+        )
     for axis in range(3):
         for width in (3, 4):
             yield (
@@ -1092,3 +1129,150 @@ def test_a_port_is_right_or_refused(name):
         for count in range(len(said) + 1):
             for some in itertools.combinations(said, count):
                 riddle.ported(**{argument: said[argument] for argument in some})
+
+
+def test_norms_of_nested_scans_go_as_is_said():
+    """`[2, 2, 2, 3]` of two scans to `[4, 2, 3]` of one stack."""
+    scale = new(2, 2, 2, 3)
+    flax = {"params": {"layers": {"inner": {"norm": {"scale": scale}}}}}
+    haiku = {"layers/norm": {"scale": scale.reshape(4, 2, 3)}}, {}
+    assert not port.plan(flax, haiku).ok
+    said = {"layer_axis": {"layers/inner/norm": (0, 1)}}
+    assert right_or_refused(flax, haiku, **said)
+
+
+def test_convolutions_in_nested_scans_are_refused_alone():
+    """Layers of taps are no taps of layers, with `strict=False` either."""
+    riddle = RIDDLES["convolutions of another name in nested scans"]
+    said = {"leaf": {"layers/inner/taps": port.SAME}}
+    params = {"params": riddle.flax}
+    found, rows = hk_stack.flax_to_haiku(
+        params, (types(riddle.haiku), {}), strict=False, **said
+    )
+    assert "params/layers/inner/taps/kernel float32[2,2,4,4,4]" in str(rows)
+    assert isinstance(found[0]["layers/taps"]["w"], jax.ShapeDtypeStruct)
+
+
+# A rule that is given is used, or an error
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1, (1,), (1, 0)])
+@pytest.mark.parametrize("scope", ["layers", "params/layers"])
+def test_a_rule_for_a_stack_that_does_not_fit_is_an_error(axis, scope):
+    flax = {"params": {"layers": {"alpha": new(4, 3, 5)}, "head": dense(3, 4)}}
+    haiku = {"layers": {"alpha": flax["params"]["layers"]["alpha"]}}
+    haiku = {**haiku, "head": linear(3, 4)}, {}
+    assert port.plan(flax, haiku, layer_axis={scope: 0}).ok
+    with pytest.raises(ValueError) as error:
+        hk_stack.flax_to_haiku(flax, haiku, layer_axis={scope: axis})
+    text = f"params/layers/alpha float32[4,3,5]: its layers are not on axis {axis}"
+    assert text in str(error.value).replace(
+        " -> params/layers/alpha float32[4,3,5]", ""
+    )
+    assert 'this fits: layer_axis={"layers": ()}' in str(error.value)
+    assert port.plan(flax, haiku, layer_axis={scope: axis, "layers": ()}).ok
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        ({"layer_axis": 1}, "layer_axis: no layers are on axis 1"),
+        ({"interleave": False}, "interleave=False: no layers are both numbered"),
+    ],
+)
+def test_a_rule_for_the_whole_tree_that_nothing_needs_is_an_error(rule, text):
+    flax = {"params": {"Dense_0": dense(3, 4)}}
+    haiku = {"linear": linear(3, 4)}, {}
+    with pytest.raises(ValueError, match=text):
+        hk_stack.flax_to_haiku(flax, haiku, **rule)
+    assert port.plan(flax, haiku, layer_axis=0).ok
+
+
+def test_the_closest_rule_stands_in_whatever_order():
+    flax, haiku = on_axis(1, a=(4, 4, 4))
+    more, others = on_axis(0, b=(4, 4, 4))
+    params = {"layers": {**flax["layers"], **more["layers"]}}
+    rules = {"": 0, "layers": 1, "layers/b": 0}
+    for said in (rules, dict(reversed(rules.items()))):
+        trees = {"params": params}, ({**haiku, **others}, {})
+        assert right_or_refused(*trees, layer_axis=said)
+
+
+# The first layer apart, and what is left over
+
+
+def rest_of_layers(numbers, apart, name):
+    """Four blocks in Flax; some of them apart in Haiku, the others as is said."""
+    flax = layers(dense, 3, 4, bias=False)
+    kernels = [flax[f"block_{i}"]["kernel"] for i in range(4)]
+    haiku = {scope: {"w": kernels[i]} for scope, i in apart.items()}
+    if name.count("*"):
+        for i, number in enumerate(numbers):
+            haiku[name.replace("_*", f"_{i}" * (i > 0))] = {"w": kernels[number]}
+    else:
+        haiku[name] = {"w": np.stack([kernels[i] for i in numbers])}
+    return {"params": flax}, (haiku, {})
+
+
+@pytest.mark.parametrize("name", ["rest", "rest_*"])
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_the_first_layer_apart(name, is_reversed):
+    """`*` counts from the first number that no closer rule takes."""
+    rename = {"block_0": "first", "block_*": "rest_*"}
+    rename = dict(reversed(rename.items())) if is_reversed else rename
+    trees = rest_of_layers([1, 2, 3], {"first": 0}, name)
+    assert right_or_refused(*trees, rename=rename)
+
+
+def test_the_first_and_the_last_layer_apart():
+    rename = {"block_0": "first", "block_3": "last", "block_*": "layers/block_*"}
+    trees = rest_of_layers([1, 2], {"first": 0, "last": 3}, "layers/block")
+    assert right_or_refused(*trees, rename=rename)
+
+
+def test_numbers_that_both_trees_have_are_not_counted_anew():
+    flax, (haiku, _) = rest_of_layers([1, 2, 3], {"first": 0}, "rest")
+    kernels = haiku.pop("rest")["w"]
+    haiku |= {f"rest_{i + 1}": {"w": kernel} for i, kernel in enumerate(kernels)}
+    rename = {"block_0": "first", "block_*": "rest_*"}
+    assert right_or_refused(flax, (haiku, {}), rename=rename)
+
+
+def test_a_layer_from_the_middle_leaves_a_hole():
+    rename = {"block_1": "first", "block_*": "rest_*"}
+    flax, haiku = rest_of_layers([0, 2, 3], {"first": 1}, "rest")
+    with pytest.raises(ValueError, match=r"layers are missing: block_1"):
+        hk_stack.flax_to_haiku(flax, haiku, rename=rename)
+
+
+# What is left over, and the call to write
+
+
+def test_leaves_left_over_show_the_calls_to_write():
+    params = {"Dense_0": dense(3, 4), "old": dense(2, 2), "head": dense(5, 6)}
+    flax = {"params": params}
+    haiku = {"linear": linear(3, 4), "logits": linear(5, 6)}, {}
+    said = {"rename": {"Dense_0": "linear"}, "ignore": ["params/old"]}
+    for call, tree, other in (
+        (hk_stack.flax_to_haiku, flax, haiku),
+        (hk_stack.haiku_to_flax, haiku, flax),
+    ):
+        with pytest.raises(ValueError) as error:
+            call(tree, other, **said)
+        source = "variables" if call is hk_stack.flax_to_haiku else "params_and_state"
+        ignore = 'ignore=["params/old", "params/head", "params/logits"]'
+        rename = 'rename={"Dense_0": "linear", "head": "logits"}'
+        for rule in (ignore, rename):
+            assert f"{call.__name__}({source}, like, {rule})" in str(error.value)
+            argument, value = rule.split("=", 1)
+            call(tree, other, **{**said, argument: ast.literal_eval(value)})
+
+
+def test_leaves_left_over_in_one_tree_only():
+    flax = {"params": {"Dense_0": dense(3, 4), "Dense_1": dense(4, 4)}}
+    haiku = {"linear": linear(3, 4)}, {}
+    with pytest.raises(ValueError) as error:
+        hk_stack.flax_to_haiku(flax, haiku)
+    call = 'flax_to_haiku(variables, like, ignore=["params/Dense_1"])'
+    assert call in str(error.value) and "No rename=" in str(error.value)
+    hk_stack.flax_to_haiku(flax, haiku, ignore=["params/Dense_1"])

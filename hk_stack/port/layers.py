@@ -525,7 +525,7 @@ def _unclear(group: Group, found: Sequence[Move]) -> str:
             f'leaf={{"{path}": hk_stack.port.TRANSPOSED}}'
         )
         found = [move for move in found if move.change is not _UNSAID_SWAP]
-        if found:
+        if any(move.is_alike for move in found):
             texts[0] += (
                 f', else leaf={{"{path}": hk_stack.port.SAME}}; or '
                 'leaf={"": hk_stack.port.SAME} if none of the model is transposed'
@@ -700,6 +700,10 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 # What does not fit
 
 
+def _module(leaf: Leaf) -> str:
+    return leaf.raw.rpartition("/")[0].replace("~/", "")
+
+
 def _shapes(group: Group) -> str:
     old, new = _shape(group.flax[0]), _shape(group.haiku[0])
     return f"shape {list(old)} in Flax, {list(new)} in Haiku"
@@ -718,10 +722,14 @@ def _difference(group: Group) -> str:
         if len(side) > 1
     ]
     if len(numbered) == 2:
-        return (
-            f"{' and '.join(numbered)}, but with other numbers; if they are the same "
-            "layers, say so of each: rename={...}"
-        )
+        text = f"{' and '.join(numbered)}, but with other numbers"
+        if len(group.flax) != len(group.haiku):
+            return text
+        sides = zip(group.flax, group.haiku, strict=True)
+        rules = [f'"{_module(a)}": "{_module(b)}"' for a, b in sides]
+        more = ", ..." if len(rules) > 6 else ""
+        rename = f"rename={{{', '.join(rules[:6])}{more}}}"
+        return f"{text}; if they are the same layers, say so of each: {rename}"
     if numbered:
         return f"{text}, with {numbered[0]}"
     if len(old) == len(new):

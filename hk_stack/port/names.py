@@ -133,7 +133,7 @@ class Rules:
 
     A pattern is a path, or the beginning of one; `*` stands for any text in one part.
     The empty pattern is the beginning of every path. Of several that fit, the closest
-    stands: the longest, and of these the one that leaves least to `*`.
+    stands: the longest, of these the one that leaves least to `*`, and then the last.
     """
 
     def __init__(self, argument: str, rules: Mapping[str, Any]):
@@ -155,7 +155,7 @@ class Rules:
         """The pattern of that rule."""
         tried = [
             (pattern, re.fullmatch(_pattern(pattern), path))
-            for pattern in self.rules
+            for pattern in reversed(self.rules)
             for path in paths
         ]
         return min(

@@ -122,7 +122,7 @@ class Plan(NamedTuple):
         lines = [f"To leave these as they are: {call}ignore=[{ignore}])"]
         if not self.near:
             return [*lines, "No rename= of a path would pair them with one another."]
-        old, new, hits = self.near[0]
+        old, new, hits, _ = self.near[0]
         rules = dict([*self.rename, (old, new)])
         rename = ", ".join(f'"{a}": "{b}"' for a, b in rules.items())
         count = f"{hits} more names" if hits > 1 else "one more name"
