@@ -71,14 +71,15 @@ def flax_to_haiku(
         or what `jax.eval_shape` gives for it. `state` is `{}` for a model without.
       rename: Beginnings of paths in Flax (without the collection, or with it), and what
         they are in Haiku. `*` stands for any text in one part of a path, and is copied:
-        `{"encoder/layers_*": "encoder/block_*"}`.
+        `{"encoder/layers_*": "encoder/block_*"}`. It counts from the first number that
+        no closer rule takes: `{"block_0": "first", "block_*": "rest_*"}`.
       leaf: Beginnings of paths in Flax, and two functions: from Flax's array of one
         layer to Haiku's, and back; `SAME` and `TRANSPOSED` are two such pairs.
       ignore: Beginnings of paths in Flax or Haiku that may be left over.
       layer_axis: The axis that `nn.scan` or `nn.vmap` put the layers on
         (`variable_axes={"params": 1}`): one for all stacks, or by the beginning of a
         path in Flax, which then is that of a stack; a tuple for scans in a scan, ()
-        for none. By default it is found out, if the shapes tell.
+        for none. By default it is found out, if just one reading of the shapes fits.
       interleave: Where layers are both numbered and on an axis (`layers/block_0` and
         `layers/block_1`, `[L/2, ...]`): True if the scan is over blocks of layers,
         False if each numbered module is a stack of its own.
@@ -92,7 +93,8 @@ def flax_to_haiku(
 
     Raises:
       TypeError: If an argument is of the wrong type.
-      ValueError: If a leaf is left over, does not fit, or could fit in two ways.
+      ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
+        rule is not used.
     """
     found = plan(
         variables,
@@ -138,7 +140,8 @@ def haiku_to_flax(
 
     Raises:
       TypeError: If an argument is of the wrong type.
-      ValueError: If a leaf is left over, does not fit, or could fit in two ways.
+      ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
+        rule is not used.
     """
     found = plan(
         like,
