@@ -246,9 +246,9 @@ def haiku_side(name, wrapped=False):
 def rules(flax_name, haiku_name):
     """What users have to say: nothing, but for numbers with more than one meaning."""
     said = {}
-    if "over blocks" in flax_name or "over blocks" in haiku_name:
+    if ("over blocks" in flax_name) != ("over blocks" in haiku_name):
         said["interleave"] = True
-    if "loop over" in flax_name or "loop over" in haiku_name:
+    if ("loop over" in flax_name) != ("loop over" in haiku_name):
         said["interleave"] = False
     if "nested" in flax_name:  # Which scan is around the other?
         axes = (1, 2) if "axis 1" in flax_name else (0, 1)

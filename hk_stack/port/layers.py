@@ -504,7 +504,7 @@ def unused(found: Iterable[Move], options: Options) -> list[str]:
     if options.interleave is not None and not any(move.is_mixed for move in found):
         lines.append(
             f"interleave={options.interleave}: no layers are both numbered and on an "
-            "axis; leave it out."
+            "axis in one tree, and otherwise in the other; leave it out."
         )
     return lines
 
