@@ -248,7 +248,7 @@ def moves(groups: Sequence[Group], options: Options) -> Iterator[Move | Refusal]
     """How each group goes from one tree to the other, or why it does not."""
     depths = _depths(groups)
     read = [_Reader(group, depths, options).read() for group in groups]
-    for one in _same_in_module(read):
+    for one in _same_around_numbers(_same_in_module(read)):
         yield _chosen(one)
 
 
@@ -463,6 +463,40 @@ def _same_in_module(read: Sequence[_Readings]) -> list[_Readings]:
     ]
 
 
+def _same_around_numbers(read: Sequence[_Readings]) -> list[_Readings]:
+    """Drops scans over numbered blocks in which not all leaves of the blocks are.
+
+    So the numbers of a loop are not those of blocks in a scan where a bias, say, has
+    no axis for its steps.
+    """
+    blocks: dict[Any, list[set[tuple[int, int]]]] = collections.defaultdict(list)
+    for one in read:
+        if one.fits and len(one.group.flax) > 1:
+            axes = {
+                pair
+                for move in one.fits
+                for pair in zip(move.flax.axes, move.flax.sizes, strict=True)
+            }
+            blocks[_numbered_scope(one.group)].append(axes)
+
+    def may_be(one: _Readings, side: Side) -> bool:
+        if not (side.is_mixed and side.interleaved):
+            return True
+        step = (side.axes[0], side.sizes[0])
+        return all(step in axes for axes in blocks[_numbered_scope(one.group)])
+
+    kept = [[move for move in one.fits if may_be(one, move.flax)] for one in read]
+    return [one._replace(fits=k or one.fits) for one, k in zip(read, kept, strict=True)]
+
+
+def _numbered_scope(group: Group) -> tuple[str, ...]:
+    """The path in Flax up to the first number that counts layers."""
+    parts = zip(*(leaf.paths[1].split("/") for leaf in group.flax), strict=True)
+    starred = [_starred(set(part)) for part in parts]
+    ends = (i for i, part in enumerate(starred, start=1) if part.endswith("*"))
+    return tuple(starred[: next(ends, None)])
+
+
 # One reading
 
 
@@ -480,9 +514,9 @@ def _chosen(read: _Readings) -> Move | Refusal:
 def _by_effect(fits: Iterable[Move], said: Sequence[Axes]) -> list[Move]:
     """One move of each effect: as the user says it, or else the simplest."""
 
-    def rank(move: Move) -> tuple[bool, bool, int]:
+    def rank(move: Move) -> tuple[bool, bool, bool, int]:
         axes = move.flax.axes
-        return not move.is_sure, axes not in said, len(axes)
+        return not move.is_sure, axes not in said, not move.is_mixed, len(axes)
 
     found: dict[Hashable, Move] = {}
     for move in sorted(fits, key=rank):
@@ -556,8 +590,8 @@ def _which(group: Group, found: Sequence[Move]) -> str:
             "layers), or interleave=False if each numbered module is a stack"
         )
     where = [f"axis {', '.join(map(str, a))}" for a in axes if a]
-    text = f"its layers may be on {' or '.join(where[:4])}"
-    text += ", or in front," * (() in axes)
+    text = f"its layers may be {'on ' * bool(where)}{' or '.join(where[:4])}"
+    text += (", or " * bool(where) + "in front,") * (() in axes)
     chosen = sorted(found, key=lambda move: not move.flax.axes)
     rules = ", or ".join(_rule(group, move) for move in chosen[:4])
     rules += " if they are in front or there are none" * (() in axes)
