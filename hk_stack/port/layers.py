@@ -428,10 +428,6 @@ def _count_the_same(flax: Side, haiku: Side) -> bool:
     return flax.is_mixed != haiku.is_mixed
 
 
-def _is_linear(haiku: Leaf) -> bool:
-    return names.kernel_rank(haiku.raw.split("/")[:-1]) == 2 and haiku.path[-1] == "w"
-
-
 def _side(leaves: tuple[Leaf, ...], axes: Axes) -> Side | None:
     """Leaves with layers on `axes`; None if they have not all of these."""
     sizes = set()
@@ -734,10 +730,6 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 # What does not fit
 
 
-def _module(leaf: Leaf) -> str:
-    return leaf.raw.rpartition("/")[0].replace("~/", "")
-
-
 def _shapes(group: Group) -> str:
     old, new = _shape(group.flax[0]), _shape(group.haiku[0])
     return f"shape {list(old)} in Flax, {list(new)} in Haiku"
@@ -756,14 +748,10 @@ def _difference(group: Group) -> str:
         if len(side) > 1
     ]
     if len(numbered) == 2:
-        text = f"{' and '.join(numbered)}, but with other numbers"
-        if len(group.flax) != len(group.haiku):
-            return text
-        sides = zip(group.flax, group.haiku, strict=True)
-        rules = [f'"{_module(a)}": "{_module(b)}"' for a, b in sides]
-        more = ", ..." if len(rules) > 6 else ""
-        rename = f"rename={{{', '.join(rules[:6])}{more}}}"
-        return f"{text}; if they are the same layers, say so of each: {rename}"
+        return (
+            f"{' and '.join(numbered)}, but with other numbers: where they are the same "
+            "layers, give both the same numbers, module by module, with rename="
+        )
     if numbered:
         return f"{text}, with {numbered[0]}"
     if len(old) == len(new):
