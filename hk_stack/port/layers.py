@@ -749,8 +749,8 @@ def _difference(group: Group) -> str:
     ]
     if len(numbered) == 2:
         return (
-            f"{' and '.join(numbered)}, but with other numbers: where they are the same "
-            "layers, give both the same numbers, module by module, with rename="
+            f"{' and '.join(numbered)}, but with other numbers: where they are the "
+            "same layers, give both the same numbers, module by module, with rename="
         )
     if numbered:
         return f"{text}, with {numbered[0]}"
