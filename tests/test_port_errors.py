@@ -4,41 +4,23 @@ All trees here are made by hand, with another value in every element of every le
 whatever is ported can be compared with what is right.
 """
 
-import collections
+import ast
 import io
 import itertools
-import math
-import os
 import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_equal
-from hypothesis import strategies as st
+from port_trees import new, right_or_refused, types
 
 import hk_stack
 from hk_stack import port
-
-MODELS = int(os.environ.get("HK_STACK_MODELS", "300"))
-
-_numbers = itertools.count(1)
-
-
-def new(*shape, dtype=np.float32):
-    """An array of numbers that no other array has."""
-    count = math.prod(shape)
-    values = np.fromiter(itertools.islice(_numbers, count), np.int64, count)
-    return values.reshape(shape).astype(dtype)
-
-
-def types(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def dense(*shape, bias=True, **options):
@@ -916,7 +898,43 @@ def stacked(flax, name="block_{}"):
     return np.stack([flax[name.format(i)]["kernel"] for i in numbers])
 
 
+def dense_stack(axis, scope="layers"):
+    """`nn.scan(Dense(8))` of four layers on four features, in a model with a head."""
+    flax, haiku = same("head", kernel=new(8, 3))
+    kernel = new(4, 4, 8)
+    flax = {"model": {**flax, scope: {"kernel": kernel}}}
+    haiku = {"model/head": haiku["head"], f"model/{scope}": {"w": None}}
+    haiku[f"model/{scope}"]["w"] = np.moveaxis(kernel, axis, 0)
+    return flax, haiku
+
+
+def members_in_layers(axis, interleave):
+    """`nn.vmap` on an axis, in as many numbered layers as there are members."""
+    layers = {f"layer_{i}": {"kernel": new(3, 3, 3)} for i in range(3)}
+    members = np.stack([x["kernel"] for x in layers.values()])
+    members = np.moveaxis(members, axis + 1, 1)
+    members = members.swapaxes(0, 1) if interleave else members
+    head, logits = same("head", kernel=new(8, 3))
+    return (
+        {"model": {**layers, **head}},
+        {"model/layer": {"w": members}, "model/head": logits["head"]},
+    )
+
+
 def riddles():
+    for axis in range(2):
+        yield (
+            f"one module on axis {axis}, beside a head",
+            *dense_stack(axis),
+            {"layer_axis": {"model/layers": axis}},
+        )
+    for axis, interleave in itertools.product(range(2), (True, False)):
+        yield (
+            f"members on axis {axis} of layers, interleave={interleave}",
+            *members_in_layers(axis, interleave),
+            {"layer_axis": {"model/layer_*": (axis,)}, "leaf": {"": port.SAME}},
+            {"interleave": interleave},
+        )
     for axis in range(3):
         for width in (3, 4):
             yield (
@@ -999,7 +1017,7 @@ def riddles():
             "layers/taps": {"w": np.moveaxis(taps, 1, 0)},
             "layers/ln": {"scale": np.moveaxis(scale, 1, 0)},
         },
-        {"layer_axis": {"layers": 1}, "leaf": {"layers/taps": port.SAME}},
+        {"layer_axis": {"layers": (1,)}, "leaf": {"layers/taps": port.SAME}},
     )
     kernel, scale, bias = new(2, 2, 4, 4, 4), new(2, 2, 2, 3), new(2, 2, 2, 3)
     inner = {"taps": {"kernel": kernel}, "norm": {"scale": scale, "bias": bias}}
@@ -1101,36 +1119,6 @@ def riddles():
 RIDDLES = {name: Riddle(*riddle) for name, *riddle in riddles()}
 
 
-def is_right(found, expected):
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
-
-
-def right_or_refused(flax, haiku, **said):
-    """Whether the port is right, both ways; False if it is refused.
-
-    Then what fits nevertheless is right, too.
-    """
-    try:
-        found = hk_stack.flax_to_haiku(flax, types(haiku), **said)
-        back = hk_stack.haiku_to_flax(haiku, types(flax), **said)
-    except ValueError:
-        assert_right_as_far_as_it_goes(flax, haiku, **said)
-        return False
-    assert is_right(found, haiku) and is_right(back, flax)
-    return True
-
-
-def assert_right_as_far_as_it_goes(flax, haiku, **said):
-    found, _ = hk_stack.flax_to_haiku(flax, types(haiku), strict=False, **said)
-    back, _ = hk_stack.haiku_to_flax(haiku, types(flax), strict=False, **said)
-    for tree, expected in ((found, haiku), (back, flax)):
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True)
-        for leaf, right in pairs:
-            if not isinstance(leaf, jax.ShapeDtypeStruct):
-                np.testing.assert_array_equal(leaf, right)
-
-
 @pytest.mark.parametrize("name", RIDDLES)
 def test_a_port_is_right_or_refused(name):
     riddle = RIDDLES[name]
@@ -1143,346 +1131,150 @@ def test_a_port_is_right_or_refused(name):
                 riddle.ported(**{argument: said[argument] for argument in some})
 
 
-# The same for random models
+def test_norms_of_nested_scans_go_as_is_said():
+    """`[2, 2, 2, 3]` of two scans to `[4, 2, 3]` of one stack."""
+    scale = new(2, 2, 2, 3)
+    flax = {"params": {"layers": {"inner": {"norm": {"scale": scale}}}}}
+    haiku = {"layers/norm": {"scale": scale.reshape(4, 2, 3)}}, {}
+    assert not port.plan(flax, haiku).ok
+    said = {"layer_axis": {"layers/inner/norm": (0, 1)}}
+    assert right_or_refused(flax, haiku, **said)
 
 
-class Module(NamedTuple):
-    """A module of a kind in `KINDS`, and its sizes."""
-
-    kind: str
-    sizes: tuple[int, ...]
-
-
-class Layout(NamedTuple):
-    """Where the layers of a stack are.
-
-    Attributes:
-      kind: "stack", "block" (with a module around each layer), "loop", "nested" (a
-        stack in a stack), "blocks" (a stack over blocks of layers) or "stages" (a loop
-        over stacks).
-      parts: How many blocks or stages there are, or layers in an inner stack.
-      axis: The axis of the layers.
-    """
-
-    kind: str
-    parts: int = 1
-    axis: int = 0
-
-    def place(self, layer, depth):
-        """A layer's modules, its index on the layer axes, and these axes' sizes."""
-        each = depth // self.parts
-        if self.kind == "loop":
-            return (("block", layer),), (), ()
-        if self.kind == "stack":
-            return (("layers", None),), (layer,), (depth,)
-        if self.kind == "block":
-            return (("layers", None), ("block", 0)), (layer,), (depth,)
-        if self.kind == "nested":
-            index = divmod(layer, self.parts)
-            return (("layers", None), ("inner", None)), index, (each, self.parts)
-        if self.kind == "blocks":
-            step, block = divmod(layer, self.parts)
-            return (("layers", None), ("block", block)), (step,), (each,)
-        stage, step = divmod(layer, each)
-        return (("layers", stage),), (step,), (each,)
-
-
-class Stack(NamedTuple):
-    depth: int
-    layer: tuple[Module, ...]
-    flax: Layout
-    haiku: Layout
-
-
-class Model(NamedTuple):
-    """Modules, one stack or two, modules.
-
-    Attributes:
-      before: Modules.
-      stacks: Stacks.
-      after: Modules.
-      says_axis: Whether the user names the layer axes.
-      says_order: Whether the user says how blocks and steps take turns.
-    """
-
-    before: tuple[Module, ...]
-    stacks: tuple[Stack, ...]
-    after: tuple[Module, ...]
-    says_axis: bool
-    says_order: bool
-
-
-def keep(array):
-    return array
-
-
-def of_kernel(*sizes):
-    return [("kernel", "w", sizes, keep)]
-
-
-def of_dense(i, o):
-    return [*of_kernel(i, o), ("bias", "b", (o,), keep)]
-
-
-def of_heads(i, h, d):
-    return [
-        ("kernel", "w", (i, h, d), lambda x: x.reshape(i, h * d)),
-        ("bias", "b", (h, d), np.ravel),
-    ]
-
-
-def of_norm(*sizes):
-    return [("scale", "scale", sizes, keep), ("bias", "offset", sizes, keep)]
-
-
-def of_batch_norm(n):
-    leaves = [("scale", "scale"), ("bias", "offset"), ("mean", "mean"), ("var", "var")]
-    return [(*names, (n,), lambda x: x[None]) for names in leaves]
-
-
-def of_transposed(*sizes):
-    return [("kernel", "w", sizes, lambda x: x.swapaxes(-1, -2))]
-
-
-# What a module is called in each tree, how many sizes it has, and its leaves: their
-# names in both trees, their shape in Flax, and what becomes of them in Haiku.
-KINDS = {
-    "dense": ("Dense", "linear", 2, of_dense),
-    "dense without bias": ("Dense", "linear", 2, of_kernel),
-    "heads": ("heads", "heads", 3, of_heads),
-    "heads without bias": ("heads", "heads", 3, lambda *s: of_heads(*s)[:1]),
-    "conv": ("Conv", "conv1_d", 3, of_kernel),
-    "conv of another name": ("taps", "taps", 3, of_kernel),
-    "transposed conv": ("ConvTranspose", "conv1_d_transpose", 3, of_transposed),
-    "norm": ("LayerNorm", "layer_norm", 1, of_norm),
-    "norm over two axes": ("LayerNorm", "layer_norm", 2, of_norm),
-    "norm of another name": ("ln", "ln", 1, lambda *s: of_norm(*s)[:1]),
-    "batch norm": ("BatchNorm", "batch_norm", 1, of_batch_norm),
-    "custom": ("mixer", "mixer", 2, lambda *s: [("alpha", "alpha", s, keep)]),
-}
-
-modules = st.sampled_from(list(KINDS)).flatmap(
-    lambda kind: st.builds(
-        Module, st.just(kind), st.tuples(*[st.sampled_from([2, 3, 4])] * KINDS[kind][2])
+def test_convolutions_in_nested_scans_are_refused_alone():
+    """Layers of taps are no taps of layers, with `strict=False` either."""
+    riddle = RIDDLES["convolutions of another name in nested scans"]
+    said = {"leaf": {"layers/inner/taps": port.SAME}}
+    params = {"params": riddle.flax}
+    found, rows = hk_stack.flax_to_haiku(
+        params, (types(riddle.haiku), {}), strict=False, **said
     )
+    assert "params/layers/inner/taps/kernel float32[2,2,4,4,4]" in str(rows)
+    assert isinstance(found[0]["layers/taps"]["w"], jax.ShapeDtypeStruct)
+
+
+# A rule that is given is used, or an error
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1, (1,), (1, 0)])
+@pytest.mark.parametrize("scope", ["layers", "params/layers"])
+def test_a_rule_for_a_stack_that_does_not_fit_is_an_error(axis, scope):
+    flax = {"params": {"layers": {"alpha": new(4, 3, 5)}, "head": dense(3, 4)}}
+    haiku = {"layers": {"alpha": flax["params"]["layers"]["alpha"]}}
+    haiku = {**haiku, "head": linear(3, 4)}, {}
+    assert port.plan(flax, haiku, layer_axis={scope: 0}).ok
+    with pytest.raises(ValueError) as error:
+        hk_stack.flax_to_haiku(flax, haiku, layer_axis={scope: axis})
+    text = f"params/layers/alpha float32[4,3,5]: its layers are not on axis {axis}"
+    assert text in str(error.value).replace(
+        " -> params/layers/alpha float32[4,3,5]", ""
+    )
+    assert 'this fits: layer_axis={"layers": ()}' in str(error.value)
+    assert port.plan(flax, haiku, layer_axis={"layers": ()}).ok
+    both = port.plan(flax, haiku, layer_axis={scope: axis, "layers": ()})
+    assert {row.status for row in both.rows} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        ({"layer_axis": 1}, "layer_axis: no layers are on axis 1"),
+        ({"interleave": False}, "interleave=False: no layers are both numbered"),
+    ],
 )
+def test_a_rule_for_the_whole_tree_that_nothing_needs_is_an_error(rule, text):
+    flax = {"params": {"Dense_0": dense(3, 4)}}
+    haiku = {"linear": linear(3, 4)}, {}
+    with pytest.raises(ValueError, match=text):
+        hk_stack.flax_to_haiku(flax, haiku, **rule)
+    assert port.plan(flax, haiku, layer_axis=0).ok
 
 
-@st.composite
-def layouts(draw, depth, axes):
-    parts = [n for n in range(2, depth) if depth % n == 0]
-    kinds = ["stack", "block", "loop", *["nested", "blocks", "stages"] * bool(parts)]
-    kind = draw(st.sampled_from(kinds))
-    has_parts = kind in ("nested", "blocks", "stages")
-    axis = 0 if kind == "loop" else draw(st.sampled_from(axes))
-    return Layout(kind, draw(st.sampled_from(parts)) if has_parts else 1, axis)
+def test_the_closest_rule_stands_in_whatever_order():
+    flax, haiku = on_axis(1, a=(4, 4, 4))
+    more, others = on_axis(0, b=(4, 4, 4))
+    params = {"layers": {**flax["layers"], **more["layers"]}}
+    rules = {"": 0, "layers": 1, "layers/b": 0}
+    for said in (rules, dict(reversed(rules.items()))):
+        trees = {"params": params}, ({**haiku, **others}, {})
+        assert right_or_refused(*trees, layer_axis=said)
 
 
-@st.composite
-def stacks(draw):
-    depth = draw(st.sampled_from([1, 2, 3, 4, 4, 6, 6]))
-    layer = draw(st.lists(modules, min_size=1, max_size=4))
-    flax, haiku = draw(layouts(depth, [0, 1])), draw(layouts(depth, [0]))
-    return Stack(depth, tuple(layer), flax, haiku)
+# The first layer apart, and what is left over
 
 
-some_modules = st.lists(modules, max_size=2).map(tuple)
-models = st.builds(
-    Model,
-    some_modules,
-    st.lists(stacks(), min_size=1, max_size=2).map(tuple),
-    some_modules,
-    st.booleans(),
-    st.sampled_from([True, True, False]),
-)
+def rest_of_layers(numbers, apart, name):
+    """Four blocks in Flax; some of them apart in Haiku, the others as is said."""
+    flax = layers(dense, 3, 4, bias=False)
+    kernels = [flax[f"block_{i}"]["kernel"] for i in range(4)]
+    haiku = {scope: {"w": kernels[i]} for scope, i in apart.items()}
+    if name.count("*"):
+        for i, number in enumerate(numbers):
+            haiku[name.replace("_*", f"_{i}" * (i > 0))] = {"w": kernels[number]}
+    else:
+        haiku[name] = {"w": np.stack([kernels[i] for i in numbers])}
+    return {"params": flax}, (haiku, {})
 
 
-class Trees:
-    """A model's variables, and its parameters and state, leaf by leaf."""
-
-    def __init__(self, model):
-        self._flax = collections.defaultdict(dict)
-        self._haiku = collections.defaultdict(dict)
-        counts = collections.Counter()
-        nowhere = Layout("none"), (), (), ()
-        self._add(model.before, counts, nowhere, nowhere)
-        scopes = ["encoder", "decoder"] if len(model.stacks) > 1 else [None]
-        for scope, stack in zip(scopes, model.stacks, strict=True):
-            around = () if scope is None else ((scope, None),)
-            for i in range(stack.depth):
-                places = [
-                    (layout, around + place[0], *place[1:])
-                    for layout in (stack.flax, stack.haiku)
-                    for place in [layout.place(i, stack.depth)]
-                ]
-                self._add(stack.layer, collections.Counter(), *places)
-        self._add(model.after, counts, nowhere, nowhere)
-
-    def _add(self, modules, counts, flax, haiku):
-        """One layer of some modules, at a place in each tree."""
-        for kind, sizes in modules:
-            flax_name, haiku_name, _, leaves = KINDS[kind]
-            number = counts[flax_name]
-            counts[flax_name] += 1
-            flax_path = (*map(flax_part, flax[1]), flax_part((flax_name, number)))
-            haiku_path = (*map(haiku_part, haiku[1]), haiku_part((haiku_name, number)))
-            for old, new_name, shape, change in leaves(*sizes):
-                value = new(*shape)
-                key = (*flax_path, old)
-                self._flax[key][flax[2]] = value, flax[3], flax[0].axis
-                key = ("/".join(haiku_path), new_name)
-                self._haiku[key][haiku[2]] = change(value), haiku[3], 0
-
-    def variables(self):
-        """None if a leaf has no such axis as its layers should be on."""
-        tree = {"params": {}, "batch_stats": {}}
-        for path, layers in self._flax.items():
-            array = on_axes(layers)
-            if array is None:
-                return None
-            kind = "batch_stats" if path[-1] in ("mean", "var") else "params"
-            node = tree[kind]
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = array
-        return tree
-
-    def params_and_state(self):
-        params, state = {}, {}
-        for (module, name), layers in self._haiku.items():
-            array = on_axes(layers)
-            if name not in ("mean", "var"):
-                params.setdefault(module, {})[name] = array
-                continue
-            ((_, sizes, _), *_) = layers.values()
-            counter = np.full(sizes, 2**30, np.int32)
-            average = {"counter": counter, "hidden": array, "average": array}
-            state[f"{module}/~/{name}_ema"] = average
-        return params, state
+@pytest.mark.parametrize("name", ["rest", "rest_*"])
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_the_first_layer_apart(name, is_reversed):
+    """`*` counts from the first number that no closer rule takes."""
+    rename = {"block_0": "first", "block_*": "rest_*"}
+    rename = dict(reversed(rename.items())) if is_reversed else rename
+    trees = rest_of_layers([1, 2, 3], {"first": 0}, name)
+    assert right_or_refused(*trees, rename=rename)
 
 
-def flax_part(part):
-    name, number = part
-    return name if number is None else f"{name}_{number}"
+def test_the_first_and_the_last_layer_apart():
+    rename = {"block_0": "first", "block_3": "last", "block_*": "layers/block_*"}
+    trees = rest_of_layers([1, 2], {"first": 0, "last": 3}, "layers/block")
+    assert right_or_refused(*trees, rename=rename)
 
 
-def haiku_part(part):
-    name, number = part
-    return f"{name}_{number}" if number else name
+def test_numbers_that_both_trees_have_are_not_counted_anew():
+    flax, (haiku, _) = rest_of_layers([1, 2, 3], {"first": 0}, "rest")
+    kernels = haiku.pop("rest")["w"]
+    haiku |= {f"rest_{i + 1}": {"w": kernel} for i, kernel in enumerate(kernels)}
+    rename = {"block_0": "first", "block_*": "rest_*"}
+    assert right_or_refused(flax, (haiku, {}), rename=rename)
 
 
-def on_axes(layers):
-    """Layers by their indices, as one array."""
-    ((value, sizes, axis), *_) = layers.values()
-    if axis > value.ndim:
-        return None
-    array = np.empty((*sizes, *value.shape), value.dtype)
-    for index, (layer, _, _) in layers.items():
-        array[index] = layer
-    axes = range(len(sizes))
-    return np.moveaxis(array, axes, [axis + i for i in axes])
+def test_a_layer_from_the_middle_leaves_a_hole():
+    rename = {"block_1": "first", "block_*": "rest_*"}
+    flax, haiku = rest_of_layers([0, 2, 3], {"first": 1}, "rest")
+    with pytest.raises(ValueError, match=r"layers are missing: block_1"):
+        hk_stack.flax_to_haiku(flax, haiku, rename=rename)
 
 
-def said_of(model):
-    """What a user has to say of a model, if that can be said."""
-    said = {}
-    order = {"blocks": True, "stages": False}
-    interleave = {
-        order[layout.kind]
-        for stack in model.stacks
-        for layout in (stack.flax, stack.haiku)
-        if layout.kind in order and stack.flax[:2] != stack.haiku[:2]
-    }
-    if model.says_order and len(interleave) == 1:
-        said["interleave"] = interleave.pop()
-    axes = [stack.flax.axis for stack in model.stacks]
-    scanned = [stack.flax.kind != "loop" for stack in model.stacks]
-    scopes = ["encoder", "decoder"] if len(axes) > 1 else [""]
-    named = {s: a for s, a, yes in zip(scopes, axes, scanned, strict=True) if yes}
-    if model.says_axis and named:
-        said["layer_axis"] = named
-    return said
+# What is left over, and the call to write
 
 
-def over(strategy, count, seed=0):
-    """Runs a check on `count` random values, which are the same in each run."""
-
-    def decorate(check):
-        settings = hypothesis.settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            print_blob=False,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        return hypothesis.seed(seed)(settings(hypothesis.given(strategy)(check)))
-
-    return decorate
-
-
-def test_random_models_are_right_or_refused():
-    outcomes = collections.Counter()
-
-    @over(models, MODELS)
-    def check(model):
-        trees = Trees(model)
-        variables = trees.variables()
-        if variables is not None:
-            pair = trees.params_and_state()
-            outcomes[right_or_refused(variables, pair, **said_of(model))] += 1
-
-    check()
-    assert outcomes[True] > outcomes[False] / 2
+def test_leaves_left_over_show_the_calls_to_write():
+    params = {"Dense_0": dense(3, 4), "old": dense(2, 2), "head": dense(5, 6)}
+    flax = {"params": params}
+    haiku = {"linear": linear(3, 4), "logits": linear(5, 6)}, {}
+    said = {"rename": {"Dense_0": "linear"}, "ignore": ["params/old"]}
+    for call, tree, other in (
+        (hk_stack.flax_to_haiku, flax, haiku),
+        (hk_stack.haiku_to_flax, haiku, flax),
+    ):
+        with pytest.raises(ValueError) as error:
+            call(tree, other, **said)
+        source = "variables" if call is hk_stack.flax_to_haiku else "params_and_state"
+        ignore = 'ignore=["params/old", "params/head", "params/logits"]'
+        rename = 'rename={"Dense_0": "linear", "head": "logits"}'
+        for rule in (ignore, rename):
+            assert f"{call.__name__}({source}, like, {rule})" in str(error.value)
+            argument, value = rule.split("=", 1)
+            call(tree, other, **{**said, argument: ast.literal_eval(value)})
 
 
-def test_random_models_that_differ_are_refused():
-    """Each tree lacks a leaf that the other has, of the same size if there is one."""
-    outcomes = collections.Counter()
-
-    @over(st.tuples(models, st.randoms(use_true_random=False)), MODELS)
-    def check(given):
-        model, random = given
-        said = said_of(model._replace(says_axis=False))  # Of what may be gone.
-        trees = Trees(model)
-        variables = trees.variables()
-        if variables is None or not all(map(is_told_by_names, model.stacks)):
-            return
-        pair = trees.params_and_state()
-        first, size = random.choice(leaves_of(variables))
-        alike = [path for path, other in leaves_of(pair) if other == size]
-        second = random.choice(alike or [path for path, _ in leaves_of(pair)])
-        smaller = without(variables, first), without(pair, second)
-        if smaller[0]["params"].keys() != variables["params"].keys():
-            return
-        # It may have been the same leaf.
-        outcomes[right_or_refused(*smaller, **said)] += 1
-        assert not port.plan(variables, types(smaller[1]), **said).ok
-        assert not port.plan(smaller[0], types(pair), **said).ok
-
-    check()
-    assert outcomes[False] > outcomes[True]
-
-
-def is_told_by_names(stack):
-    """Not so if a leaf may be a layer, or all layers of it, when others are gone."""
-    kinds = {stack.flax.kind, stack.haiku.kind}
-    return stack.depth > 1 and kinds != {"blocks", "stages"}
-
-
-def leaves_of(tree):
-    return [
-        (path, int(np.size(leaf))) for path, leaf in jax.tree.leaves_with_path(tree)
-    ]
-
-
-def without(tree, path):
-    """`tree` without one leaf; and without modules that are empty then."""
-    if isinstance(tree, tuple):
-        return tuple(
-            without(node, path[1:]) if i == path[0].idx else node
-            for i, node in enumerate(tree)
-        )
-    key = path[0].key
-    inside = {} if len(path) == 1 else without(tree[key], path[1:])
-    rest = {k: v for k, v in tree.items() if k != key}
-    return {**rest, key: inside} if inside or key == "params" else rest
+def test_leaves_left_over_in_one_tree_only():
+    flax = {"params": {"Dense_0": dense(3, 4), "Dense_1": dense(4, 4)}}
+    haiku = {"linear": linear(3, 4)}, {}
+    with pytest.raises(ValueError) as error:
+        hk_stack.flax_to_haiku(flax, haiku)
+    call = 'flax_to_haiku(variables, like, ignore=["params/Dense_1"])'
+    assert call in str(error.value) and "No rename=" in str(error.value)
+    hk_stack.flax_to_haiku(flax, haiku, ignore=["params/Dense_1"])

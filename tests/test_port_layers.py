@@ -246,10 +246,16 @@ def haiku_side(name, wrapped=False):
 def rules(flax_name, haiku_name):
     """What users have to say: nothing, but for numbers with more than one meaning."""
     said = {}
-    if "over blocks" in flax_name or "over blocks" in haiku_name:
+    if ("over blocks" in flax_name) != ("over blocks" in haiku_name):
         said["interleave"] = True
-    if "loop over" in flax_name or "loop over" in haiku_name:
+    if ("loop over" in flax_name) != ("loop over" in haiku_name):
         said["interleave"] = False
+    if "nested" in flax_name:  # Which scan is around the other?
+        axes = (1, 2) if "axis 1" in flax_name else (0, 1)
+        said["layer_axis"] = {"layers": axes}
+    if "scan over blocks" in flax_name and haiku_name == "nested stacks":
+        scope = "ScanTwo_0" if "unnamed" in flax_name else "layers"
+        said["layer_axis"] = {scope: 1 if "axis 1" in flax_name else 0}
     if flax_name == "loop over scans" and haiku_name == "loop over stacks":
         said["rename"] = {"stage_*": "layers_*"}
     if flax_name == "loop of layer0":

@@ -71,14 +71,15 @@ def flax_to_haiku(
         or what `jax.eval_shape` gives for it. `state` is `{}` for a model without.
       rename: Beginnings of paths in Flax (without the collection, or with it), and what
         they are in Haiku. `*` stands for any text in one part of a path, and is copied:
-        `{"encoder/layers_*": "encoder/block_*"}`.
+        `{"encoder/layers_*": "encoder/block_*"}`. It counts from the first number that
+        no closer rule takes: `{"block_0": "first", "block_*": "rest_*"}`.
       leaf: Beginnings of paths in Flax, and two functions: from Flax's array of one
         layer to Haiku's, and back; `SAME` and `TRANSPOSED` are two such pairs.
       ignore: Beginnings of paths in Flax or Haiku that may be left over.
       layer_axis: The axis that `nn.scan` or `nn.vmap` put the layers on
         (`variable_axes={"params": 1}`): one for all stacks, or by the beginning of a
         path in Flax, which then is that of a stack; a tuple for scans in a scan, ()
-        for none. By default it is found out, if the shapes tell.
+        for none. By default it is found out, if just one reading of the shapes fits.
       interleave: Where layers are both numbered and on an axis (`layers/block_0` and
         `layers/block_1`, `[L/2, ...]`): True if the scan is over blocks of layers,
         False if each numbered module is a stack of its own.
@@ -92,7 +93,8 @@ def flax_to_haiku(
 
     Raises:
       TypeError: If an argument is of the wrong type.
-      ValueError: If a leaf is left over, does not fit, or could fit in two ways.
+      ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
+        rule is not used.
     """
     found = plan(
         variables,
@@ -138,7 +140,8 @@ def haiku_to_flax(
 
     Raises:
       TypeError: If an argument is of the wrong type.
-      ValueError: If a leaf is left over, does not fit, or could fit in two ways.
+      ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
+        rule is not used.
     """
     found = plan(
         like,
@@ -197,27 +200,31 @@ def plan(
     renames, by_leaf, ignored, by_axis = _rules(rename, leaf, ignore, layer_axis)
     if interleave not in (None, True, False):
         raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
-    flax = leaves.of_flax(variables, renames)
     haiku = leaves.of_haiku(params, state)
+    renames.count(leaves.paths_of_flax(variables), [leaf.paths for leaf in haiku])
+    flax = leaves.of_flax(variables, renames)
     options = layers.Options(by_leaf, by_axis, interleave)
     found = match.match(flax, haiku, options)
     said = plans.unused((renames, by_leaf, ignored, by_axis), (*flax, *haiku))
-    return plans.of_match(found, flax, haiku, ignored, cast=cast, unused_rules=said)
+    is_whole = not (found.unfit or found.flax or found.haiku)
+    said += layers.unused(found.moves, options) if is_whole else []
+    rules = plans.Rules(renames, ignored, said)
+    return plans.of_match(found, flax, haiku, rules, cast=cast)
 
 
-def _rules(rename: Any, leaf: Any, ignore: Any, layer_axis: Any) -> list[names.Rules]:
+def _rules(rename: Any, leaf: Any, ignore: Any, layer_axis: Any) -> Any:
     """The users' rules, after a check of what they are."""
     if isinstance(ignore, str) or not all(isinstance(path, str) for path in ignore):
         raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
     if isinstance(layer_axis, (int, tuple)):
         layer_axis = {"": layer_axis}
     given = {
-        "rename": rename or {},
         "leaf": leaf or {},
         "ignore": dict.fromkeys(ignore),
         "layer_axis": {} if layer_axis is None else layer_axis,
     }
-    rules = {argument: names.Rules(argument, said) for argument, said in given.items()}
+    rules: dict[str, Any] = {"rename": names.Renames(rename or {})}
+    rules |= {argument: names.Rules(argument, said) for argument, said in given.items()}
     for argument, (is_right, expected) in _EXPECTED.items():
         for pattern, value in rules[argument].rules.items():
             if not is_right(value):
@@ -258,7 +265,9 @@ def _port(
     """Carries out a plan, from the side `source`."""
     bad = [row for row in found.rows if row.status not in ("ok", "ignored")]
     if found.unused_rules or (strict and bad):
-        raise ValueError("\n".join([f"{what}: {found.headline()}", *found.problems()]))
+        raise ValueError(
+            f"{what}: {found.headline()}\n" + "\n".join(found.problems(what))
+        )
     given = jax.tree.leaves(tree)
     made, structure = jax.tree.flatten(like)
     for move in found.moves:

@@ -107,7 +107,7 @@ def inspected(tree: Any) -> str:
       tree: Linen's variables, or a plain dict of an NNX state.
     """
     rows: dict[tuple[Any, ...], list[leaves.Leaf]] = {}
-    for leaf in leaves.of_flax(tree, names.Rules("rename", {})):
+    for leaf in leaves.of_flax(tree, names.Renames({})):
         numbers = [re.sub("[0-9]+", "0", piece.name) for piece in leaf.pieces]
         shapes = [(piece.shape, str(piece.dtype)) for piece in leaf.pieces]
         rows.setdefault((*numbers, *shapes), []).append(leaf)

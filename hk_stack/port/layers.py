@@ -4,20 +4,21 @@
 ways: `[4, 4, 8]` as one array, as four layers on axis 0, or as four on axis 1. A
 *reading* is one such way that fits the leaf in Haiku, where layers are always in front.
 Readings in the same *order* give the same values; where readings of other orders fit
-too, what is around has to say which is meant, or the user has.
+too, the user has to say which is meant.
 """
 
 import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hk_stack.port import names
-from hk_stack.port.leaves import Leaf, Shape
+from hk_stack.port.leaves import Gates, Leaf, Shape
 
 Axes = tuple[int, ...]
 
@@ -97,14 +98,15 @@ class Side(NamedTuple):
         return tuple(n for n in factors if n != 1)
 
     @property
-    def order(self) -> Axes:
-        """Axes in the order of the layers, then the rest; -1 is the number in names."""
+    def order(self) -> tuple[tuple[int, int], ...]:
+        """Axes and their sizes, those of layers first; -1 is the number in names."""
         shape = self.leaves[0].pieces[-1].shape
         front = [axis % len(shape) for axis in self.axes]
         rest = [i for i in range(len(shape)) if i not in front]
         number = [-1] if len(self.leaves) > 1 else []
         front = front + number if self.interleaved else number + front
-        return tuple(i for i in (*front, *rest) if i < 0 or shape[i] != 1)
+        sizes = {-1: len(self.leaves), **dict(enumerate(shape))}
+        return tuple((i, sizes[i]) for i in (*front, *rest) if i < 0 or shape[i] != 1)
 
     def place(self, layer: int) -> tuple[Leaf, Axes]:
         """The leaf that holds a layer, and the layer's index on the layer axes."""
@@ -157,9 +159,20 @@ class Move(NamedTuple):
     change: Change
 
     @property
-    def order(self) -> tuple[Axes, Axes]:
-        """What tells apart moves that give other values."""
-        return self.flax.order, self.haiku.order
+    def effect(self) -> Hashable:
+        """What tells apart moves that give other values: what becomes of each axis."""
+        old, new = self.flax.order, self.haiku.order
+        if self.change.label == _RULE:  # Which sees one layer, whichever that is.
+            return _RULE, old, new, self.flax.axes, self.haiku.axes
+        if self.change.to_haiku is swapped:
+            old = (*old[:-2], old[-1], old[-2])
+        has_gates = isinstance(self.flax.leaves[0].codec, Gates)
+        return (not has_gates and _atoms(old, new)) or (old, new)
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether layers are in front in both trees, those by number first."""
+        return all(list(x.order) == sorted(x.order) for x in (self.flax, self.haiku))
 
     @property
     def is_mixed(self) -> bool:
@@ -167,22 +180,60 @@ class Move(NamedTuple):
         return self.flax.is_mixed or self.haiku.is_mixed
 
     @property
-    def is_in_order(self) -> bool:
-        """Whether layers are in front in both trees, those by number first."""
-        return all(list(axes) == sorted(axes) for axes in self.order)
+    def is_sure(self) -> bool:
+        """Whether it is ported, if it is the only reading."""
+        return self.is_alike and self.change is not _UNSAID_SWAP
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether a step of each loop is one in the other, if both have several."""
+        one, other = self.flax.factors, self.haiku.factors
+        return min(len(one), len(other)) < 2 or one == other
+
+    @property
+    def where(self) -> Hashable:
+        """Where the layers are in both trees, which is the same for all of a module."""
+        sides = (self.flax, self.haiku)
+        return tuple((side.axes, side.sizes, side.interleaved) for side in sides)
 
 
-class Doubt(NamedTuple):
-    """Why a reading is not clear, or does not fit though it might have.
+def _atoms(
+    old: Iterable[tuple[int, int]], new: Iterable[tuple[int, int]]
+) -> Hashable | None:
+    """Which part of an axis goes where in a reshape; None if axes are cut across."""
+    left, right, atoms = list(old), list(new), []
+    strides: dict[Any, int] = collections.defaultdict(lambda: 1)
+    while left and right:
+        (a, m), (b, n) = left.pop(), right.pop()
+        size = min(m, n)
+        if m % size or n % size:
+            return None
+        atoms.append((b, strides["new", b], a, strides["old", a], size))
+        strides["new", b] *= size
+        strides["old", a] *= size
+        left += [(a, m // size)] * (m > size)
+        right += [(b, n // size)] * (n > size)
+    merged: list[tuple[int, ...]] = []
+    for b, outer, a, inner, size in sorted(atoms):
+        if merged and merged[-1][:3:2] == (b, a):
+            *_, before, inside, count = merged[-1]
+            if (merged[-1][1] * count, inside * count) == (outer, inner):
+                merged[-1] = (b, merged[-1][1], before, inside, count * size)
+                continue
+        merged.append((b, outer, a, inner, size))
+    return tuple(merged)
+
+
+class Refusal(NamedTuple):
+    """Why a group does not go.
 
     Attributes:
-      text: What to tell the user.
-      stands: Whether this reading makes others unclear: "always", "doubtful" (if they
-        are not in order, or also count by number), or "alone" (it does not).
+      why: What to tell the user.
+      fits: Whether it is that some readings fit, but not one alone.
     """
 
-    text: str
-    stands: str
+    why: str
+    fits: bool = False
 
 
 class Options(NamedTuple):
@@ -193,66 +244,31 @@ class Options(NamedTuple):
     interleave: bool | None
 
 
-def moves(groups: Sequence[Group], options: Options) -> Iterator[Move | str]:
+def moves(groups: Sequence[Group], options: Options) -> Iterator[Move | Refusal]:
     """How each group goes from one tree to the other, or why it does not."""
-    depths = _Depths(groups)
-    read = [_Readings.of(group, depths.of(group), options) for group in groups]
-    _same_in_module(read)
-    votes = _Votes(read)
-    for one in read:
-        yield _chosen(one, votes)
+    depths = _depths(groups)
+    read = [_Reader(group, depths, options).read() for group in groups]
+    for one in _same_around_numbers(_same_in_module(read)):
+        yield _chosen(one)
 
 
 # Readings
 
 
-_MOST_AXES = 4
-_ONE_AXIS = [(k,) for k in range(_MOST_AXES)]
-_AXES: list[Axes] = [
-    (),
-    *_ONE_AXIS,
-    *itertools.combinations(range(_MOST_AXES), 2),  # Of a scan in a scan.
-]
-
-
 class _Readings(NamedTuple):
-    """All readings of a group.
+    """All readings of a group that its rules leave.
 
     Attributes:
       group: The group.
-      fitting: The moves that fit, by their layer axes in Flax.
-      unclear: What is not clear of others, by their layer axes in Flax.
-      depth: How many layer axes Haiku's leaves have, if that is known.
-      said: The layer axes that the user may mean, and whether just for this path.
+      fits: The moves that fit.
+      why: What to say if none fits.
+      said: The axes that the user names.
     """
 
     group: Group
-    fitting: dict[Axes, list[Move]]
-    unclear: dict[Axes, Doubt]
-    depth: int | None
-    said: tuple[list[Axes], bool] | None
-
-    @classmethod
-    def of(cls, group: Group, depth: int | None, options: Options) -> "_Readings":
-        """Tries all axes, and those that the user names."""
-        rule = options.layer_axis.find(*group.flax[0].paths)
-        said = None
-        if differ := _other_rules(group, options):
-            return cls(group, {}, {(): Doubt(differ, "always")}, None, None)
-        if rule is not None:
-            said = _meant(rule[0]), rule[1].start("inside") != 0  # Not of all paths.
-        read = cls(group, {}, {}, depth, said)
-        in_front = [tuple(range(n)) for n in range(3)]
-        haikus = list(_sides(group.haiku, in_front, options))
-        for axes in () if group.holes else (*(said[0] if said else ()), *_AXES):
-            # Several axes are those of scans in a scan, if the user names them.
-            is_said = rule is not None and rule[0] == axes
-            for found in _readings(group, haikus, axes, depth, options, is_said):
-                if isinstance(found, Move):
-                    read.fitting.setdefault(axes, []).append(found)
-                else:
-                    read.unclear.setdefault(axes, found)
-        return read
+    fits: list[Move]
+    why: str
+    said: Sequence[Axes] = ()
 
     @property
     def module(self) -> tuple[str, str]:
@@ -260,16 +276,113 @@ class _Readings(NamedTuple):
         leaf = self.group.flax[0]
         return leaf.collection, leaf.raw.rpartition("/")[0]
 
-    def moves(self, *which: Axes) -> list[Move]:
-        """One move for each order, the simplest; of some axes only, if given."""
-        found: dict[Any, Move] = {}
-        for axes in which or sorted(self.fitting, key=len):
-            for move in self.fitting.get(axes, ()):
-                # What a rule does may depend on the axes that it is given.
-                is_rule = move.change.label == _RULE
-                key = (move.order, move.flax.axes) if is_rule else move.order
-                found.setdefault(key, move)
-        return list(found.values())
+
+class _Reader:
+    """Finds the readings of a group."""
+
+    def __init__(self, group: Group, depths: Mapping[Any, Any], options: Options):
+        self._group = group
+        self._options = options
+        self._depth = _depth(group, depths)
+        self._failures: list[str] = []
+
+    def read(self) -> _Readings:
+        """Tries all axes, or those that the user names."""
+        group, options = self._group, self._options
+        if differ := _other_rules(group, options):
+            return _Readings(group, [], differ)
+        if group.holes:
+            return _Readings(group, [], _difference(group))
+        rule = options.layer_axis.find(*group.flax[0].paths)
+        choices = _every_axis(group) if rule is None else self._said(*rule)
+        fits = [move for axes in choices for move in self._moves(axes)]
+        why = self._failures[0] if self._failures else ""
+        if rule and not fits and not why:
+            others = [move for axes in _every_axis(group) for move in self._moves(axes)]
+            why = _not_on_axis(group, rule[0], others)
+        said = _meant(rule[0]) if rule else ()
+        return _Readings(group, fits, why or _difference(group), said)
+
+    def _said(self, said: int | Axes, match: re.Match[str]) -> list[Axes]:
+        """The axes that the user may mean: those of a stack, if the rule is for one."""
+        meant = _meant(said)
+        if _is_of_path(self._group, match) or self._is_stack():
+            return meant
+        return [(), *(axes for axes in meant if axes)]
+
+    def _is_stack(self) -> bool:
+        """Whether a leaf has layers on some axis in Flax for certain."""
+        leaf, *more = self._group.flax
+        if _is_of_batch_norm(leaf):
+            return len(leaf.pieces[0].shape) > 1
+        return not more and bool(self._depth)
+
+    def _moves(self, axes: Axes) -> Iterator[Move]:
+        """The readings with layers on some axes in Flax."""
+        in_front = [tuple(range(n)) for n in range(max(3, len(axes) + 1))]
+        for flax in _sides(self._group.flax, [axes], self._options):
+            for haiku in _sides(self._group.haiku, in_front, self._options):
+                if _count_the_same(flax, haiku):
+                    for change in self._changes(flax, haiku):
+                        move = Move(flax, haiku, change)
+                        # Who nests otherwise does not also turn the axes.
+                        if move.is_alike or sorted(axes) == list(axes):
+                            yield move
+
+    def _changes(self, flax: Side, haiku: Side) -> Iterator[Change]:
+        """How one layer may change; nothing if it does not fit."""
+        old, new = flax.one_layer(), haiku.one_layer()
+        leaf, depth = flax.leaves[0], self._depth
+        if old is None or new is None or (flax.axes and len(old) < leaf.least_rank):
+            return
+        is_other = depth not in (None, len(haiku.axes))
+        if is_other and haiku.axes:
+            return
+        rule = self._options.leaf.find(*leaf.paths)
+        if rule is not None and rule[0] != (same, same):
+            found = None if is_other else _by_rule(rule[0], old, new, leaf)
+            if isinstance(found, str):
+                self._failures.append(found)
+            elif found:
+                yield found
+            return
+        rank = len(new) - (depth or 0) * (not haiku.axes)
+        if leaf.is_kernel and len(old) == len(new) and rank >= 3:
+            is_usual = rule is not None
+            yield from _convolution(leaf, haiku.leaves[0], old, new, is_usual)
+        elif old == new:
+            yield Change("", same, same)
+        elif _is_reshape(leaf, old, new):
+            yield Change("reshape", lambda x: x.reshape(new), lambda x: x.reshape(old))
+
+
+def _is_of_batch_norm(leaf: Leaf) -> bool:
+    """Whether it has one axis in one layer, which norms of other kinds may not."""
+    *module, name = leaf.path
+    if leaf.kind == "state":
+        return name in ("mean", "var")
+    return bool(module) and names.parts(module)[-1].base == "batch_norm"
+
+
+def _every_axis(group: Group) -> list[Axes]:
+    """No layer axis, one, and two in any order, for a scan in a scan."""
+    ndim = min(len(piece.shape) for leaf in group.flax for piece in leaf.pieces)
+    several = (itertools.permutations(range(ndim), n) for n in range(3))
+    return list(itertools.chain.from_iterable(several))
+
+
+def _meant(axes: int | Axes) -> list[Axes]:
+    """What a user may mean by the axes of layers: an axis may be that of two scans."""
+    if isinstance(axes, tuple):
+        return [axes]
+    return [(axes,)] if axes < 0 else [(axes,), (axes, axes + 1)]
+
+
+def _is_of_path(group: Group, match: re.Match[str]) -> bool:
+    """Whether a rule is for a path, which is that of a stack; not for a whole tree."""
+    leaf = group.flax[0]
+    inside = (match["inside"] or "").strip("/")
+    return inside not in leaf.paths
 
 
 def _other_rules(group: Group, options: Options) -> str:
@@ -286,52 +399,6 @@ def _other_rules(group: Group, options: Options) -> str:
                 f"({', '.join(list(found)[:3])}, ...); write one, with * for the number"
             )
     return ""
-
-
-def _meant(axes: int | Axes) -> list[Axes]:
-    """What a user may mean by the axes of layers: an axis may be that of two scans."""
-    if isinstance(axes, tuple):
-        return [axes]
-    return [(axes,)] if axes < 0 else [(axes,), (axes, axes + 1)]
-
-
-def _readings(
-    group: Group,
-    haikus: Sequence[Side],
-    axes: Axes,
-    depth: int | None,
-    options: Options,
-    is_said: bool,
-) -> Iterator[Move | Doubt]:
-    """The readings of a group with layers on some axes, and doubtful ones."""
-    for flax in _sides(group.flax, [axes], options):
-        for haiku in haikus:
-            if not _count_the_same(flax, haiku):
-                continue
-            found = _change(flax, haiku, depth, options)
-            if isinstance(found, Doubt):
-                yield found
-            elif found and _are_nested_alike(flax, haiku):
-                if is_said or _is_known(flax, haiku, depth):
-                    yield Move(flax, haiku, found)
-                elif flax.factors != haiku.factors:
-                    yield _nested(flax, haiku)
-            elif found:
-                is_mixed = flax.is_mixed or haiku.is_mixed
-                is_meant = options.interleave is not None or not is_mixed
-                yield _nested(flax, haiku, "always" if is_meant else "doubtful")
-
-
-def _nested(flax: Side, haiku: Side, stands: str = "doubtful") -> Doubt:
-    if flax.is_mixed or haiku.is_mixed:
-        say = "say interleave=True or False"
-    else:
-        say = f'if so, say layer_axis={{"{flax.leaves[0].raw}": {flax.axes}}}'
-    return Doubt(
-        f"its layers are nested as {flax.factors} in Flax, and as {haiku.factors} in "
-        f"Haiku; {say}, or port into a tree that is nested alike",
-        stands,
-    )
 
 
 def _sides(
@@ -361,29 +428,6 @@ def _count_the_same(flax: Side, haiku: Side) -> bool:
     return flax.is_mixed != haiku.is_mixed
 
 
-def _are_nested_alike(flax: Side, haiku: Side) -> bool:
-    """Whether a step of each loop is one in the other, if both trees have several."""
-    is_nested = min(len(flax.factors), len(haiku.factors)) > 1
-    return not is_nested or flax.factors == haiku.factors
-
-
-def _is_known(flax: Side, haiku: Side, depth: int | None) -> bool:
-    """Whether layers that are nested in one tree only are layers for sure."""
-    if not (flax.axes and haiku.axes) or flax.num_levels == haiku.num_levels:
-        return True
-    is_known = len(haiku.axes) == depth or _is_matrix(haiku)
-    return is_known or flax.is_mixed or haiku.is_mixed
-
-
-def _is_matrix(haiku: Side) -> bool:
-    """Whether a layer has the weights of a linear layer, by name and by shape."""
-    return _is_linear(haiku.leaves[0]) and len(haiku.one_layer() or ()) == 2
-
-
-def _is_linear(haiku: Leaf) -> bool:
-    return names.kernel_rank(haiku.raw.split("/")[:-1]) == 2 and haiku.path[-1] == "w"
-
-
 def _side(leaves: tuple[Leaf, ...], axes: Axes) -> Side | None:
     """Leaves with layers on `axes`; None if they have not all of these."""
     sizes = set()
@@ -397,173 +441,209 @@ def _side(leaves: tuple[Leaf, ...], axes: Axes) -> Side | None:
     return Side(leaves, axes, sizes.pop()) if len(sizes) == 1 else None
 
 
-def _same_in_module(read: Sequence[_Readings]) -> None:
+def _same_in_module(read: Sequence[_Readings]) -> list[_Readings]:
     """Drops readings that the other leaves of a module do not have.
 
     A scan puts all parameters of a module on the same axes.
     """
-    modules: dict[Any, list[_Readings]] = collections.defaultdict(list)
+    modules: dict[Any, list[set[Hashable]]] = collections.defaultdict(list)
     for one in read:
-        modules[one.module].append(one)
-    for group in modules.values():
-        having = [one for one in group if one.fitting]
-        for one in having:
-            for axes in [axes for axes in one.fitting if axes]:
-                sizes = [
-                    {move.flax.sizes for move in other.fitting.get(axes, ())}
-                    for other in having
-                ]
-                if any(found != sizes[0] for found in sizes):
-                    del one.fitting[axes]
+        if one.fits:
+            modules[one.module].append({move.where for move in one.fits})
+    common = {module: set.intersection(*found) for module, found in modules.items()}
+    return [
+        one._replace(fits=[x for x in one.fits if x.where in common[one.module]])
+        if common.get(one.module)
+        else one
+        for one in read
+    ]
 
 
-class _Votes:
-    """What the leaves in a scope that can be read in one order only say of the rest."""
+def _same_around_numbers(read: Sequence[_Readings]) -> list[_Readings]:
+    """Drops scans over numbered blocks in which not all leaves of the blocks are.
 
-    def __init__(self, read: Iterable[_Readings]):
-        self._votes: dict[tuple[str, str], set[Axes]] = collections.defaultdict(set)
-        self._layered: set[tuple[str, str]] = set()
-        for one in read:
-            if layer_axes(one.group.flax[0], one.group.haiku[0]):
-                self._layered.update(_scopes(one))
-            found = one.moves()
-            if len(found) != 1:
-                continue
-            # An axis of size one is everywhere, and tells nothing.
-            in_front = all(axes == tuple(range(len(axes))) for axes in one.fitting)
-            if found[0].is_in_order and in_front:
-                vote: Axes = ()
-            elif not found[0].is_in_order and len(one.fitting) == 1:
-                vote = found[0].flax.axes
-            else:
-                continue
-            for scope in _scopes(one):
-                self._votes[scope].add(vote)
+    So the numbers of a loop are not those of blocks in a scan where a bias, say, has
+    no axis for its steps.
+    """
+    blocks: dict[Any, list[set[tuple[int, int]]]] = collections.defaultdict(list)
+    for one in read:
+        if one.fits and len(one.group.flax) > 1:
+            axes = {
+                pair
+                for move in one.fits
+                for pair in zip(move.flax.axes, move.flax.sizes, strict=True)
+            }
+            blocks[_numbered_scope(one.group)].append(axes)
 
-    def is_free_of_layers(self, one: _Readings) -> bool:
-        """Whether a kernel is that of a first convolution, in no other module.
+    def may_be(one: _Readings, side: Side) -> bool:
+        if not (side.is_mixed and side.interleaved):
+            return True
+        step = (side.axes[0], side.sizes[0])
+        return all(step in axes for axes in blocks[_numbered_scope(one.group)])
 
-        That of one of colours, `[3, 3, 3, 8]`, would fit as a stack too; but a layer
-        that returns more than it is given cannot be stacked all by itself.
-        """
-        (leaf, *more), others = one.group.flax, one.group.haiku
-        shape = leaf.pieces[0].shape
-        is_first = not more and len(others) == 1 and leaf.raw.count("/") == 1
-        if not (is_first and leaf.is_kernel and len(shape) >= 4):
-            return False
-        return shape[-1] != shape[-2] and one.module not in self._layered
-
-    def of(self, one: _Readings) -> set[Axes]:
-        """The votes in the nearest scope that has some."""
-        found = (self._votes[scope] for scope in _scopes(one) if scope in self._votes)
-        return next(found, set())
+    kept = [[move for move in one.fits if may_be(one, move.flax)] for one in read]
+    return [one._replace(fits=k or one.fits) for one, k in zip(read, kept, strict=True)]
 
 
-def _scopes(one: _Readings) -> Iterator[tuple[str, str]]:
-    """A group's module and those around it, without the root, which holds all."""
-    collection, module = one.module
-    while module:
-        yield collection, module
-        module = module.rpartition("/")[0]
+def _numbered_scope(group: Group) -> tuple[str, ...]:
+    """The path in Flax up to the first number that counts layers."""
+    parts = zip(*(leaf.paths[1].split("/") for leaf in group.flax), strict=True)
+    starred = [_starred(set(part)) for part in parts]
+    ends = (i for i, part in enumerate(starred, start=1) if part.endswith("*"))
+    return tuple(starred[: next(ends, None)])
 
 
-def _chosen(one: _Readings, votes: _Votes) -> Move | str:
-    """The one reading that is meant, or why that is not clear."""
-    found = _said(one, *one.said) if one.said else one.moves()
-    stand = {"always"}
-    stand |= set() if found else {"alone"}
-    depth = one.depth or 0
-    has_both = depth > (0 if len(one.group.haiku) > 1 else 1)
-    has_both = has_both and max(len(one.group.flax), len(one.group.haiku)) > 1
-    if has_both or any(not move.is_in_order or move.is_mixed for move in found):
-        stand |= {"doubtful"}
-    for axes, doubt in one.unclear.items():
-        if doubt.stands in stand and _may_be(one, axes):
-            return doubt.text
-    if len(found) > 1:
-        voted = votes.of(one)
-        found = [
-            move
-            for move in found
-            if voted == {() if move.is_in_order else move.flax.axes}
-        ] or found
-    if len(found) > 1 and not voted and votes.is_free_of_layers(one):
-        found = [move for move in found if move.is_in_order]
-    if len(found) == 1:
-        return found[0]
-    return _unclear(one, found) if found else _difference(one.group)
+# One reading
 
 
-def _may_be(one: _Readings, axes: Axes) -> bool:
-    """Whether some axes are not ruled out by those that the user names."""
-    if one.said is None or not one.said[1] or not one.fitting:
-        return True
-    return axes in one.said[0]
+def _chosen(read: _Readings) -> Move | Refusal:
+    """The one reading that fits, or why that is not clear."""
+    if not read.fits:
+        return Refusal(read.why)
+    found = _by_effect(read.fits, read.said)
+    move, *others = found
+    if not others and move.is_sure:
+        return move
+    return Refusal(_unclear(read.group, found), fits=True)
 
 
-def _said(one: _Readings, meant: list[Axes], is_of_path: bool) -> list[Move]:
-    """The readings with the axes that the user names."""
-    layered = [axes for axes in meant if axes in one.fitting]
-    if not layered:
-        return one.moves(())
-    return one.moves(*layered) if is_of_path else one.moves(*layered, ())
+def _by_effect(fits: Iterable[Move], said: Sequence[Axes]) -> list[Move]:
+    """One move of each effect: as the user says it, or else the simplest."""
+
+    def rank(move: Move) -> tuple[bool, bool, bool, int]:
+        axes = move.flax.axes
+        return not move.is_sure, axes not in said, not move.is_mixed, len(axes)
+
+    found: dict[Hashable, Move] = {}
+    for move in sorted(fits, key=rank):
+        found.setdefault(move.effect, move)
+    return list(found.values())
 
 
-def _unclear(one: _Readings, found: Sequence[Move]) -> str:
-    """What to say where several readings fit."""
-    leaf = one.group.flax[0]
-    if len({move.flax.axes for move in found if move.flax.axes}) < 2 and any(
-        side.is_mixed for move in found for side in (move.flax, move.haiku)
-    ):
-        return (
-            "its layers are both numbered and on an axis; say interleave=True if a "
-            "step along the axis runs all numbered modules (a scan over blocks of "
-            "layers), or False if each numbered module is a stack"
+def unused(found: Iterable[Move], options: Options) -> list[str]:
+    """What to say of an axis for the whole tree, or an order, that nothing has."""
+    found = list(found)
+    lines = []
+    for pattern, said in options.layer_axis.rules.items():
+        meant = _meant(said)
+        is_in_front = all(axes == tuple(range(len(axes))) for axes in meant)
+        if not is_in_front and not any(move.flax.axes in meant for move in found):
+            lines.append(
+                f"layer_axis: no layers are on axis {said}; leave {pattern!r} out."
+            )
+    if options.interleave is not None and not any(move.is_mixed for move in found):
+        lines.append(
+            f"interleave={options.interleave}: no layers are both numbered and on an "
+            "axis in one tree, and otherwise in the other; leave it out."
         )
+    return lines
+
+
+def _unclear(group: Group, found: Sequence[Move]) -> str:
+    """What to say where several readings fit, or one that is nested otherwise."""
+    path = f"{_scope(group)}/kernel"
     if any(move.change.label == _RULE for move in found):
         return (
             "its rule in leaf= may be for all of it, or for each of its layers; say "
-            f'layer_axis={{"{leaf.raw}": ()}}, or the axis of the layers instead of ()'
+            f'layer_axis={{"{_scope(group)}": ()}}, or the axis of the '
+            "layers instead of ()"
         )
-    axes = list(dict.fromkeys(move.flax.axes for move in found if move.flax.axes))
-    where = " or ".join(f"axis {', '.join(map(str, a))}" for a in axes[:4])
-    scope = leaf.raw.rpartition("/")[0] or leaf.raw
-    example = axes[0]
+    texts = []
+    if any(move.change is _UNSAID_SWAP for move in found):
+        texts.append(
+            f"{_shapes(group)}: it may be a transposed convolution; if so, say "
+            f'leaf={{"{path}": hk_stack.port.TRANSPOSED}}'
+        )
+        found = [move for move in found if move.change is not _UNSAID_SWAP]
+        if any(move.is_alike for move in found):
+            texts[0] += (
+                f', else leaf={{"{path}": hk_stack.port.SAME}}; or '
+                'leaf={"": hk_stack.port.SAME} if none of the model is transposed'
+            )
+    alike = [move for move in found if move.is_alike]
+    if len(alike) < len(found):
+        texts.append(_nested(next(move for move in found if not move.is_alike)))
+    if alike and len(found) > 1:
+        texts.append(_which(group, alike))
+    return "; ".join(texts)
+
+
+def _nested(move: Move) -> str:
     return (
-        f"its layers may be on {where}, or in front, as some sizes are equal; say "
-        f'which, as nn.scan was told (variable_axes={{"{leaf.collection}": ...}}): '
-        f'layer_axis={{"{scope}": {example}}}, or 0 if they are in front or there are '
-        "none"
+        f"its layers may be nested as {move.flax.factors} in Flax, and as "
+        f"{move.haiku.factors} in Haiku, which are not ported into one another: if so, "
+        "port into a tree that is nested alike"
     )
 
 
-class _Depths:
-    """How many layer axes Haiku's leaves have, as far as that is known.
+def _which(group: Group, found: Sequence[Move]) -> str:
+    """The rules that choose between readings."""
+    axes = list(dict.fromkeys(move.flax.axes for move in found))
+    if len(axes) == 1 and len(found) > 1:
+        return (
+            "its layers are both numbered and on an axis; say interleave=True if a "
+            "step along the axis runs all numbered modules (a scan over blocks of "
+            "layers), or interleave=False if each numbered module is a stack"
+        )
+    where = [f"axis {', '.join(map(str, a))}" for a in axes if a]
+    text = f"its layers may be {'on ' * bool(where)}{' or '.join(where[:4])}"
+    text += (", or " * bool(where) + "in front,") * (() in axes)
+    chosen = sorted(found, key=lambda move: not move.flax.axes)
+    rules = ", or ".join(_rule(group, move) for move in chosen[:4])
+    rules += " if they are in front or there are none" * (() in axes)
+    return (
+        f"{_shapes(group)}: {text} as some sizes are equal; say which, as nn.scan was "
+        f'told (variable_axes={{"{group.flax[0].collection}": ...}}): {rules}'
+    )
 
-    A bias in Flax has one axis in one layer of Haiku, so all axes before are of layers;
-    leaves of which nothing is known have the axes of those around them. That is a
-    guess, good enough to tell a stack of matrices from the kernel of a convolution.
+
+def _rule(group: Group, move: Move) -> str:
+    """What to write for one reading."""
+    rule = f'layer_axis={{"{_scope(group)}": {move.flax.axes}}}'
+    interleaved = {x.interleaved for x in (move.flax, move.haiku) if x.is_mixed}
+    return rule + "".join(f" with interleave={value}" for value in interleaved)
+
+
+def _scope(group: Group) -> str:
+    """The module of a group in Flax as a rule says it, with * for numbers."""
+    paths = [leaf.raw.split("/") for leaf in group.flax]
+    parts = [_starred(set(parts)) for parts in zip(*paths, strict=True)]
+    return "/".join(parts[:-1] or parts)
+
+
+def _starred(texts: set[str]) -> str:
+    first, last = min(texts), max(texts)
+    return first if first == last else "".join(names.beginning(first, last)) + "*"
+
+
+def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Move]) -> str:
+    """What to say where a rule does not fit, and what would."""
+    fitting = [move for move in _by_effect(others, said=()) if move.is_sure]
+    rules = ", or ".join(_rule(group, move) for move in fitting[:4])
+    text = f"its layers are not on axis {said}, as layer_axis= says"
+    return f"{text}: {_difference(group)}" + (f"; this fits: {rules}" if rules else "")
+
+
+def _depths(groups: Iterable[Group]) -> dict[Any, set[int]]:
+    """How many layer axes the modules in Haiku have that hold a bias.
+
+    It has one axis in one layer, so all axes before are of layers, in all its module.
     """
+    depths: dict[Any, set[int]] = collections.defaultdict(set)
+    for group in groups:
+        flax, leaf = group.flax[0], group.haiku[0]
+        if flax.standard and not flax.is_kernel:
+            depths[leaf.kind, leaf.path[:-1]].add(len(_shape(leaf)) - 1)
+    return depths
 
-    def __init__(self, groups: Iterable[Group]):
-        self._around: dict[names.Path, set[Shape]] = collections.defaultdict(set)
-        for group in groups:
-            leaf = group.haiku[0]
-            depth = layer_axes(group.flax[0], leaf)
-            if depth is not None:
-                for i in range(1, len(leaf.path)):
-                    self._around[leaf.path[:i]].add(_shape(leaf)[:depth])
 
-    def of(self, group: Group) -> int | None:
-        """The number of layer axes of a group's leaves in Haiku."""
-        leaf = group.haiku[0]
-        for i in range(len(leaf.path) - 1, 0, -1):
-            around = self._around.get(leaf.path[:i])
-            if around:
-                sizes, *others = around
-                fits = not others and _shape(leaf)[: len(sizes)] == sizes
-                return len(sizes) if fits else None
-        return None
+def _depth(group: Group, depths: Mapping[Any, set[int]]) -> int | None:
+    """How many layer axes a group has in Haiku, if names or its module tell."""
+    flax, leaf = group.flax[0], group.haiku[0]
+    if flax.is_kernel and names.kernel_rank(leaf.raw.split("/")[:-1]) is not None:
+        return layer_axes(flax, leaf)
+    known = depths.get((leaf.kind, leaf.path[:-1]), set())
+    return next(iter(known)) if flax.standard and len(known) == 1 else None
 
 
 def layer_axes(flax: Leaf, haiku: Leaf) -> int | None:
@@ -597,47 +677,20 @@ def swapped(array: np.ndarray) -> np.ndarray:
     return np.swapaxes(array, -1, -2)
 
 
-def _change(
-    flax: Side, haiku: Side, depth: int | None, options: Options
-) -> Change | Doubt | None:
-    """How one layer changes; None if it does not fit."""
-    old, new = flax.one_layer(), haiku.one_layer()
-    if old is None or new is None:
-        return None
-    leaf = flax.leaves[0]
-    if flax.axes and len(old) < leaf.least_rank:
-        return None
-    rank = names.kernel_rank(haiku.leaves[0].raw.split("/")[:-1])
-    if leaf.is_kernel and haiku.axes and rank not in (None, len(new)):
-        return None
-    rule = options.leaf.find(*leaf.paths)
-    is_usual = rule is not None and rule[0] == (same, same)
-    if rule is not None and not is_usual:
-        is_other = depth is not None and len(haiku.axes) != depth
-        return None if is_other else _by_rule(rule[0], old, new, leaf)
-    if leaf.is_kernel and len(old) == len(new) >= 3:
-        is_stack = not haiku.axes and bool(depth)
-        is_sure = is_usual or is_stack
-        return _convolution(leaf, haiku.leaves[0], old, new, is_sure)
-    if old == new:
-        return Change("", same, same)
-    if _is_reshape(leaf, old, new):
-        return Change("reshape", lambda x: x.reshape(new), lambda x: x.reshape(old))
-    return None
-
-
 _RULE = "rule"
+_SWAP = Change("last axes swapped", swapped, swapped)
+_UNSAID_SWAP = Change("last axes swapped, which nothing says", swapped, swapped)
 
 
-def _by_rule(rule: Any, old: Shape, new: Shape, leaf: Leaf) -> Change | Doubt:
+def _by_rule(rule: Any, old: Shape, new: Shape, leaf: Leaf) -> Change | str:
+    """What a user's rule does, or why it does not fit."""
     to_haiku, to_flax = rule
     found = _result_of(to_haiku, old, leaf.dtype)
     if isinstance(found, str):
-        return Doubt(f"its rule in leaf= fails on shape {list(old)}: {found}", "alone")
+        return f"its rule in leaf= fails on shape {list(old)}: {found}"
     if found == new:
-        return Change(_RULE, to_haiku, to_flax)
-    text = f"its rule in leaf= makes {list(found)} of {list(old)}, not {list(new)}"
-    return Doubt(text, "alone")
+        return _SWAP if rule == _SWAP[1:] else Change(_RULE, to_haiku, to_flax)
+    return f"its rule in leaf= makes {list(found)} of {list(old)}, not {list(new)}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -650,23 +703,17 @@ def _result_of(function: Any, shape: Shape, dtype: np.dtype) -> Shape | str:
 
 
 def _convolution(
-    flax: Leaf, haiku: Leaf, old: Shape, new: Shape, is_sure: bool
-) -> Change | Doubt | None:
+    flax: Leaf, haiku: Leaf, old: Shape, new: Shape, is_usual: bool
+) -> Iterator[Change]:
     """Transposed convolutions have their last two axes the other way round."""
     said = {names.is_transposed(leaf.raw.split("/")[:-1]) for leaf in (flax, haiku)}
-    said -= {None}
-    turned = (*old[:-2], old[-1], old[-2])
-    if True in said:
-        swap = Change("last axes swapped", swapped, swapped)
-        return swap if turned == new else None
-    if old == new == turned and not (said or is_sure):
-        return Doubt(
-            "it may be a convolution or a transposed one, as its sizes are equal; say "
-            f'leaf={{"{flax.raw}": hk_stack.port.SAME}}, or hk_stack.port.TRANSPOSED; '
-            'or leaf={"": hk_stack.port.SAME} if none of the model is transposed',
-            "always",
-        )
-    return Change("", same, same) if old == new else None
+    if True not in said and old == new:
+        yield Change("", same, same)
+    if (*old[:-2], old[-1], old[-2]) == new:
+        if True in said:
+            yield _SWAP
+        elif said == {None} and not is_usual:
+            yield _UNSAID_SWAP
 
 
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
@@ -683,13 +730,18 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 # What does not fit
 
 
+def _shapes(group: Group) -> str:
+    old, new = _shape(group.flax[0]), _shape(group.haiku[0])
+    return f"shape {list(old)} in Flax, {list(new)} in Haiku"
+
+
 def _difference(group: Group) -> str:
     """Why the leaves of a group are not the same."""
     if group.holes:
         return f"layers are missing: {', '.join(group.holes[:8])}"
     flax, haiku = group.flax[0], group.haiku[0]
     old, new = _shape(flax), _shape(haiku)
-    text = f"shape {list(old)} in Flax, {list(new)} in Haiku"
+    text = _shapes(group)
     numbered = [
         f"{len(side)} numbered leaves in {name}"
         for side, name in ((group.flax, "Flax"), (group.haiku, "Haiku"))
@@ -697,18 +749,12 @@ def _difference(group: Group) -> str:
     ]
     if len(numbered) == 2:
         return (
-            f"{' and '.join(numbered)}, but with other numbers; if they are the same "
-            "layers, say so of each: rename={...}"
+            f"{' and '.join(numbered)}, but with other numbers: where they are the "
+            "same layers, give both the same numbers, module by module, with rename="
         )
     if numbered:
         return f"{text}, with {numbered[0]}"
     if len(old) == len(new):
         axes = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
         text += "".join(f"; axis {i} is {old[i]}, not {new[i]}" for i in axes)
-        is_wide = flax.is_kernel and len(old) > 2 and not _is_linear(haiku)
-        if is_wide and (*old[:-2], *old[:-3:-1]) == new:
-            text += (
-                "; for a transposed convolution say "
-                f'leaf={{"{flax.raw}": hk_stack.port.TRANSPOSED}}'
-            )
     return text

@@ -247,7 +247,7 @@ class Gates:
 # Flax
 
 
-def of_flax(variables: Any, rename: names.Rules) -> list[Leaf]:
+def of_flax(variables: Any, rename: names.Renames) -> list[Leaf]:
     """The leaves of Linen's variables, an NNX state, or a plain dict of either."""
     entries = _flax_entries(variables)
     inside: dict[tuple[str, names.Path], set[str]] = collections.defaultdict(set)
@@ -264,6 +264,13 @@ def of_flax(variables: Any, rename: names.Rules) -> list[Leaf]:
     taken = {piece.place for leaf in leaves for piece in leaf.pieces}
     rest = [entry for entry in entries if entry.piece.place not in taken]
     return leaves + [_flax_leaf(entry, inside, rename) for entry in rest]
+
+
+def paths_of_flax(variables: Any) -> list[tuple[str, str]]:
+    """What rules may say for each array of Flax."""
+    entries = _flax_entries(variables)
+    raws = [("/".join(entry.path), entry.collection) for entry in entries]
+    return [(raw, f"{collection}/{raw}") for raw, collection in raws]
 
 
 class _Entry(NamedTuple):
@@ -391,7 +398,7 @@ def _cell_leaves(
     module: names.Path,
     by_name: Mapping[names.Path, _Entry],
     cell: _Cell,
-    rename: names.Rules,
+    rename: names.Renames,
 ) -> Iterable[Leaf]:
     """The leaves of a recurrent cell in Haiku."""
 
@@ -427,7 +434,7 @@ _NORMS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
 
 
 def _flax_leaf(
-    entry: _Entry, inside: Mapping[Any, set[str]], rename: names.Rules
+    entry: _Entry, inside: Mapping[Any, set[str]], rename: names.Renames
 ) -> Leaf:
     *module, name = entry.path
     siblings = inside["params", tuple(module)]

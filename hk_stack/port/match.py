@@ -32,11 +32,19 @@ class Unfit(NamedTuple):
 
 
 class Near(NamedTuple):
-    """A renaming that would pair families of leaves, and how many."""
+    """A renaming that would pair families of leaves, and how many.
+
+    Attributes:
+      old: The beginning of a path in Flax.
+      new: What it is in Haiku.
+      hits: How many families it pairs.
+      is_sized: Whether leaves of one of them are of one size.
+    """
 
     old: str
     new: str
     hits: int
+    is_sized: bool
 
 
 class Matched(NamedTuple):
@@ -70,11 +78,11 @@ def match(
         if isinstance(move, Move):
             found.append(move)
             continue
-        alone = list(layers.moves(group.alone(), options))
+        alone = [] if move.fits else list(layers.moves(group.alone(), options))
         if alone and all(isinstance(one, Move) for one in alone):
             found += [one for one in alone if isinstance(one, Move)]
         else:
-            unfit.append(Unfit(group.flax, group.haiku, move))
+            unfit.append(Unfit(group.flax, group.haiku, move.why))
     used = {id(x) for m in found for x in (*m.flax.leaves, *m.haiku.leaves)}
     used |= {id(x) for u in unfit for x in (*u.flax, *u.haiku)}
     return Matched(
@@ -452,11 +460,13 @@ def _near(theirs: Mapping[Key, Family], ours: Mapping[Key, Family]) -> list[Near
         after = len(key[1]) - len(renaming.old)
         old, new = _written(flax, sized[0] if sized else _first(haiku), after)
         if new and new != old:
-            near = Near(old, new, len(hits))
+            near = Near(old, new, len(hits), bool(sized))
             found[old, new] = max(
-                near, found.get((old, new), near), key=lambda n: n.hits
+                near, found.get((old, new), near), key=lambda n: (n.hits, n.is_sized)
             )
-    return sorted(found.values(), key=lambda n: (-n.hits, len(n.old) + len(n.new)))
+    return sorted(
+        found.values(), key=lambda n: (-n.hits, not n.is_sized, len(n.old + n.new))
+    )
 
 
 def _first(family: Family) -> Leaf:

@@ -5,6 +5,7 @@ module without a name of its own `Dense_0`, Haiku `linear`; Haiku numbers from t
 second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than the call.
 """
 
+import collections
 import functools
 import itertools
 import re
@@ -131,7 +132,8 @@ class Rules:
     """What users say about paths: patterns, and what each stands for.
 
     A pattern is a path, or the beginning of one; `*` stands for any text in one part.
-    The empty pattern is the beginning of every path.
+    The empty pattern is the beginning of every path. Of several that fit, the closest
+    stands: the longest, of these the one that leaves least to `*`, and then the last.
     """
 
     def __init__(self, argument: str, rules: Mapping[str, Any]):
@@ -145,13 +147,22 @@ class Rules:
         self.rules = dict(rules)
 
     def find(self, *paths: str) -> tuple[Any, re.Match[str]] | None:
-        """The first rule that fits one of the `paths`, and how."""
-        for pattern, value in self.rules.items():
-            for path in paths:
-                match = re.fullmatch(_pattern(pattern), path)
-                if match:
-                    return value, match
-        return None
+        """The closest rule that fits one of the `paths`, and how."""
+        found = self.closest(*paths)
+        return found and (self.rules[found[0]], found[1])
+
+    def closest(self, *paths: str) -> tuple[str, re.Match[str]] | None:
+        """The pattern of that rule."""
+        tried = [
+            (pattern, re.fullmatch(_pattern(pattern), path))
+            for pattern in reversed(self.rules)
+            for path in paths
+        ]
+        return min(
+            ((pattern, match) for pattern, match in tried if match),
+            key=lambda found: _left_open(found[1]),
+            default=None,
+        )
 
     def unused(self, paths: Sequence[str]) -> list[str]:
         """Patterns that fit none of the `paths`."""
@@ -162,12 +173,73 @@ class Rules:
         ]
 
 
-def renamed(rename: Rules, collection: str, path: Path) -> tuple[Path, int] | None:
+def _left_open(match: re.Match[str]) -> tuple[int, int]:
+    """How much of a path a pattern does not say: what is inside, and for `*`."""
+    *texts, inside = match.groups()
+    return len((inside or "").strip("/")), sum(map(len, texts))
+
+
+class Renames(Rules):
+    """Renamings, in which `*` counts from the first number that no closer rule takes.
+
+    Such is `block_*` beside `block_0`, where the first layer is not in the stack of the
+    others. If Haiku has the numbers of Flax in its names, they stay as they are.
+    """
+
+    def __init__(self, rules: Mapping[str, Any]):
+        """Takes rules as the user wrote them."""
+        super().__init__("rename", rules)
+        self._first: dict[str, int] = {}
+
+    def count(
+        self, flax: Sequence[Sequence[str]], haiku: Iterable[Sequence[str]]
+    ) -> None:
+        """Finds the numbers from which to count.
+
+        Args:
+          flax: How rules may call the leaves in Flax.
+          haiku: The same in Haiku.
+        """
+        used: dict[str, set[str]] = collections.defaultdict(set)
+        for paths in flax:
+            if found := self.closest(*paths):
+                used[found[0]] |= set(found[1].groups()[:-1])
+        texts = {f"{path}/" for paths in haiku for path in paths}
+        for pattern, found_texts in used.items():
+            numbers = {int(text) for text in found_texts if text.isdecimal()}
+            last = self.rules[pattern].replace("*", str(max(numbers, default=0)))
+            is_copied = any(text.startswith(f"{last.strip('/')}/") for text in texts)
+            if pattern.count("*") == 1 and numbers and not is_copied:
+                self._first[pattern] = self._left_over(pattern, numbers, flax)
+
+    def _left_over(
+        self, pattern: str, numbers: set[int], flax: Iterable[Sequence[str]]
+    ) -> int:
+        """The first number of a pattern, if all below are those of closer rules."""
+        tried = (
+            re.fullmatch(_pattern(pattern), path) for paths in flax for path in paths
+        )
+        texts = {match[1] for match in tried if match}
+        taken = {int(text) for text in texts if text.isdecimal()} - numbers
+        return next(n for n in itertools.count() if n not in taken)
+
+    def filled(self, pattern: str, texts: Sequence[str]) -> str:
+        """What a rule makes of the texts in place of `*`."""
+        pieces = self.rules[pattern].split("*")
+        first = self._first.get(pattern, 0)
+        if first:
+            texts = [str(int(t) - first) if t.isdecimal() else t for t in texts]
+        rest = (text + piece for text, piece in zip(texts, pieces[1:], strict=True))
+        return pieces[0] + "".join(rest)
+
+
+def renamed(rename: Renames, collection: str, path: Path) -> tuple[Path, int] | None:
     """The new beginning of a path, and how many of its parts it stands for."""
-    found = rename.find("/".join(path), "/".join((collection, *path)))
+    found = rename.closest("/".join(path), "/".join((collection, *path)))
     if found is None:
         return None
-    new, match = found
+    pattern, match = found
+    new = rename.rules[pattern]
     *texts, inside = match.groups()
     pieces = new.split("*")
     if len(pieces) != len(texts) + 1:
@@ -176,7 +248,7 @@ def renamed(rename: Rules, collection: str, path: Path) -> tuple[Path, int] | No
             f"{len(texts)}. What they stand for is copied in order, so give as many. A "
             "number of layers is written even where Haiku has a stack: block_*."
         )
-    filled = pieces[0] + "".join(t + p for t, p in zip(texts, pieces[1:], strict=True))
+    filled = rename.filled(pattern, texts)
     rest = len([p for p in (inside or "").split("/") if p])
     if len(match.string.split("/")) > len(path):  # The rule names the collection.
         filled = filled.removeprefix(f"{collection}/")

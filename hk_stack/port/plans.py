@@ -3,7 +3,7 @@
 import difflib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class Plan(NamedTuple):
       near: Renamings that would pair more leaves.
       unused_rules: Rules that fit nothing.
       has_state: Whether there is something else than parameters, in Flax and in Haiku.
+      ignore: What to ignore, for what is left over.
+      rename: The renamings that were given.
     """
 
     rows: tuple[Row, ...]
@@ -49,6 +51,8 @@ class Plan(NamedTuple):
     near: tuple[match.Near, ...]
     unused_rules: tuple[str, ...]
     has_state: tuple[bool, bool]
+    ignore: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -85,8 +89,13 @@ class Plan(NamedTuple):
             f"Haiku, {report.si(nbytes)}B{end}"
         )
 
-    def problems(self, most: int = 12) -> list[str]:
-        """What is wrong and what to write, a line each."""
+    def problems(self, what: str = "flax_to_haiku", most: int = 12) -> list[str]:
+        """What is wrong and what to write, a line each.
+
+        Args:
+          what: The function to call.
+          most: How many rows of a kind to name.
+        """
         lines = []
         for status, title in _TITLES_OF_PROBLEMS.items():
             rows = [row for row in self.rows if row.status == status]
@@ -94,22 +103,33 @@ class Plan(NamedTuple):
                 lines.append(f"{title} ({len(rows)}):")
             for why, group in itertools.groupby(rows[:most], key=lambda row: row.why):
                 for row in group:
-                    what = " -> ".join(name for name in (row.flax, row.haiku) if name)
-                    lines.append(f"  {what}")
+                    sides = (name for name in (row.flax, row.haiku) if name)
+                    lines.append(f"  {' -> '.join(sides)}")
                 lines[-1] += f": {why}" if why else ""
             if len(rows) > most:
                 lines.append(f"  and {len(rows) - most} more")
         lines += self.unused_rules
-        lines += [] if self.ok else [*self._suggestions(), *self._without_state()]
+        lines += [] if self.ok else [*self._calls(what), *self._without_state()]
         return lines
 
-    def _suggestions(self) -> list[str]:
-        """The best renaming, as one would write it."""
-        if not self.near:
+    def _calls(self, what: str) -> list[str]:
+        """What to write for leaves that are left over: renamings, or to ignore them."""
+        if not self.ignore:
             return []
-        old, new, hits = self.near[0]
+        source = "variables" if what == "flax_to_haiku" else "params_and_state"
+        call = f"{what}({source}, like, "
+        ignore = ", ".join(f'"{path}"' for path in self.ignore)
+        lines = [f"To leave these as they are: {call}ignore=[{ignore}])"]
+        if not self.near:
+            return [*lines, "No rename= of a path would pair them with one another."]
+        old, new, hits, _ = self.near[0]
+        rules = dict([*self.rename, (old, new)])
+        rename = ", ".join(f'"{a}": "{b}"' for a, b in rules.items())
         count = f"{hits} more names" if hits > 1 else "one more name"
-        return [f'rename={{"{old}": "{new}"}} would match {count}, if all fits.']
+        return [
+            f"To match {count}, if all fits: {call}rename={{{rename}}})",
+            *lines,
+        ]
 
     def _without_state(self) -> list[str]:
         """What to give if one tree has no state at all."""
@@ -130,14 +150,27 @@ _TITLES_OF_PROBLEMS = {
 }
 
 
+class Rules(NamedTuple):
+    """What users say of leaves that are left over.
+
+    Attributes:
+      rename: Renamings.
+      ignore: Patterns of leaves that may be left over.
+      unused: What to say of rules that fit nothing.
+    """
+
+    rename: names.Rules
+    ignore: names.Rules
+    unused: Sequence[str]
+
+
 def of_match(
     found: match.Matched,
     flax: Sequence[leaves.Leaf],
     haiku: Sequence[leaves.Leaf],
-    ignore: names.Rules,
+    rules: Rules,
     *,
     cast: bool,
-    unused_rules: Sequence[str],
 ) -> Plan:
     """The plan of a match.
 
@@ -145,10 +178,10 @@ def of_match(
       found: The match.
       flax: All leaves of Flax.
       haiku: All leaves of Haiku.
-      ignore: Patterns of leaves that may be left over.
+      rules: The user's.
       cast: Whether dtypes may change.
-      unused_rules: What to say of rules that fit nothing.
     """
+    ignore = rules.ignore
     rows = []
     moves = []
     for move in sorted(found.moves, key=lambda m: m.flax.leaves[0].pieces[0].place):
@@ -167,9 +200,38 @@ def of_match(
         tuple(rows),
         tuple(moves),
         tuple(found.near),
-        tuple(unused_rules),
+        tuple(rules.unused),
         (_has_state(flax), _has_state(haiku)),
+        _to_ignore([*found.flax, *found.haiku], [*flax, *haiku], ignore),
+        tuple(rules.rename.rules.items()),
     )
+
+
+def _to_ignore(
+    left: Sequence[leaves.Leaf], everything: Sequence[leaves.Leaf], ignore: names.Rules
+) -> tuple[str, ...]:
+    """The shortest beginnings of the paths of leaves that are left over, and no others.
+
+    With those that are ignored already; empty if nothing else is left over.
+    """
+    places = {id(leaf) for leaf in left}
+    used = {
+        path[:i]
+        for leaf in everything
+        if id(leaf) not in places and not ignore.find(*leaf.paths)
+        for path in [tuple(leaf.paths[1].split("/"))]
+        for i in range(len(path) + 1)
+    }
+    rest = [leaf.paths[1].split("/") for leaf in left if not ignore.find(*leaf.paths)]
+    found = dict.fromkeys(_shortest(tuple(path), used) for path in rest)
+    return (*ignore.rules, *found) if found else ()
+
+
+def _shortest(path: names.Path, used: Set[names.Path]) -> str:
+    """The shortest beginning of a path that no other path has, with its collection."""
+    lengths = range(min(2, len(path)), len(path))
+    free = (path[:i] for i in lengths if path[:i] not in used)
+    return "/".join(next(free, path))
 
 
 def _has_state(several: Sequence[leaves.Leaf]) -> bool:
