@@ -1,6 +1,7 @@
 """Settings under which every test runs: several devices, and nothing implicit."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -11,3 +12,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most of the time is compiling, and much of it the same again: each worker remembers.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="hk_stack_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
