@@ -73,10 +73,11 @@ class Collector:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adding:
-    """Values to add to taps, by path, and the paths at which some were added."""
+    """Values to add to taps, by path; the paths at which some were added; all paths."""
 
     values: Mapping[str, jax.Array]
     used: set[str] = dataclasses.field(default_factory=set)
+    seen: set[str] = dataclasses.field(default_factory=set)
 
 
 class Record(NamedTuple):
@@ -254,9 +255,11 @@ def path_below(name: str) -> str:
 
 def _tap_leaf(leaf: Any, path: str, collector: Collector | None) -> Any:
     around = frames()
-    if collector and collector.adding and path in (added := _adding(around)):
-        leaf = _add(leaf, added[path], path)
-        collector.adding.used.add(path)
+    if collector and collector.adding:
+        collector.adding.seen.add(path)
+        if path in (added := _adding(around)):
+            leaf = _add(leaf, added[path], path)
+            collector.adding.used.add(path)
     if around and around[-1].check_finite:
         leaf = say_finite({f"tap {path}": leaf}, leaf)
     if collector and collector.wants(path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hk_stack
+from hk_stack import checkpoint
 
 KEY = jax.random.key(0)
 X = jnp.ones((2, 8))
@@ -723,6 +724,12 @@ ADVICE = {
         lambda: hk_stack.stack_params(OF_LOOP, hk_stack.NumberedLayers),
         TypeError,
         ["NumberedLayers(...), an instance"],
+        None,
+    ),
+    "text as a map to save": (
+        lambda: checkpoint.save("not_written.safetensors", OF_LOOP, layers="tanh_{}"),
+        TypeError,
+        ["layers must be a naming map", "hk_stack.NumberedLayers('tanh_{}')"],
         None,
     ),
     "text as a map to stack": (
