@@ -202,13 +202,21 @@ class Given:
 
     def trace_all(self) -> dict[str, jex.ClosedJaxpr]:
         """The programs of all ways."""
+        traced: dict[str, jex.ClosedJaxpr] = {}
         try:
-            return {name: self.trace(apply) for name, apply in self.ways().items()}
+            for name, apply in self.ways().items():
+                traced[name] = self.trace(apply)
         except TypeError as error:
             # JAX cannot differentiate jax.checkpoint with a policy that saves complex
             # values, if what it saves is also read by what is not differentiated.
             hypothesis.assume("reduce_precision" not in str(error))
             raise
+        except AssertionError:
+            # Plain JAX 0.9 cannot differentiate some loops around a conditional: then
+            # it is the first way that fails, a loop without anything of ours.
+            hypothesis.assume(traced)
+            raise
+        return traced
 
 
 def rejoined(apply: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
