@@ -166,7 +166,9 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
     split.call(split.setup(known), *rest) == fn(known, *rest)
     ```
 
-    up to the order of floating-point operations. `setup` computes all that is worth
+    up to the order of floating-point operations. Derived values are of the parameters
+    that `setup` was given: after an update, run it again; `call` takes old ones as they
+    are (`Partition.check` finds them, in tests). `setup` computes all that is worth
     keeping, and nothing that would be larger than what it is made of, unless it is
     expensive. `call` needs the derived values and `rest` only. Both are pure, compiled
     on their own, and may be used inside `jit`, `grad`, `vmap`, `scan` and another

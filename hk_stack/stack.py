@@ -87,15 +87,17 @@ def layer_stack(
         values. "inline": nothing, as in `hk.layer_stack`.
       setup_batch_size: How many layers' setup runs at once, as `batch_size` of
         `jax.lax.map`: larger batches take more memory. By default as many as keep the
-        largest array of a batch under 8 MiB. A setup that a batch would change (one
-        that holds a `cond`, for instance) runs layer after layer in any case.
+        largest array of a batch under 8 MiB, or one if setup gathers sharded values.
+        A setup that a batch would change (one that holds a `cond`, for instance), or of
+        which there is none, runs layer after layer in any case.
       setup_remat: Whether gradients run setup again instead of keeping what it computed
         on the way; the derived values are kept. By default, if there is more than one
         batch.
       init: How initial values are made. "auto": in batches of layers, unless an
-        initial value depends on the activations or a batch would draw other random
-        numbers. "vmap", "map" (one layer after another) and "scan" (the same, with the
-        layers run in between) force one.
+        initial value depends on the activations, a batch would draw other random
+        numbers, or this is inside `jit`, where it takes longer to compile. "vmap",
+        "map" (one layer after another) and "scan" (the same, with the layers run in
+        between) force one.
       loop: What runs the layers. "scan": a compiled loop. "unrolled": the same program
         once for each layer, without a loop, whatever `unroll` is. "python": the layer
         function itself, layer by layer, on true values outside of `jit`: for
