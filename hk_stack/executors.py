@@ -213,7 +213,8 @@ def _inputs(constants: list[Any], given: Given, names: list[str]) -> list[cut.In
 
 def _closed_over(constants: list[Any]) -> list[cut.Input]:
     """Describes what a layer closes over: it may be an activation, or be known."""
-    parameters = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
+    leaves = jax.tree.leaves(hk.experimental.get_params())
+    parameters = {id(leaf): leaf for leaf in leaves}  # Kept, so that ids stay theirs.
 
     def is_known(value: Any) -> bool:
         if not isinstance(value, jax.Array) or value.ndim == 0:

@@ -296,9 +296,9 @@ def _recurrence(layer_stack: Callable[..., Any]) -> hk.Transformed:
 
 
 def init(repeat: int) -> dict[str, Any]:
-    """Initialisation of 48 layers of width 256: eager, and under `jit`."""
+    """Initialisation of 48 layers: of width 256, or of matrices of 24 small shapes."""
     tables: dict[str, Any] = {}
-    for kind in ("transformer", "s4"):
+    for kind in ("transformer", "s4", "many shapes"):
         models = {
             "hk.layer_stack": _wide(hk.layer_stack, 48, kind),
             "hk_stack auto": _wide(hk_stack.layer_stack, 48, kind),
@@ -373,8 +373,21 @@ def _wide(layer_stack: Callable[..., Any], layers: int, kind: str) -> hk.Transfo
     stack = {
         "transformer": functools.partial(in_haiku.transformer_stack, num_heads=4),
         "s4": functools.partial(in_haiku.s4_stack, state_size=32),
+        "many shapes": _many_shapes,
     }[kind]
     return hk.transform(lambda x: stack(x, layer_stack=layer_stack, num_layers=layers))
+
+
+def _many_shapes(
+    x: jax.Array, layer_stack: Callable[..., Any], num_layers: int
+) -> jax.Array:
+    def layer(x: jax.Array) -> jax.Array:
+        for i in range(24):
+            init = hk.initializers.TruncatedNormal(0.1)
+            x = x + jnp.sum(hk.get_parameter(f"w{i}", [8 + i, 16 + 2 * i], init=init))
+        return x
+
+    return layer_stack(num_layers)(layer)(x)
 
 
 def _linen_s4(x: jax.Array, mode: Any = "convolution") -> list[Program]:
