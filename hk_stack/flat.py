@@ -122,7 +122,7 @@ def flatten(
 
         for eqn in jaxpr.eqns:
             outvars = eqn.outvars
-            if caller and _is_of_a_library(eqn):
+            if caller:
                 eqn = eqn.replace(source_info=caller.source_info)
             eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
             masks = [flat.dependencies(a) for a in eqn.invars]
@@ -130,7 +130,8 @@ def flatten(
             if inner is not None and opens(inner, _union(masks)):
                 is_remat = eqn.primitive.name in equations.REMAT
                 inside = (*regions, Region(eqn)) if is_remat else regions
-                outs = visit(inner, eqn.invars, inside, eqn, is_exposed=is_exposed)
+                by = eqn if _is_of_a_library(inner) else None
+                outs = visit(inner, eqn.invars, inside, by, is_exposed=is_exposed)
                 env.update(zip(outvars, outs, strict=True))
                 continue
             # What an exposed equation became is not exposed again.
@@ -271,14 +272,14 @@ def source_line(eqn: jex.JaxprEqn) -> str:
     return UNKNOWN
 
 
-def _is_of_a_library(eqn: jex.JaxprEqn) -> bool:
-    """Whether `eqn` is of a `jit` function that a library wrote, not the user.
+def _is_of_a_library(jaxpr: jex.Jaxpr) -> bool:
+    """Whether `jaxpr` is a function that a library wrote, not the user.
 
-    Such a function is traced once, so its equations do not say who calls it.
+    Such a function is traced once under `jit`, so its equations say who called it
+    first, or nobody.
     """
-    traceback = eqn.source_info.traceback
-    codes = traceback.raw_frames()[0] if traceback else ()
-    return not codes or _is_library(codes[-1].co_filename)
+    file_name = jaxpr.debug_info.func_filename
+    return file_name is None or _is_library(file_name)
 
 
 @functools.cache

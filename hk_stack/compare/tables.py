@@ -370,7 +370,7 @@ TABLES = {
 
 
 def _wide(layer_stack: Callable[..., Any], layers: int, kind: str) -> hk.Transformed:
-    stack = {
+    stack: Callable[..., Any] = {
         "transformer": functools.partial(in_haiku.transformer_stack, num_heads=4),
         "s4": functools.partial(in_haiku.s4_stack, state_size=32),
         "many shapes": _many_shapes,
