@@ -370,12 +370,13 @@ TABLES = {
 
 
 def _wide(layer_stack: Callable[..., Any], layers: int, kind: str) -> hk.Transformed:
-    stack: Callable[..., Any] = {
+    stacks: dict[str, Callable[..., Any]] = {
         "transformer": functools.partial(in_haiku.transformer_stack, num_heads=4),
         "s4": functools.partial(in_haiku.s4_stack, state_size=32),
         "many shapes": _many_shapes,
-    }[kind]
-    return hk.transform(lambda x: stack(x, layer_stack=layer_stack, num_layers=layers))
+    }
+    options = {"layer_stack": layer_stack, "num_layers": layers}
+    return hk.transform(functools.partial(stacks[kind], **options))
 
 
 def _many_shapes(
