@@ -102,7 +102,7 @@ def _no_arrays(error: Exception, situation: Situation) -> Iterator[str]:
         return
     for name, value in {**situation.arguments, **situation.kwargs}.items():
         what = type(value).__name__
-        if type(value) in _KINDS and re.search(rf"\b{what}\b", str(error)):
+        if type(value) in _KINDS and re.search(rf"\b({what}|sequence)\b", str(error)):
             write = re.sub(r"\bx\b", name, _KINDS[type(value)])
             yield (
                 f"The stack was given a {what} as `{name}`; a pytree, which the layer "

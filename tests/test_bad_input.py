@@ -567,6 +567,12 @@ ADVICE = {
         ["a list as `x`", "jnp.stack(x)"],
         lambda: run(block, jnp.stack([X, X])),
     ),
+    "list, scaled": (  # Python calls it a sequence.
+        lambda: run(lambda x: x * 2.0, [1.0, 2.0]),
+        TypeError,
+        ["a list as `x`", "jnp.asarray(x)"],
+        lambda: run(lambda x: x * 2.0, jnp.asarray([1.0, 2.0])),
+    ),
     "list, doubled": (
         lambda: run(lambda x: x * 2, [X, X]),
         TypeError,
