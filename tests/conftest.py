@@ -1,6 +1,7 @@
 """Settings under which every test runs: several devices, and nothing implicit."""
 
 import os
+import shutil
 import tempfile
 
 os.environ["XLA_FLAGS"] = (
@@ -14,6 +15,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Most of the time is compiling, and much of it the same again: each worker remembers.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="hk_stack_"))
+_compiled = tempfile.mkdtemp(prefix="hk_stack_")
+jax.config.update("jax_compilation_cache_dir", _compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_compiled, ignore_errors=True)
