@@ -81,7 +81,7 @@ def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
         rule = equations.derivative(eqn)
     except Exception:  # Whatever its author wrote; one by one it is as it was.
         return False
-    return can_batch(rule, derivatives)
+    return can_batch(rule.jaxpr, derivatives)
 
 
 def _is_other_key(atom: Atom) -> bool:

@@ -38,7 +38,7 @@ def call(
     # Inside `jit` all is traced; under gradients only what depends on their values.
     if is_traced and isinstance(jnp.zeros([]), jax.core.Tracer):
         return run(values)
-    structure = functools.partial(_structure, derivatives=2 if is_traced else 0)
+    structure = functools.partial(_structure, derivatives=3 if is_traced else 0)
     try:
         compiled = _compiled(_Program(run, key(lambda closed: structure(closed.jaxpr))))
     except Exception:  # Some parameter cannot be hashed, or some rule cannot be traced.
@@ -94,14 +94,21 @@ def _structure(jaxpr: jex.Jaxpr, derivatives: int) -> Hashable:
 def _params(eqn: jex.JaxprEqn, derivatives: int) -> dict[str, Any]:
     """The parameters of `eqn` that bear on its value, or on its derivatives.
 
-    A rule for derivatives is a function made anew each time: what it runs tells.
+    A rule for derivatives is a function made anew each time: what it runs tells. A
+    program keeps the rule of the first that was like it, so values that a rule closes
+    over must not be others the next time.
+
+    Raises:
+      ValueError: If a rule closes over arrays.
     """
     if eqn.primitive.name not in equations.CUSTOM_DERIVATIVES:
         return eqn.params
     params = {k: p for k, p in eqn.params.items() if k == "call_jaxpr"}
     if derivatives:
-        rule = _structure(equations.derivative(eqn), derivatives - 1)
-        params["derivative"] = rule
+        rule = equations.derivative(eqn)
+        if rule.consts:
+            raise ValueError("a rule that closes over arrays")
+        params["derivative"] = _structure(rule.jaxpr, derivatives - 1)
     return params
 
 

@@ -127,8 +127,15 @@ def _nothing() -> jex.Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
-def derivative(eqn: jex.JaxprEqn) -> jex.Jaxpr:
-    """What a derivative of an equation runs that has a rule of its own."""
+def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """What a derivative of an equation runs that has a rule of its own.
+
+    Raises:
+      ValueError: If the rule asks which inputs are differentiated, so that what it runs
+        is not always the same.
+    """
+    if eqn.params.get("symbolic_zeros"):
+        raise ValueError("a rule with symbolic zeros")
     run = jex.jaxpr_as_fun(alone(eqn))
 
     def traced(*values: Any) -> Any:
@@ -143,7 +150,7 @@ def derivative(eqn: jex.JaxprEqn) -> jex.Jaxpr:
         results, pull_back = jax.vjp(of_moving, moving)
         return pull_back(results)
 
-    return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars)).jaxpr
+    return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars))
 
 
 def _is_inexact(value: Any) -> bool:
@@ -166,6 +173,8 @@ def gathers_from(eqn: jex.JaxprEqn) -> int:
     sharding = params["sharding"] if name == "sharding_constraint" else None
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return 1
+    if jax.sharding.PartitionSpec.UNCONSTRAINED in sharding.spec:
+        return 1  # It says where nothing changes.
     return int(sharding.mesh.size) // _shards(sharding)
 
 

@@ -312,6 +312,63 @@ def test_eager_transformations_compile_once(name, count_of_compilations):
     assert_close(run(2.0), run(2.0, jax.jit))  # Not the first one's derivative.
 
 
+def pulled_back(slope):
+    @jax.custom_vjp
+    def rectified(x):
+        return jnp.maximum(x, 0)
+
+    def backward(x, bar):
+        return (slope * bar * jnp.sign(x),)
+
+    rectified.defvjp(lambda x: (rectified(x), x), backward)
+    return rectified
+
+
+def only_if_needed(slope):
+    @jax.custom_jvp
+    def product(x, y):
+        return x * y
+
+    def rule(primals, tangents):
+        (x, y), (of_x, of_y) = primals, tangents
+        if type(of_y) is jax.custom_derivatives.SymbolicZero:
+            return x * y, slope * of_x * y
+        return x * y, of_x * y + of_y * x
+
+    product.defjvp(rule, symbolic_zeros=True)
+    return lambda x: product(x, jnp.ones_like(x))
+
+
+def eager_gradient(make, slope, jit=lambda f: f):
+    def layer(x):
+        return make(slope)(x * hk.get_parameter("w", [], init=jnp.ones))
+
+    model = hk.transform(hk_stack.layer_stack(2, name="layers")(layer))
+
+    def total(w):
+        return jnp.sum(model.apply({"layers/~": {"w": w}}, None, vectors()[0]))
+
+    return jit(jax.grad(total))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("make", [activation, pulled_back, only_if_needed])
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
+def test_eager_gradients_do_not_mix_up_rules(make, kind):
+    """A rule may close over arrays, which are others in the next call."""
+    for slope in map(kind, (1, 2, 3)):
+        expected = eager_gradient(make, slope, jax.jit)
+        assert_close(eager_gradient(make, slope), expected)
+
+
+def test_eager_gradients_of_rules_that_close_over_traced_values():
+    def total(slope):
+        return jnp.sum(eager_gradient(activation, slope))
+
+    slopes = jnp.asarray([1.0, 2.0])
+    assert_close(jax.vmap(total)(slopes), jnp.stack(list(map(total, slopes))))
+    assert_close(jax.grad(total)(1.5), jax.jit(jax.grad(total))(1.5))
+
+
 def test_eager_calls_do_not_mix_up_constants():
     def negative_zero(constant):
         def layer(x):
