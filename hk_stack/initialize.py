@@ -229,7 +229,8 @@ def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
     ```
     """
 
-    def step(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    def step(key: jax.Array, own: None) -> tuple[jax.Array, jax.Array]:
+        del own
         init_key, key, _ = jax.random.split(key, 3)
         return key, init_key
 
