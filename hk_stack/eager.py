@@ -66,7 +66,7 @@ def _compiled(program: _Program) -> Callable[[list[Any]], Any]:
 
 
 def _structure(jaxpr: jex.Jaxpr, derivatives: int) -> Hashable:
-    """What a jaxpr computes, and its first derivatives, as a hashable value."""
+    """What a jaxpr and so many derivatives of it compute, as a hashable value."""
     numbers: dict[jex.Var, int] = {}
 
     def atom(a: Any) -> Hashable:
