@@ -1,6 +1,6 @@
 """What a traced program holds, for assertions on it."""
 
-from hk_stack.equations import bodies
+from hk_stack._equations import bodies
 
 
 def equations(jaxpr):

@@ -13,7 +13,7 @@ from layer_cases import D, by_name, vectors, weight
 from test_layer_stack import KEY, initial
 
 import hk_stack
-from hk_stack import finite, inside
+from hk_stack import _finite, _frames
 
 EXECUTORS = ("scan", "unrolled", "python")
 LAST = "of layer_stack 'outer' of layer function 'outer'"
@@ -446,7 +446,7 @@ def checked(*names, reverse=()):
     """The checks of stacks of 1000 layers in each other."""
     name, *inner = names
     more = (("inner", checked(*inner, reverse=reverse)),) if inner else ()
-    return finite.Checked(name, 1000, name in reverse, (("x", None), *more))
+    return _finite.Checked(name, 1000, name in reverse, (("x", None), *more))
 
 
 def code_of(stack, layers=()):
@@ -483,10 +483,10 @@ def test_codes_of_many_layers(reverse):
         )
         assert tuple(indices.values()) == place
     first = 3 if reverse else 0
-    assert (inside.first_code(codes[::-1]) == codes[first]).all()
+    assert (_frames.first_code(codes[::-1]) == codes[first]).all()
     fine = code_of(stack)
     assert failed(fine) is None
-    assert (inside.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
+    assert (_frames.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
 
 
 # The type of the carry.

@@ -28,7 +28,7 @@ from layer_cases import layer_loop
 from random_layers import DTYPES, SHAPES, Program, Step, model, programs, real
 
 import hk_stack
-from hk_stack import equations
+from hk_stack import _equations
 
 LAYERS = int(os.environ.get("HK_STACK_LAYERS", "40"))
 SHARD = 100  # Layers in one test, so that the long run shows how far it is.
@@ -356,7 +356,7 @@ def call(name: str) -> Callable[..., list[Any]]:
 
 
 def scan_rule(values: list[Any], **params: Any) -> list[Any]:
-    carried = equations.carried(types.SimpleNamespace(params=params))
+    carried = _equations.carried(types.SimpleNamespace(params=params))
     num_carry = len(carried)
     consts, rows = values[: carried.start], values[carried.stop :]
     carry = values[carried.start : carried.stop]

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from layer_cases import D, slow, vectors, weight
 
 import hk_stack
-from hk_stack.equations import carried
+from hk_stack._equations import carried
 
 P = jax.checkpoint_policies
 KEY = jax.random.key(0)

@@ -13,7 +13,7 @@ from layer_cases import B, D, L, slow, vectors, weight
 
 import hk_stack
 from hk_stack import collect, tap
-from hk_stack.equations import carried
+from hk_stack._equations import carried
 
 KEY = jax.random.key(0)
 EXECUTORS = ("scan", "unrolled", "python")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from hk_stack import report as reports
+from hk_stack import _table
 from hk_stack.compare import results, show
 
 # What less than this changes by is not worth a word, however certain it is.
@@ -189,7 +189,7 @@ def _section(title: str, moves: list[Move]) -> list[str]:
         return []
     moves = sorted(moves, key=_factor, reverse=moves[0].is_worse)
     titles = [title, "way", "measure", "old ratio", "new ratio", "change"]
-    return reports.aligned([titles, *map(_cells, moves)])
+    return _table.aligned(_table.Table(titles, list(map(_cells, moves))))
 
 
 def _factor(move: Move) -> float:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import equations
+from hk_stack import _equations
 
 Run = Callable[[], Any]
 
@@ -68,7 +68,7 @@ def warm_up(program: Program) -> None:
 def number_of_equations(jaxpr: jex.Jaxpr) -> int:
     """All equations of a jaxpr, with those inside of others."""
     return sum(
-        1 + sum(map(number_of_equations, equations.bodies(eqn))) for eqn in jaxpr.eqns
+        1 + sum(map(number_of_equations, _equations.bodies(eqn))) for eqn in jaxpr.eqns
     )
 
 

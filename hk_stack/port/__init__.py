@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hk_stack import layout
+from hk_stack import _layout
 from hk_stack.port import layers, leaves, match, names, plans
 from hk_stack.port.gru import GRU
 from hk_stack.port.plans import Plan, Row
@@ -286,7 +286,7 @@ def _moved(
     change = move.change.to_haiku if source == "flax" else move.change.to_flax
     arrays = {p.place: _values(given[p.place], p) for x in old.leaves for p in x.pieces}
     filled = {
-        p.place: layout.empty(p.shape, p.dtype) for x in new.leaves for p in x.pieces
+        p.place: _layout.empty(p.shape, p.dtype) for x in new.leaves for p in x.pieces
     }
     for layer in range(new.num_layers):
         leaf, _ = old.place(layer)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from hk_stack import checkpoint, report
+from hk_stack import _table, checkpoint
 from hk_stack.port import leaves, names, plan
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
@@ -117,8 +117,8 @@ def inspected(tree: Any) -> str:
         piece for group in rows.values() for leaf in group for piece in leaf.pieces
     ]
     params = sum(math.prod(piece.shape) for piece in pieces)
-    head = f"{len(pieces)} leaves, {params:,} numbers, {report.si(_nbytes(pieces))}B"
-    return "\n".join([head, *report.aligned([titles, *cells])])
+    head = f"{len(pieces)} leaves, {params:,} numbers, {_table.si(_nbytes(pieces))}B"
+    return "\n".join([head, *_table.aligned(_table.Table(titles, cells))])
 
 
 def _cells(group: list[leaves.Leaf]) -> list[str]:
@@ -129,7 +129,7 @@ def _cells(group: list[leaves.Leaf]) -> list[str]:
         for part in names.parts(module)
     ]
     path = "/".join((*scopes, name))
-    return [str(group[0]), path, str(len(group)), f"{report.si(_nbytes(pieces))}B"]
+    return [str(group[0]), path, str(len(group)), f"{_table.si(_nbytes(pieces))}B"]
 
 
 def _nbytes(pieces: list[leaves.Piece]) -> int:

@@ -1,5 +1,6 @@
 """What goes where: the readable plan of a port, and what is wrong with it."""
 
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -8,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from hk_stack import report
+from hk_stack import _table
+from hk_stack._table import Shown, Table
 from hk_stack.port import layers, leaves, match, names
 
 
@@ -33,7 +35,8 @@ class Row(NamedTuple):
     why: str = ""
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Plan(Shown):
     """What goes where.
 
     Attributes:
@@ -60,22 +63,12 @@ class Plan(NamedTuple):
         good = all(row.status in ("ok", "ignored") for row in self.rows)
         return good and not self.unused_rules
 
-    def __str__(self) -> str:
-        rows = [_TITLES, *([*_cells(row), row.status] for row in self.rows)]
-        return "\n".join([self.headline(), *report.aligned(rows), *self.problems()])
-
-    def __rich__(self) -> Any:
-        import rich.console
-        import rich.table
-        import rich.text
-
-        table = rich.table.Table(*_TITLES, box=None, header_style="bold")
-        for row in self.rows:
-            style = "" if row.status in ("ok", "ignored") else "bold red"
-            cells = [*map(rich.text.Text, _cells(row))]
-            table.add_row(*cells, rich.text.Text(row.status, style=style))
-        first, *rest = map(rich.text.Text, [self.headline(), *self.problems()])
-        return rich.console.Group(first, table, *rest)
+    def _parts(self) -> Iterator[str | Table]:
+        yield self.headline()
+        rows = [[*_cells(row), row.status] for row in self.rows]
+        is_good = [row.status in ("ok", "ignored") for row in self.rows]
+        yield Table(_TITLES, rows, styles=["" if ok else "bold red" for ok in is_good])
+        yield from self.problems()
 
     def headline(self) -> str:
         """How much of both trees goes where, in one line."""
@@ -86,7 +79,7 @@ class Plan(NamedTuple):
         end = f"; {len(bad)} rows need a look" if bad else ""
         return (
             f"{sum(map(len, moved))} leaves of Flax -> {sum(map(len, made))} leaves of "
-            f"Haiku, {report.si(nbytes)}B{end}"
+            f"Haiku, {_table.si(nbytes)}B{end}"
         )
 
     def problems(self, what: str = "flax_to_haiku", most: int = 12) -> list[str]:

@@ -14,9 +14,17 @@ import haiku as hk
 import jax
 import numpy as np
 
-from hk_stack import checks, cut, executors, initialize, inside, layout, scopes
-from hk_stack import loop as loops
-from hk_stack.call import Call, Given, Options, Own, as_array, cast, pure_layer
+from hk_stack import (
+    _checks,
+    _cut,
+    _executors,
+    _frames,
+    _initialize,
+    _layout,
+    _loop,
+    _scopes,
+)
+from hk_stack._layer import Call, Given, Options, Own, as_array, cast, pure_layer
 
 
 def layer_stack(
@@ -130,43 +138,43 @@ def layer_stack(
       ValueError: If one has a wrong value, shape or dtype; if parameters are of another
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
-    checks.stack_name(name)
+    _checks.stack_name(name)
     where = f"layer_stack {name!r}" if name else "layer_stack"
-    num_layers = checks.positive(num_layers, "num_layers", where)
-    with_per_layer_inputs = checks.flag(
+    num_layers = _checks.positive(num_layers, "num_layers", where)
+    with_per_layer_inputs = _checks.flag(
         with_per_layer_inputs, "with_per_layer_inputs", where
     )
-    transparent = checks.flag(transparent, "transparent", where)
+    transparent = _checks.flag(transparent, "transparent", where)
     options = Options(
         num_layers=num_layers,
         with_per_layer_inputs=with_per_layer_inputs,
-        unroll=checks.unroll(unroll, num_layers, where),
-        pass_reverse=checks.flag(
+        unroll=_checks.unroll(unroll, num_layers, where),
+        pass_reverse=_checks.flag(
             pass_reverse_to_layer_fn, "pass_reverse_to_layer_fn", where
         ),
         naming_map=_naming_map(transparency_map, where) if transparent else None,
         name=name or f"__layer_stack_{_KINDS[with_per_layer_inputs]}",
-        setup=checks.one_of(setup, cut.POLICIES, "setup", where),
+        setup=_checks.one_of(setup, _cut.POLICIES, "setup", where),
         setup_batch_size=(
             None
             if setup_batch_size is None
-            else checks.positive(setup_batch_size, "setup_batch_size", where)
+            else _checks.positive(setup_batch_size, "setup_batch_size", where)
         ),
-        setup_remat=checks.true_or_false(setup_remat, "setup_remat", where),
-        init=checks.one_of(init, initialize.METHODS, "init", where),
-        loop=checks.one_of(loop, loops.LOOPS, "loop", where),
+        setup_remat=_checks.true_or_false(setup_remat, "setup_remat", where),
+        init=_checks.one_of(init, _initialize.METHODS, "init", where),
+        loop=_checks.one_of(loop, _loop.LOOPS, "loop", where),
         remat=_remat(remat, remat_every, num_layers, where),
-        carry_dtype=checks.floating(carry_dtype, where),
-        check_finite=bool(checks.true_or_false(check_finite, "check_finite", where)),
+        carry_dtype=_checks.floating(carry_dtype, where),
+        check_finite=bool(_checks.true_or_false(check_finite, "check_finite", where)),
     )
 
     def stack(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        checks.only_function(args, kwargs, options.name)
-        checks.layer_function(f, options.name, with_per_layer_inputs)
+        _checks.only_function(args, kwargs, options.name)
+        _checks.layer_function(f, options.name, with_per_layer_inputs)
 
         @functools.wraps(f)
         def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
-            is_reverse = checks.flag(reverse, "reverse", where)
+            is_reverse = _checks.flag(reverse, "reverse", where)
             return _call(options, f, args, kwargs, is_reverse)
 
         return stacked
@@ -180,11 +188,11 @@ def _naming_map(naming_map: Any, where: str) -> hk.LayerStackTransparencyMapping
             f"{where}: transparent=True needs a transparency_map, which names the "
             "module of each layer (see hk.LayerStackTransparencyMapping)."
         )
-    return checks.naming_map(naming_map, "transparency_map", where)
+    return _checks.naming_map(naming_map, "transparency_map", where)
 
 
-def _remat(remat: Any, every: Any, num_layers: int, where: str) -> loops.Remat | None:
-    policy = checks.policy(remat, where)
+def _remat(remat: Any, every: Any, num_layers: int, where: str) -> _loop.Remat | None:
+    policy = _checks.policy(remat, where)
     if not remat:
         if every is not None:
             raise ValueError(
@@ -193,14 +201,14 @@ def _remat(remat: Any, every: Any, num_layers: int, where: str) -> loops.Remat |
             )
         return None
     if every == "sqrt":
-        every = loops.square_root(num_layers)
+        every = _loop.square_root(num_layers)
     elif every is None:
         every = 1
     elif isinstance(every, str):
         raise ValueError(
             f'{where}: remat_every must be a positive int or "sqrt", not {every!r}.'
         )
-    return loops.Remat(policy, checks.positive(every, "remat_every", where))
+    return _loop.Remat(policy, _checks.positive(every, "remat_every", where))
 
 
 _KINDS = {False: "no_per_layer", True: "with_per_layer"}
@@ -215,8 +223,8 @@ def _call(
 ) -> Any:
     """Runs the stack, inside a Haiku transform."""
     num_layers = options.num_layers
-    checks.inside_transform(options.name, f)
-    names = checks.argument_names(f, len(args))
+    _checks.inside_transform(options.name, f)
+    names = _checks.argument_names(f, len(args))
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
     carry, inputs = args, ()
@@ -228,34 +236,34 @@ def _call(
     is_transparent = options.naming_map is not None
     with contextlib.nullcontext() if is_transparent else hk.name_scope(options.name):
         path = _path(options)
-        where = checks.describe(path, f)
-        checks.carried(args, names, where)
-        checks.per_layer_inputs(inputs, num_layers, names[len(carry) :], where)
+        where = _checks.describe(path, f)
+        _checks.carried(args, names, where)
+        _checks.per_layer_inputs(inputs, num_layers, names[len(carry) :], where)
         carry, inputs = jax.tree.map(as_array, (carry, inputs))
         carry = cast(carry, options.carry_dtype)
-        path = inside.path_below(path)
-        added = inside.added_below(path, num_layers, where)
+        path = _frames.path_below(path)
+        added = _frames.added_below(path, num_layers, where)
         own = Own(np.arange(num_layers, dtype=np.int32), added, inputs)
         call = Call(options, f, args, kwargs, where, path, names, reverse)
         layer = pure_layer(call)
 
         def init(key: jax.Array | None) -> tuple[Any, Any]:
             with call.explained(f"initialising {call.all_layers}"):
-                params, state = initialize.initialize(
+                params, state = _initialize.initialize(
                     layer, num_layers, key, carry, own, method=options.init, where=where
                 )
             return _stored(options, params), _stored(options, state)
 
         lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
         params, state = (_stacked(options, tree) for tree in lifted(key))
-    checks.depth(params, state, num_layers, where)
+    _checks.depth(params, state, num_layers, where)
     layered = {"parameter": params, "state": state, "per-layer input": inputs}
-    checks.not_sharded_by_layer(layered, where)
+    _checks.not_sharded_by_layer(layered, where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
 
     given = Given(params, state, keys, carry, own)
-    run = executors.python if call.is_python else executors.compiled
+    run = _executors.python if call.is_python else _executors.compiled
     carry, outputs, state = run(call, layer, given)
     updater.update(_with_method(options, _stored(options, state)))
     if options.with_per_layer_inputs:
@@ -267,26 +275,26 @@ def _path(options: Options) -> str:
     """Of the stack, in the transform around it."""
     if options.naming_map is None:
         return hk.experimental.current_name()
-    return "/".join(filter(None, [scopes.around(), options.name]))
+    return "/".join(filter(None, [_scopes.around(), options.name]))
 
 
-def _with_method(options: Options, state: layout.Modules) -> layout.Modules:
+def _with_method(options: Options, state: _layout.Modules) -> _layout.Modules:
     """State by names from the module on that runs: what lifts it forgets the method."""
     if options.naming_map is None:
         return state
-    method = scopes.around()[len(hk.experimental.current_name()) + 1 :]
+    method = _scopes.around()[len(hk.experimental.current_name()) + 1 :]
     return {f"{method}/{m}": state[m] for m in state} if method else state
 
 
-def _stacked(options: Options, tree: layout.Modules) -> Any:
+def _stacked(options: Options, tree: _layout.Modules) -> Any:
     """The stack's own tree `[L, ...]`, from the tree that the transform stores."""
     if options.naming_map is None:
         return tree
-    return layout.stack_modules(tree, options.naming_map)
+    return _layout.stack_modules(tree, options.naming_map)
 
 
-def _stored(options: Options, tree: layout.Modules) -> Any:
+def _stored(options: Options, tree: _layout.Modules) -> Any:
     """The inverse of `_stacked`."""
     if options.naming_map is None:
         return tree
-    return layout.unstack_modules(tree, options.naming_map, options.num_layers)
+    return _layout.unstack_modules(tree, options.naming_map, options.num_layers)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import equations
-from hk_stack.equations import Atom, fresh, variables
+from hk_stack import _equations
+from hk_stack._equations import Atom, fresh, variables
 
 
 class Node(NamedTuple):
@@ -126,9 +126,9 @@ def flatten(
                 eqn = eqn.replace(source_info=caller.source_info)
             eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
             masks = [flat.dependencies(a) for a in eqn.invars]
-            inner = equations.body_of_call(eqn)
+            inner = _equations.body_of_call(eqn)
             if inner is not None and opens(inner, _union(masks)):
-                is_remat = eqn.primitive.name in equations.REMAT
+                is_remat = eqn.primitive.name in _equations.REMAT
                 inside = (*regions, Region(eqn)) if is_remat else regions
                 by = eqn if _is_of_a_library(inner) else None
                 outs = visit(inner, eqn.invars, inside, by, is_exposed=is_exposed)
@@ -250,7 +250,7 @@ def _remat(
     jaxpr = eqn.params["jaxpr"].replace(
         invars=invars, outvars=outvars, eqns=body, effects=_effects(body)
     )
-    return equations.with_remat_body(eqn, invars, jaxpr)
+    return _equations.with_remat_body(eqn, invars, jaxpr)
 
 
 def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:

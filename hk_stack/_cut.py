@@ -23,9 +23,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import cost, equations, flat, loop
-from hk_stack.equations import Atom, carried, fresh, variables
-from hk_stack.flat import Exposed, Flat, bits
+from hk_stack import _cost, _equations, _flat, _loop
+from hk_stack._equations import Atom, carried, fresh, variables
+from hk_stack._flat import Exposed, Flat, bits
 
 T = TypeVar("T")
 
@@ -152,20 +152,20 @@ def cut(
     if policy != "inline":
         task = _Task(inputs, policy, where, reuse)
         known = task.known()
-        flattened = flat.flatten(
+        flattened = _flat.flatten(
             closed,
             lambda body, reads: (
                 bool(reads & known) or any(_is_marked(e, (_MARK,)) for e in body.eqns)
             ),
             task.expose,
-            cost.OPAQUE,
+            _cost.OPAQUE,
         )
         flattened, marked = _settle_marks(flattened, inputs, where)
         derived = _choose(flattened, task, marked)
         if derived and not _has_references(flattened):
             return _split(flattened, inputs, derived)
     # Marks that this cut leaves alone are none of the business of one around it.
-    jaxpr = flat.without_constants(closed.jaxpr)
+    jaxpr = _flat.without_constants(closed.jaxpr)
     jaxpr = jaxpr.replace(eqns=[_weaken(eqn) for eqn in jaxpr.eqns])
     empty = jaxpr.replace(invars=[], outvars=[], eqns=[], effects=set())
     nothing = jex.ClosedJaxpr(empty, [])
@@ -175,7 +175,7 @@ def cut(
 
 def _without_unread(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, tuple[int, ...]]:
     """`jaxpr` without the inputs that it does not read, and where the others were."""
-    if any(map(equations.names_an_input, jaxpr.effects)):
+    if any(map(_equations.names_an_input, jaxpr.effects)):
         return jaxpr, tuple(range(len(jaxpr.invars)))
     read = variables([*jaxpr.outvars, *(a for e in jaxpr.eqns for a in e.invars)])
     positions = tuple(i for i, v in enumerate(jaxpr.invars) if v in read)
@@ -217,13 +217,13 @@ def derive(
         read = inputs | dict(zip(own, own_values, strict=True))
         return jex.jaxpr_as_fun(setup)(*before, *read.values())
 
-    if not cost.can_batch(setup.jaxpr):
+    if not _cost.can_batch(setup.jaxpr):
         batch_size = 1
-    elif batch_size is None and cost.gathers(setup.jaxpr):
+    elif batch_size is None and _cost.gathers(setup.jaxpr):
         batch_size = 1  # A batch would hold all of its layers whole on each device.
     elif batch_size is None:
-        batch_size = loop.batch_size(num_layers, cost.largest_value(setup.jaxpr))
-    return shared, loop.in_batches(
+        batch_size = _loop.batch_size(num_layers, _cost.largest_value(setup.jaxpr))
+    return shared, _loop.in_batches(
         one, [inputs[i] for i in own], size=batch_size, remat=remat
     )
 
@@ -252,8 +252,8 @@ class _Task(NamedTuple):
           a whole, is of another kind, or has nothing to hoist.
         """
         expose = _CONTROL.get(eqn.primitive.name)
-        bodies = equations.closed_bodies(eqn)
-        if expose is None or any(map(equations.constants, bodies)):
+        bodies = _equations.closed_bodies(eqn)
+        if expose is None or any(map(_equations.constants, bodies)):
             return None
         outer = [self._describe(mask) for mask in reads]
         if all(i.known for i in outer) or (
@@ -310,7 +310,7 @@ def _rest_of_scan(eqn: jex.JaxprEqn, parts: Cut, derived: list[Atom]) -> jex.Jax
     rest = call.taking(
         [*call.given[:count], *map(call.variable, order), *call.given[count:]]
     )
-    return equations.with_scan_body(eqn, operands, rest, count + len(constants))
+    return _equations.with_scan_body(eqn, operands, rest, count + len(constants))
 
 
 def _expose_while(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
@@ -325,7 +325,7 @@ def _expose_while(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed
     )
     inputs = [*(outer[i] for i in of_body), *carry]
     turn = task.inner(body, inputs, "while")
-    if "while" in map(_name, _equations(turn.shared.jaxpr)):
+    if "while" in map(_name, _all_equations(turn.shared.jaxpr)):
         turn = cut(body, inputs, "inline", "")  # It may never run, so need not end.
     if not _count(test) and not _count(turn):
         return None
@@ -387,7 +387,7 @@ def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
         def branch(values: Sequence[Any]) -> list[Any]:
             setup = jex.jaxpr_as_fun(parts.shared)
             found = setup(*(values[read.index(i)] for i in parts.shared_inputs))
-            filled = list(map(equations.zeros, slots.avals))
+            filled = list(map(_equations.zeros, slots.avals))
             for slot, value in zip(own, found, strict=True):
                 filled[slot] = jax.lax.convert_element_type(value, value.dtype)
             return filled
@@ -502,12 +502,12 @@ def _count(parts: Cut) -> int:
     return parts.num_shared + len(parts.setup.jaxpr.outvars)
 
 
-def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+def _all_equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
     """All equations, those inside others too."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for body in equations.bodies(eqn):
-            yield from _equations(body)
+        for body in _equations.bodies(eqn):
+            yield from _all_equations(body)
 
 
 def _name(eqn: jex.JaxprEqn) -> str:
@@ -521,7 +521,7 @@ def _is_key(aval: Any) -> bool:
 def _has_references(flattened: Flat) -> bool:
     """Whether an effect names an input, which a cut would change."""
     effects = (effect for node in flattened.nodes for effect in node.eqn.effects)
-    return any(map(equations.names_an_input, effects))
+    return any(map(_equations.names_an_input, effects))
 
 
 def _split(flattened: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]) -> Cut:
@@ -533,15 +533,15 @@ def _split(flattened: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var])
     own = [v for v in derived if flattened.reads[v] & layered]
     once = [
         v
-        for node in flat.needed(flattened.nodes, own, shared)
+        for node in _flat.needed(flattened.nodes, own, shared)
         if not node.reads & layered
-        and cost.is_expensive(node.eqn, _elements(flattened, node.reads))
+        and _cost.is_expensive(node.eqn, _elements(flattened, node.reads))
         for v in node.eqn.outvars
     ]
     before = [*shared, *_used(flattened, own, [v for v in once if v not in shared])]
-    shared_program, shared_inputs = flat.program(flattened, before)
-    setup, setup_inputs = flat.program(flattened, own, before)
-    call, call_inputs = flat.program(
+    shared_program, shared_inputs = _flat.program(flattened, before)
+    setup, setup_inputs = _flat.program(flattened, own, before)
+    call, call_inputs = _flat.program(
         flattened, outputs, [*shared, *own], with_effects=True
     )
     positions = shared_inputs, setup_inputs, call_inputs
@@ -553,14 +553,14 @@ def _used(
 ) -> list[jex.Var]:
     """Those of `given` that are read, if all are given, to compute `outputs`."""
     used = variables(outputs)
-    for node in flat.needed(flattened.nodes, outputs, given, with_effects=True):
+    for node in _flat.needed(flattened.nodes, outputs, given, with_effects=True):
         used |= variables(node.eqn.invars)
     return [v for v in given if v in used]
 
 
 def _elements(flattened: Flat, reads: int) -> int:
     """The number of elements of the inputs `reads`."""
-    return sum(map(cost.size, _inputs_of(flattened, reads)))
+    return sum(map(_cost.size, _inputs_of(flattened, reads)))
 
 
 def _inputs_of(flattened: Flat, reads: int) -> list[jex.Var]:
@@ -587,7 +587,7 @@ def _is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
     """Whether `eqn` is one of `marks`, or holds one."""
     is_mark = _name(eqn) == "name" and eqn.params["name"] in marks
     return is_mark or any(
-        _is_marked(e, marks) for body in equations.bodies(eqn) for e in body.eqns
+        _is_marked(e, marks) for body in _equations.bodies(eqn) for e in body.eqns
     )
 
 
@@ -598,7 +598,7 @@ def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if _name(eqn) == "name":
         return eqn.replace(params={**eqn.params, "name": _HOISTED})
 
-    return equations.with_bodies(eqn, _weaken_all)
+    return _equations.with_bodies(eqn, _weaken_all)
 
 
 def _weaken_all(body: Any) -> Any:
@@ -664,23 +664,23 @@ def _choose(flattened: Flat, task: _Task, marked: Sequence[jex.Var]) -> list[jex
         is_known = not node.reads & ~known
         if not is_known:
             chosen |= before
-        expensive = is_known and cost.is_expensive(
+        expensive = is_known and _cost.is_expensive(
             node.eqn, _elements(flattened, node.reads)
         )
         counts = [gathered.get(v, 1) for v in variables(node.eqn.invars)]
-        count = max([equations.gathers_from(node.eqn), *counts])
-        share = cost.nbytes(_inputs_of(flattened, node.reads)) / count
+        count = max([_equations.gathers_from(node.eqn), *counts])
+        share = _cost.nbytes(_inputs_of(flattened, node.reads)) / count
         for v in node.eqn.outvars:
             gathered[v] = count
-            is_whole = count > 1 and cost.nbytes([v]) > share
+            is_whole = count > 1 and _cost.nbytes([v]) > share
             if v in marked or (expensive and not is_whole):
                 frontier[v] = frozenset([v])
             elif is_known and before:
                 tails[v] = before
                 both = [frozenset([v]), before]
-                if cost.is_layout(node.eqn):
+                if _cost.is_layout(node.eqn):
                     both.reverse()  # `min` takes the first of equals.
-                frontier[v] = before if is_whole else min(both, key=cost.nbytes)
+                frontier[v] = before if is_whole else min(both, key=_cost.nbytes)
     chosen = _share(chosen | behind(flattened.outputs), tails) - set(inputs)
     made = (v for node in flattened.nodes for v in node.eqn.outvars)
     return [v for v in made if v in chosen]
@@ -709,7 +709,7 @@ def _share(
         while v in chosen and (deeper := _one_step_back(source, tails)) != source:
             source = deeper
             replaced = chosen & coming_from(source)
-            if cost.nbytes(source) < cost.nbytes(replaced):
+            if _cost.nbytes(source) < _cost.nbytes(replaced):
                 chosen = (chosen - replaced) | source
     return chosen
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import checks
+from hk_stack import _checks
 
 Modules = Mapping[str, Mapping[str, Any]]
 
@@ -228,7 +228,7 @@ def stack_params(tree: Any, naming_map: hk.LayerStackTransparencyMapping) -> Any
         layer, a layer misses a leaf, the layers' leaves differ in shape or dtype, or
         an optimiser keeps something else than one number for each parameter.
     """
-    checks.naming_map(naming_map, "naming_map", "stack_params")
+    _checks.naming_map(naming_map, "naming_map", "stack_params")
 
     def has_layers(module: str) -> bool:
         return naming_map.flat_to_stacked(module) is not None
@@ -270,7 +270,7 @@ def unstack_params(
       ValueError: If no module of the tree is known to the map, two layers map to one
         module, or leaves are of different depth.
     """
-    checks.naming_map(naming_map, "naming_map", "unstack_params")
+    _checks.naming_map(naming_map, "naming_map", "unstack_params")
     is_member = functools.partial(is_stacked, naming_map)
 
     def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:

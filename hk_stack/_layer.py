@@ -9,8 +9,17 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from hk_stack import advice, checks, cut, equations, finite, initialize, inside, scopes
-from hk_stack import loop as loops
+from hk_stack import (
+    _advice,
+    _checks,
+    _cut,
+    _equations,
+    _finite,
+    _frames,
+    _initialize,
+    _loop,
+    _scopes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Options:
     setup_remat: bool | None
     init: str
     loop: str
-    remat: loops.Remat | None
+    remat: _loop.Remat | None
     carry_dtype: Any
     check_finite: bool
 
@@ -100,14 +109,14 @@ class Call:
         self.path = path
         self.arguments = arguments
         self.reverse = reverse
-        self.module = scopes.plain(scopes.around()) if options.naming_map else ""
-        self.loop = loops.in_force(options.loop)
-        self.is_init = hk.running_init() or inside.is_init()
-        self.check_finite = options.check_finite or inside.is_checked()
-        self.checked: dict[str, finite.Checked | None] = {}
+        self.module = _scopes.plain(_scopes.around()) if options.naming_map else ""
+        self.loop = _loop.in_force(options.loop)
+        self.is_init = hk.running_init() or _frames.is_init()
+        self.check_finite = options.check_finite or _frames.is_checked()
+        self.checked: dict[str, _finite.Checked | None] = {}
         outside = {} if options.naming_map else hk.experimental.get_params()
-        self.outside = scopes.plain_tree(outside)
-        self.scopes: list[scopes.Scope] = []
+        self.outside = _scopes.plain_tree(outside)
+        self.scopes: list[_scopes.Scope] = []
         self.are_odd = True
 
     @property
@@ -115,9 +124,9 @@ class Call:
         """Whether a Python loop runs the layers."""
         return self.loop == "python"
 
-    def record(self, params: Any, parts: cut.Cut | None) -> None:
+    def record(self, params: Any, parts: _cut.Cut | None) -> None:
         """Tells `summary`, if it listens."""
-        recorder = inside.recording.value
+        recorder = _frames.recording.value
         if recorder is None:
             return
         if hk.running_init():
@@ -131,16 +140,16 @@ class Call:
         # Only types, as traced values must not outlive what is traced.
         params, stored = jax.tree.map(jax.typeof, (params, stored))
         remat = None if self.is_python else self.options.remat
-        record = inside.Record(
+        record = _frames.Record(
             self.path,
-            checks.name_of(self.f),
+            _checks.name_of(self.f),
             self.options.num_layers,
             params,
             stored,
             parts,
             self.loop,
-            loops.describe(remat),
-            bool(inside.frames()),
+            _loop.describe(remat),
+            bool(_frames.frames()),
         )
         types = tuple((v.shape, v.dtype) for v in jax.tree.leaves(params))
         recorder.records[self.path, record.function, types] = record
@@ -150,22 +159,22 @@ class Call:
         """What is traced, in words."""
         return f"all {self.options.num_layers} layers at once"
 
-    def names(self) -> scopes.Names:
+    def names(self) -> _scopes.Names:
         """The names of the layer that runs."""
-        return scopes.Names(self.module, self.options.naming_map)
+        return _scopes.Names(self.module, self.options.naming_map)
 
     def explained(
         self, doing: str = "", index: int | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """What says of errors where they came up, and what to write."""
-        return checks.in_layer(self.where, index, doing, self._advice)
+        return _checks.in_layer(self.where, index, doing, self._advice)
 
     def _advice(self, error: Exception) -> Iterator[str]:
         options = self.options
         arguments = dict(zip(self.arguments, self.args, strict=True))
-        return advice.on(
+        return _advice.on(
             error,
-            advice.Situation(
+            _advice.Situation(
                 self.f,
                 arguments,
                 self.kwargs,
@@ -184,14 +193,14 @@ class Call:
             return after
         names, where = self.arguments, self.where
         with_outputs = self.options.with_per_layer_inputs
-        checks.same_structure(before, after, names, where, with_outputs)
+        _checks.same_structure(before, after, names, where, with_outputs)
         after = jax.tree.map(as_array, after)
         promoted = jax.tree.map(promote, before, after)
-        checks.same_carry(promoted, after, names, where)
+        _checks.same_carry(promoted, after, names, where)
         return after
 
     @contextlib.contextmanager
-    def around(self, names: scopes.Names) -> Iterator[None]:
+    def around(self, names: _scopes.Names) -> Iterator[None]:
         """What is around the layer function: its scope, and a watch on modules."""
         captured: set[str] = set()
         with self.scopes[names.frame.index].context if names.own else _NOTHING:
@@ -199,19 +208,19 @@ class Call:
             if names.own and not self.are_odd:
                 yield
                 return
-            shared = checks.nothing_shared(
-                self.outside, captured, scopes.plain, self.where
+            shared = _checks.nothing_shared(
+                self.outside, captured, _scopes.plain, self.where
             )
             with names.watched(captured), shared:
                 yield
             if names.own:
                 self.are_odd = names.were_odd
 
-    def frame(self, own: Own, *, is_init: bool) -> inside.Frame:
+    def frame(self, own: Own, *, is_init: bool) -> _frames.Frame:
         """What is around one layer."""
         is_python = isinstance(own.index, int)
         is_init = is_init or self.is_init
-        return inside.Frame(
+        return _frames.Frame(
             self.path,
             self.where,
             own.index,
@@ -227,17 +236,17 @@ class Call:
 _NOTHING = contextlib.nullcontext()
 
 
-def pure_layer(call: Call) -> initialize.Layer:
+def pure_layer(call: Call) -> _initialize.Layer:
     """The layer function as pure functions of its parameters, state and key."""
     options, where = call.options, call.where
 
-    def run(names: scopes.Names, carry: Any, own: Own) -> tuple[Any, Any]:
+    def run(names: _scopes.Names, carry: Any, own: Own) -> tuple[Any, Any]:
         with call.around(names):
             result = call.f(*carry, *own.inputs, **call.kwargs)
-        checks.result(result, where)
+        _checks.result(result, where)
         output = None
         if options.with_per_layer_inputs:
-            checks.is_pair(result, where)
+            _checks.is_pair(result, where)
             result, output = result
         if len(carry) == 1:
             result = (result,)
@@ -246,12 +255,12 @@ def pure_layer(call: Call) -> initialize.Layer:
     transformed = hk.transform_with_state(run)
 
     def init(key: Any, carry: Any, own: Own) -> tuple[hk.Params, hk.State]:
-        with inside.layer(call.frame(own, is_init=True)):
+        with _frames.layer(call.frame(own, is_init=True)):
             return transformed.init(key, call.names(), carry, own)
 
     def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
         frame = call.frame(own, is_init=False)
-        with inside.layer(frame, (params, carry)):
+        with _frames.layer(frame, (params, carry)):
             if frame.check_finite:
                 carry = _check_inputs(call, params, state, carry, own)
             names = call.names()
@@ -263,31 +272,31 @@ def pure_layer(call: Call) -> initialize.Layer:
             if frame.check_finite:
                 named = dict(zip(call.arguments, carry, strict=False))
                 checked = {"result ": named, "output per layer ": output}
-                carry, output = inside.say_finite(checked, (carry, output))
+                carry, output = _frames.say_finite(checked, (carry, output))
         return (carry, output), names.dropped(after, state)
 
-    return initialize.Layer(init, apply)
+    return _initialize.Layer(init, apply)
 
 
 def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> Any:
     """Checks what a layer is given; returns its carry, as `say_finite` does."""
     named = dict(zip(call.arguments, (*carry, *own.inputs), strict=True))
     checked = {"parameter ": params, "state ": state, "argument ": named}
-    return inside.say_finite(checked, carry)
+    return _frames.say_finite(checked, carry)
 
 
 def run_one(
-    call: Call, layer: initialize.Layer, params: Any, state: Any, key: Any, *rest: Any
+    call: Call, layer: _initialize.Layer, params: Any, state: Any, key: Any, *rest: Any
 ) -> Any:
     """Runs one layer; if it fails, looks for parameters that do not fit."""
     try:
         return layer.apply(params, state, key, *rest)
     except ValueError as error:
         if not hk.running_init():
-            stored = scopes.plain_tree(hk.experimental.get_params())
+            stored = _scopes.plain_tree(hk.experimental.get_params())
             spec = (jax.random.key(0) if key is None else key, *rest)
             naming_map, where = call.options.naming_map, call.where
-            checks.has_params(
+            _checks.has_params(
                 layer.init, spec, params, stored, naming_map, where, error
             )
         raise
@@ -325,7 +334,7 @@ def promote(leaf: jax.Array, after: Any) -> jax.Array:
     So does a weakly typed one, and one that is the same on all devices of a manual mesh
     axis, if the layer makes it differ.
     """
-    leaf = equations.vary_as(leaf, after)
+    leaf = _equations.vary_as(leaf, after)
     if not getattr(leaf, "weak_type", False) or after.shape != leaf.shape:
         return leaf
     if after.weak_type and after.dtype == leaf.dtype:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hk_stack import inside
+from hk_stack import _frames
 
 
 class Checked(NamedTuple):
@@ -82,11 +82,11 @@ class Checked(NamedTuple):
     ) -> Iterator[tuple[str, jax.Array, dict[str, jax.Array]]]:
         number = f"layer_{len(indices)}"
         indices = {**indices, number: self._layer(code[0])}
-        where = inside.escaped(f"{self.where}{self.around}")
+        where = _frames.escaped(f"{self.where}{self.around}")
         around = f", in layer {{{number}}} of {where}{around}"
         for item, (label, inner) in enumerate(self.items):
             here = failed & (code[1] == item)
             if inner is None:
-                yield f"{inside.escaped(label)}{around}", here, indices
+                yield f"{_frames.escaped(label)}{around}", here, indices
             else:
                 yield from inner._decode(code[2:], here, around, indices)

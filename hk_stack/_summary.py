@@ -1,14 +1,15 @@
 """`summary`: what the stacks of a model hold, hoist and keep, as a table."""
 
-import html
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from hk_stack import checks, cost, inside, taps
-from hk_stack.report import Group, aligned, groups, si
+from hk_stack import _checks, _cost, _frames, _taps
+from hk_stack._report import Group, groups
+from hk_stack._table import Shown, Table, si
 
 
 class Stack(NamedTuple):
@@ -44,7 +45,8 @@ class Stack(NamedTuple):
     remat: str
 
 
-class Summary(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Summary(Shown):
     """What `summary` found; `str`, `rich.print` and notebooks show it as a table.
 
     Attributes:
@@ -57,40 +59,12 @@ class Summary(NamedTuple):
     parameters: int
     nbytes: int
 
-    def __str__(self) -> str:
-        lines = aligned([_TITLES, *self._rows()])
+    def _parts(self) -> Iterator[str | Table]:
+        yield Table(_TITLES, self._rows(), _NUMBERS)
         if hoisted := self._hoisted():
-            lines += ["", *aligned([_HOISTED, *hoisted])]
-        lines += [line for warning in self.warnings for line in ("", warning)]
-        return "\n".join(lines)
-
-    def __rich__(self) -> Any:
-        import rich.console
-        import rich.table
-        import rich.text
-
-        def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-            made = rich.table.Table(box=None, header_style="bold")
-            for title in titles:
-                made.add_column(title, justify="right" if title in _NUMBERS else "left")
-            for row in rows:
-                made.add_row(*map(rich.text.Text, row))
-            return made
-
-        tables = [table(_TITLES, self._rows())]
-        if hoisted := self._hoisted():
-            tables += [rich.text.Text(), table(_HOISTED, hoisted)]
-        tables += [rich.text.Text(f"\n{warning}") for warning in self.warnings]
-        return rich.console.Group(*tables)
-
-    def _repr_html_(self) -> str:
-        def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-            lines = [_html_row(titles, "th"), *(_html_row(row, "td") for row in rows)]
-            return f"<table>{''.join(lines)}</table>" if rows else ""
-
-        warnings = (f"<p>{html.escape(warning)}</p>" for warning in self.warnings)
-        tables = table(_TITLES, self._rows()) + table(_HOISTED, self._hoisted())
-        return tables + "".join(warnings)
+            yield from ("", Table(_HOISTED, hoisted))
+        for warning in self.warnings:
+            yield from ("", warning)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -185,12 +159,12 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
       TypeError: If `fn` is no function.
       ValueError: If it is an `init`, which has no parameters yet; if it calls no stack.
     """
-    checks.summarised(fn)
-    recorder = inside.Recorder()
-    with inside.recording(recorder):
-        jax.eval_shape(*taps.on_arrays(fn, args, kwargs))
+    _checks.summarised(fn)
+    recorder = _frames.Recorder()
+    with _frames.recording(recorder):
+        jax.eval_shape(*_taps.on_arrays(fn, args, kwargs))
     found = list(recorder.records.values())
-    checks.some_stack(found, fn)
+    _checks.some_stack(found, fn)
     records = sorted(found, key=_order([record.path for record in found]))
     stored = {key: leaf for record in records for key, leaf in _outer(record)}
     return Summary(
@@ -200,10 +174,10 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
     )
 
 
-def _order(paths: Sequence[str]) -> Callable[[inside.Record], list[int]]:
+def _order(paths: Sequence[str]) -> Callable[[_frames.Record], list[int]]:
     """Sorts stacks by when they began: those inside of one are recorded before it."""
 
-    def key(record: inside.Record) -> list[int]:
+    def key(record: _frames.Record) -> list[int]:
         parts = record.path.split("/")
         begins = ["/".join(parts[: i + 1]) for i in range(len(parts))]
         return [paths.index(path) for path in begins if path in paths]
@@ -211,7 +185,7 @@ def _order(paths: Sequence[str]) -> Callable[[inside.Record], list[int]]:
     return key
 
 
-def _outer(record: inside.Record) -> list[tuple[Any, Any]]:
+def _outer(record: _frames.Record) -> list[tuple[Any, Any]]:
     """The parameters of the transform around a stack, by name and type."""
     if record.is_nested:
         return []
@@ -239,7 +213,7 @@ def _part(leaf: Any) -> float:
 
 
 def _stack(
-    record: inside.Record, records: Sequence[inside.Record], given: Any
+    record: _frames.Record, records: Sequence[_frames.Record], given: Any
 ) -> Stack:
     around = _around(record.path, records)
     copies = math.prod(r.num_layers for r in around)
@@ -271,7 +245,7 @@ def _hoisted(parts: Any) -> Iterator[Group]:
     yield from groups(parts.setup.jaxpr)
 
 
-def _derived(record: inside.Record, share: float) -> float:
+def _derived(record: _frames.Record, share: float) -> float:
     """Bytes of what the call is handed, if devices have this share of parameters."""
     if not record.parts:
         return 0.0
@@ -282,7 +256,7 @@ def _derived(record: inside.Record, share: float) -> float:
 
 def _sizes(jaxpr: Any, share: float) -> list[float]:
     """Bytes of each output: whole if made of gathered values, else a share of it."""
-    made = zip(jaxpr.outvars, cost.gathered(jaxpr), strict=True)
+    made = zip(jaxpr.outvars, _cost.gathered(jaxpr), strict=True)
     return [_nbytes(v.aval) * (1.0 if whole else share) for v, whole in made]
 
 
@@ -293,8 +267,3 @@ def _nbytes(leaf: Any) -> int:
 def _padded(name: str, count: int, nbytes: int) -> list[str]:
     row = [name, "", "", f"{count:,}", f"{si(nbytes)}B"]
     return row + [""] * (len(_TITLES) - len(row))
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    made = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{''.join(made)}</tr>"

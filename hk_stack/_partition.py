@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from hk_stack import checks, cut
-from hk_stack.report import Report, hoisted_names, report
+from hk_stack import _checks, _cut
+from hk_stack._report import Report, hoisted_names, report
 
 Derived = dict[str, dict[str, jax.Array]]
 
@@ -29,7 +29,7 @@ class _Parts:
       where: Names the function in errors.
     """
 
-    parts: cut.Cut
+    parts: _cut.Cut
     hoisted: list[str]
     num_constants: int
     leaves: list[str]
@@ -40,7 +40,7 @@ class _Parts:
 
     def setup(self, constants: list[Any], known: Any) -> Derived:
         what = f"{self.where}, setup: argument `{self.names[0]}`"
-        checks.same_leaves(known, self.avals[0], what)
+        _checks.same_leaves(known, self.avals[0], what)
         inputs = [*constants, *jax.tree.leaves(known)]
         run = jex.jaxpr_as_fun(self.parts.shared)
         made = run(*(inputs[i] for i in self.parts.shared_inputs))
@@ -49,9 +49,9 @@ class _Parts:
 
     def call(self, constants: list[Any], derived: Derived, *rest: Any) -> Any:
         self.check(derived)
-        checks.same_count(rest, self.names[1:], self.where)
+        _checks.same_count(rest, self.names[1:], self.where)
         for name, tree, aval in zip(self.names[1:], rest, self.avals[1:], strict=True):
-            checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
+            _checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
         inputs = dict(enumerate(constants))
         inputs |= {i: derived["kept"][self._name(i)] for i in self.kept()}
         start = self.num_constants + len(self.leaves)
@@ -67,7 +67,7 @@ class _Parts:
         known = jax.tree.leaves(self.avals[0])
         kept = {self._name(i): known[i - self.num_constants] for i in self.kept()}
         expected = {"hoisted": dict(made), "kept": kept}
-        checks.derived_values(derived, expected, self.where)
+        _checks.derived_values(derived, expected, self.where)
 
     def kept(self) -> list[int]:
         """The known inputs that the call reads."""
@@ -142,7 +142,7 @@ class Partition:
           ValueError: If a value is not what `setup(known)` returns; it names which.
         """
         self._parts.check(derived)
-        checks.not_stale(self.setup(known), derived, self.report.where)
+        _checks.not_stale(self.setup(known), derived, self.report.where)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -209,23 +209,23 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
       TypeError: If `fn` is not callable, or an argument is no array.
       ValueError: If a value marked with `hoist` depends on another argument.
     """
-    where = checks.partitioned(fn, example_args)
-    names = checks.argument_names(fn, len(example_args))
-    with checks.while_tracing(where):
+    where = _checks.partitioned(fn, example_args)
+    names = _checks.argument_names(fn, len(example_args))
+    with _checks.while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
         closed, result = trace(*example_args)
-    known = checks.leaf_names(example_args[0])
+    known = _checks.leaf_names(example_args[0])
     leaves = _unique([name or names[0] for name in known])  # It may be one array.
     inputs = [
-        *(cut.Input("a constant", True, True, False) for _ in closed.consts),
-        *(cut.Input(leaf, True, True, False) for leaf in leaves),
+        *(_cut.Input("a constant", True, True, False) for _ in closed.consts),
+        *(_cut.Input(leaf, True, True, False) for leaf in leaves),
         *(
-            cut.Input(f"argument `{name}`", False, False, False)
+            _cut.Input(f"argument `{name}`", False, False, False)
             for name, tree in zip(names[1:], example_args[1:], strict=True)
             for _ in jax.tree.leaves(tree)
         ),
     ]
-    separate = cut.cut(closed, inputs, "auto", where, reuse=True)
+    separate = _cut.cut(closed, inputs, "auto", where, reuse=True)
     avals = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
     parts = _Parts(
         separate,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 
-from hk_stack import inside, layout
+from hk_stack import _frames, _layout
 
 
 class Scope(NamedTuple):
@@ -31,7 +31,7 @@ class Scope(NamedTuple):
 
 def of_layers(stack: str, num_layers: int) -> list[Scope]:
     """A scope for each layer of the stack of this name, below the scopes around it."""
-    around = [frame.scope for frame in inside.frames() if frame.scope]
+    around = [frame.scope for frame in _frames.frames() if frame.scope]
     own = re.sub(r"\W", "_", stack)
     start = f"{around[-1]}/{own}" if around else own
 
@@ -68,7 +68,7 @@ class Names:
         module: str = "",
         naming_map: hk.LayerStackTransparencyMapping | None = None,
     ) -> None:
-        *around, self.frame = inside.frames()
+        *around, self.frame = _frames.frames()
         self.own = self.frame.scope
         self.around = [frame.scope for frame in around if frame.scope]
         self.module = module
@@ -137,7 +137,7 @@ class Names:
         """
         if (
             not (self.own or self.around or self.module)
-            or self.frame is not inside.frames()[-1]
+            or self.frame is not _frames.frames()[-1]
         ):
             return False
         if self.given is None:
@@ -172,7 +172,7 @@ class Names:
         the module around the stack on, as it is stored.
         """
         name = _without(self.around, module)
-        if self.naming_map is None or layout.is_stacked(self.naming_map, name):
+        if self.naming_map is None or _layout.is_stacked(self.naming_map, name):
             return name
         return _without([self.module], name)
 
@@ -205,7 +205,7 @@ def around() -> str:
 
 def plain(module: str) -> str:
     """A module's name in the layer that runs, without the layer's scope."""
-    return _without([frame.scope for frame in inside.frames()[-1:]], module)
+    return _without([frame.scope for frame in _frames.frames()[-1:]], module)
 
 
 def plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:

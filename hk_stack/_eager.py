@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import equations
+from hk_stack import _equations
 
 Structure = Callable[[jex.ClosedJaxpr], Hashable]
 
@@ -101,11 +101,11 @@ def _params(eqn: jex.JaxprEqn, derivatives: int) -> dict[str, Any]:
     Raises:
       ValueError: If a rule closes over arrays.
     """
-    if eqn.primitive.name not in equations.CUSTOM_DERIVATIVES:
+    if eqn.primitive.name not in _equations.CUSTOM_DERIVATIVES:
         return eqn.params
     params = {k: p for k, p in eqn.params.items() if k == "call_jaxpr"}
     if derivatives:
-        rule = equations.derivative(eqn)
+        rule = _equations.derivative(eqn)
         if rule.consts:
             raise ValueError("a rule that closes over arrays")
         params["derivative"] = _structure(rule.jaxpr, derivatives - 1)
@@ -114,7 +114,7 @@ def _params(eqn: jex.JaxprEqn, derivatives: int) -> dict[str, Any]:
 
 def _value(value: Any, derivatives: int) -> Hashable:
     if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
-        consts = (_value(c, derivatives) for c in equations.constants(value))
+        consts = (_value(c, derivatives) for c in _equations.constants(value))
         jaxpr = value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value
         return _structure(jaxpr, derivatives), tuple(consts)
     if isinstance(value, (tuple, list)):

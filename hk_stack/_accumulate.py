@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import checks, layout
-from hk_stack.partition import partition
+from hk_stack import _checks, _layout
+from hk_stack._partition import partition
 
 
 def accumulate(
@@ -59,12 +59,12 @@ def accumulate(
       TypeError: If there are no microbatches, or `loss` does not return what it should.
       ValueError: If leading axes differ or are empty.
     """
-    where = checks.microbatches(loss, params, microbatches)
+    where = _checks.microbatches(loss, params, microbatches)
     num = jax.tree.leaves(microbatches)[0].shape[0]
-    one = layout.drop_layers(microbatches)
-    with checks.while_tracing(where):
+    one = _layout.drop_layers(microbatches)
+    with _checks.while_tracing(where):
         result = jax.eval_shape(loss, params, *one)
-    checks.scalar_loss(result, has_aux, where)
+    _checks.scalar_loss(result, has_aux, where)
     split = partition(loss, params, *one)
     moving, fixed = _separate(params)
 

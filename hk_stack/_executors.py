@@ -11,30 +11,32 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from hk_stack import (
-    checks,
-    cut,
-    eager,
-    finite,
-    initialize,
-    inside,
-    layout,
-    scopes,
-    taps,
+    _checks,
+    _cut,
+    _eager,
+    _finite,
+    _frames,
+    _initialize,
+    _layout,
+    _loop,
+    _scopes,
+    _taps,
 )
-from hk_stack import loop as loops
-from hk_stack.call import Call, Given, as_array, promote, run_one
+from hk_stack._layer import Call, Given, as_array, promote, run_one
 
 
-def compiled(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any, Any]:
+def compiled(
+    call: Call, layer: _initialize.Layer, given: Given
+) -> tuple[Any, Any, Any]:
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     options, where = call.options, call.where
     closed, given, shapes = _trace(call, layer, given)
     constants = closed.consts
-    marks: list[inside.Mark] = []
-    if call.checked or inside.collecting.value is not None:
-        closed, constants, marks = taps.expose(closed)
+    marks: list[_frames.Mark] = []
+    if call.checked or _frames.collecting.value is not None:
+        closed, constants, marks = _taps.expose(closed)
     inputs = _inputs(constants, given, call.arguments)
-    parts = cut.cut(closed, inputs, options.setup, where)
+    parts = _cut.cut(closed, inputs, options.setup, where)
     call.record(given.params, parts)
     num_carry = len(jax.tree.leaves(given.carry))
     start = len(constants) + len(jax.tree.leaves(given[:3]))
@@ -51,7 +53,7 @@ def compiled(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, An
         options.setup_remat,
     )
     values = [*constants, *jax.tree.leaves(given)]
-    leaves = eager.call(plan.run, values, plan.key)
+    leaves = _eager.call(plan.run, values, plan.key)
     count = len(leaves) - len(marks)
     results = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
     (carry, outputs), state = _pass_on(call, marks, leaves[count:], results)
@@ -59,7 +61,7 @@ def compiled(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, An
 
 
 def _pass_on(
-    call: Call, marks: list[inside.Mark], values: list[Any], results: Any
+    call: Call, marks: list[_frames.Mark], values: list[Any], results: Any
 ) -> Any:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
@@ -69,19 +71,19 @@ def _pass_on(
     kept, items, codes = [], [], []
     for mark, value in zip(marks, values, strict=True):
         if mark.is_tap:
-            kept.append(inside.mark_tap(value, mark.label))
+            kept.append(_frames.mark_tap(value, mark.label))
         else:
             label = mark.label.partition(":")[2]
             items.append((label, call.checked[mark.label]))
             codes.append(value)
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
-    results = inside.tied(results, kept)
+    results = _frames.tied(results, kept)
     if not codes:
         return results
     num_layers = call.options.num_layers
-    checked = finite.Checked(call.where, num_layers, call.reverse, tuple(items))
-    code = inside.Code(call.where, checked.encode(codes), checked)
-    return inside.say_codes([code], results)
+    checked = _finite.Checked(call.where, num_layers, call.reverse, tuple(items))
+    code = _frames.Code(call.where, checked.encode(codes), checked)
+    return _frames.say_codes([code], results)
 
 
 class _Plan(NamedTuple):
@@ -100,18 +102,18 @@ class _Plan(NamedTuple):
       setup_remat: See `layer_stack`.
     """
 
-    parts: cut.Cut
+    parts: _cut.Cut
     layered: tuple[bool, ...]
     carry: range
     num_layers: int
     unrolled: bool
     unroll: int
     reverse: bool
-    remat: loops.Remat | None
+    remat: _loop.Remat | None
     setup_batch_size: int | None
     setup_remat: bool | None
 
-    def key(self, structure: eager.Structure) -> Hashable:
+    def key(self, structure: _eager.Structure) -> Hashable:
         """All that `run` depends on."""
         shared, setup, call, *positions = self.parts
         programs = tuple(map(structure, (shared, setup, call)))
@@ -120,7 +122,7 @@ class _Plan(NamedTuple):
     def run(self, values: list[Any]) -> list[Any]:
         """Runs setup for all layers, then the loop over calls."""
         parts = self.parts
-        shared, own = cut.derive(
+        shared, own = _cut.derive(
             parts,
             values,
             self.layered,
@@ -140,7 +142,7 @@ class _Plan(NamedTuple):
             results = jex.jaxpr_as_fun(parts.call)(*shared, *own, *read.values())
             return results[: len(carry)], results[len(carry) :]
 
-        carry, rest = loops.run(
+        carry, rest = _loop.run(
             step,
             [values[i] for i in self.carry],
             (own, [inputs[i] for i in layered]),
@@ -159,10 +161,10 @@ def _derived(value: Any) -> Any:
 
 
 def _trace(
-    call: Call, layer: initialize.Layer, given: Given
+    call: Call, layer: _initialize.Layer, given: Given
 ) -> tuple[jex.ClosedJaxpr, Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
-    params, state, key, _, own = layout.drop_layers(given._replace(carry=None))
+    params, state, key, _, own = _layout.drop_layers(given._replace(carry=None))
     trace = jax.make_jaxpr(functools.partial(run_one, call, layer), return_shape=True)
     doing = f'tracing {call.all_layers}; loop="python" runs them one by one'
     while True:
@@ -178,21 +180,21 @@ def _trace(
         given = given._replace(carry=promoted)
 
 
-def _inputs(constants: list[Any], given: Given, names: list[str]) -> list[cut.Input]:
+def _inputs(constants: list[Any], given: Given, names: list[str]) -> list[_cut.Input]:
     """Describes the inputs of a traced layer for the cut."""
 
-    def own(tree: Any, label: str, known: bool = False) -> list[cut.Input]:
+    def own(tree: Any, label: str, known: bool = False) -> list[_cut.Input]:
         return [
-            cut.Input(f"{label}{name}", known=known, fixed=known, layered=True)
-            for name in checks.leaf_names(tree)
+            _cut.Input(f"{label}{name}", known=known, fixed=known, layered=True)
+            for name in _checks.leaf_names(tree)
         ]
 
     num_carry = len(given.carry)
-    index = cut.Input("the layer's index", known=True, fixed=True, layered=True)
+    index = _cut.Input("the layer's index", known=True, fixed=True, layered=True)
     carry = [
-        cut.Input(f"argument `{name}{leaf}`", False, False, False)
+        _cut.Input(f"argument `{name}{leaf}`", False, False, False)
         for name, tree in zip(names[:num_carry], given.carry, strict=True)
-        for leaf in checks.leaf_names(tree)
+        for leaf in _checks.leaf_names(tree)
     ]
     per_layer = [
         entry
@@ -211,7 +213,7 @@ def _inputs(constants: list[Any], given: Given, names: list[str]) -> list[cut.In
     ]
 
 
-def _closed_over(constants: list[Any]) -> list[cut.Input]:
+def _closed_over(constants: list[Any]) -> list[_cut.Input]:
     """Describes what a layer closes over: it may be an activation, or be known."""
     leaves = jax.tree.leaves(hk.experimental.get_params())
     parameters = {id(leaf): leaf for leaf in leaves}  # Kept, so that ids stay theirs.
@@ -222,16 +224,16 @@ def _closed_over(constants: list[Any]) -> list[cut.Input]:
         return id(value) in parameters
 
     return [
-        cut.Input("an array closed over", is_known(value), True, False)
+        _cut.Input("an array closed over", is_known(value), True, False)
         for value in constants
     ]
 
 
-def python(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any, Any]:
+def python(call: Call, layer: _initialize.Layer, given: Given) -> tuple[Any, Any, Any]:
     """Runs the layer function itself, layer by layer."""
     num_layers, where = call.options.num_layers, call.where
     call.record(given.params, None)
-    call.scopes = scopes.of_layers(call.options.name, num_layers)
+    call.scopes = _scopes.of_layers(call.options.name, num_layers)
     structure: Any = None
 
     def step(carry: Any, per_layer: Any) -> tuple[Any, Any]:
@@ -243,12 +245,12 @@ def python(call: Call, layer: initialize.Layer, given: Given) -> tuple[Any, Any,
             )
             output = jax.tree.map(as_array, output)
             found = jax.tree.structure(output)
-            checks.same_outputs(structure, found, where)
+            _checks.same_outputs(structure, found, where)
             structure = found
         return after, (output, state)
 
     own = given.own._replace(index=range(num_layers))
-    carry, (outputs, state) = loops.run(
+    carry, (outputs, state) = _loop.run(
         step,
         given.carry,
         (given.params, given.state, given.keys, own),

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from hk_stack import equations
-from hk_stack.equations import Atom
+from hk_stack import _equations
+from hk_stack._equations import Atom
 
 
 def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
@@ -28,7 +28,9 @@ def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
     if name in _TRANSCENDENTAL:
         return most > parameters
     return any(
-        is_expensive(e, parameters) for body in equations.bodies(eqn) for e in body.eqns
+        is_expensive(e, parameters)
+        for body in _equations.bodies(eqn)
+        for e in body.eqns
     )
 
 
@@ -52,7 +54,7 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
     return not is_narrowed(jaxpr) and all(
         eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
         and not any(map(_is_other_key, eqn.invars))
-        and all(can_batch(body, derivatives) for body in equations.bodies(eqn))
+        and all(can_batch(body, derivatives) for body in _equations.bodies(eqn))
         and (not derivatives or _can_batch_rule(eqn, derivatives - 1))
         for eqn in jaxpr.eqns
     )
@@ -61,7 +63,7 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
 def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
     """Whether a batch would compute in 32 bits what `jaxpr` computes in 64."""
     values = (v for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars))
-    bodies = (body for eqn in jaxpr.eqns for body in equations.bodies(eqn))
+    bodies = (body for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
     return any(map(_is_wide, values)) or any(map(is_narrowed, bodies))
 
 
@@ -75,10 +77,10 @@ def _is_wide(atom: Atom) -> bool:
 
 def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
     """Whether what a derivative of `eqn` runs, if its author has said so, can batch."""
-    if eqn.primitive.name not in equations.CUSTOM_DERIVATIVES:
+    if eqn.primitive.name not in _equations.CUSTOM_DERIVATIVES:
         return True
     try:
-        rule = equations.derivative(eqn)
+        rule = _equations.derivative(eqn)
     except Exception:  # Whatever its author wrote; one by one it is as it was.
         return False
     return can_batch(rule.jaxpr, derivatives)
@@ -96,22 +98,22 @@ def gathers(jaxpr: jex.Jaxpr) -> bool:
 
 
 def _gathers(eqn: jex.JaxprEqn) -> bool:
-    inside = any(map(gathers, equations.bodies(eqn)))
-    return inside or equations.gathers_from(eqn) > 1
+    inside = any(map(gathers, _equations.bodies(eqn)))
+    return inside or _equations.gathers_from(eqn) > 1
 
 
 def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
     """Which outputs are made of gathered values, so that each device may hold all."""
     found: set[Any] = set()
     for eqn in jaxpr.eqns:
-        if _gathers(eqn) or not found.isdisjoint(equations.variables(eqn.invars)):
+        if _gathers(eqn) or not found.isdisjoint(_equations.variables(eqn.invars)):
             found.update(eqn.outvars)
-    return [not found.isdisjoint(equations.variables([v])) for v in jaxpr.outvars]
+    return [not found.isdisjoint(_equations.variables([v])) for v in jaxpr.outvars]
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
-    bodies = (body for eqn in jaxpr.eqns for body in equations.bodies(eqn))
+    bodies = (body for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
     inner = map(largest_value, bodies)
     own = (nbytes([v]) for eqn in jaxpr.eqns for v in eqn.outvars)
     return max(itertools.chain(inner, own), default=0)
@@ -137,7 +139,7 @@ def flops(eqn: jex.JaxprEqn) -> float:
     """
     name, params = eqn.primitive.name, eqn.params
     most = max(map(size, eqn.outvars), default=0)
-    inner = [sum(map(flops, body.eqns)) for body in equations.bodies(eqn)]
+    inner = [sum(map(flops, body.eqns)) for body in _equations.bodies(eqn)]
     operands: list[Any] = [atom.aval for atom in eqn.invars]
     if name == "scan":
         return params["length"] * sum(inner)

@@ -1,12 +1,13 @@
 """The readable report of a partition: what was hoisted, and what stayed and why."""
 
-import html
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import cost, cut, equations, flat
+from hk_stack import _cost, _cut, _equations, _flat
+from hk_stack._table import Shown, Table, si
 
 
 class Group(NamedTuple):
@@ -41,7 +42,8 @@ class Stayed(NamedTuple):
     why: str
 
 
-class Report(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Report(Shown):
     """What a partition hoisted, and what stayed and why.
 
     Attributes:
@@ -58,49 +60,13 @@ class Report(NamedTuple):
     kept_nbytes: int
     stayed: tuple[Stayed, ...]
 
-    def __str__(self) -> str:
-        titles = ["hoisted", "primitive", "derived values", "bytes", "FLOPs"]
-        lines = [self._headline()]
-        lines += aligned([titles, *map(_cells, self.hoisted)]) if self.hoisted else []
+    def _parts(self) -> Iterator[str | Table]:
+        yield self._headline()
+        if self.hoisted:
+            titles = "hoisted|primitive|derived values|bytes|FLOPs".split("|")
+            yield Table(titles, list(map(_cells, self.hoisted)), titles[-2:])
         if self.stayed:
-            rows = [list(s) for s in self.stayed]
-            lines += aligned([["stays in the call", "primitive", "why"], *rows])
-        return "\n".join(lines)
-
-    def __rich__(self) -> Any:
-        import rich.console
-        import rich.table
-        import rich.text
-
-        def table(*titles: str) -> rich.table.Table:
-            return rich.table.Table(*titles, box=None, header_style="bold")
-
-        hoisted = table("hoisted", "primitive", "derived values")
-        for title in ("bytes", "FLOPs"):
-            hoisted.add_column(title, justify="right")
-        for group in self.hoisted:
-            hoisted.add_row(*map(rich.text.Text, _cells(group)))
-        stayed = table("stays in the call", "primitive", "why")
-        for row in self.stayed:
-            stayed.add_row(*map(rich.text.Text, row))
-        tables = [t for t in (hoisted, stayed) if t.row_count]
-        return rich.console.Group(rich.text.Text(self._headline()), *tables)
-
-    def _repr_html_(self) -> str:
-        def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-            head = "".join(f"<th>{html.escape(t)}</th>" for t in titles)
-            cells = (
-                "".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows
-            )
-            body = "".join(f"<tr>{row}</tr>" for row in cells)
-            return f"<table><tr>{head}</tr>{body}</table>" if rows else ""
-
-        titles = ["hoisted", "primitive", "derived values", "bytes", "FLOPs"]
-        return (
-            f"<p>{html.escape(self._headline())}</p>"
-            + table(titles, [_cells(group) for group in self.hoisted])
-            + table(["stays in the call", "primitive", "why"], self.stayed)
-        )
+            yield Table(["stays in the call", "primitive", "why"], self.stayed)
 
     def _headline(self) -> str:
         nbytes = sum(group.nbytes for group in self.hoisted)
@@ -114,7 +80,7 @@ class Report(NamedTuple):
 
 
 def report(
-    parts: cut.Cut, known: Sequence[bool], kept: Sequence[Any], where: str
+    parts: _cut.Cut, known: Sequence[bool], kept: Sequence[Any], where: str
 ) -> Report:
     """Describes a cut.
 
@@ -140,27 +106,27 @@ def hoisted_names(setup: jex.Jaxpr) -> list[str]:
 
 def groups(setup: jex.Jaxpr) -> Iterator[Group]:
     """The outputs of `setup`, those of one line together."""
-    nodes = [flat.Node(eqn, (), 0) for eqn in setup.eqns]
+    nodes = [_flat.Node(eqn, (), 0) for eqn in setup.eqns]
     found: dict[tuple[str, str], list[Any]] = {}
     for v, origin in zip(setup.outvars, _origins(setup), strict=True):
         found.setdefault(origin, []).append(v)
     counted: set[jex.Var] = set()
     for (source, primitive), made in found.items():
         new = {
-            node.eqn.outvars[0]: cost.flops(node.eqn)
-            for node in flat.needed(nodes, made)
+            node.eqn.outvars[0]: _cost.flops(node.eqn)
+            for node in _flat.needed(nodes, made)
             if node.eqn.outvars and node.eqn.outvars[0] not in counted
         }
         counted |= set(new)
         shapes = tuple(f"{v.aval.dtype}{list(v.aval.shape)}" for v in made)
-        yield Group(source, primitive, shapes, cost.nbytes(made), sum(new.values()))
+        yield Group(source, primitive, shapes, _cost.nbytes(made), sum(new.values()))
 
 
 def _origins(jaxpr: jex.Jaxpr) -> list[tuple[str, str]]:
     """The source line and the primitive that each output comes from."""
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
     return [
-        (flat.UNKNOWN, "a constant")
+        (_flat.UNKNOWN, "a constant")
         if isinstance(value, jex.Literal)
         else _origin(made, value)
         for value in jaxpr.outvars
@@ -173,26 +139,26 @@ def _origin(
     """The same for one value, given which equation and output each comes from."""
     while value in made:
         eqn, i = made[value]
-        before = list(equations.variables(eqn.invars))
-        if not (cost.is_layout(eqn) or eqn.primitive.name == "name"):
+        before = list(_equations.variables(eqn.invars))
+        if not (_cost.is_layout(eqn) or eqn.primitive.name == "name"):
             break
         if len(before) != 1 or before[0] not in made:
             break
         value = before[0]
     else:
-        return flat.UNKNOWN, "an input"
-    line, primitive = flat.source_line(eqn), eqn.primitive.name
-    for body in equations.bodies(eqn):
+        return _flat.UNKNOWN, "an input"
+    line, primitive = _flat.source_line(eqn), eqn.primitive.name
+    for body in _equations.bodies(eqn):
         if len(body.outvars) == len(eqn.outvars):
-            inner = equations.variables([body.outvars[i]])
+            inner = _equations.variables([body.outvars[i]])
             if any(v in e.outvars for e in body.eqns for v in inner):
                 inner_line, primitive = _origins(body)[i]
-                return (line if inner_line == flat.UNKNOWN else inner_line), primitive
+                return (line if inner_line == _flat.UNKNOWN else inner_line), primitive
     return line, primitive
 
 
 def _stayed(
-    jaxpr: jex.Jaxpr, known: Sequence[bool], caller: str = flat.UNKNOWN
+    jaxpr: jex.Jaxpr, known: Sequence[bool], caller: str = _flat.UNKNOWN
 ) -> Iterator[Stayed]:
     """What a call does with known values, and what in it was left whole.
 
@@ -204,18 +170,18 @@ def _stayed(
     values = {v for v, flag in zip(jaxpr.invars, known, strict=True) if flag}
     rest = set(jaxpr.invars) - values
     for eqn in jaxpr.eqns:
-        read = set(equations.variables(eqn.invars))
-        source, name = flat.source_line(eqn), eqn.primitive.name
-        source = caller if source == flat.UNKNOWN else source
+        read = set(_equations.variables(eqn.invars))
+        source, name = _flat.source_line(eqn), eqn.primitive.name
+        source = caller if source == _flat.UNKNOWN else source
         if read & rest:
             rest |= set(eqn.outvars)
             yield from _inside(eqn, [a in values for a in _hashable(eqn)], source)
-        elif name in cost.OPAQUE or eqn.effects:
+        elif name in _cost.OPAQUE or eqn.effects:
             rest |= set(eqn.outvars)
             yield Stayed(source, name, "it has side effects or runs foreign code")
         elif read & values:
             values |= set(eqn.outvars)
-            if not cost.is_layout(eqn):
+            if not _cost.is_layout(eqn):
                 why = "it is cheap, and no smaller than what it is made of"
                 yield Stayed(source, name, why)
 
@@ -229,46 +195,24 @@ def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Staye
     """The same for what `eqn` runs."""
     name = eqn.primitive.name
     if name == "scan":
-        carry = equations.carried(eqn)
+        carry = _equations.carried(eqn)
         known = [flag and i not in carry for i, flag in enumerate(known)]
-    for body in equations.bodies(eqn):
+    for body in _equations.bodies(eqn):
         flags = known[len(known) - len(body.invars) :]
         if len(flags) != len(body.invars) or name == "while":
             continue
         inner = list(_stayed(body, flags, source))
         if name in _CUT:
             yield from inner
-        elif inner and any(cost.is_expensive(e, 0) for e in body.eqns):
+        elif inner and any(_cost.is_expensive(e, 0) for e in body.eqns):
             why = f"the cut does not look into a {name} that depends on the rest"
             yield Stayed(source, name, why)
 
 
-_CUT = ("scan", *equations.JIT, *equations.REMAT)
+_CUT = ("scan", *_equations.JIT, *_equations.REMAT)
 
 
 def _cells(group: Group) -> list[str]:
     shapes = ", ".join(group.shapes).replace(" ", "")
     flops, nbytes = si(group.flops), si(group.nbytes)
     return [group.source, group.primitive, shapes, f"{nbytes}B", flops]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, with its columns under one another."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
-        for row in map(list, rows)
-    ]
-
-
-def si(number: float) -> str:
-    """`number` with three digits and a decimal prefix.
-
-    >>> si(0), si(12), si(1536), si(2.5e9)
-    ('0 ', '12 ', '1.54 k', '2.5 G')
-    """
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} T"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import checks, eager, equations, flat, inside
+from hk_stack import _checks, _eager, _equations, _flat, _frames
 
 
 def collect(
@@ -78,20 +78,20 @@ def collect(
         a tap is in a conditional, a `while` or a function with its own derivative,
         which no value can leave.
     """
-    patterns = checks.collected(fn, select)
+    patterns = _checks.collected(fn, select)
     values = None if add is None else {k: jnp.asarray(v) for k, v in add.items()}
 
     @functools.wraps(fn)
     def collected(*args: Any, **kwargs: Any) -> Any:
         run, arrays = on_arrays(fn, args, kwargs)
-        adding = None if values is None else inside.Adding(values)
-        with inside.collecting(inside.Collector(patterns, adding)):
+        adding = None if values is None else _frames.Adding(values)
+        with _frames.collecting(_frames.Collector(patterns, adding)):
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
         exposed, constants, marks = expose(closed)
         found = _unique(list(map(_name, marks)))
         used = adding.used if adding else set()
         lost = sorted({*(add or ())} - used)
-        checks.some_taps(patterns, select, found, lost, lambda: _all_taps(run, arrays))
+        _checks.some_taps(patterns, select, found, lost, lambda: _all_taps(run, arrays))
         inputs = [*constants, *arrays.values()]
         results = _run(exposed, inputs)
         count = len(results) - len(marks)
@@ -103,13 +103,13 @@ def collect(
 
 def _all_taps(run: Callable[..., Any], arrays: dict[int, Any]) -> list[str]:
     """The paths of all taps, for an error."""
-    adding = inside.Adding({})
-    with inside.collecting(inside.Collector((), adding)):
+    adding = _frames.Adding({})
+    with _frames.collecting(_frames.Collector((), adding)):
         jax.eval_shape(run, arrays)
     return sorted(adding.seen)
 
 
-def _name(mark: inside.Mark) -> str:
+def _name(mark: _frames.Mark) -> str:
     """The path of a tap; with the layer's index if it is not in all layers."""
     indices = ",".join(str(i) for i, _ in mark.indices)
     return f"{mark.label}[{indices}]" if indices else mark.label
@@ -129,7 +129,7 @@ def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
     run = jex.jaxpr_as_fun(program)
     if program.effects:
         return run(*inputs)
-    return eager.call(
+    return _eager.call(
         lambda values: run(*values), inputs, lambda structure: structure(program)
     )
 
@@ -152,7 +152,7 @@ def on_arrays(
 
 def expose(
     closed: jex.ClosedJaxpr,
-) -> tuple[jex.ClosedJaxpr, list[Any], list[inside.Mark]]:
+) -> tuple[jex.ClosedJaxpr, list[Any], list[_frames.Mark]]:
     """Takes the values at marks out of a traced function.
 
     Args:
@@ -162,10 +162,10 @@ def expose(
       The same without marks, whose constants are its first inputs, and whose last
       outputs are the values at the marks; these constants; and what the marks are.
     """
-    jaxpr = flat.without_constants(closed.jaxpr)
+    jaxpr = _flat.without_constants(closed.jaxpr)
     if not _has_marks(jaxpr):
         return jex.ClosedJaxpr(jaxpr, []), closed.consts, []
-    found: list[inside.Mark] = []
+    found: list[_frames.Mark] = []
 
     def run(*args: Any) -> list[Any]:
         outputs, marked = _evaluate(jaxpr, args)
@@ -176,14 +176,14 @@ def expose(
     exposed = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
     # Functions under `jit` may have had constants of their own.
     constants = [*exposed.consts, *closed.consts]
-    exposed = jex.ClosedJaxpr(flat.without_constants(exposed.jaxpr), [])
+    exposed = jex.ClosedJaxpr(_flat.without_constants(exposed.jaxpr), [])
     return exposed, constants, found
 
 
 class _Marked(NamedTuple):
     """A value at a mark."""
 
-    mark: inside.Mark
+    mark: _frames.Mark
     value: Any
 
 
@@ -200,7 +200,7 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
         mark = _mark(eqn)
         if mark is not None:
             results, more = inputs, [_Marked(mark, inputs[0])]
-        elif any(map(_has_marks, equations.bodies(eqn))):
+        elif any(map(_has_marks, _equations.bodies(eqn))):
             results, more = _open(eqn, inputs)
         else:
             results, more = _run_one(eqn, inputs), []
@@ -209,11 +209,11 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
     return list(map(read, jaxpr.outvars)), found
 
 
-def _mark(eqn: jex.JaxprEqn) -> inside.Mark | None:
+def _mark(eqn: jex.JaxprEqn) -> _frames.Mark | None:
     if eqn.primitive.name == "name":
-        return inside.read_mark(eqn.params["name"])
+        return _frames.read_mark(eqn.params["name"])
     if eqn.primitive.name == "custom_vmap_call":  # Around the mark of a check.
-        marks = [_mark(inner) for body in equations.bodies(eqn) for inner in body.eqns]
+        marks = [_mark(inner) for body in _equations.bodies(eqn) for inner in body.eqns]
         if len(marks) == 1 and marks[0] and not marks[0].is_tap:
             return marks[0]
     return None
@@ -221,30 +221,30 @@ def _mark(eqn: jex.JaxprEqn) -> inside.Mark | None:
 
 def _has_marks(jaxpr: jex.Jaxpr) -> bool:
     return any(
-        _mark(eqn) is not None or any(map(_has_marks, equations.bodies(eqn)))
+        _mark(eqn) is not None or any(map(_has_marks, _equations.bodies(eqn)))
         for eqn in jaxpr.eqns
     )
 
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Runs an equation as it is."""
-    return jex.jaxpr_as_fun(equations.alone(eqn))(*inputs)
+    return jex.jaxpr_as_fun(_equations.alone(eqn))(*inputs)
 
 
 def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
     """Runs an equation with marks inside."""
     name, params = eqn.primitive.name, eqn.params
-    if name in equations.REMAT:
+    if name in _equations.REMAT:
         if params["differentiated"]:  # A backward pass computes again what was there.
             return _run_one(eqn, inputs), []
         return _open_remat(eqn, params["jaxpr"], inputs)
-    if name in equations.JIT:
+    if name in _equations.JIT:
         closed = params["jaxpr"]
-        body = flat.without_constants(closed.jaxpr)
+        body = _flat.without_constants(closed.jaxpr)
         return _evaluate(body, [*closed.consts, *inputs])
     if name == "scan":
         return _open_scan(eqn, inputs)
-    for inner in equations.bodies(eqn):
+    for inner in _equations.bodies(eqn):
         for mark in _marks(inner):
             if mark.is_tap:
                 raise ValueError(
@@ -255,17 +255,17 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
     return _run_one(eqn, inputs), []  # Checks are left out there.
 
 
-def _marks(jaxpr: jex.Jaxpr) -> list[inside.Mark]:
+def _marks(jaxpr: jex.Jaxpr) -> list[_frames.Mark]:
     """All marks, those inside equations too."""
     own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
-    inner = (_marks(body) for eqn in jaxpr.eqns for body in equations.bodies(eqn))
+    inner = (_marks(body) for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
     return [*own, *itertools.chain(*inner)]
 
 
 def _open_remat(
     eqn: jex.JaxprEqn, body: jex.Jaxpr, inputs: Sequence[Any]
 ) -> tuple[list[Any], list[_Marked]]:
-    marks: list[inside.Mark] = []
+    marks: list[_frames.Mark] = []
 
     def run(*args: Any) -> tuple[list[Any], list[Any]]:
         outputs, found = _evaluate(body, args)
@@ -281,11 +281,11 @@ def _open_scan(
     eqn: jex.JaxprEqn, inputs: Sequence[Any]
 ) -> tuple[list[Any], list[_Marked]]:
     params, closed = eqn.params, eqn.params["jaxpr"]
-    carried = equations.carried(eqn)
+    carried = _equations.carried(eqn)
     first, count = carried.start, len(carried)
-    body = flat.without_constants(closed.jaxpr)
+    body = _flat.without_constants(closed.jaxpr)
     shared = [*closed.consts, *inputs[:first]]
-    marks: list[inside.Mark] = []
+    marks: list[_frames.Mark] = []
 
     def turn(carry: Any, own: Any) -> tuple[Any, Any]:
         outputs, found = _evaluate(body, [*shared, *carry, *own])
@@ -297,7 +297,7 @@ def _open_scan(
     carry, mapped = inputs[first : first + count], inputs[first + count :]
     carry, (outputs, values) = jax.lax.scan(turn, carry, mapped, **options)
     found = [
-        _Marked(mark, value if mark.is_tap else inside.first_code(value))
+        _Marked(mark, value if mark.is_tap else _frames.first_code(value))
         for mark, value in zip(marks, values, strict=True)
     ]
     return [*carry, *outputs], found
@@ -318,13 +318,13 @@ def _folded(found: Sequence[_Marked], *, in_scan: bool = False) -> list[_Marked]
             number += 1
         groups.setdefault(_key(mark, number), {})[mark.indices] = value
     return [
-        _Marked(inside.Mark(is_tap, label, indices), value)
+        _Marked(_frames.Mark(is_tap, label, indices), value)
         for (is_tap, label, _, _), grid in groups.items()
         for indices, value in _fold(grid, 2 if in_scan else 1).items()
     ]
 
 
-def _key(mark: inside.Mark, number: int) -> tuple[bool, str, int, int]:
+def _key(mark: _frames.Mark, number: int) -> tuple[bool, str, int, int]:
     return mark.is_tap, mark.label, len(mark.indices), number
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import equations
+from hk_stack import _equations
 
 
 def describe(name: str, f: Callable[..., Any]) -> str:
@@ -566,7 +566,7 @@ def not_sharded_by_layer(trees: Mapping[str, Any], where: str) -> None:
     """Checks that no type says that layers are on other devices than one another."""
     for kind, tree in trees.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
-            sharding = equations.explicit(jax.typeof(leaf))
+            sharding = _equations.explicit(jax.typeof(leaf))
             if sharding and sharding.spec[0] is not None:
                 whole = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
                 raise ValueError(

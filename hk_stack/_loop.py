@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hk_stack import checks
+from hk_stack import _checks
 
 LOOPS = ("scan", "unrolled", "python")
 
@@ -44,7 +44,7 @@ def use_loop(loop: str) -> contextlib.AbstractContextManager[None]:
     Raises:
       ValueError: If there is no such executor.
     """
-    return _override(checks.one_of(loop, LOOPS, "loop", "use_loop"))
+    return _override(_checks.one_of(loop, LOOPS, "loop", "use_loop"))
 
 
 def in_force(loop: str) -> str:
@@ -54,7 +54,7 @@ def in_force(loop: str) -> str:
     of_program = os.environ.get("HK_STACK_LOOP")
     if not of_program:
         return loop
-    return checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+    return _checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
 
 
 class Remat(NamedTuple):

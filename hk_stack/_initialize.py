@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import cost, eager, flat, layout, loop
+from hk_stack import _cost, _eager, _flat, _layout, _loop
 
 METHODS = ("auto", "vmap", "map", "scan")
 
@@ -99,7 +99,7 @@ class _Traced(NamedTuple):
       tree: The structure of parameters and state.
     """
 
-    flattened: flat.Flat
+    flattened: _flat.Flat
     constants: list[Any]
     dependent: list[str]
     tree: Any
@@ -108,10 +108,10 @@ class _Traced(NamedTuple):
 def _trace(layer: Layer, key: Any, carry: Any, per_layer: Any) -> _Traced:
     """Traces `layer.init`, and finds out what depends on the activations."""
     trace = jax.make_jaxpr(layer.init, return_shape=True)
-    closed, shapes = trace(key, carry, layout.drop_layers(per_layer))
+    closed, shapes = trace(key, carry, _layout.drop_layers(per_layer))
     start = len(closed.consts) + len(jax.tree.leaves(key))
-    activations = flat.bits([False] * start + [True] * len(jax.tree.leaves(carry)))
-    flattened = flat.flatten(closed, lambda _, reads: bool(reads & activations))
+    activations = _flat.bits([False] * start + [True] * len(jax.tree.leaves(carry)))
+    flattened = _flat.flatten(closed, lambda _, reads: bool(reads & activations))
     paths, tree = jax.tree.flatten_with_path(shapes)
     dependent = [
         _leaf_name(path)
@@ -125,7 +125,7 @@ def _run_initialisers(
     traced: _Traced, num_layers: int, own: list[Any], has_key: bool, method: str
 ) -> tuple[Any, Any]:
     """Runs the initialisers of all layers; a key is the first of their `own` inputs."""
-    initialisers, reads = flat.program(traced.flattened, traced.flattened.outputs)
+    initialisers, reads = _flat.program(traced.flattened, traced.flattened.outputs)
     inputs = [*traced.constants, *own]
     values = [inputs[i] for i in reads]
     start = len(traced.constants)
@@ -133,13 +133,13 @@ def _run_initialisers(
     key = inputs[start] if has_key and start in reads else None
     in_jit = any(isinstance(value, jax.core.Tracer) for value in values)
     size = 1
-    if (method == "vmap" and not cost.is_narrowed(initialisers.jaxpr)) or (
-        method == "auto" and not in_jit and cost.can_batch(initialisers.jaxpr)
+    if (method == "vmap" and not _cost.is_narrowed(initialisers.jaxpr)) or (
+        method == "auto" and not in_jit and _cost.can_batch(initialisers.jaxpr)
     ):
-        size = loop.batch_size(num_layers, cost.largest_value(initialisers.jaxpr))
+        size = _loop.batch_size(num_layers, _cost.largest_value(initialisers.jaxpr))
     # JAX's cache does not know what kind of key an array of integers is.
     kind = None if key is None else str(jax.random.key_impl(key))
-    leaves = eager.call(
+    leaves = _eager.call(
         functools.partial(_run, initialisers, num_layers, shared, kind, size),
         values,
         lambda structure: (structure(initialisers), num_layers, shared, kind, size),
@@ -173,7 +173,7 @@ def _run(
     # own keeps all this pure, so that it can be compiled.
     run = hk.transform(
         functools.partial(
-            loop.in_batches,
+            _loop.in_batches,
             lambda numbered: one(numbered[1:]),
             size=size,
             remat=False,
@@ -198,7 +198,7 @@ def _in_turn(
         return key, one([init_key, *own])
 
     key, rows = (own[0], own[1:]) if kind else (None, own)
-    return loop.run(step, key, rows, num_layers=num_layers)[1]
+    return _loop.run(step, key, rows, num_layers=num_layers)[1]
 
 
 def _one_after_another(
@@ -213,7 +213,7 @@ def _one_after_another(
         (carry, _), _ = layer.apply(params, state, apply_key, carry, own)
         return (carry, key), (params, state)
 
-    return loop.run(step, (carry, key), per_layer, num_layers=num_layers)[1]
+    return _loop.run(step, (carry, key), per_layer, num_layers=num_layers)[1]
 
 
 def _three_keys(key: jax.Array | None) -> Any:
@@ -234,7 +234,7 @@ def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
         init_key, key, _ = jax.random.split(key, 3)
         return key, init_key
 
-    return loop.run(step, key, None, num_layers=num_layers)[1]
+    return _loop.run(step, key, None, num_layers=num_layers)[1]
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

@@ -1,0 +1,90 @@
+"""Tables: one way to show rows as plain text, in colour with rich, and as HTML."""
+
+import html
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+    """Rows under titles.
+
+    Attributes:
+      titles: Of the columns.
+      rows: As many cells each.
+      numbers: The titles of columns that stand at the right in colour.
+      styles: Of each row's last cell in colour; by default none.
+    """
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[str] = ()
+    styles: Sequence[str] = ()
+
+
+class Shown:
+    """What `print`, `rich.print` and notebooks show as lines and tables."""
+
+    def _parts(self) -> Iterable[str | Table]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for part in self._parts():
+            lines += [part] if isinstance(part, str) else aligned(part)
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        console, text = map(importlib.import_module, ("rich.console", "rich.text"))
+        shown = (
+            text.Text(part) if isinstance(part, str) else _coloured(part)
+            for part in self._parts()
+        )
+        return console.Group(*shown)
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p>{html.escape(part)}</p>" if isinstance(part, str) else _in_html(part)
+            for part in self._parts()
+            if part
+        )
+
+
+def aligned(table: Table) -> list[str]:
+    """Lines of a table, with its columns under one another."""
+    rows = [list(table.titles), *map(list, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _coloured(table: Table) -> Any:
+    tables, texts = map(importlib.import_module, ("rich.table", "rich.text"))
+    made = tables.Table(box=None, header_style="bold")
+    for title in table.titles:
+        made.add_column(title, justify="right" if title in table.numbers else "left")
+    styles = table.styles or [""] * len(table.rows)
+    for (*cells, last), style in zip(table.rows, styles, strict=True):
+        made.add_row(*map(texts.Text, cells), texts.Text(last, style=style))
+    return made
+
+
+def _in_html(table: Table) -> str:
+    lines = [(table.titles, "th"), *((row, "td") for row in table.rows)]
+    rows = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        for cells, tag in lines
+    )
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def si(number: float) -> str:
+    """`number` with three digits and a decimal prefix.
+
+    >>> si(0), si(12), si(1536), si(2.5e9)
+    ('0 ', '12 ', '1.54 k', '2.5 G')
+    """
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"
