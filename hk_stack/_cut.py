@@ -26,13 +26,11 @@ from jax.extend import core as jex
 from hk_stack import _cost, _equations, _flat, _loop
 from hk_stack._equations import Atom, carried, fresh, variables
 from hk_stack._flat import Exposed, Flat, bits
+from hk_stack._marks import HOIST, HOISTED
 
 T = TypeVar("T")
 
 POLICIES = ("auto", "marked", "inline")
-
-_MARK = "hk_stack.hoist"  # written by `hoist`: hoist this, or say why it cannot be
-_HOISTED = "hk_stack.hoisted"  # left by a cut: an outer cut hoists it too if it can
 
 
 def hoist(value: T) -> T:
@@ -73,7 +71,7 @@ def hoist(value: T) -> T:
                 f"hk_stack.hoist: expected a pytree of arrays, found a "
                 f"{type(leaf).__name__} ({leaf!r})."
             )
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, _MARK), value)
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
 
 
 class Input(NamedTuple):
@@ -155,7 +153,7 @@ def cut(
         flattened = _flat.flatten(
             closed,
             lambda body, reads: (
-                bool(reads & known) or any(_is_marked(e, (_MARK,)) for e in body.eqns)
+                bool(reads & known) or any(_is_marked(e, (HOIST,)) for e in body.eqns)
             ),
             task.expose,
             _cost.OPAQUE,
@@ -257,7 +255,7 @@ class _Task(NamedTuple):
             return None
         outer = [self._describe(mask) for mask in reads]
         if all(i.known for i in outer) or (
-            all(i.fixed for i in outer) and _is_marked(eqn, (_MARK, _HOISTED))
+            all(i.fixed for i in outer) and _is_marked(eqn, (HOIST, HOISTED))
         ):
             return None
         return expose(self, eqn, outer)
@@ -289,7 +287,7 @@ def _expose_scan(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
 
     def run(*values: Any) -> list[Any]:
         shared, own = derive(parts, values, [i.layered for i in inputs], length)
-        return [*shared, *(checkpoint_name(v, _HOISTED) for v in own)]
+        return [*shared, *(checkpoint_name(v, HOISTED) for v in own)]
 
     return Exposed(_trace(run, eqn), functools.partial(_rest_of_scan, eqn, parts))
 
@@ -398,7 +396,7 @@ def _expose_cond(task: _Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
         branches = list(map(filling, cuts, slots.of))
         derived = jax.lax.switch(index, branches, [values[i] for i in read])
         if task.policy == "marked":
-            return [checkpoint_name(v, _HOISTED) for v in derived]
+            return [checkpoint_name(v, HOISTED) for v in derived]
         return derived
 
     after = functools.partial(_rest_of_cond, eqn, cuts, slots)
@@ -575,9 +573,9 @@ def _settle_marks(
     nodes, marked = [], []
     for node in flattened.nodes:
         eqn, others = node.eqn, node.reads & ~fixed
-        if not others and _is_marked(eqn, (_MARK, _HOISTED)):
+        if not others and _is_marked(eqn, (HOIST, HOISTED)):
             marked.extend(eqn.outvars)
-        elif others and _is_marked(eqn, (_MARK,)) and eqn.params.get("length") != 0:
+        elif others and _is_marked(eqn, (HOIST,)) and eqn.params.get("length") != 0:
             raise ValueError(_explain_mark(eqn, inputs, others, where))
         nodes.append(node._replace(eqn=_weaken(eqn)))
     return flattened._replace(nodes=nodes), marked
@@ -593,10 +591,10 @@ def _is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
 
 def _weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     """`eqn` with its mark, or the marks inside, weakened."""
-    if not _is_marked(eqn, (_MARK,)):
+    if not _is_marked(eqn, (HOIST,)):
         return eqn
     if _name(eqn) == "name":
-        return eqn.replace(params={**eqn.params, "name": _HOISTED})
+        return eqn.replace(params={**eqn.params, "name": HOISTED})
 
     return _equations.with_bodies(eqn, _weaken_all)
 

@@ -15,10 +15,10 @@ from hk_stack import (
     _cut,
     _eager,
     _finite,
-    _frames,
     _initialize,
     _layout,
     _loop,
+    _marks,
     _scopes,
     _taps,
 )
@@ -32,9 +32,9 @@ def compiled(
     options, where = call.options, call.where
     closed, given, shapes = _trace(call, layer, given)
     constants = closed.consts
-    marks: list[_frames.Mark] = []
-    if call.checked or _frames.collecting.value is not None:
-        closed, constants, marks = _taps.expose(closed)
+    marks: list[_marks.Mark] = []
+    if call.checked or _taps.collecting.value is not None:
+        closed, constants, marks = _marks.expose(closed)
     inputs = _inputs(constants, given, call.arguments)
     parts = _cut.cut(closed, inputs, options.setup, where)
     call.record(given.params, parts)
@@ -61,7 +61,7 @@ def compiled(
 
 
 def _pass_on(
-    call: Call, marks: list[_frames.Mark], values: list[Any], results: Any
+    call: Call, marks: list[_marks.Mark], values: list[Any], results: Any
 ) -> Any:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
@@ -71,19 +71,19 @@ def _pass_on(
     kept, items, codes = [], [], []
     for mark, value in zip(marks, values, strict=True):
         if mark.is_tap:
-            kept.append(_frames.mark_tap(value, mark.label))
+            kept.append(_taps.mark_tap(value, mark.label))
         else:
             label = mark.label.partition(":")[2]
             items.append((label, call.checked[mark.label]))
             codes.append(value)
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
-    results = _frames.tied(results, kept)
+    results = _marks.tied(results, kept)
     if not codes:
         return results
     num_layers = call.options.num_layers
     checked = _finite.Checked(call.where, num_layers, call.reverse, tuple(items))
-    code = _frames.Code(call.where, checked.encode(codes), checked)
-    return _frames.say_codes([code], results)
+    code = _finite.Code(call.where, checked.encode(codes), checked)
+    return _finite.say_codes([code], results)
 
 
 class _Plan(NamedTuple):
@@ -157,7 +157,7 @@ class _Plan(NamedTuple):
 
 def _derived(value: Any) -> Any:
     """Names a derived value for policies of `jax.checkpoint` around the stack."""
-    return checkpoint_name(value, "hk_stack.derived")
+    return checkpoint_name(value, _marks.DERIVED)
 
 
 def _trace(

@@ -19,6 +19,8 @@ from hk_stack import (
     _initialize,
     _loop,
     _scopes,
+    _summary,
+    _taps,
 )
 
 
@@ -126,7 +128,7 @@ class Call:
 
     def record(self, params: Any, parts: _cut.Cut | None) -> None:
         """Tells `summary`, if it listens."""
-        recorder = _frames.recording.value
+        recorder = _summary.recording.value
         if recorder is None:
             return
         if hk.running_init():
@@ -140,7 +142,7 @@ class Call:
         # Only types, as traced values must not outlive what is traced.
         params, stored = jax.tree.map(jax.typeof, (params, stored))
         remat = None if self.is_python else self.options.remat
-        record = _frames.Record(
+        record = _summary.Record(
             self.path,
             _checks.name_of(self.f),
             self.options.num_layers,
@@ -230,6 +232,7 @@ class Call:
             is_init,
             own.added,
             self.checked,
+            self.check_finite or _taps.collecting.value is not None,
         )
 
 
@@ -272,7 +275,7 @@ def pure_layer(call: Call) -> _initialize.Layer:
             if frame.check_finite:
                 named = dict(zip(call.arguments, carry, strict=False))
                 checked = {"result ": named, "output per layer ": output}
-                carry, output = _frames.say_finite(checked, (carry, output))
+                carry, output = _finite.say_finite(checked, (carry, output))
         return (carry, output), names.dropped(after, state)
 
     return _initialize.Layer(init, apply)
@@ -282,7 +285,7 @@ def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> 
     """Checks what a layer is given; returns its carry, as `say_finite` does."""
     named = dict(zip(call.arguments, (*carry, *own.inputs), strict=True))
     checked = {"parameter ": params, "state ": state, "argument ": named}
-    return _frames.say_finite(checked, carry)
+    return _finite.say_finite(checked, carry)
 
 
 def run_one(

@@ -23,6 +23,7 @@ from hk_stack import (
     _layout,
     _loop,
     _scopes,
+    _taps,
 )
 from hk_stack._layer import Call, Given, Options, Own, as_array, cast, pure_layer
 
@@ -242,7 +243,7 @@ def _call(
         carry, inputs = jax.tree.map(as_array, (carry, inputs))
         carry = cast(carry, options.carry_dtype)
         path = _frames.path_below(path)
-        added = _frames.added_below(path, num_layers, where)
+        added = _taps.added_below(path, num_layers, where)
         own = Own(np.arange(num_layers, dtype=np.int32), added, inputs)
         call = Call(options, f, args, kwargs, where, path, names, reverse)
         layer = pure_layer(call)

@@ -7,9 +7,45 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hk_stack import _checks, _cost, _frames, _taps
+from hk_stack import _checks, _cost, _taps
 from hk_stack._report import Group, groups
 from hk_stack._table import Shown, Table, si
+
+
+class Record(NamedTuple):
+    """One call of a stack, for `summary`.
+
+    Attributes:
+      path: Of the stack.
+      function: Name of the layer function.
+      num_layers: `L`.
+      params: Types of the parameters of all layers, `[L, ...]`.
+      stored: Types of all parameters of the transform around it.
+      parts: How its layer was cut (`cut.Cut`); None if it was not.
+      loop: What runs the layers.
+      remat: What the backward pass computes again, in words.
+      is_nested: Whether the stack is inside another.
+    """
+
+    path: str
+    function: str
+    num_layers: int
+    params: Any
+    stored: Any
+    parts: Any
+    loop: str
+    remat: str
+    is_nested: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recorder:
+    """What `summary` has heard of."""
+
+    records: dict[Any, Record] = dataclasses.field(default_factory=dict)
+
+
+recording: Any = jax.make_user_context(None)
 
 
 class Stack(NamedTuple):
@@ -159,12 +195,12 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
       TypeError: If `fn` is no function.
       ValueError: If it is an `init`, which has no parameters yet; if it calls no stack.
     """
-    _checks.summarised(fn)
-    recorder = _frames.Recorder()
-    with _frames.recording(recorder):
+    _summarised(fn)
+    recorder = Recorder()
+    with recording(recorder):
         jax.eval_shape(*_taps.on_arrays(fn, args, kwargs))
     found = list(recorder.records.values())
-    _checks.some_stack(found, fn)
+    _some_stack(found, fn)
     records = sorted(found, key=_order([record.path for record in found]))
     stored = {key: leaf for record in records for key, leaf in _outer(record)}
     return Summary(
@@ -174,10 +210,10 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
     )
 
 
-def _order(paths: Sequence[str]) -> Callable[[_frames.Record], list[int]]:
+def _order(paths: Sequence[str]) -> Callable[[Record], list[int]]:
     """Sorts stacks by when they began: those inside of one are recorded before it."""
 
-    def key(record: _frames.Record) -> list[int]:
+    def key(record: Record) -> list[int]:
         parts = record.path.split("/")
         begins = ["/".join(parts[: i + 1]) for i in range(len(parts))]
         return [paths.index(path) for path in begins if path in paths]
@@ -185,7 +221,7 @@ def _order(paths: Sequence[str]) -> Callable[[_frames.Record], list[int]]:
     return key
 
 
-def _outer(record: _frames.Record) -> list[tuple[Any, Any]]:
+def _outer(record: Record) -> list[tuple[Any, Any]]:
     """The parameters of the transform around a stack, by name and type."""
     if record.is_nested:
         return []
@@ -212,9 +248,7 @@ def _part(leaf: Any) -> float:
     return math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
 
 
-def _stack(
-    record: _frames.Record, records: Sequence[_frames.Record], given: Any
-) -> Stack:
+def _stack(record: Record, records: Sequence[Record], given: Any) -> Stack:
     around = _around(record.path, records)
     copies = math.prod(r.num_layers for r in around)
     leaves = jax.tree.leaves(record.params)
@@ -245,7 +279,7 @@ def _hoisted(parts: Any) -> Iterator[Group]:
     yield from groups(parts.setup.jaxpr)
 
 
-def _derived(record: _frames.Record, share: float) -> float:
+def _derived(record: Record, share: float) -> float:
     """Bytes of what the call is handed, if devices have this share of parameters."""
     if not record.parts:
         return 0.0
@@ -267,3 +301,22 @@ def _nbytes(leaf: Any) -> int:
 def _padded(name: str, count: int, nbytes: int) -> list[str]:
     row = [name, "", "", f"{count:,}", f"{si(nbytes)}B"]
     return row + [""] * (len(_TITLES) - len(row))
+
+
+def _summarised(fn: Any) -> None:
+    """Checks what `summary` is given."""
+    if not callable(fn):
+        hint = " Give its apply." if hasattr(fn, "apply") else ""
+        raise TypeError(
+            f"hk_stack.summary: expected a function, not {type(fn).__name__}.{hint}"
+        )
+
+
+def _some_stack(found: Sequence[Any], fn: Any) -> None:
+    """Checks that there is something to summarise."""
+    if not found:
+        raise ValueError(
+            f"hk_stack.summary: {_checks.name_of(fn)!r} calls no stack, or not in this "
+            "call. Those of hk.layer_stack are not seen: write hk_stack.layer_stack, "
+            "which takes the same arguments."
+        )
