@@ -262,6 +262,13 @@ def inside_transform(name: str, f: Callable[..., Any]) -> None:
         ) from None
 
 
+def function(f: Any, where: str) -> None:
+    """Checks that `f` can be called."""
+    if not callable(f):
+        hint = " Give its apply." if hasattr(f, "apply") else ""
+        raise TypeError(f"{where}: expected a function, not {type(f).__name__}.{hint}")
+
+
 def argument_names(f: Callable[..., Any], count: int) -> list[str]:
     """Names of the first `count` arguments of `f`."""
     try:
@@ -666,17 +673,3 @@ def arrays(tree: Any, what: str, instead: str = _BIND) -> None:
         is_text = getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSU"
         if is_text or not (hasattr(leaf, "shape") or is_number):
             raise TypeError(f"{at} is a {type(leaf).__name__} ({leaf!r}); {instead}")
-
-
-@contextlib.contextmanager
-def while_tracing(where: str) -> Iterator[None]:
-    """Says what to do where a function fails on traced arguments."""
-    try:
-        yield
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        error.add_note(
-            f"{where}: this happened while tracing it on the arguments given, all of "
-            "which are traced. Bind static ones before, as in "
-            "functools.partial(fn, is_training=True)."
-        )
-        raise

@@ -20,6 +20,7 @@ from hk_stack import (
     _loop,
     _marks,
     _scopes,
+    _summary,
     _taps,
 )
 from hk_stack._layer import Call, Given, as_array, promote, run_one
@@ -33,11 +34,11 @@ def compiled(
     closed, given, shapes = _trace(call, layer, given)
     constants = closed.consts
     marks: list[_marks.Mark] = []
-    if call.checked or _taps.collecting.value is not None:
+    if call.check_finite or _taps.are_heard():
         closed, constants, marks = _marks.expose(closed)
     inputs = _inputs(constants, given, call.arguments)
     parts = _cut.cut(closed, inputs, options.setup, where)
-    call.record(given.params, parts)
+    _summary.record(call, given.params, parts)
     num_carry = len(jax.tree.leaves(given.carry))
     start = len(constants) + len(jax.tree.leaves(given[:3]))
     plan = _Plan(
@@ -68,22 +69,13 @@ def _pass_on(
     Returns:
       The stack's results, computed only together with what is told.
     """
-    kept, items, codes = [], [], []
-    for mark, value in zip(marks, values, strict=True):
-        if mark.is_tap:
-            kept.append(_taps.mark_tap(value, mark.label))
-        else:
-            label = mark.label.partition(":")[2]
-            items.append((label, call.checked[mark.label]))
-            codes.append(value)
+    found = list(zip(marks, values, strict=True))
+    kept = [_taps.say(v, _taps.name_of(m)) for m, v in found if m.kind == _marks.TAP]
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
     results = _marks.tied(results, kept)
-    if not codes:
-        return results
-    num_layers = call.options.num_layers
-    checked = _finite.Checked(call.where, num_layers, call.reverse, tuple(items))
-    code = _finite.Code(call.where, checked.encode(codes), checked)
-    return _finite.say_codes([code], results)
+    checks = [(m, v) for m, v in found if m.kind == _marks.FINITE]
+    stack = _finite.Check(call.where, call.options.num_layers, call.reverse)
+    return _finite.say_layers(stack, checks, results)
 
 
 class _Plan(NamedTuple):
@@ -232,7 +224,7 @@ def _closed_over(constants: list[Any]) -> list[_cut.Input]:
 def python(call: Call, layer: _initialize.Layer, given: Given) -> tuple[Any, Any, Any]:
     """Runs the layer function itself, layer by layer."""
     num_layers, where = call.options.num_layers, call.where
-    call.record(given.params, None)
+    _summary.record(call, given.params, None)
     call.scopes = _scopes.of_layers(call.options.name, num_layers)
     structure: Any = None
 

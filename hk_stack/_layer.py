@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from hk_stack import (
     _advice,
     _checks,
-    _cut,
     _equations,
     _finite,
     _frames,
     _initialize,
     _loop,
     _scopes,
-    _summary,
     _taps,
 )
 
@@ -84,7 +82,6 @@ class Call:
       loop: What runs the layers.
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
-      checked: The stacks inside that check values, by label.
       outside: Parameters of the transform around, which no layer may share, by plain
         names.
       scopes: Of the layers, if a Python loop runs them.
@@ -115,7 +112,6 @@ class Call:
         self.loop = _loop.in_force(options.loop)
         self.is_init = hk.running_init() or _frames.is_init()
         self.check_finite = options.check_finite or _frames.is_checked()
-        self.checked: dict[str, _finite.Checked | None] = {}
         outside = {} if options.naming_map else hk.experimental.get_params()
         self.outside = _scopes.plain_tree(outside)
         self.scopes: list[_scopes.Scope] = []
@@ -125,36 +121,6 @@ class Call:
     def is_python(self) -> bool:
         """Whether a Python loop runs the layers."""
         return self.loop == "python"
-
-    def record(self, params: Any, parts: _cut.Cut | None) -> None:
-        """Tells `summary`, if it listens."""
-        recorder = _summary.recording.value
-        if recorder is None:
-            return
-        if hk.running_init():
-            raise ValueError(
-                "hk_stack.summary: expected the apply of a transform, not its init, "
-                "as a summary is of parameters that are there. Shapes are enough: "
-                "params = jax.eval_shape(model.init, rng, x), then "
-                "summary(model.apply, params, rng, x)."
-            )
-        stored = hk.experimental.get_params()
-        # Only types, as traced values must not outlive what is traced.
-        params, stored = jax.tree.map(jax.typeof, (params, stored))
-        remat = None if self.is_python else self.options.remat
-        record = _summary.Record(
-            self.path,
-            _checks.name_of(self.f),
-            self.options.num_layers,
-            params,
-            stored,
-            parts,
-            self.loop,
-            _loop.describe(remat),
-            bool(_frames.frames()),
-        )
-        types = tuple((v.shape, v.dtype) for v in jax.tree.leaves(params))
-        recorder.records[self.path, record.function, types] = record
 
     @property
     def all_layers(self) -> str:
@@ -231,8 +197,7 @@ class Call:
             self.check_finite and not is_init,
             is_init,
             own.added,
-            self.checked,
-            self.check_finite or _taps.collecting.value is not None,
+            self.check_finite or _taps.are_heard(),
         )
 
 
