@@ -59,12 +59,12 @@ def accumulate(
       TypeError: If there are no microbatches, or `loss` does not return what it should.
       ValueError: If leading axes differ or are empty.
     """
-    where = _checks.microbatches(loss, params, microbatches)
+    where = _check_microbatches(loss, params, microbatches)
     num = jax.tree.leaves(microbatches)[0].shape[0]
     one = _layout.drop_layers(microbatches)
     with _checks.while_tracing(where):
         result = jax.eval_shape(loss, params, *one)
-    _checks.scalar_loss(result, has_aux, where)
+    _check_result(result, has_aux, where)
     split = partition(loss, params, *one)
     moving, fixed = _separate(params)
 
@@ -119,3 +119,61 @@ def _zeros(leaf: Any) -> jax.Array:
 
 def _no_gradient(leaf: Any) -> np.ndarray:
     return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def _check_microbatches(loss: Any, params: Any, trees: tuple[Any, ...]) -> str:
+    """Checks what `accumulate` is given; returns how errors name it."""
+    if not callable(loss):
+        raise TypeError(
+            f"accumulate: the loss must be a function, not {type(loss).__name__}."
+        )
+    where = f"accumulate of {_checks.name_of(loss)!r}"
+    first, *names = _checks.argument_names(loss, len(trees) + 1)
+    _checks.arrays(params, f"{where}: argument `{first}`")
+    lengths: dict[str, int] = {}
+    for name, tree in zip(names, trees, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            at = f"`{name}`" + (f" (at {_checks.path_name(path)})" if path else "")
+            is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
+            if is_spec or not getattr(leaf, "shape", ()):
+                raise TypeError(
+                    f"{where}: microbatches {at} is a {type(leaf).__name__} without "
+                    "axes; expected an array [M, ...]. Close over what all "
+                    "microbatches share."
+                )
+            lengths[at] = leaf.shape[0]
+    if not lengths:
+        raise TypeError(
+            f"{where}: no microbatches. Write accumulate(loss, params, x, y) with "
+            "arrays [M, ...]."
+        )
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        found = ", ".join(f"{length} in {at}" for at, length in lengths.items())
+        raise ValueError(
+            f"{where}: expected one leading axis M, at least 1, in all microbatches; "
+            f"found {found}."
+        )
+    return where
+
+
+def _check_result(result: Any, has_aux: bool, where: str) -> None:
+    """Checks what a loss returns."""
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"{where}: has_aux=True, the loss must return a pair (loss, aux). "
+                "Return (loss, None), or leave has_aux out."
+            )
+        result = result[0]
+    elif isinstance(result, tuple):
+        raise TypeError(
+            f"{where}: the loss returned a tuple of {len(result)}; expected a scalar. "
+            "Pass has_aux=True if it is a pair (loss, aux)."
+        )
+    shape = getattr(result, "shape", None)
+    if shape != () or not jax.numpy.issubdtype(result.dtype, jax.numpy.floating):
+        found = type(result).__name__ if shape is None else jax.typeof(result)
+        raise TypeError(
+            f"{where}: the loss must return one floating-point number, not {found}. "
+            "Take the mean."
+        )

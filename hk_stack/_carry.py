@@ -64,7 +64,7 @@ def _are_alike(before: Any, after: Any) -> bool:
     """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
     old, tree = jax.tree.flatten(before)
     new, new_tree = jax.tree.flatten(after)
-    return bool(tree == new_tree) and all(
+    return bool(tree == new_tree) and all(  # type: ignore[operator]
         isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
         for x, y in zip(old, new, strict=True)
     )

@@ -17,7 +17,8 @@ from jax.extend import core as jex
 from hk_stack import _equations
 from hk_stack._equations import Atom, carried, fresh
 from hk_stack._flat import Exposed, bits
-from hk_stack._hoist import HOISTED, MARK, is_marked
+from hk_stack._hoist import is_marked
+from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts, derive
 
 
@@ -69,7 +70,7 @@ class Task(NamedTuple):
             return None
         outer = list(map(self._describe, reads))
         if all(i.known for i in outer) or (
-            all(i.fixed for i in outer) and is_marked(eqn, (MARK, HOISTED))
+            all(i.fixed for i in outer) and is_marked(eqn, (HOIST, HOISTED))
         ):
             return None
         return expose(self, eqn, outer)

@@ -20,7 +20,7 @@ from hk_stack import _cost, _equations, _flat, _hoist
 from hk_stack._control import Task
 from hk_stack._equations import Atom, variables
 from hk_stack._flat import Flat, Node, bits
-from hk_stack._hoist import HOISTED, MARK
+from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts
 
 
@@ -58,7 +58,7 @@ def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
     known = task.known()
 
     def opens(body: jex.Jaxpr, reads: int) -> bool:
-        has_mark = any(_hoist.is_marked(e, (MARK,)) for e in body.eqns)
+        has_mark = any(_hoist.is_marked(e, (HOIST,)) for e in body.eqns)
         return bool(reads & known) or has_mark
 
     flattened = _flat.flatten(closed, opens, task.expose, _cost.OPAQUE)
@@ -142,11 +142,11 @@ def _settle_marks(flattened: Flat, task: Task) -> tuple[Flat, list[jex.Var]]:
     nodes, marked = [], []
     for node in flattened.nodes:
         eqn, others = node.eqn, node.reads & ~fixed
-        if not others and _hoist.is_marked(eqn, (MARK, HOISTED)):
+        if not others and _hoist.is_marked(eqn, (HOIST, HOISTED)):
             marked.extend(eqn.outvars)
         elif (
             others
-            and _hoist.is_marked(eqn, (MARK,))
+            and _hoist.is_marked(eqn, (HOIST,))
             and eqn.params.get("length") != 0  # No turn of the loop runs.
         ):
             raise ValueError(_explain_mark(eqn, task.names_of(others), task.where))

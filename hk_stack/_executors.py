@@ -32,7 +32,8 @@ def compiled(
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     options = invocation.options
     closed, given, shapes = _trace(invocation, layer, given)
-    constants, marks = closed.consts, []
+    constants = closed.consts
+    marks: list[_marks.Mark] = []
     if shapes.found.checks or _taps.collecting.value is not None:
         closed, constants, marks = _marks.expose(closed)
     described = _layer.describe(given, invocation.arguments)

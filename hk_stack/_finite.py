@@ -7,13 +7,104 @@ but integers leaves the loop, and under gradients, rematerialisation and `vmap` 
 values as any other.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
-from hk_stack import _frames
+from hk_stack import _frames, _marks
+
+T = TypeVar("T")
+
+
+def say_finite(values: Mapping[str, Any], through: T) -> T:
+    """Checks that values are finite, in a layer that is checked.
+
+    Args:
+      values: Pytrees, by what their leaves' names begin with.
+      through: What the rest of the program is computed from.
+
+    Returns:
+      `through`, which must be used from here on: see `say_codes`.
+    """
+    codes: list[Code] = []
+    for start, value in values.items():
+        for path, leaf in jax.tree.leaves_with_path(value):
+            if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+                end = jax.tree_util.keystr(path, simple=True, separator="/")
+                fine = jnp.all(jnp.isfinite(leaf)).astype(jnp.int32)
+                codes.append(Code(f"{start}{end}", fine[None], None))
+    return say_codes(codes, through)
+
+
+class Code(NamedTuple):
+    """What a check has found.
+
+    Attributes:
+      label: What is checked.
+      digits: `int32[D]`. Of two checks the one whose digits are less, the first that
+        differ, failed before the other.
+      checked: The checks of a stack (`Checked`); None for one value, whose digit
+        is 0 if it is bad, and 1 if it is fine.
+    """
+
+    label: str
+    digits: Any
+    checked: "Checked | None"
+
+
+def say_codes(codes: Sequence[Code], through: T) -> T:
+    """Passes on what checks have found.
+
+    Returns:
+      `through`, which must be used from here on: what nobody reads, JAX drops from
+      loops that are differentiated.
+    """
+    around = ""
+    for frame in reversed(_frames.frames()):
+        if not frame.is_python:
+            return _marks.tied(
+                through, [_mark_code(code, frame, around) for code in codes]
+            )
+        around += f", in layer {frame.index} of {frame.where}"
+    return _check(codes, around, through)
+
+
+def _mark_code(code: Code, frame: _frames.Frame, around: str) -> Any:
+    """Marks a code for the stack of `frame` to take out."""
+    # Of several with one label, each has a number of its own.
+    label = f"{len(frame.checked)}:{code.label}{around}"
+    frame.checked[label] = code.checked and code.checked._replace(around=around)
+    return _marks.unbatched(code.digits, f"{_marks.FINITE}:{label}")
+
+
+def _check(codes: Sequence[Code], around: str, through: T) -> T:
+    """Raises an error for the first check that failed; inside `jit`, for `checkify`."""
+
+    def run(all_digits: list[Any]) -> list[Any]:
+        for (label, _, checked), digits in zip(codes, all_digits, strict=True):
+            if checked is None:
+                _fail(_escaped(f"{label}{around}"), digits[0] == 0, {})
+                continue
+            for failure in checked._replace(around=around).messages(digits):
+                _fail(*failure)
+        return jax.lax.optimization_barrier(all_digits)
+
+    all_digits = [code.digits for code in codes]
+    if any(isinstance(digits, jax.core.Tracer) for digits in all_digits):
+        # The loop of a gradient keeps what its results are computed from, `remat` as a
+        # whole. The gradient of a `custom_jvp` in that loop opens one.
+        run = jax.checkpoint(jax.checkpoint(run))
+        return _marks.tied(through, run(list(map(_marks.unbatched, all_digits))))
+    run(all_digits)
+    return through
+
+
+def _fail(text: str, failed: Any, indices: dict[str, Any]) -> None:
+    message = f"the first value that is not finite is {text}"
+    checkify.check(~failed, message, **indices)
 
 
 class Checked(NamedTuple):
@@ -82,11 +173,16 @@ class Checked(NamedTuple):
     ) -> Iterator[tuple[str, jax.Array, dict[str, jax.Array]]]:
         number = f"layer_{len(indices)}"
         indices = {**indices, number: self._layer(code[0])}
-        where = _frames.escaped(f"{self.where}{self.around}")
+        where = _escaped(f"{self.where}{self.around}")
         around = f", in layer {{{number}}} of {where}{around}"
         for item, (label, inner) in enumerate(self.items):
             here = failed & (code[1] == item)
             if inner is None:
-                yield f"{_frames.escaped(label)}{around}", here, indices
+                yield f"{_escaped(label)}{around}", here, indices
             else:
                 yield from inner._decode(code[2:], here, around, indices)
+
+
+def _escaped(text: str) -> str:
+    """`text` for a message that is formatted."""
+    return text.replace("{", "{{").replace("}", "}}")

@@ -8,11 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from hk_stack import _equations
+from hk_stack._marks import HOIST, HOISTED
 
 T = TypeVar("T")
-
-MARK = "hk_stack.hoist"  # written by `hoist`: hoist this, or say why it cannot be
-HOISTED = "hk_stack.hoisted"  # left by a cut: an outer cut hoists it too if it can
 
 
 def hoist(value: T) -> T:
@@ -53,7 +51,7 @@ def hoist(value: T) -> T:
                 f"hk_stack.hoist: expected a pytree of arrays, found a "
                 f"{type(leaf).__name__} ({leaf!r})."
             )
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, MARK), value)
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
 
 
 def is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
@@ -66,7 +64,7 @@ def is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
 
 def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     """`eqn` with its mark, or the marks inside, weakened."""
-    if not is_marked(eqn, (MARK,)):
+    if not is_marked(eqn, (HOIST,)):
         return eqn
     if eqn.primitive.name == "name":
         return eqn.replace(params={**eqn.params, "name": HOISTED})

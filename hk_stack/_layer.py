@@ -183,7 +183,7 @@ class Invocation:
             self.check_finite and not is_init,
             is_init,
             given.added,
-            is_told=self.check_finite or _taps.collecting.value is not None,
+            is_heard=self.check_finite or _taps.collecting.value is not None,
         )
 
 

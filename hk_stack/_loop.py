@@ -48,14 +48,12 @@ def use_loop(loop: Loop) -> contextlib.AbstractContextManager[None]:
     return _override(_checks.one_of(loop, LOOPS, "loop", "use_loop"))
 
 
-def in_force(loop: str) -> str:
+def in_force(loop: Loop) -> Loop:
     """The executor that runs a stack which asks for `loop`."""
-    if _override.value is not None:
-        return _override.value
-    of_program = os.environ.get("HK_STACK_LOOP")
-    if not of_program:
-        return loop
-    return _checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+    of_program: Any = os.environ.get("HK_STACK_LOOP")
+    if of_program and _override.value is None:
+        _checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+    return _override.value or of_program or loop
 
 
 class Remat(NamedTuple):

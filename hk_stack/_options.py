@@ -33,7 +33,7 @@ class Options:
     setup_batch_size: int | None
     setup_remat: bool | None
     init: str
-    loop: str
+    loop: _loop.Loop
     remat: _loop.Remat | None
     carry_dtype: Any
     check_finite: bool | None

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import _checks, _cut
+from hk_stack import _checks, _cut, _parts
 from hk_stack._report import Report, hoisted_names, report
 
 Derived = dict[str, dict[str, jax.Array]]
@@ -29,7 +31,7 @@ class _Parts:
       where: Names the function in errors.
     """
 
-    parts: _cut.Cut
+    parts: _parts.Parts
     hoisted: list[str]
     num_constants: int
     leaves: list[str]
@@ -40,7 +42,7 @@ class _Parts:
 
     def setup(self, constants: list[Any], known: Any) -> Derived:
         what = f"{self.where}, setup: argument `{self.names[0]}`"
-        _checks.same_leaves(known, self.avals[0], what)
+        _same_leaves(known, self.avals[0], what)
         inputs = [*constants, *jax.tree.leaves(known)]
         run = jex.jaxpr_as_fun(self.parts.shared)
         made = run(*(inputs[i] for i in self.parts.shared_inputs))
@@ -49,9 +51,9 @@ class _Parts:
 
     def call(self, constants: list[Any], derived: Derived, *rest: Any) -> Any:
         self.check(derived)
-        _checks.same_count(rest, self.names[1:], self.where)
+        _same_count(rest, self.names[1:], self.where)
         for name, tree, aval in zip(self.names[1:], rest, self.avals[1:], strict=True):
-            _checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
+            _same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
         inputs = dict(enumerate(constants))
         inputs |= {i: derived["kept"][self._name(i)] for i in self.kept()}
         start = self.num_constants + len(self.leaves)
@@ -67,7 +69,7 @@ class _Parts:
         known = jax.tree.leaves(self.avals[0])
         kept = {self._name(i): known[i - self.num_constants] for i in self.kept()}
         expected = {"hoisted": dict(made), "kept": kept}
-        _checks.derived_values(derived, expected, self.where)
+        _derived_values(derived, expected, self.where)
 
     def kept(self) -> list[int]:
         """The known inputs that the call reads."""
@@ -142,7 +144,7 @@ class Partition:
           ValueError: If a value is not what `setup(known)` returns; it names which.
         """
         self._parts.check(derived)
-        _checks.not_stale(self.setup(known), derived, self.report.where)
+        _not_stale(self.setup(known), derived, self.report.where)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -209,7 +211,7 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
       TypeError: If `fn` is not callable, or an argument is no array.
       ValueError: If a value marked with `hoist` depends on another argument.
     """
-    where = _checks.partitioned(fn, example_args)
+    where = _partitioned(fn, example_args)
     names = _checks.argument_names(fn, len(example_args))
     with _checks.while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
@@ -217,10 +219,10 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
     known = _checks.leaf_names(example_args[0])
     leaves = _unique([name or names[0] for name in known])  # It may be one array.
     inputs = [
-        *(_cut.Input("a constant", True, True, False) for _ in closed.consts),
-        *(_cut.Input(leaf, True, True, False) for leaf in leaves),
+        *(_parts.Input("a constant", True, True, False) for _ in closed.consts),
+        *(_parts.Input(leaf, True, True, False) for leaf in leaves),
         *(
-            _cut.Input(f"argument `{name}`", False, False, False)
+            _parts.Input(f"argument `{name}`", False, False, False)
             for name, tree in zip(names[1:], example_args[1:], strict=True)
             for _ in jax.tree.leaves(tree)
         ),
@@ -250,3 +252,109 @@ def _unique(names: list[str]) -> list[str]:
         if seen[name] > 1:
             names[i] = f"{name}#{seen[name]}"
     return names
+
+
+def _partitioned(fn: Any, example_args: tuple[Any, ...]) -> str:
+    """Checks what `partition` is given; returns how errors name it."""
+    if not callable(fn):
+        hint = " Give its apply." if hasattr(fn, "apply") else ""
+        raise TypeError(
+            f"partition: expected a function, not {type(fn).__name__}.{hint}"
+        )
+    where = f"partition of {_checks.name_of(fn)!r}"
+    if not example_args:
+        raise TypeError(
+            f"{where}: no example arguments. Write partition(fn, params, *rest), with "
+            "arrays or jax.ShapeDtypeStructs of what fn takes."
+        )
+    names = _checks.argument_names(fn, len(example_args))
+    for name, tree in zip(names, example_args, strict=True):
+        _checks.arrays(tree, f"{where}: example argument `{name}`")
+    return where
+
+
+def _same_leaves(given: Any, example: Any, what: str) -> None:
+    """Checks that `given` has the structure and types of `example`, a tree of avals."""
+    old: Any = jax.tree.structure(example)
+    new: Any = jax.tree.structure(given)
+    if old != new:
+        lost = sorted(
+            set(_checks.leaf_names(example)) - set(_checks.leaf_names(given)) - {""}
+        )
+        more = sorted(
+            set(_checks.leaf_names(given)) - set(_checks.leaf_names(example)) - {""}
+        )
+        raise TypeError(
+            f"{what} is of another structure than the example it was partitioned for:"
+            f"{_some(' lacks', lost)}{_some(' has also', more)} expected {old}, found "
+            f"{new}. Partition again for other arguments."
+        )
+    for (path, leaf), aval in zip(
+        jax.tree.leaves_with_path(given), jax.tree.leaves(example), strict=True
+    ):
+        found = jax.typeof(leaf)
+        if (found.shape, found.dtype) != (aval.shape, aval.dtype):
+            at = f" (at {_checks.path_name(path)})" if path else ""
+            raise ValueError(
+                f"{what}{at} is {found.str_short()}; it was partitioned for "
+                f"{aval.str_short()}. Partition again for other shapes or dtypes."
+            )
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"{what} {listed};" if names else ""
+
+
+def _derived_values(derived: Any, expected: Any, where: str) -> None:
+    """Checks that `derived` is what the setup of the same partition returns."""
+    try:
+        _same_leaves(derived, expected, f"{where}, call: `derived`")
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error} The first argument of call is what setup returns: "
+            "split.call(split.setup(params), ...); values that were made before fn or "
+            "its shapes changed do not fit."
+        ) from None
+
+
+def _not_stale(expected: Any, derived: Any, where: str) -> None:
+    """Checks that derived values are those of the parameters at hand."""
+    found = []
+    for (path, new), old in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(derived), strict=True
+    ):
+        new, old = map(_numbers, (new, old))
+        with np.errstate(invalid="ignore"):  # An infinity equals itself.
+            apart = np.where((new == old) | (new != new) & (old != old), 0, new - old)
+        most = np.max(np.abs(apart), initial=0)
+        largest = np.max(np.abs(new), initial=0, where=np.isfinite(new))
+        if not most <= _ROUNDING * largest:
+            found.append(f"{_checks.path_name(path)} by up to {most:.3g}")
+    if found:
+        raise ValueError(
+            f"{where}: derived values are not those of these parameters; they differ "
+            f"in {', '.join(found[:4])}. Run setup again whenever the parameters "
+            "change: derived = split.setup(params)."
+        )
+
+
+# Of values of one setup, compiled alone or as part of a larger program.
+_ROUNDING = 1e-5
+
+
+def _numbers(leaf: Any) -> np.ndarray:
+    """`leaf` as numbers that can be subtracted."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    kind = np.complex128 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else float
+    return np.asarray(leaf).astype(kind)
+
+
+def _same_count(given: Sequence[Any], names: Sequence[str], where: str) -> None:
+    """Checks the number of the arguments after `derived`."""
+    if len(given) != len(names):
+        raise TypeError(
+            f"{where}, call: takes derived, {', '.join(names)}; was given "
+            f"{len(given)} arguments after `derived`."
+        )

@@ -5,11 +5,86 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import haiku as hk
 import jax
 
-from hk_stack import _checks, _cost, _frames, _taps
+from hk_stack import _checks, _cost, _frames, _loop, _taps
+from hk_stack._layer import Invocation
+from hk_stack._parts import Parts
 from hk_stack._report import Group, groups
 from hk_stack._table import Shown, Table, si
+
+
+class Record(NamedTuple):
+    """One use of a stack, for `summary`.
+
+    Attributes:
+      path: Of the stack.
+      function: Name of the layer function.
+      num_layers: `L`.
+      params: Types of the parameters of all layers, `[L, ...]`.
+      stored: Types of all parameters of the transform around it.
+      parts: How its layer was cut (`Parts`); None if it was not.
+      loop: What runs the layers.
+      remat: What the backward pass computes again, in words.
+      is_nested: Whether the stack is inside another.
+    """
+
+    path: str
+    function: str
+    num_layers: int
+    params: Any
+    stored: Any
+    parts: Parts | None
+    loop: str
+    remat: str
+    is_nested: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recorder:
+    """What `summary` has heard of."""
+
+    records: dict[Any, Record] = dataclasses.field(default_factory=dict)
+
+
+recording: Any = jax.make_user_context(None)
+
+
+def record(invocation: Invocation, params: Any, parts: Parts | None) -> None:
+    """Tells `summary` of one use of a stack, if it listens.
+
+    Args:
+      invocation: The use.
+      params: The parameters of all layers, `[L, ...]`.
+      parts: How its layer was cut; None if it was not.
+    """
+    recorder = recording.value
+    if recorder is None:
+        return
+    if hk.running_init():
+        raise ValueError(
+            "hk_stack.summary: expected the apply of a transform, not its init, "
+            "as a summary is of parameters that are there. Shapes are enough: "
+            "params = jax.eval_shape(model.init, rng, x), then "
+            "summary(model.apply, params, rng, x)."
+        )
+    stored = hk.experimental.get_params()
+    # Only types, as traced values must not outlive what is traced.
+    params, stored = jax.tree.map(jax.typeof, (params, stored))
+    record = Record(
+        invocation.path,
+        _checks.name_of(invocation.situation.f),
+        invocation.options.num_layers,
+        params,
+        stored,
+        parts,
+        invocation.loop,
+        _loop.describe(invocation.options.remat if parts else None),
+        bool(_frames.frames()),
+    )
+    types = tuple((v.shape, v.dtype) for v in jax.tree.leaves(params))
+    recorder.records[record.path, record.function, types] = record
 
 
 class Stack(NamedTuple):
@@ -159,12 +234,12 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
       TypeError: If `fn` is no function.
       ValueError: If it is an `init`, which has no parameters yet; if it calls no stack.
     """
-    _checks.summarised(fn)
-    recorder = _frames.Recorder()
-    with _frames.recording(recorder):
+    _summarised(fn)
+    recorder = Recorder()
+    with recording(recorder):
         jax.eval_shape(*_taps.on_arrays(fn, args, kwargs))
     found = list(recorder.records.values())
-    _checks.some_stack(found, fn)
+    _some_stack(found, fn)
     records = sorted(found, key=_order([record.path for record in found]))
     stored = {key: leaf for record in records for key, leaf in _outer(record)}
     return Summary(
@@ -174,10 +249,10 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
     )
 
 
-def _order(paths: Sequence[str]) -> Callable[[_frames.Record], list[int]]:
+def _order(paths: Sequence[str]) -> Callable[[Record], list[int]]:
     """Sorts stacks by when they began: those inside of one are recorded before it."""
 
-    def key(record: _frames.Record) -> list[int]:
+    def key(record: Record) -> list[int]:
         parts = record.path.split("/")
         begins = ["/".join(parts[: i + 1]) for i in range(len(parts))]
         return [paths.index(path) for path in begins if path in paths]
@@ -185,7 +260,7 @@ def _order(paths: Sequence[str]) -> Callable[[_frames.Record], list[int]]:
     return key
 
 
-def _outer(record: _frames.Record) -> list[tuple[Any, Any]]:
+def _outer(record: Record) -> list[tuple[Any, Any]]:
     """The parameters of the transform around a stack, by name and type."""
     if record.is_nested:
         return []
@@ -212,9 +287,7 @@ def _part(leaf: Any) -> float:
     return math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
 
 
-def _stack(
-    record: _frames.Record, records: Sequence[_frames.Record], given: Any
-) -> Stack:
+def _stack(record: Record, records: Sequence[Record], given: Any) -> Stack:
     around = _around(record.path, records)
     copies = math.prod(r.num_layers for r in around)
     leaves = jax.tree.leaves(record.params)
@@ -245,7 +318,7 @@ def _hoisted(parts: Any) -> Iterator[Group]:
     yield from groups(parts.setup.jaxpr)
 
 
-def _derived(record: _frames.Record, share: float) -> float:
+def _derived(record: Record, share: float) -> float:
     """Bytes of what the call is handed, if devices have this share of parameters."""
     if not record.parts:
         return 0.0
@@ -267,3 +340,22 @@ def _nbytes(leaf: Any) -> int:
 def _padded(name: str, count: int, nbytes: int) -> list[str]:
     row = [name, "", "", f"{count:,}", f"{si(nbytes)}B"]
     return row + [""] * (len(_TITLES) - len(row))
+
+
+def _summarised(fn: Any) -> None:
+    """Checks what `summary` is given."""
+    if not callable(fn):
+        hint = " Give its apply." if hasattr(fn, "apply") else ""
+        raise TypeError(
+            f"hk_stack.summary: expected a function, not {type(fn).__name__}.{hint}"
+        )
+
+
+def _some_stack(found: Sequence[Any], fn: Any) -> None:
+    """Checks that there is something to summarise."""
+    if not found:
+        raise ValueError(
+            f"hk_stack.summary: {_checks.name_of(fn)!r} calls no stack, or not in this "
+            "call. Those of hk.layer_stack are not seen: write hk_stack.layer_stack, "
+            "which takes the same arguments."
+        )

@@ -13,7 +13,7 @@ from layer_cases import D, by_name, vectors, weight
 from test_layer_stack import KEY, initial
 
 import hk_stack
-from hk_stack import _finite, _frames
+from hk_stack import _finite, _marks
 
 EXECUTORS = ("scan", "unrolled", "python")
 LAST = "of layer_stack 'outer' of layer function 'outer'"
@@ -483,10 +483,10 @@ def test_codes_of_many_layers(reverse):
         )
         assert tuple(indices.values()) == place
     first = 3 if reverse else 0
-    assert (_frames.first_code(codes[::-1]) == codes[first]).all()
+    assert (_marks.first_code(codes[::-1]) == codes[first]).all()
     fine = code_of(stack)
     assert failed(fine) is None
-    assert (_frames.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
+    assert (_marks.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
 
 
 # The type of the carry.
