@@ -7,6 +7,7 @@ back together, each inside the rematerialised regions that it came from.
 
 import functools
 import itertools
+import operator
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -104,62 +105,83 @@ def flatten(
     """
     jaxpr = without_constants(closed.jaxpr)
     reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
-    effect = 1 << len(jaxpr.invars)
     flat = Flat(jaxpr, [], [], reads)
+    flattening = _Flattening(flat, opens, expose, frozenset(effects))
+    outputs = flattening.visit(jaxpr, jaxpr.invars, _Place())
+    return flat._replace(outputs=outputs)
+
+
+class _Place(NamedTuple):
+    """Where in the traced function equations are.
+
+    Attributes:
+      regions: The rematerialised regions around them, outermost first.
+      caller: The user's equation that runs them, if they are those of a library.
+      is_exposed: Whether they were made of one that was exposed.
+    """
+
+    regions: tuple[Region, ...] = ()
+    caller: jex.JaxprEqn | None = None
+    is_exposed: bool = False
+
+
+class _Flattening(NamedTuple):
+    """The walk through a traced function; its attributes are those of `flatten`."""
+
+    flat: Flat
+    opens: Callable[[jex.Jaxpr, int], bool]
+    expose: Expose
+    effects: frozenset[str]
 
     def visit(
-        jaxpr: jex.Jaxpr,
-        args: Sequence[Atom],
-        regions: Any,
-        caller: Any = None,
-        *,
-        is_exposed: bool = False,
+        self, jaxpr: jex.Jaxpr, args: Sequence[Atom], place: _Place
     ) -> list[Atom]:
+        """Adds the equations of `jaxpr`, run on `args`; returns its results."""
         env = dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom: Atom) -> Atom:
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
         for eqn in jaxpr.eqns:
-            outvars = eqn.outvars
-            if caller:
-                eqn = eqn.replace(source_info=caller.source_info)
-            eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
-            masks = [flat.dependencies(a) for a in eqn.invars]
-            inner = _equations.body_of_call(eqn)
-            if inner is not None and opens(inner, _union(masks)):
-                is_remat = eqn.primitive.name in _equations.REMAT
-                inside = (*regions, Region(eqn)) if is_remat else regions
-                by = eqn if _is_of_a_library(inner) else None
-                outs = visit(inner, eqn.invars, inside, by, is_exposed=is_exposed)
-                env.update(zip(outvars, outs, strict=True))
-                continue
-            # What an exposed equation became is not exposed again.
-            if not is_exposed and (exposed := expose(eqn, masks)):
-                before = exposed.before.jaxpr
-                made = visit(before, eqn.invars, regions, is_exposed=True)
-                eqn = exposed.after(made)
-            env.update(zip(outvars, note(eqn, regions), strict=True))
-        return [read(a) for a in jaxpr.outvars]
+            now = eqn.replace(invars=list(map(read, eqn.invars)))
+            if place.caller:
+                now = now.replace(source_info=place.caller.source_info)
+            env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
+        return list(map(read, jaxpr.outvars))
 
-    def note(eqn: jex.JaxprEqn, regions: Any) -> list[jex.Var]:
+    def _enter(self, eqn: jex.JaxprEqn, place: _Place) -> list[Atom]:
+        """Adds an equation, or those it stands for; returns their results."""
+        masks = list(map(self.flat.dependencies, eqn.invars))
+        body = _equations.body_of_call(eqn)
+        if body is not None and self.opens(body, _union(masks)):
+            regions = place.regions
+            if eqn.primitive.name in _equations.REMAT:
+                regions = (*regions, Region(eqn))
+            caller = eqn if _is_of_a_library(body) else None
+            inside = _Place(regions, caller, place.is_exposed)
+            return self.visit(body, eqn.invars, inside)
+        # What an exposed equation became is not exposed again.
+        if not place.is_exposed and (exposed := self.expose(eqn, masks)):
+            before = _Place(place.regions, is_exposed=True)
+            made = self.visit(exposed.before.jaxpr, eqn.invars, before)
+            eqn = exposed.after(made)
+        return self._add(eqn, place.regions)
+
+    def _add(self, eqn: jex.JaxprEqn, regions: tuple[Region, ...]) -> list[Atom]:
+        """Adds an equation as it is, with what it depends on."""
+        reads = self.flat.reads
         # Bodies are shared, and so are variables by bodies made from one another.
-        outvars = [fresh(v) if v in reads else v for v in eqn.outvars]
-        mask = _union(flat.dependencies(a) for a in eqn.invars)
-        if eqn.effects or eqn.primitive.name in effects:
-            mask |= effect
+        outvars: list[Atom] = [fresh(v) if v in reads else v for v in eqn.outvars]
+        mask = _union(map(self.flat.dependencies, eqn.invars))
+        if eqn.effects or eqn.primitive.name in self.effects:
+            mask |= 1 << len(self.flat.jaxpr.invars)
         reads.update((v, mask) for v in outvars)
-        flat.nodes.append(Node(eqn.replace(outvars=outvars), regions, mask))
+        self.flat.nodes.append(Node(eqn.replace(outvars=outvars), regions, mask))
         return outvars
-
-    return flat._replace(outputs=visit(jaxpr, jaxpr.invars, ()))
 
 
 def _union(masks: Iterable[int]) -> int:
-    union = 0
-    for mask in masks:
-        union |= mask
-    return union
+    return functools.reduce(operator.or_, masks, 0)
 
 
 def program(
