@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hk_stack._types import Tree
+
 
 class Situation(NamedTuple):
     """What is known of the layer function that failed.
@@ -180,6 +182,6 @@ def _per_layer(situation: Situation) -> Iterator[str]:
         )
 
 
-def _has_axis(tree: Any, num_layers: int) -> bool:
+def _has_axis(tree: Tree, num_layers: int) -> bool:
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and all(np.shape(leaf)[:1] == (num_layers,) for leaf in leaves)

@@ -59,7 +59,7 @@ def _in_batches(
     if num_layers == 1:
         return [result[None] for result in batch([v[0] for v in values])]
     if size == 1:
-        return jax.lax.map(batch, values)
+        return list(jax.lax.map(batch, values))
     if size >= num_layers:
         return batch(values)
     whole = num_layers - num_layers % size

@@ -6,19 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from hk_stack import _checks, _equations
+from hk_stack._equations import Aval
+from hk_stack._types import Carry, Tree
+
+Structure = Any  # a jax.tree_util.PyTreeDef
 
 
-def as_array(leaf: Any) -> jax.Array:
+def as_array(leaf: object) -> jax.Array:
     """`leaf`, or an array of it."""
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
-def cast(carry: Any, dtype: Any) -> Any:
+def cast(carry: Tree, dtype: DTypeLike) -> Any:
     """`carry` with its real floating-point leaves in `dtype`, unless that is None."""
 
-    def cast(leaf: Any) -> Any:
+    def cast(leaf: object) -> Any:
         leaf = as_array(leaf)
         is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if is_real else leaf
@@ -26,7 +31,7 @@ def cast(carry: Any, dtype: Any) -> Any:
     return carry if dtype is None else jax.tree.map(cast, carry)
 
 
-def promote(leaf: jax.Array, after: Any) -> jax.Array:
+def promote(leaf: jax.Array, after: Aval) -> jax.Array:
     """A carry takes on what the first layer makes of its type, where it may.
 
     So does a weakly typed one, and one that is the same on all devices of a manual mesh
@@ -41,8 +46,8 @@ def promote(leaf: jax.Array, after: Any) -> jax.Array:
 
 
 def kept(
-    before: tuple[Any, ...],
-    after: Any,
+    before: Carry,
+    after: Tree,
     names: Sequence[str],
     where: str,
     with_per_layer_inputs: bool,
@@ -60,7 +65,7 @@ def kept(
     return after
 
 
-def _are_alike(before: Any, after: Any) -> bool:
+def _are_alike(before: Tree, after: Tree) -> bool:
     """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
     old, tree = jax.tree.flatten(before)
     new, new_tree = jax.tree.flatten(after)
@@ -70,7 +75,7 @@ def _are_alike(before: Any, after: Any) -> bool:
     )
 
 
-def result(value: Any, where: str) -> None:
+def result(value: Tree, where: str) -> None:
     """Checks that a layer function returns arrays."""
     for path, leaf in jax.tree.leaves_with_path(value):
         if isinstance(leaf, _ARRAYS) or hasattr(leaf, "__jax_array__"):
@@ -88,7 +93,7 @@ def result(value: Any, where: str) -> None:
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
-def pair(result: Any, where: str) -> None:
+def pair(result: object, where: str) -> None:
     """Checks what a layer function with per-layer inputs returned."""
     if not (isinstance(result, tuple) and len(result) == 2):
         found = "an array" if isinstance(result, jax.Array) else type(result).__name__
@@ -100,7 +105,7 @@ def pair(result: Any, where: str) -> None:
         )
 
 
-def _pair_advice(result: Any) -> str:
+def _pair_advice(result: object) -> str:
     if result is None:
         return _NO_RETURN
     if isinstance(result, (tuple, list)) and len(result) > 2:
@@ -114,8 +119,8 @@ _NO_RETURN = "Is a `return` missing?"
 
 
 def _same_structure(
-    before: tuple[Any, ...],
-    after: Any,
+    before: Carry,
+    after: Tree,
     names: Sequence[str],
     where: str,
     with_per_layer_inputs: bool,
@@ -135,7 +140,7 @@ def _same_structure(
 
 
 def _structure_advice(
-    took: Any, returned: Any, names: Sequence[str], with_per_layer_inputs: bool
+    took: Tree, returned: Tree, names: Sequence[str], with_per_layer_inputs: bool
 ) -> str:
     """What to write for a result of another structure."""
     outputs = (
@@ -166,9 +171,7 @@ def _structure_advice(
     )
 
 
-def _same_types(
-    before: tuple[Any, ...], after: Any, names: Sequence[str], where: str
-) -> None:
+def _same_types(before: Carry, after: Tree, names: Sequence[str], where: str) -> None:
     """Checks that a layer keeps the shape and dtype of each leaf of the carry."""
     for i, name in enumerate(names):
         old = jax.tree.leaves_with_path(before[i])
@@ -184,7 +187,7 @@ def _same_types(
             )
 
 
-def _carry_advice(x: Any, y: Any) -> str:
+def _carry_advice(x: jax.Array, y: jax.Array) -> str:
     is_key = [jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for v in (x, y)]
     if any(is_key):
         if all(is_key):
@@ -207,7 +210,7 @@ def _carry_advice(x: Any, y: Any) -> str:
     return f"Cast {given}, or the result back." if old < new else f"{result}."
 
 
-def _rank(dtype: Any) -> int:
+def _rank(dtype: DTypeLike) -> int:
     """Of the kind of numbers, each of which holds those before."""
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
     return max(
@@ -216,7 +219,7 @@ def _rank(dtype: Any) -> int:
     )
 
 
-def same_outputs(before: Any, after: Any, where: str) -> None:
+def same_outputs(before: Structure, after: Structure, where: str) -> None:
     """Checks that a layer returns outputs of the structure of another layer's."""
     if before is not None and before != after:
         raise TypeError(

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from hk_stack._types import Tree
+
 
 def describe(name: str, f: Callable[..., Any]) -> str:
     """How errors name a stack."""
@@ -56,7 +58,7 @@ _SECOND_CALL = (
 )
 
 
-def flag(value: Any, argument: str, where: str) -> bool:
+def flag(value: object, argument: str, where: str) -> bool:
     """`value` as a bool."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
@@ -66,7 +68,7 @@ def flag(value: Any, argument: str, where: str) -> bool:
     return bool(value)
 
 
-def naming_map(value: Any, argument: str, where: str) -> Any:
+def naming_map(value: object, argument: str, where: str) -> Any:
     """`value`, if it is a naming map."""
     methods = ("flat_to_stacked", "stacked_to_flat")
     has_all = all(callable(getattr(value, name, None)) for name in methods)
@@ -81,7 +83,7 @@ def naming_map(value: Any, argument: str, where: str) -> Any:
     )
 
 
-def one_of(word: Any, words: Sequence[str], argument: str, where: str) -> str:
+def one_of(word: object, words: Sequence[str], argument: str, where: str) -> str:
     """`word`, if it is one of `words`."""
     if not isinstance(word, str) or word not in words:
         expected = ", ".join(f'"{w}"' for w in words)
@@ -91,7 +93,7 @@ def one_of(word: Any, words: Sequence[str], argument: str, where: str) -> str:
     return word
 
 
-def true_or_false(value: Any, argument: str, where: str) -> bool | None:
+def true_or_false(value: object, argument: str, where: str) -> bool | None:
     """`value`, if it is True, False or None."""
     if not (value is None or isinstance(value, (bool, np.bool_))):
         raise TypeError(
@@ -110,7 +112,7 @@ def argument_names(f: Callable[..., Any], count: int) -> list[str]:
     return [names[i] if i < len(names) else f"argument {i}" for i in range(count)]
 
 
-def leaf_names(tree: Any) -> list[str]:
+def leaf_names(tree: Tree) -> list[str]:
     """Where each leaf of `tree` is: `linear/w`."""
     leaves = jax.tree.leaves_with_path(tree)
     return [path_name(path) for path, _ in leaves]
@@ -126,7 +128,7 @@ _BIND = (
 )
 
 
-def arrays(tree: Any, what: str, instead: str = _BIND) -> None:
+def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
     """Checks that all leaves are arrays, their types, or Python numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         at = f"{what} (at {path_name(path)})" if path else what

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from hk_stack import _equations
-from hk_stack._equations import Atom, carried, fresh
+from hk_stack._equations import Atom, Aval, carried, fresh
 from hk_stack._flat import Exposed, bits
 from hk_stack._hoist import is_marked
 from hk_stack._marks import HOIST, HOISTED
@@ -99,7 +99,7 @@ def _expose_scan(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
     if not parts.num_derived:
         return None
 
-    def run(*values: Any) -> list[Any]:
+    def run(*values: jax.Array) -> list[Any]:
         shared, own = derive(parts, values, inputs, length)
         return [*shared, *(checkpoint_name(v, HOISTED) for v in own)]
 
@@ -142,11 +142,10 @@ def _expose_while(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
     if not test.num_derived and not turn.num_derived:
         return None
 
-    def run(*values: Any) -> list[Any]:
+    def run(*values: jax.Array) -> list[Any]:
         def shared(parts: Parts, consts: range) -> list[Any]:
             read = [values[i] for i in (*consts, *carried)]
-            setup = jex.jaxpr_as_fun(parts.shared)
-            return setup(*(read[i] for i in parts.shared_inputs))
+            return _equations.run(parts.shared, *(read[i] for i in parts.shared_inputs))
 
         return [*shared(test, of_test), *shared(turn, of_body)]
 
@@ -177,7 +176,7 @@ def _rest_of_while(
         operands += [*rest[: len(call.given)], *(eqn.invars[consts[i]] for i in read)]
         rest = rest[len(call.given) :]
     operands += [eqn.invars[i] for i in carried]
-    return eqn.replace(invars=operands, params=params)
+    return _equations.replace(eqn, invars=operands, params=params)
 
 
 def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed | None:
@@ -197,8 +196,8 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
 
     def filling(parts: Parts, own: list[int]) -> Callable[..., Any]:
         def branch(values: Sequence[Any]) -> list[Any]:
-            setup = jex.jaxpr_as_fun(parts.shared)
-            found = setup(*(values[read.index(i)] for i in parts.shared_inputs))
+            given = (values[read.index(i)] for i in parts.shared_inputs)
+            found = _equations.run(parts.shared, *given)
             filled = list(map(_equations.zeros, slots.avals))
             for slot, value in zip(own, found, strict=True):
                 filled[slot] = jax.lax.convert_element_type(value, value.dtype)
@@ -206,9 +205,9 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
 
         return branch
 
-    def run(index: Any, *values: Any) -> list[Any]:
+    def run(index: jax.Array, *values: jax.Array) -> list[Any]:
         branches = list(map(filling, cuts, slots.of))
-        derived = jax.lax.switch(index, branches, [values[i] for i in read])
+        derived: list[Any] = jax.lax.switch(index, branches, [values[i] for i in read])
         if task.policy == "marked":
             return [checkpoint_name(v, HOISTED) for v in derived]
         return derived
@@ -230,7 +229,7 @@ def _rest_of_cond(
         branches.append(call.taking([*filled, *map(call.variable, order)]))
     operands = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
     params = {**eqn.params, "branches": tuple(branches)}
-    return eqn.replace(invars=operands, params=params)
+    return _equations.replace(eqn, invars=operands, params=params)
 
 
 _EXPOSE: dict[str, Callable[..., Exposed | None]] = {
@@ -256,7 +255,7 @@ class _Slots:
             strong = [aval.update(weak_type=False) for aval in avals]
             self.of.append([self._take(aval, free) for aval in strong])
 
-    def _take(self, aval: Any, free: list[int]) -> int:
+    def _take(self, aval: Aval, free: list[int]) -> int:
         for slot in free:
             if self.avals[slot] == aval:
                 free.remove(slot)
@@ -286,7 +285,9 @@ class _Call:
 
     def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
         """The call as a function of `variables`."""
-        return jex.ClosedJaxpr(self._jaxpr.replace(invars=list(variables)), [])
+        return jex.ClosedJaxpr(
+            _equations.replace(self._jaxpr, invars=list(variables)), []
+        )
 
 
 def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
@@ -321,5 +322,5 @@ def _primitives(jaxpr: jex.Jaxpr) -> Iterator[str]:
             yield from _primitives(body)
 
 
-def _is_key(aval: Any) -> bool:
+def _is_key(aval: Aval) -> bool:
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)

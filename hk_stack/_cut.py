@@ -72,15 +72,15 @@ def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
 def _uncut(jaxpr: jex.Jaxpr) -> Parts:
     """The parts of a function of which nothing leaves."""
     jaxpr = _flat.without_constants(jaxpr)
-    empty = jaxpr.replace(invars=[], outvars=[], eqns=[], effects=set())
+    empty = _equations.replace(jaxpr, invars=[], outvars=[], eqns=[], effects=set())
     nothing = jex.ClosedJaxpr(empty, [])
     # Marks that this cut leaves alone are none of the business of one around it.
-    whole = jaxpr.replace(eqns=list(map(_hoist.weaken, jaxpr.eqns)))
+    whole = _equations.replace(jaxpr, eqns=list(map(_hoist.weaken, jaxpr.eqns)))
     positions = tuple(range(len(whole.invars)))
     if not any(map(_equations.names_an_input, whole.effects)):
         read = variables([*whole.outvars, *(a for e in whole.eqns for a in e.invars)])
         positions = tuple(i for i in positions if whole.invars[i] in read)
-    whole = whole.replace(invars=[whole.invars[i] for i in positions])
+    whole = _equations.replace(whole, invars=[whole.invars[i] for i in positions])
     return Parts(nothing, nothing, jex.ClosedJaxpr(whole, []), (), (), positions, 0)
 
 

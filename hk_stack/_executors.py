@@ -13,6 +13,7 @@ from hk_stack import (
     _carry,
     _cut,
     _eager,
+    _equations,
     _finite,
     _layer,
     _layout,
@@ -24,11 +25,12 @@ from hk_stack import (
 )
 from hk_stack._layer import Given, Invocation, Layer, Result
 from hk_stack._parts import Input, Parts
+from hk_stack._types import Carry, State, Tree
 
 
 def compiled(
     invocation: Invocation, layer: Layer, given: Given
-) -> tuple[Any, Any, Any]:
+) -> tuple[Carry, Tree, State]:
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     options = invocation.options
     closed, given, shapes = _trace(invocation, layer, given)
@@ -54,8 +56,9 @@ def compiled(
     leaves = _eager.call(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    values = result.carry, result.output, result.state
-    return _pass_on(invocation, shapes.found.checks, marks, leaves[count:], values)
+    told = _pass_on(invocation, shapes.found.checks, marks, leaves[count:], result[:3])
+    carry, outputs, state = told
+    return carry, outputs, state
 
 
 def _pass_on(
@@ -63,7 +66,7 @@ def _pass_on(
     checks: Mapping[str, Any],
     marks: Sequence[_marks.Mark],
     values: Sequence[Any],
-    results: Any,
+    results: Tree,
 ) -> Any:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
@@ -142,7 +145,7 @@ class _Plan(NamedTuple):
             now = dict(zip(carried, carry, strict=True))
             now |= zip(layered, rows, strict=True)
             read = (now.get(i, value) for i, value in given.items())
-            results = jex.jaxpr_as_fun(parts.call)(*shared, *own, *read)
+            results = _equations.run(parts.call, *shared, *own, *read)
             return results[: len(carry)], results[len(carry) :]
 
         carry, rest = _loop.run(
@@ -158,7 +161,7 @@ class _Plan(NamedTuple):
         return [*carry, *rest]
 
 
-def _derived(value: Any) -> Any:
+def _derived(value: jax.Array) -> Any:
     """Names a derived value for policies of `jax.checkpoint` around the stack."""
     return checkpoint_name(value, _marks.DERIVED)
 
@@ -192,7 +195,7 @@ def _closed_over() -> Any:
     leaves = jax.tree.leaves(hk.experimental.get_params())
     parameters = {id(leaf): leaf for leaf in leaves}  # Kept, so that ids stay theirs.
 
-    def describe(value: Any) -> Input:
+    def describe(value: object) -> Input:
         is_number = not isinstance(value, jax.Array) or value.ndim == 0
         is_known = is_number or id(value) in parameters
         return Input("an array closed over", known=is_known, fixed=True)
@@ -200,13 +203,15 @@ def _closed_over() -> Any:
     return describe
 
 
-def python(invocation: Invocation, layer: Layer, given: Given) -> tuple[Any, Any, Any]:
+def python(
+    invocation: Invocation, layer: Layer, given: Given
+) -> tuple[Carry, Tree, State]:
     """Runs the layer function itself, layer by layer."""
     num_layers, where = invocation.options.num_layers, invocation.where
     _summary.record(invocation, given.params, None)
     structure: Any = None
 
-    def step(carry: Any, own: Given) -> tuple[Any, tuple[Any, Any]]:
+    def step(carry: Tree, own: Given) -> tuple[Any, tuple[Any, Any]]:
         nonlocal structure, layer
         with invocation.explained(index=own.index):
             result = _layer.run_one(invocation, layer, own._replace(carry=carry))

@@ -143,7 +143,7 @@ class _Flattening(NamedTuple):
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
         for eqn in jaxpr.eqns:
-            now = eqn.replace(invars=list(map(read, eqn.invars)))
+            now = _equations.replace(eqn, invars=list(map(read, eqn.invars)))
             if place.caller:
                 now = now.replace(source_info=place.caller.source_info)
             env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
@@ -176,7 +176,9 @@ class _Flattening(NamedTuple):
         if eqn.effects or eqn.primitive.name in self.effects:
             mask |= 1 << len(self.flat.jaxpr.invars)
         reads.update((v, mask) for v in outvars)
-        self.flat.nodes.append(Node(eqn.replace(outvars=outvars), regions, mask))
+        self.flat.nodes.append(
+            Node(_equations.replace(eqn, outvars=outvars), regions, mask)
+        )
         return outvars
 
 
@@ -208,7 +210,8 @@ def program(
     reads = variables(outputs) | {v: None for e in eqns for v in variables(e.invars)}
     inputs = flat.jaxpr.invars
     positions = tuple(i for i, v in enumerate(inputs) if v in reads and v not in given)
-    jaxpr = flat.jaxpr.replace(
+    jaxpr = _equations.replace(
+        flat.jaxpr,
         invars=[*given, *(inputs[i] for i in positions)],
         outvars=list(outputs),
         eqns=eqns,
@@ -234,7 +237,7 @@ def needed(
             continue
         # One output of an equation may come in from outside while another is needed.
         outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
-        kept.append(node._replace(eqn=eqn.replace(outvars=outvars)))
+        kept.append(node._replace(eqn=_equations.replace(eqn, outvars=outvars)))
         live |= set(variables(eqn.invars)) - outside
     return kept[::-1]
 
@@ -269,18 +272,24 @@ def _remat(
     made = {v for e in body for v in e.outvars}
     reads = {v: None for e in body for v in variables(e.invars) if v not in made}
     invars: list[Atom] = list(reads)
-    jaxpr = eqn.params["jaxpr"].replace(
-        invars=invars, outvars=outvars, eqns=body, effects=_effects(body)
+    jaxpr = _equations.replace(
+        eqn.params["jaxpr"],
+        invars=invars,
+        outvars=outvars,
+        eqns=body,
+        effects=_effects(body),
     )
     return _equations.with_remat_body(eqn, invars, jaxpr)
 
 
 def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """`jaxpr` with its constants as its first inputs."""
-    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    return _equations.replace(
+        jaxpr, constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]
+    )
 
 
-def _effects(eqns: Iterable[jex.JaxprEqn]) -> set:
+def _effects(eqns: Iterable[jex.JaxprEqn]) -> set[Any]:
     return set().union(*(eqn.effects for eqn in eqns))
 
 

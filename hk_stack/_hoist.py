@@ -51,7 +51,8 @@ def hoist(value: T) -> T:
                 f"hk_stack.hoist: expected a pytree of arrays, found a "
                 f"{type(leaf).__name__} ({leaf!r})."
             )
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
+    marked: T = jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
+    return marked
 
 
 def is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
@@ -67,13 +68,13 @@ def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if not is_marked(eqn, (HOIST,)):
         return eqn
     if eqn.primitive.name == "name":
-        return eqn.replace(params={**eqn.params, "name": HOISTED})
+        return _equations.replace(eqn, params={**eqn.params, "name": HOISTED})
 
     return _equations.with_bodies(eqn, _weaken_body)
 
 
-def _weaken_body(body: Any) -> Any:
+def _weaken_body(body: _equations.Body) -> Any:
     if isinstance(body, jex.ClosedJaxpr):
         eqns = list(map(weaken, body.jaxpr.eqns))
-        return jex.ClosedJaxpr(body.jaxpr.replace(eqns=eqns), body.consts)
-    return body.replace(eqns=list(map(weaken, body.eqns)))
+        return jex.ClosedJaxpr(_equations.replace(body.jaxpr, eqns=eqns), body.consts)
+    return _equations.replace(body, eqns=list(map(weaken, body.eqns)))

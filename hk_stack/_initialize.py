@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import _batches, _checks, _cost, _eager, _flat, _layout, _loop
+from hk_stack import _batches, _checks, _cost, _eager, _equations, _flat, _layout, _loop
 from hk_stack._layer import Given, Layer
+from hk_stack._types import Params, State
 
 
 def initialize(
     layer: Layer, num_layers: int, given: Given, *, method: str, where: str
-) -> tuple[Any, Any]:
+) -> tuple[Params, State]:
     """Initial parameters and state of a stack.
 
     Equal to this loop, with the results stacked; the `apply` calls matter, and are
@@ -127,7 +128,7 @@ class _Initialisers(NamedTuple):
         shared, own = values[: self.num_shared], values[self.num_shared :]
 
         def one(own: list[Any]) -> list[jax.Array]:
-            return jex.jaxpr_as_fun(self.program)(*shared, *own)
+            return _equations.run(self.program, *shared, *own)
 
         if self.size == 1:
             return _in_turn(one, self.num_layers, bool(self.kind), own)
@@ -144,12 +145,13 @@ class _Initialisers(NamedTuple):
                 vmap=functools.partial(hk.vmap, split_rng=False),
             )
         )
-        return batches.apply({}, None, [jnp.arange(self.num_layers), *own])
+        numbered = [jnp.arange(self.num_layers), *own]
+        return list(batches.apply({}, None, numbered))
 
 
 def _run_initialisers(
     traced: _Traced, num_layers: int, given: Given, method: str
-) -> tuple[Any, Any]:
+) -> tuple[Params, State]:
     """Runs the initialisers of all layers."""
     program, reads = _flat.program(traced.flattened, traced.flattened.outputs)
     num_constants = len(traced.constants)
@@ -166,7 +168,8 @@ def _run_initialisers(
         _size(program.jaxpr, num_layers, method, values),
     )
     leaves = _eager.call(initialisers.run, values, initialisers.key)
-    return jax.tree.unflatten(traced.tree, leaves)
+    params, state = jax.tree.unflatten(traced.tree, leaves)
+    return params, state
 
 
 def _size(program: jex.Jaxpr, num_layers: int, method: str, values: list[Any]) -> int:
@@ -196,7 +199,7 @@ def _in_turn(
         return key, one([init_key, *own])
 
     key, rows = (own[0], own[1:]) if has_key else (None, own)
-    return _loop.run(step, key, rows, num_layers=num_layers)[1]
+    return list(_loop.run(step, key, rows, num_layers=num_layers)[1])
 
 
 def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
@@ -204,7 +207,9 @@ def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
     return _in_turn(lambda own: own, num_layers, True, [key])[0]
 
 
-def _one_after_another(layer: Layer, num_layers: int, given: Given) -> tuple[Any, Any]:
+def _one_after_another(
+    layer: Layer, num_layers: int, given: Given
+) -> tuple[Params, State]:
     """Initialises each layer on the activations that the one before it left."""
 
     def step(before: tuple[Any, Any], own: Given) -> tuple[tuple[Any, Any], Any]:
@@ -217,7 +222,9 @@ def _one_after_another(layer: Layer, num_layers: int, given: Given) -> tuple[Any
         return (after.carry, key), (params, state)
 
     own = given._replace(carry=None, keys=None)
-    return _loop.run(step, (given.carry, given.keys), own, num_layers=num_layers)[1]
+    start = given.carry, given.keys
+    params, state = _loop.run(step, start, own, num_layers=num_layers)[1]
+    return params, state
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

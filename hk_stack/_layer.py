@@ -21,6 +21,7 @@ from hk_stack import (
 )
 from hk_stack._options import Options
 from hk_stack._parts import Input
+from hk_stack._types import Carry, Tree
 
 
 class Given(NamedTuple):
@@ -280,7 +281,7 @@ def _around(
         yield
 
 
-def _kept(invocation: Invocation, before: Any, after: Any) -> Any:
+def _kept(invocation: Invocation, before: Carry, after: Tree) -> Any:
     is_pair = invocation.options.with_per_layer_inputs
     return _carry.kept(before, after, invocation.arguments, invocation.where, is_pair)
 
@@ -293,7 +294,9 @@ def _check_given(invocation: Invocation, given: Given) -> Any:
     return _finite.say_finite(checked, given.carry)
 
 
-def _check_result(invocation: Invocation, carry: Any, output: Any) -> tuple[Any, Any]:
+def _check_result(
+    invocation: Invocation, carry: Carry, output: Tree
+) -> tuple[Any, Any]:
     named = dict(zip(invocation.arguments, carry, strict=False))
     checked = {"result ": named, "output per layer ": output}
     return _finite.say_finite(checked, (carry, output))

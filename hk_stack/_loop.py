@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hk_stack import _checks
+from hk_stack._types import Tree
 
 Loop = Literal["scan", "unrolled", "python"]
 LOOPS: tuple[Loop, ...] = get_args(Loop)
@@ -45,7 +46,9 @@ def use_loop(loop: Loop) -> contextlib.AbstractContextManager[None]:
     Raises:
       ValueError: If there is no such executor.
     """
-    return _override(_checks.one_of(loop, LOOPS, "loop", "use_loop"))
+    _checks.one_of(loop, LOOPS, "loop", "use_loop")
+    context: contextlib.AbstractContextManager[None] = _override(loop)
+    return context
 
 
 def in_force(loop: Loop) -> Loop:
@@ -88,8 +91,8 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 def run(
     layer: Step,
-    carry: Any,
-    per_layer: Any,
+    carry: Tree,
+    per_layer: Tree,
     *,
     num_layers: int,
     unrolled: bool = False,
@@ -140,7 +143,7 @@ def run(
         return group(num_layers)(carry, per_layer)
     groups, rest = divmod(num_layers, every)
 
-    def whole_groups(carry: Any, own: Any) -> tuple[Any, Any]:
+    def whole_groups(carry: Tree, own: Tree) -> tuple[Any, Any]:
         own = jax.tree.map(lambda leaf: _fold(leaf, groups, every), own)
         step = again(group(every), groups, 1)
         carry, outputs = loop(step, carry, own, groups, 1)
@@ -153,7 +156,7 @@ def run(
 
 
 def _in_two(
-    first: Step, last: Step, carry: Any, per_layer: Any, rest: int, reverse: bool
+    first: Step, last: Step, carry: Tree, per_layer: Tree, rest: int, reverse: bool
 ) -> tuple[Any, Any]:
     """Runs the layers but for the last `rest` of them in `first`, these in `last`."""
     own = jax.tree.map(lambda leaf: leaf[:-rest], per_layer)
@@ -167,18 +170,18 @@ def _in_two(
     return carry, jax.tree.map(lambda *ends: jnp.concatenate(ends), start, end)
 
 
-def _fold(leaf: Any, *shape: int) -> Any:
+def _fold(leaf: jax.Array, *shape: int) -> Any:
     """`leaf` with its first axis in the place of several."""
     return leaf.reshape(*shape, *leaf.shape[1:])
 
 
-def _unfold(leaf: Any) -> Any:
+def _unfold(leaf: jax.Array) -> Any:
     """`leaf` with its first two axes as one."""
     return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 
 def _scan(
-    layer: Step, carry: Any, per_layer: Any, count: int, unroll: int, *, reverse: bool
+    layer: Step, carry: Tree, per_layer: Tree, count: int, unroll: int, *, reverse: bool
 ) -> tuple[Any, Any]:
     return jax.lax.scan(
         layer, carry, per_layer, length=count, unroll=unroll, reverse=reverse
@@ -186,7 +189,7 @@ def _scan(
 
 
 def _one_by_one(
-    layer: Step, carry: Any, per_layer: Any, count: int, unroll: int, *, reverse: bool
+    layer: Step, carry: Tree, per_layer: Tree, count: int, unroll: int, *, reverse: bool
 ) -> tuple[Any, Any]:
     """A loop in Python, which may see true values."""
     del unroll

@@ -11,6 +11,7 @@ import numpy as np
 
 from hk_stack import _checks, _loop
 
+NamingMap = hk.LayerStackTransparencyMapping
 Setup = Literal["auto", "marked", "inline"]
 Init = Literal["auto", "vmap", "map", "scan"]
 
@@ -27,7 +28,7 @@ class Options:
     with_per_layer_inputs: bool
     unroll: int
     pass_reverse: bool
-    naming_map: hk.LayerStackTransparencyMapping | None
+    naming_map: NamingMap | None
     name: str
     setup: str
     setup_batch_size: int | None
@@ -40,19 +41,19 @@ class Options:
 
 
 def checked(
-    num_layers: Any,
-    with_per_layer_inputs: Any,
-    unroll: Any,
-    pass_reverse_to_layer_fn: Any,
-    transparent: Any,
-    transparency_map: Any,
-    name: Any,
+    num_layers: object,
+    with_per_layer_inputs: object,
+    unroll: object,
+    pass_reverse_to_layer_fn: object,
+    transparent: object,
+    transparency_map: object,
+    name: object,
     *,
-    remat: Any,
-    remat_every: Any,
-    setup_batch_size: Any,
-    carry_dtype: Any,
-    **rest: Any,
+    remat: object,
+    remat_every: object,
+    setup_batch_size: object,
+    carry_dtype: object,
+    **rest: object,
 ) -> Options:
     """The options, or an error that names the argument and says what to write."""
     where = f"layer_stack {name!r}" if isinstance(name, str) and name else "layer_stack"
@@ -87,16 +88,19 @@ def _words(given: dict[str, Any], where: str) -> dict[str, Any]:
     } | {k: _checks.true_or_false(given[k], k, where) for k in flags}
 
 
-def _naming_map(naming_map: Any, where: str) -> hk.LayerStackTransparencyMapping:
+def _naming_map(naming_map: object, where: str) -> NamingMap:
     if naming_map is None:
         raise ValueError(
             f"{where}: transparent=True needs a transparency_map, which names the "
             "module of each layer (see hk.LayerStackTransparencyMapping)."
         )
-    return _checks.naming_map(naming_map, "transparency_map", where)
+    known: NamingMap = _checks.naming_map(naming_map, "transparency_map", where)
+    return known
 
 
-def _remat(remat: Any, every: Any, num_layers: int, where: str) -> _loop.Remat | None:
+def _remat(
+    remat: object, every: object, num_layers: int, where: str
+) -> _loop.Remat | None:
     policy = _policy(remat, where)
     if not remat:
         if every is not None:
@@ -116,7 +120,7 @@ def _remat(remat: Any, every: Any, num_layers: int, where: str) -> _loop.Remat |
     return _loop.Remat(policy, _checks.positive(every, "remat_every", where))
 
 
-def _name(name: Any, with_per_layer_inputs: bool) -> str:
+def _name(name: object, with_per_layer_inputs: bool) -> str:
     """The name of a stack."""
     if not (name is None or isinstance(name, str)):
         raise TypeError(
@@ -127,14 +131,14 @@ def _name(name: Any, with_per_layer_inputs: bool) -> str:
     return name or f"__layer_stack_{kind}"
 
 
-def _unroll(value: Any, num_layers: int, where: str) -> int:
+def _unroll(value: object, num_layers: int, where: str) -> int:
     """How many layers one step of the loop holds; True is all of them."""
     if isinstance(value, (bool, np.bool_)):
         return num_layers if value else 1
     return _checks.positive(value, "unroll", where)
 
 
-def _policy(remat: Any, where: str) -> Callable[..., Any] | None:
+def _policy(remat: object, where: str) -> Callable[..., Any] | None:
     """What `remat` keeps, as a policy of `jax.checkpoint`."""
     if isinstance(remat, (bool, np.bool_)):
         return None

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from hk_stack import _checks, _equations, _scopes
+from hk_stack._types import Params, State, Tree
 
 
-def depth(params: Any, state: Any, num_layers: int, where: str) -> None:
+def depth(params: Params, state: State, num_layers: int, where: str) -> None:
     """Checks that parameters and state are those of `num_layers` layers."""
     for kind, tree in (("parameter", params), ("state", state)):
         for path, leaf in jax.tree.leaves_with_path(tree):
@@ -47,9 +48,9 @@ def not_sharded_by_layer(trees: Mapping[str, Any], where: str) -> None:
 
 def fit(
     init: Callable[..., Any],
-    spec: Any,
-    params: Any,
-    stored: Any,
+    spec: Tree,
+    params: Params,
+    stored: Params,
     naming_map: hk.LayerStackTransparencyMapping | None,
     where: str,
     error: Exception,
@@ -101,14 +102,14 @@ def fit(
 _LACK = "the parameters lack"
 
 
-def _some_leaves(stored: Any) -> str:
+def _some_leaves(stored: Params) -> str:
     names = _checks.leaf_names(stored)
     return ", ".join(names[:8]) + (", ..." if names[8:] else "") or "nothing"
 
 
 def _advice(
-    expected: Any,
-    stored: Any,
+    expected: Params,
+    stored: Params,
     module: str,
     naming_map: hk.LayerStackTransparencyMapping | None,
 ) -> str:
@@ -132,16 +133,16 @@ def _advice(
     )
 
 
-def _stacks_of(expected: Any, stored: Any) -> Iterator[tuple[str, int]]:
+def _stacks_of(expected: Params, stored: Params) -> Iterator[tuple[str, int]]:
     """Modules that hold all `expected` parameters, stacked, and how many layers."""
     leaves = [(m, name, leaf) for m in expected for name, leaf in expected[m].items()]
     first = f"/{leaves[0][0]}"
     for path in (m.removesuffix(first) for m in stored if m.endswith(first)):
         found = [stored.get(f"{path}/{m}", {}).get(name) for m, name, _ in leaves]
-        shapes = list(map(np.shape, found))
+        shapes = [np.shape(leaf) if leaf is not None else () for leaf in found]
         depth = shapes[0][:1]
         if depth and shapes == [(*depth, *leaf.shape) for *_, leaf in leaves]:
-            yield path, *depth
+            yield path, depth[0]
 
 
 def not_shared(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _batches, _cost
+from hk_stack import _batches, _cost, _equations
 
 
 class Input(NamedTuple):
@@ -86,7 +86,7 @@ def derive(
     Returns:
       The derived values that all layers share, and those of each, `[L, ...]`.
     """
-    before = jex.jaxpr_as_fun(parts.shared)(*(values[i] for i in parts.shared_inputs))
+    before = _equations.run(parts.shared, *(values[i] for i in parts.shared_inputs))
     shared = before[: parts.num_shared]
     setup = parts.setup
     if not setup.jaxpr.outvars:
@@ -96,7 +96,7 @@ def derive(
 
     def one(own_values: list[Any]) -> list[Any]:
         read = given | dict(zip(own, own_values, strict=True))
-        return jex.jaxpr_as_fun(setup)(*before, *read.values())
+        return _equations.run(setup, *before, *read.values())
 
     size = _batch_size(setup.jaxpr, num_layers, batch_size)
     rows = [given[i] for i in own]

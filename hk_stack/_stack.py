@@ -32,6 +32,7 @@ from hk_stack import (
 from hk_stack._advice import Situation
 from hk_stack._layer import Given, Invocation
 from hk_stack._options import Init, Options, Setup
+from hk_stack._types import Key, Params, State
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -234,7 +235,7 @@ def _situation(
 
 
 def _given(
-    options: Options, situation: Situation, key: Any, path: str, where: str
+    options: Options, situation: Situation, key: Key, path: str, where: str
 ) -> Given:
     """What the layers are given, but for parameters and state."""
     num_layers, arguments = options.num_layers, situation.arguments
@@ -251,7 +252,7 @@ def _given(
 
 
 def _run_layers(
-    invocation: Invocation, given: Given, params: Any, state: Any
+    invocation: Invocation, given: Given, params: Params, state: State
 ) -> tuple[Any, Any, Any]:
     """Runs the layers; returns the carry, their outputs and state."""
     num_layers, where = invocation.options.num_layers, invocation.where
@@ -316,7 +317,7 @@ def _stored(options: Options, tree: _layout.Modules) -> Any:
     return _layout.unstack_modules(tree, options.naming_map, options.num_layers)
 
 
-def _check_function(f: Any, name: str, with_per_layer_inputs: bool) -> None:
+def _check_function(f: object, name: str, with_per_layer_inputs: bool) -> None:
     """Checks that `f` can be stacked."""
     if not callable(f):
         raise TypeError(
@@ -359,7 +360,7 @@ def _makes_values(f: Callable[..., Any], name: str) -> None:
             )
 
 
-def _innermost(f: Any) -> Any:
+def _innermost(f: object) -> Any:
     return _innermost(f.func) if isinstance(f, functools.partial) else f
 
 
