@@ -47,6 +47,10 @@ class Task(NamedTuple):
         """The bit set of the fixed inputs."""
         return bits(i.fixed for i in self.inputs)
 
+    def constant(self) -> int:
+        """The bit set of the inputs that are constants."""
+        return bits(i.constant for i in self.inputs)
+
     def names_of(self, reads: int) -> str:
         """The inputs `reads`, in words."""
         labels = [i.label for i in self.inputs] + ["a side effect or callback"]
@@ -77,8 +81,12 @@ class Task(NamedTuple):
 
     def _describe(self, reads: int) -> Input:
         """An input of an inner jaxpr that depends on the inputs `reads`."""
-        label = self.names_of(reads & ~self.fixed())
-        return Input(label, not reads & ~self.known(), not reads & ~self.fixed())
+        return Input(
+            self.names_of(reads & ~self.fixed()),
+            known=not reads & ~self.known(),
+            fixed=not reads & ~self.fixed(),
+            constant=not reads & ~self.constant(),
+        )
 
     def inner(self, body: jex.ClosedJaxpr, inputs: Sequence[Input], what: str) -> Parts:
         """Cuts an inner jaxpr."""

@@ -209,6 +209,9 @@ class _Frontier:
     what is made of a gathered value stands for itself only if, as a whole, it is no
     larger than a device's share of the inputs that it comes from.
 
+    Where derived values are kept for many calls, what comes from constants alone is not
+    one of them: the compiler computes it when it compiles the call.
+
     Attributes:
       sources: For each cheap value, the values behind it.
     """
@@ -219,9 +222,11 @@ class _Frontier:
         self._marked = set(marked)
         self._of: dict[jex.Var, Values] = {}
         self._gathered: dict[jex.Var, int] = {}  # From how many devices.
+        self._variable: int | None = None  # What is not constant, where it matters.
         if task.reuse:  # Then parameters are handed over too, for what is made of them.
             given = zip(flattened.jaxpr.invars, task.inputs, strict=True)
             self._of = {v: frozenset([v]) for v, i in given if i.known}
+            self._variable = ~task.constant()
 
     def behind(self, atoms: Iterable[Atom]) -> Values:
         """What to hand over for several values."""
@@ -230,6 +235,11 @@ class _Frontier:
     def extend(self, node: Node, *, is_known: bool) -> None:
         """Goes on to what the next equation makes."""
         eqn = node.eqn
+        if self._variable is not None and not node.reads & self._variable:
+            self._of.update(
+                (v, frozenset([v])) for v in eqn.outvars if v in self._marked
+            )
+            return
         before = self.behind(eqn.invars)
         inputs = _inputs_of(self._flat, node.reads)
         is_expensive = is_known and _cost.is_expensive(

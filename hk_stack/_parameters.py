@@ -1,6 +1,7 @@
 """Whether parameters and state are those of the layers, and what to say if not."""
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ def fit(
             error.add_note(
                 f"{where}: whether the parameters are those of the layers could not be "
                 f"checked, as it cannot be initialised ({other}). They hold: "
-                f"{_some_leaves(stored)}."
+                f"{_leaves(stored)}."
             )
         return
     if params and _LACK in str(error):
@@ -87,9 +88,10 @@ def fit(
         for name, leaf in leaves.items():
             found = params.get(module, {}).get(name)
             if found is None:
+                there = _leaves(stored, f"{module}/{name}")
                 raise ValueError(
                     f"{where}: {_LACK} {module}/{name}, of shape "
-                    f"{leaf.shape} in each layer. They hold: {_some_leaves(stored)}. "
+                    f"{leaf.shape} in each layer. They hold: {there}. "
                     f"{_advice(expected, stored, module, naming_map)}"
                 )
             if found.shape != leaf.shape:
@@ -102,8 +104,16 @@ def fit(
 _LACK = "the parameters lack"
 
 
-def _some_leaves(stored: Params) -> str:
+def _leaves(stored: Params, wanted: str = "") -> str:
+    """Names of what is there, those most like the one that is wanted first."""
     names = _checks.leaf_names(stored)
+    likeness = difflib.SequenceMatcher(b=wanted)
+
+    def unlikeness(name: str) -> float:
+        likeness.set_seq1(name)
+        return -likeness.ratio()
+
+    names = sorted(names, key=unlikeness)
     return ", ".join(names[:8]) + (", ..." if names[8:] else "") or "nothing"
 
 

@@ -219,7 +219,10 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
     known = _checks.leaf_names(example_args[0])
     leaves = _unique([name or names[0] for name in known])  # It may be one array.
     inputs = [
-        *(_parts.Input("a constant", True, True, False) for _ in closed.consts),
+        *(
+            _parts.Input("a constant", known=True, fixed=True, constant=True)
+            for _ in closed.consts
+        ),
         *(_parts.Input(leaf, True, True, False) for leaf in leaves),
         *(
             _parts.Input(f"argument `{name}`", False, False, False)

@@ -18,6 +18,7 @@ class Input(NamedTuple):
         depend on it? Every known input is fixed.
       layered: Has it a leading layer axis outside the loop?
       carried: Is it a part of what each layer hands to the next?
+      constant: Is it made of constants alone?
     """
 
     label: str
@@ -25,6 +26,7 @@ class Input(NamedTuple):
     fixed: bool = False
     layered: bool = False
     carried: bool = False
+    constant: bool = False
 
 
 class Parts(NamedTuple):

@@ -5,7 +5,6 @@ the layer function once, cuts it into setup and call (`_cut`), runs the setup of
 layers in batches (`_parts`), and loops over the calls (`_loop`).
 """
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -206,18 +205,53 @@ def _run(
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
     key = hk.maybe_next_rng_key()
-    # A stack that is not transparent stores its layers in a scope of its own. Haiku
-    # numbers scopes of one name, so only inside is it known what this one is called.
-    is_transparent = options.naming_map is not None
-    with contextlib.nullcontext() if is_transparent else hk.name_scope(options.name):
-        path = _path(options)
-        where = _checks.describe(path, f)
-        names = _checks.argument_names(f, len(args))
-        situation = _situation(options, f, dict(zip(names, args, strict=True)), kwargs)
-        path = _frames.path_below(path)
-        given = _given(options, situation, key, path, where)
-        invocation = _layer.invoke(options, situation, where, path, reverse)
-        params, state, updater = _lifted(invocation, given)
+    run: Callable[..., Any]
+    run = functools.partial(_invoke, options, f, key, reverse, **kwargs)
+    if options.naming_map is None:
+        layer = _checks.name_of(f)
+        run = LayerStack(options.num_layers, layer, run, name=options.name)
+    return run(*args)
+
+
+class LayerStack(hk.Module):
+    """The scope of a stack that is not transparent, and its row in a table of modules.
+
+    Haiku numbers modules of one name, so only inside is it known what this is called.
+    """
+
+    def __init__(
+        self, num_layers: int, layer: str, run: Callable[..., Any], name: str
+    ) -> None:
+        super().__init__(name=name)
+        self.num_layers = num_layers
+        self.layer = layer
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the stack."""
+        return self._run(*args)
+
+    def __repr__(self) -> str:
+        return f"LayerStack(num_layers={self.num_layers}, layer={self.layer!r})"
+
+
+def _invoke(
+    options: Options,
+    f: Callable[..., Any],
+    key: Key,
+    reverse: bool,
+    /,  # All names are free for arguments of the layer function.
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    path = _path(options)
+    where = _checks.describe(path, f)
+    names = _checks.argument_names(f, len(args))
+    situation = _situation(options, f, dict(zip(names, args, strict=True)), kwargs)
+    path = _frames.path_below(path)
+    given = _given(options, situation, key, path, where)
+    invocation = _layer.invoke(options, situation, where, path, reverse)
+    params, state, updater = _lifted(invocation, given)
     carry, outputs, state = _run_layers(invocation, given, params, state)
     updater.update(_with_method(options, _stored(options, state)))
     result = carry[0] if len(carry) == 1 else carry
