@@ -1,8 +1,8 @@
 """Deep stacks of Haiku layers: initialised and set up all at once, then scanned."""
 
 from hk_stack._accumulate import accumulate
-from hk_stack._cut import hoist
 from hk_stack._frames import layer_index
+from hk_stack._hoist import hoist
 from hk_stack._layout import NumberedLayers, stack_params, unstack_params
 from hk_stack._loop import use_loop
 from hk_stack._partition import Partition, partition

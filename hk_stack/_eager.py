@@ -7,22 +7,24 @@ are known by what they compute, so an eager call compiles once.
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import _equations
+from hk_stack._equations import Atom
 
+T = TypeVar("T")
 Structure = Callable[[jex.ClosedJaxpr], Hashable]
 
 
 def call(
-    run: Callable[[list[Any]], Any],
+    run: Callable[[list[Any]], T],
     values: list[Any],
     key: Callable[[Structure], Hashable],
-) -> Any:
+) -> T:
     """`run(values)`, compiled outside of `jit`, also where a gradient is taken of it.
 
     Args:
@@ -43,7 +45,8 @@ def call(
         compiled = _compiled(_Program(run, key(lambda closed: structure(closed.jaxpr))))
     except Exception:  # Some parameter cannot be hashed, or some rule cannot be traced.
         return run(values)
-    return compiled(values)
+    result: T = compiled(values)
+    return result
 
 
 class _Program:
@@ -69,7 +72,7 @@ def _structure(jaxpr: jex.Jaxpr, derivatives: int) -> Hashable:
     """What a jaxpr and so many derivatives of it compute, as a hashable value."""
     numbers: dict[jex.Var, int] = {}
 
-    def atom(a: Any) -> Hashable:
+    def atom(a: Atom) -> Hashable:
         if isinstance(a, jex.Literal):
             return (a.aval, _value(a.val, 0))
         return numbers.setdefault(a, len(numbers))

@@ -159,7 +159,7 @@ def _say(found: Sequence[tuple[Check, jax.Array]], through: T) -> T:
 def _raise(checks: Sequence[Check], codes: list[jax.Array], through: T) -> T:
     """Raises an error for the first check that failed; inside `jit`, for `checkify`."""
 
-    def run(codes: list[jax.Array]) -> list[jax.Array]:
+    def run(codes: list[jax.Array]) -> Any:
         for check, code in zip(checks, codes, strict=True):
             for text, is_first, indices in check.messages(code):
                 message = f"the first value that is not finite is {text}"

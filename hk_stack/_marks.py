@@ -5,6 +5,7 @@ the values at taps and checks out; the cut moves what `hoist` marks.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ class Mark(NamedTuple):
     def on(self, value: Any) -> jax.Array:
         """Marks `value`."""
         loops = json.dumps([self.indices, self.sizes])
-        return checkpoint_name(value, f"{self.kind}:{loops}:{self.label}")
+        marked: jax.Array = checkpoint_name(value, f"{self.kind}:{loops}:{self.label}")
+        return marked
 
 
 def _read(name: str) -> Mark | None:
@@ -62,7 +64,8 @@ def tied(value: T, kept: Sequence[Any]) -> T:
     if not kept or not leaves:
         return value
     together = jax.lax.optimization_barrier((leaves, list(kept)))
-    return jax.tree.unflatten(tree, together[0])
+    result: T = jax.tree.unflatten(tree, together[0])
+    return result
 
 
 def unbatched(code: jax.Array, mark: Mark | None = None) -> jax.Array:
@@ -82,14 +85,15 @@ def unbatched(code: jax.Array, mark: Mark | None = None) -> jax.Array:
         del size, is_batched  # Nothing calls this on what is not batched.
         return of_one(first_code(codes)), False
 
-    return of_one(code)
+    result: jax.Array = of_one(code)
+    return result
 
 
 def first_code(codes: jax.Array) -> jax.Array:
     """Of codes `[N, D]`, the digits `[D]` of the check that failed first."""
     is_first = jnp.ones(len(codes), bool)
     for column in codes.T:
-        least = jnp.min(jnp.where(is_first, column, jnp.iinfo(jnp.int32).max))
+        least = jnp.min(column, where=is_first, initial=2**31 - 1)
         is_first &= column == least
     return codes[jnp.argmax(is_first)]
 
@@ -171,7 +175,7 @@ def _marks(jaxpr: jex.Jaxpr) -> list[Mark]:
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Runs an equation as it is."""
-    return jex.jaxpr_as_fun(_equations.alone(eqn))(*inputs)
+    return _equations.run(_equations.alone(eqn), *inputs)
 
 
 def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
@@ -181,8 +185,9 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
         if params["differentiated"]:  # A backward pass computes again what was there.
             return _run_one(eqn, inputs), []
         options = {k: params[k] for k in ("prevent_cse", "policy")}
-        run = jax.checkpoint(lambda *args: _evaluate(params["jaxpr"], args), **options)
-        return run(*inputs)
+        run = functools.partial(_evaluate, params["jaxpr"])
+        outputs, found = jax.checkpoint(run, **options)(inputs)
+        return outputs, found
     if name in _equations.JIT:
         closed = params["jaxpr"]
         body = _flat.without_constants(closed.jaxpr)

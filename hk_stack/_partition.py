@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
-from hk_stack import _checks, _cut
+from hk_stack import _checks, _cut, _equations
+from hk_stack._parts import Input, Parts
 from hk_stack._report import Report, hoisted_names, report
 from hk_stack._table import Shown, Table
 from hk_stack._taps import unique
@@ -32,7 +32,7 @@ class _Program:
       where: Names the function in errors.
     """
 
-    parts: _cut.Cut
+    parts: Parts
     kept: dict[int, str]
     derived: Derived
     names: list[str]
@@ -44,8 +44,8 @@ class _Program:
         what = f"{self.where}, setup: argument `{self.names[0]}`"
         _same_leaves(known, self.arguments[0], what)
         inputs = [*constants, *jax.tree.leaves(known)]
-        run = jex.jaxpr_as_fun(self.parts.shared)
-        made = run(*(inputs[i] for i in self.parts.shared_inputs))
+        read = (inputs[i] for i in self.parts.shared_inputs)
+        made = _equations.run(self.parts.shared, *read)
         kept = {name: inputs[i] for i, name in self.kept.items()}
         return {
             "hoisted": dict(zip(self.derived["hoisted"], made, strict=True)),
@@ -67,8 +67,8 @@ class _Program:
         inputs |= {i: derived["kept"][name] for i, name in self.kept.items()}
         inputs |= dict(enumerate(jax.tree.leaves(rest), start))
         made = jax.tree.leaves(derived["hoisted"])  # Sorted by name, which is in order.
-        run = jex.jaxpr_as_fun(self.parts.call)
-        outputs = run(*made, *(inputs[i] for i in self.parts.call_inputs))
+        read = (inputs[i] for i in self.parts.call_inputs)
+        outputs = _equations.run(self.parts.call, *made, *read)
         return jax.tree.unflatten(self.result, outputs)
 
     def check(self, derived: Derived) -> None:
@@ -117,7 +117,8 @@ class Partition(Shown):
           TypeError: If `known` has another structure than the example.
           ValueError: If a leaf has another shape or dtype.
         """
-        return self._setup(known)
+        derived: Derived = self._setup(known)
+        return derived
 
     def call(self, derived: Derived, /, *rest: Tree) -> Any:
         """Computes the result from derived values and the other arguments.
@@ -219,10 +220,10 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     found = _checks.leaf_names(example_args[0])
     leaves = unique([name or names[0] for name in found])  # It may be one array.
     inputs = [
-        *[_cut.Input("a constant", True, True, False)] * first,
-        *(_cut.Input(leaf, True, True, False) for leaf in leaves),
+        *[Input("a constant", known=True, fixed=True, constant=True)] * first,
+        *(Input(leaf, known=True, fixed=True) for leaf in leaves),
         *(
-            _cut.Input(f"argument `{name}`", False, False, False)
+            Input(f"argument `{name}`")
             for name, tree in zip(names[1:], example_args[1:], strict=True)
             for _ in jax.tree.leaves(tree)
         ),
@@ -233,7 +234,7 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     made = hoisted_names(parts.shared.jaxpr)
     derived = {
         "hoisted": dict(zip(made, parts.shared.out_avals, strict=True)),
-        "kept": {name: closed.in_avals[i] for i, name in kept.items()},
+        "kept": {name: closed.in_avals[i - first] for i, name in kept.items()},
     }
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
     structure = jax.tree.structure(result)

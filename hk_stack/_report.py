@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _cut, _equations, _flat
+from hk_stack import _cost, _equations, _flat
 from hk_stack._equations import Atom
+from hk_stack._parts import Parts
 from hk_stack._table import Shown, Table, si
 
 
@@ -79,7 +80,7 @@ class Report(Shown):
 
 
 def report(
-    parts: _cut.Cut, known: Sequence[bool], kept: Sequence[Any], where: str
+    parts: Parts, known: Sequence[bool], kept: Sequence[Any], where: str
 ) -> Report:
     """Describes a cut.
 

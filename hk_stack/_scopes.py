@@ -43,7 +43,8 @@ def of_layers(stack: str, num_layers: int) -> list[Scope]:
     # The transform keeps names in use out of that in which the stack runs.
     before = hk.experimental.module_auto_repr(False)
     try:
-        return hk.transform(make).apply({}, None)
+        scopes: list[Scope] = hk.transform(make).apply({}, None)
+        return scopes
     finally:
         hk.experimental.module_auto_repr(before)
 

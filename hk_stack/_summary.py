@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 
-from hk_stack import _checks, _cost, _cut, _frames, _loop, _taps
-from hk_stack._layer import Call
+from hk_stack import _checks, _cost, _frames, _loop, _taps
+from hk_stack._layer import Invocation
+from hk_stack._parts import Parts
 from hk_stack._report import Group, cells, groups
 from hk_stack._table import Shown, Table, si
 from hk_stack._types import Params, Tree
@@ -197,11 +198,11 @@ def _order(paths: Sequence[str]) -> Callable[[Stack], list[int]]:
     return key
 
 
-def record(call: Call, params: Params, parts: _cut.Cut | None) -> None:
+def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
     """Tells `summary`, if it listens, how a stack runs.
 
     Args:
-      call: The invocation of the stack.
+      invocation: Of the stack.
       params: The parameters of all layers.
       parts: How its layer was cut; None if it was not.
     """
@@ -217,7 +218,7 @@ def record(call: Call, params: Params, parts: _cut.Cut | None) -> None:
         )
     # Only types, as traced values must not outlive what is traced.
     types = jax.tree.map(jax.typeof, params)
-    stack = _stack(call, types, parts, recorder.given)
+    stack = _stack(invocation, types, parts, recorder.given)
     key = tuple((v.shape, v.dtype) for v in jax.tree.leaves(types))
     recorder.stacks[stack.path, stack.function, key] = stack
     if not _frames.frames():
@@ -226,14 +227,16 @@ def record(call: Call, params: Params, parts: _cut.Cut | None) -> None:
             recorder.stored[str(path), leaf.shape, leaf.dtype] = leaf
 
 
-def _stack(call: Call, params: Params, parts: _cut.Cut | None, given: Tree) -> Stack:
-    num_layers, around = call.options.num_layers, _frames.frames()
+def _stack(
+    invocation: Invocation, params: Params, parts: Parts | None, given: Tree
+) -> Stack:
+    num_layers, around = invocation.options.num_layers, _frames.frames()
     parameters, nbytes = _size(jax.tree.leaves(params))
     copies = math.prod(frame.num_layers for frame in around)
-    share = _share(given, around[0].path if around else call.path)
+    share = _share(given, around[0].path if around else invocation.path)
     return Stack(
-        call.path,
-        _checks.name_of(call.f),
+        invocation.path,
+        _checks.name_of(invocation.situation.f),
         num_layers,
         copies * parameters,
         copies * nbytes,
@@ -241,8 +244,8 @@ def _stack(call: Call, params: Params, parts: _cut.Cut | None, given: Tree) -> S
         round(share * copies * nbytes),
         round(_derived(parts, num_layers, share)),
         tuple(_hoisted(parts)),
-        call.loop,
-        _loop.describe(None if call.is_python else call.options.remat),
+        invocation.loop,
+        _loop.describe(invocation.options.remat if parts else None),
     )
 
 
@@ -262,16 +265,17 @@ def _part(leaf: jax.Array) -> float:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not leaf.size:
         return 1.0
-    return math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
+    own: int = math.prod(sharding.shard_shape(leaf.shape))
+    return own / leaf.size
 
 
-def _hoisted(parts: _cut.Cut | None) -> Iterator[Group]:
+def _hoisted(parts: Parts | None) -> Iterator[Group]:
     if parts:
         yield from groups(parts.shared.jaxpr)
         yield from groups(parts.setup.jaxpr)
 
 
-def _derived(parts: _cut.Cut | None, num_layers: int, share: float) -> float:
+def _derived(parts: Parts | None, num_layers: int, share: float) -> float:
     """Bytes of what the call is handed, if devices have this share of parameters.
 
     What is made of gathered values is whole on each device.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import _checks, _eager, _finite, _frames, _marks
+from hk_stack import _checks, _eager, _equations, _finite, _frames, _marks
 from hk_stack._types import Tree
 
 P = ParamSpec("P")
@@ -83,7 +83,8 @@ def tap(value: T, name: str) -> T:
         path = "/".join(filter(None, [*start, _checks.path_name(at)]))
         return _tap_leaf(leaf, path)
 
-    return jax.tree.map_with_path(one, value)
+    tapped: T = jax.tree.map_with_path(one, value)
+    return tapped
 
 
 def _tap_leaf(leaf: Tree, path: str) -> Tree:
@@ -283,12 +284,14 @@ def unique(names: Sequence[str]) -> list[str]:
 
 def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
     """Runs a program, compiled if it has no side effects (checks are such)."""
-    run = jex.jaxpr_as_fun(program)
+
+    def run(inputs: list[Any]) -> list[Any]:
+        return _equations.run(program, *inputs)
+
     if program.effects:
-        return run(*inputs)
-    return _eager.call(
-        lambda values: run(*values), inputs, lambda structure: structure(program)
-    )
+        return run(inputs)
+    results: list[Any] = _eager.call(run, inputs, lambda structure: structure(program))
+    return results
 
 
 def on_arrays(
