@@ -9,7 +9,7 @@ import jax
 from jax.extend import core as jex
 
 from hk_stack import _equations
-from hk_stack._equations import Atom
+from hk_stack._equations import Atom, Aval
 
 
 def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
@@ -129,7 +129,7 @@ def nbytes(variables: Iterable[Atom]) -> int:
     return sum(bytes_of(v.aval) for v in variables)
 
 
-def bytes_of(array: Any) -> int:
+def bytes_of(array: Aval | jax.Array) -> int:
     """Bytes of an array, given it or its type."""
     return int(array.size * array.dtype.itemsize)
 

@@ -216,21 +216,12 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     with while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
         closed, result = trace(*example_args)
+    constant = Input("a constant", known=True, fixed=True, constant=True)
     first = len(closed.consts)
-    found = _checks.leaf_names(example_args[0])
-    leaves = unique([name or names[0] for name in found])  # It may be one array.
-    inputs = [
-        *[Input("a constant", known=True, fixed=True, constant=True)] * first,
-        *(Input(leaf, known=True, fixed=True) for leaf in leaves),
-        *(
-            Input(f"argument `{name}`")
-            for name, tree in zip(names[1:], example_args[1:], strict=True)
-            for _ in jax.tree.leaves(tree)
-        ),
-    ]
+    inputs = [*[constant] * first, *_described(names, example_args)]
     parts = _cut.cut(closed, inputs, "auto", where, reuse=True)
-    known = dict(enumerate(leaves, first))
-    kept = {i: known[i] for i in parts.call_inputs if i in known}
+    known = [i for i in parts.call_inputs if inputs[i].known and i >= first]
+    kept = {i: inputs[i].label for i in known}
     made = hoisted_names(parts.shared.jaxpr)
     derived = {
         "hoisted": dict(zip(made, parts.shared.out_avals, strict=True)),
@@ -242,6 +233,15 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     flags = [i.known for i in inputs]
     described = report(parts, flags, list(derived["kept"].values()), where)
     return Partition(program, closed.consts, described)
+
+
+def _described(names: list[str], arguments: tuple[Tree, ...]) -> Iterator[Input]:
+    """What the cut must know of each leaf of the arguments: the first is known."""
+    leaves = _checks.leaf_names(arguments[0])
+    for label in unique([name or names[0] for name in leaves]):  # It may be one array.
+        yield Input(label, known=True, fixed=True)
+    for name, tree in zip(names[1:], arguments[1:], strict=True):
+        yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
 
 
 def _named(fn: Callable[..., Any], example_args: tuple[Tree, ...]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
+from jax.extend import core as jex
 
 from hk_stack import _checks, _cost, _frames, _loop, _taps
 from hk_stack._layer import Invocation
@@ -135,7 +136,7 @@ class _Recorder:
 _recording: Any = jax.make_user_context(None)
 
 
-def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
+def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     """What the stacks of a model hold, hoist and keep.
 
     Nothing is computed: `fn` is traced, as by `jax.eval_shape`.
@@ -283,7 +284,7 @@ def _derived(parts: Parts | None, num_layers: int, share: float) -> float:
     if not parts:
         return 0.0
 
-    def sizes(jaxpr: Any) -> list[float]:
+    def sizes(jaxpr: jex.Jaxpr) -> list[float]:
         made = zip(jaxpr.outvars, _cost.gathered(jaxpr), strict=True)
         return [_cost.nbytes([v]) * (1.0 if whole else share) for v, whole in made]
 
