@@ -22,6 +22,7 @@ from hk_stack import (
     _initialize,
     _layout,
     _loop,
+    _naming,
     _scopes,
 )
 from hk_stack._layer import Call, Given, Options, Own, as_array, cast, pure_layer
@@ -33,7 +34,7 @@ def layer_stack(
     unroll: int = 1,
     pass_reverse_to_layer_fn: bool = False,
     transparent: bool = False,
-    transparency_map: hk.LayerStackTransparencyMapping | None = None,
+    transparency_map: _naming.Maps | None = None,
     name: str | None = None,
     *,
     setup: str = "auto",
@@ -88,7 +89,8 @@ def layer_stack(
         the stack is called (`stack(f)(x, reverse=True)` runs the last layer first).
       transparent: Whether the parameters are stored per layer, under the names that
         `transparency_map` gives.
-      transparency_map: Names of the layers' modules; used if `transparent`.
+      transparency_map: Names of the layers' modules, of one naming map or a sequence of
+        them; used if `transparent`.
       name: Name of the stack in the parameter tree.
       setup: What leaves the loop. "auto": values marked with `hoist`, and whatever else
         depends on parameters and constants only and is worth it. "marked": only marked
@@ -188,7 +190,7 @@ def _naming_map(naming_map: Any, where: str) -> hk.LayerStackTransparencyMapping
             f"{where}: transparent=True needs a transparency_map, which names the "
             "module of each layer (see hk.LayerStackTransparencyMapping)."
         )
-    return _checks.naming_map(naming_map, "transparency_map", where)
+    return _naming.naming_map(naming_map, "transparency_map", where)
 
 
 def _remat(remat: Any, every: Any, num_layers: int, where: str) -> _loop.Remat | None:
