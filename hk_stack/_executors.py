@@ -53,7 +53,7 @@ def compiled(
         options.setup_batch_size,
         options.setup_remat,
     )
-    leaves = _eager.call(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
+    leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
     told = _pass_on(invocation, shapes.found.checks, marks, leaves[count:], result[:3])

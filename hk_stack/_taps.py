@@ -314,7 +314,7 @@ def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
     run = jex.jaxpr_as_fun(program)
     if program.effects:
         return run(*inputs)
-    return _eager.call(
+    return _eager.run(
         lambda values: run(*values), inputs, lambda structure: structure(program)
     )
 
