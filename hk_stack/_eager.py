@@ -25,7 +25,7 @@ def run(
     values: list[Any],
     key: Callable[[Structure], Hashable],
 ) -> T:
-    """`function(values)`, compiled outside of `jit`, also where a gradient is taken of it.
+    """`function(values)`, compiled outside of `jit`, also where it is differentiated.
 
     Args:
       function: A pure function of a list of arrays, which closes over no arrays.
