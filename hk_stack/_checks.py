@@ -4,11 +4,10 @@ Each message names the stack and the layer function, says what was found and wha
 expected, and what to write instead.
 """
 
-import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +87,13 @@ def true_or_false(value: object, argument: str, where: str) -> bool | None:
     return None if value is None else bool(value)
 
 
+def function(f: Any, where: str) -> None:
+    """Checks that `f` can be called."""
+    if not callable(f):
+        hint = " Give its apply." if hasattr(f, "apply") else ""
+        raise TypeError(f"{where}: expected a function, not {type(f).__name__}.{hint}")
+
+
 def argument_names(f: Callable[..., Any], count: int) -> list[str]:
     """Names of the first `count` arguments of `f`."""
     try:
@@ -123,17 +129,3 @@ def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
         is_text = getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSU"
         if is_text or not (hasattr(leaf, "shape") or is_number):
             raise TypeError(f"{at} is a {type(leaf).__name__} ({leaf!r}); {instead}")
-
-
-@contextlib.contextmanager
-def while_tracing(where: str) -> Iterator[None]:
-    """Says what to do where a function fails on traced arguments."""
-    try:
-        yield
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        error.add_note(
-            f"{where}: this happened while tracing it on the arguments given, all of "
-            "which are traced. Bind static ones before, as in "
-            "functools.partial(fn, is_training=True)."
-        )
-        raise

@@ -125,8 +125,13 @@ def size(atom: Atom) -> int:
 
 
 def nbytes(variables: Iterable[Atom]) -> int:
-    """Bytes of arrays."""
-    return sum(size(v) * v.aval.dtype.itemsize for v in variables)
+    """Bytes of the values of variables."""
+    return sum(bytes_of(v.aval) for v in variables)
+
+
+def bytes_of(array: Any) -> int:
+    """Bytes of an array, given it or its type."""
+    return int(array.size * array.dtype.itemsize)
 
 
 def flops(eqn: jex.JaxprEqn) -> float:

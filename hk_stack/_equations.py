@@ -99,7 +99,7 @@ def with_bodies(eqn: jex.JaxprEqn, change: Callable[[Any], Any]) -> jex.JaxprEqn
 
 
 def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
-    """What may stand in place of a `jit` or remat equation; None if that loses sense."""
+    """What may stand in place of a `jit` or remat equation; None if nothing may."""
     if eqn.primitive.name not in (*REMAT, *JIT):
         return None
     params, body = eqn.params, eqn.params["jaxpr"]

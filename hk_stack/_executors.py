@@ -1,7 +1,7 @@
 """How the layers of a stack run: in a compiled loop, or one by one in Python."""
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -34,10 +34,7 @@ def compiled(
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     options = invocation.options
     closed, given, shapes = _trace(invocation, layer, given)
-    constants = closed.consts
-    marks: list[_marks.Mark] = []
-    if shapes.found.checks or _taps.collecting.value is not None:
-        closed, constants, marks = _marks.expose(closed)
+    closed, constants, marks = _marks.expose(closed)
     described = _layer.describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
     parts = _cut.cut(closed, inputs, options.setup, invocation.where)
@@ -56,14 +53,13 @@ def compiled(
     leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    told = _pass_on(invocation, shapes.found.checks, marks, leaves[count:], result[:3])
+    told = _pass_on(invocation, marks, leaves[count:], result[:3])
     carry, outputs, state = told
     return carry, outputs, state
 
 
 def _pass_on(
     invocation: Invocation,
-    checks: Mapping[str, Any],
     marks: Sequence[_marks.Mark],
     values: Sequence[Any],
     results: Tree,
@@ -73,23 +69,14 @@ def _pass_on(
     Returns:
       The stack's results, computed only together with what is told.
     """
-    kept, items, codes = [], [], []
-    for mark, value in zip(marks, values, strict=True):
-        if mark.is_tap:
-            kept.append(_taps.mark_tap(value, mark.label))
-        else:
-            label = mark.label.partition(":")[2]
-            items.append((label, checks[mark.label]))
-            codes.append(value)
+    found = list(zip(marks, values, strict=True))
+    kept = [_taps.say(v, _taps.name_of(m)) for m, v in found if m.kind == _marks.TAP]
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
     results = _marks.tied(results, kept)
-    if not codes:
-        return results
+    checks = [(m, v) for m, v in found if m.kind == _marks.FINITE]
     num_layers = invocation.options.num_layers
-    where, reverse = invocation.where, invocation.reverse
-    checked = _finite.Checked(where, num_layers, reverse, tuple(items))
-    code = _finite.Code(where, checked.encode(codes), checked)
-    return _finite.say_codes([code], results)
+    stack = _finite.Check(invocation.where, num_layers, invocation.reverse)
+    return _finite.say_layers(stack, checks, results)
 
 
 class _Plan(NamedTuple):

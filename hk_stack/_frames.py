@@ -3,11 +3,14 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import haiku as hk
 import jax
+
+from hk_stack._types import Tree
 
 
 @dataclasses.dataclass(eq=False, slots=True)  # Frozen takes five times as long.
@@ -23,20 +26,17 @@ class Frame:
       check_finite: Whether taps are checked.
       is_init: Whether the model is being initialised: then taps are silent.
       added: What to add to tapped values, by path.
-      is_heard: Whether somebody takes values out of it, so that JAX's caches must know
-        what was traced in this layer.
-      checked: The stacks inside that check values, by label; filled while tracing.
+      is_heard: Whether values at marks are taken out of it.
     """
 
     path: str
     where: str
-    index: Any
+    index: jax.Array | int
     num_layers: int
     scope: str = ""
     check_finite: bool = False
     is_init: bool = False
     added: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
-    checked: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_heard: bool = False
 
     @property
@@ -57,8 +57,14 @@ def frames() -> tuple[Frame, ...]:
     return _frames.get()
 
 
+def python_loops() -> list[Frame]:
+    """Those of `frames` that no traced loop is inside of, innermost first."""
+    inward = reversed(frames())
+    return list(itertools.takewhile(lambda frame: frame.is_python, inward))
+
+
 @contextlib.contextmanager
-def layer(frame: Frame, given: Any = None) -> Iterator[None]:
+def layer(frame: Frame, given: Tree = None) -> Iterator[None]:
     """Runs a layer function inside `frame`.
 
     Args:
@@ -76,7 +82,7 @@ def layer(frame: Frame, given: Any = None) -> Iterator[None]:
         _frames.reset(token)
 
 
-def _key(frame: Frame, given: Any) -> Any:
+def _key(frame: Frame, given: Tree) -> Hashable:
     """What JAX's caches must know: functions under `jit` keep the paths of their taps.
 
     Outside of `jit` the layers of a Python loop share what JAX has compiled.
@@ -86,7 +92,7 @@ def _key(frame: Frame, given: Any) -> Any:
     return _place.value, frame.path, index, frame.check_finite, frame.is_init
 
 
-def layer_index() -> Any:
+def layer_index() -> jax.Array | int:
     """The index of the layer that runs, from 0, inside a layer function.
 
     In a compiled loop, and at init, all layers are one program, and the index is a

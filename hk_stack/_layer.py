@@ -84,11 +84,9 @@ class Found:
     """What running a layer function tells, besides values.
 
     Attributes:
-      checks: The stacks inside that check values, by label; None for one value.
       were_odd: Whether the layer uses modules that have to be told their names.
     """
 
-    checks: Mapping[str, _finite.Checked | None]
     were_odd: bool
 
 
@@ -184,7 +182,7 @@ class Invocation:
             self.check_finite and not is_init,
             is_init,
             given.added,
-            is_heard=self.check_finite or _taps.collecting.value is not None,
+            is_heard=self.check_finite or _taps.are_heard(),
         )
 
 
@@ -237,7 +235,7 @@ def pure_layer(invocation: Invocation, *, is_watched: bool = True) -> Layer:
             if frame.check_finite:
                 carry, output = _check_result(invocation, carry, output)
         state = names.dropped(after, given.state)
-        return Result(carry, output, state, Found(frame.checked, names.were_odd))
+        return Result(carry, output, state, Found(names.were_odd))
 
     return Layer(init, apply)
 
@@ -271,7 +269,8 @@ def _around(
     """What is around the layer function: its scope, and a watch on modules."""
     with contextlib.ExitStack() as stack:
         if names.own:
-            stack.enter_context(invocation.scopes[names.frame.index].context)
+            index: Any = names.frame.index  # A number, as a Python loop runs it.
+            stack.enter_context(invocation.scopes[index].context)
         if is_watched or not names.own:
             captured: set[str] = set()
             stack.enter_context(names.watched(captured))

@@ -1,10 +1,12 @@
 """Marks: values that a traced program passes on under names.
 
 A mark is an identity in the traced program whose name says what it is. `expose` takes
-the values at taps and checks out; `_cut` moves what is marked by `hoist`.
+the values at taps and checks out; the cut moves what `hoist` marks.
 """
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,34 +22,38 @@ T = TypeVar("T")
 
 HOIST = "hk_stack.hoist"  # written by `hoist`: hoist this, or say why it cannot be
 HOISTED = "hk_stack.hoisted"  # left by a cut: an outer cut hoists it too if it can
-TAP, FINITE = "hk_stack.tap", "hk_stack.finite"  # what a tap or a check passes on
-DERIVED = "hk_stack.derived"  # what setup hands to the loop, for users' policies
+TAP = "hk_stack.tap"  # a value for `collect`
+FINITE = "hk_stack.finite"  # what a check has found
+DERIVED = "hk_stack.derived"  # what setup hands to the loop; for users' policies
 
 
 class Mark(NamedTuple):
-    """What the name of a mark says.
+    """What the name of a mark for `expose` says.
 
     Attributes:
-      is_tap: Whether it is a tap, not a check.
-      label: The path of the tap, or what is checked, after a number.
-      indices: Of the layers in Python loops around the tap, and how many there are.
+      kind: `TAP` or `FINITE`.
+      label: The path of the tap, or what is checked.
+      indices: Of the layers in Python loops around it, outermost first.
+      sizes: How many layers each of these loops has.
     """
 
-    is_tap: bool
+    kind: str
     label: str
-    indices: tuple[tuple[int, int], ...] = ()
+    indices: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def on(self, value: Any) -> jax.Array:
+        """Marks `value`."""
+        loops = json.dumps([self.indices, self.sizes])
+        return checkpoint_name(value, f"{self.kind}:{loops}:{self.label}")
 
 
-def read_mark(name: str) -> Mark | None:
-    """What `name` says; None if `name` is no mark."""
-    kind, _, rest = name.partition(":")
-    if kind == FINITE:
-        return Mark(False, rest)
-    if kind != TAP:
+def _read(name: str) -> Mark | None:
+    """What a name says; None if it is of no mark for `expose`."""
+    if not name.startswith((f"{TAP}:", f"{FINITE}:")):
         return None
-    indices, _, path = rest.partition(":")
-    pairs = (entry.split("/") for entry in indices.split(",") if entry)
-    return Mark(True, path, tuple((int(i), int(n)) for i, n in pairs))
+    kind, loops, label = name.split(":", 2)
+    return Mark(kind, label, *map(tuple, json.loads(loops)))
 
 
 def tied(value: T, kept: Sequence[Any]) -> T:
@@ -55,27 +61,28 @@ def tied(value: T, kept: Sequence[Any]) -> T:
     leaves, tree = jax.tree.flatten(value)
     if not kept or not leaves:
         return value
-    return jax.tree.unflatten(
-        tree, jax.lax.optimization_barrier((leaves, list(kept)))[0]
-    )
+    together = jax.lax.optimization_barrier((leaves, list(kept)))
+    return jax.tree.unflatten(tree, together[0])
 
 
-def unbatched(digits: Any, name: str = "") -> Any:
-    """The digits of a check, marked if there is a name.
+def unbatched(code: jax.Array, mark: Mark | None = None) -> jax.Array:
+    """What a check has found, marked if there is a mark.
 
-    Under `vmap` they are those of the example that failed first.
+    Under `vmap` it is that of the example that failed first.
     """
 
     @custom_vmap
-    def of_one(digits: Any) -> Any:
-        return checkpoint_name(digits, name) if name else digits
+    def of_one(code: jax.Array) -> jax.Array:
+        return mark.on(code) if mark else code
 
     @of_one.def_vmap
-    def of_batch(size: int, is_batched: Any, digits: Any) -> tuple[Any, bool]:
+    def of_batch(
+        size: int, is_batched: list[bool], codes: jax.Array
+    ) -> tuple[jax.Array, bool]:
         del size, is_batched  # Nothing calls this on what is not batched.
-        return of_one(first_code(digits)), False
+        return of_one(first_code(codes)), False
 
-    return of_one(digits)
+    return of_one(code)
 
 
 def first_code(codes: jax.Array) -> jax.Array:
@@ -85,6 +92,15 @@ def first_code(codes: jax.Array) -> jax.Array:
         least = jnp.min(jnp.where(is_first, column, jnp.iinfo(jnp.int32).max))
         is_first &= column == least
     return codes[jnp.argmax(is_first)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Marked:
+    """A value at a mark, which functions that are traced may return."""
+
+    mark: Mark = dataclasses.field(metadata={"static": True})
+    value: Any
 
 
 def expose(
@@ -100,28 +116,19 @@ def expose(
       outputs are the values at the marks; these constants; and what the marks are.
     """
     jaxpr = _flat.without_constants(closed.jaxpr)
-    if not _has_marks(jaxpr):
+    if not _marks(jaxpr):
         return jex.ClosedJaxpr(jaxpr, []), closed.consts, []
-    found: list[Mark] = []
 
-    def run(*args: Any) -> list[Any]:
-        outputs, marked = _evaluate(jaxpr, args)
-        entries = _folded(marked)
-        found[:] = [entry.mark for entry in entries]
-        return [*outputs, *(entry.value for entry in entries)]
+    def run(*args: Any) -> tuple[list[Any], list[_Marked]]:
+        outputs, found = _evaluate(jaxpr, args)
+        return outputs, _folded(found)
 
-    exposed = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
+    trace = jax.make_jaxpr(run, return_shape=True)
+    exposed, (_, found) = trace(*(v.aval for v in jaxpr.invars))
     # Functions under `jit` may have had constants of their own.
     constants = [*exposed.consts, *closed.consts]
     exposed = jex.ClosedJaxpr(_flat.without_constants(exposed.jaxpr), [])
-    return exposed, constants, found
-
-
-class _Marked(NamedTuple):
-    """A value at a mark."""
-
-    mark: Mark
-    value: Any
+    return exposed, constants, [entry.mark for entry in found]
 
 
 def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
@@ -134,10 +141,9 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
 
     for eqn in jaxpr.eqns:
         inputs = list(map(read, eqn.invars))
-        mark = _mark(eqn)
-        if mark is not None:
+        if mark := _mark(eqn):
             results, more = inputs, [_Marked(mark, inputs[0])]
-        elif any(map(_has_marks, _equations.bodies(eqn))):
+        elif any(map(_marks, _equations.bodies(eqn))):
             results, more = _open(eqn, inputs)
         else:
             results, more = _run_one(eqn, inputs), []
@@ -148,19 +154,19 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
 
 def _mark(eqn: jex.JaxprEqn) -> Mark | None:
     if eqn.primitive.name == "name":
-        return read_mark(eqn.params["name"])
+        return _read(eqn.params["name"])
     if eqn.primitive.name == "custom_vmap_call":  # Around the mark of a check.
         marks = [_mark(inner) for body in _equations.bodies(eqn) for inner in body.eqns]
-        if len(marks) == 1 and marks[0] and not marks[0].is_tap:
+        if len(marks) == 1 and marks[0] and marks[0].kind == FINITE:
             return marks[0]
     return None
 
 
-def _has_marks(jaxpr: jex.Jaxpr) -> bool:
-    return any(
-        _mark(eqn) is not None or any(map(_has_marks, _equations.bodies(eqn)))
-        for eqn in jaxpr.eqns
-    )
+def _marks(jaxpr: jex.Jaxpr) -> list[Mark]:
+    """All marks, those inside equations too."""
+    own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
+    inner = (_marks(body) for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
+    return [*own, *itertools.chain(*inner)]
 
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -174,114 +180,87 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
     if name in _equations.REMAT:
         if params["differentiated"]:  # A backward pass computes again what was there.
             return _run_one(eqn, inputs), []
-        return _open_remat(eqn, params["jaxpr"], inputs)
+        options = {k: params[k] for k in ("prevent_cse", "policy")}
+        run = jax.checkpoint(lambda *args: _evaluate(params["jaxpr"], args), **options)
+        return run(*inputs)
     if name in _equations.JIT:
         closed = params["jaxpr"]
         body = _flat.without_constants(closed.jaxpr)
         return _evaluate(body, [*closed.consts, *inputs])
     if name == "scan":
         return _open_scan(eqn, inputs)
-    for inner in _equations.bodies(eqn):
-        for mark in _marks(inner):
-            if mark.is_tap:
-                raise ValueError(
-                    f"hk_stack.collect: the tap {mark.label} is inside a "
-                    f"{name}, which no value can leave. Return the value "
-                    "from there and tap it outside, or do not select it."
-                )
+    for mark in itertools.chain(*map(_marks, _equations.bodies(eqn))):
+        if mark.kind == TAP:
+            raise ValueError(
+                f"hk_stack.collect: the tap {mark.label} is inside a "
+                f"{name}, which no value can leave. Return the value "
+                "from there and tap it outside, or do not select it."
+            )
     return _run_one(eqn, inputs), []  # Checks are left out there.
-
-
-def _marks(jaxpr: jex.Jaxpr) -> list[Mark]:
-    """All marks, those inside equations too."""
-    own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
-    inner = (_marks(body) for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    return [*own, *itertools.chain(*inner)]
-
-
-def _open_remat(
-    eqn: jex.JaxprEqn, body: jex.Jaxpr, inputs: Sequence[Any]
-) -> tuple[list[Any], list[_Marked]]:
-    marks: list[Mark] = []
-
-    def run(*args: Any) -> tuple[list[Any], list[Any]]:
-        outputs, found = _evaluate(body, args)
-        marks[:] = [entry.mark for entry in found]
-        return outputs, [entry.value for entry in found]
-
-    options = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
-    outputs, values = jax.checkpoint(run, **options)(*inputs)
-    return outputs, list(map(_Marked, marks, values))
 
 
 def _open_scan(
     eqn: jex.JaxprEqn, inputs: Sequence[Any]
 ) -> tuple[list[Any], list[_Marked]]:
     params, closed = eqn.params, eqn.params["jaxpr"]
-    carried = _equations.carried(eqn)
-    first, count = carried.start, len(carried)
+    places = _equations.carried(eqn)
     body = _flat.without_constants(closed.jaxpr)
-    shared = [*closed.consts, *inputs[:first]]
-    marks: list[Mark] = []
+    shared = [*closed.consts, *inputs[: places.start]]
 
-    def turn(carry: Any, own: Any) -> tuple[Any, Any]:
+    def turn(carry: Sequence[Any], own: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         outputs, found = _evaluate(body, [*shared, *carry, *own])
-        entries = _folded(found, in_scan=True)
-        marks[:] = [entry.mark for entry in entries]
-        return outputs[:count], (outputs[count:], [entry.value for entry in entries])
+        # Loops may be around the scan, of which there is one layer only.
+        return outputs[: len(places)], (outputs[len(places) :], _folded(found, 2))
 
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
-    carry, mapped = inputs[first : first + count], inputs[first + count :]
-    carry, (outputs, values) = jax.lax.scan(turn, carry, mapped, **options)
-    found = [
-        _Marked(mark, value if mark.is_tap else first_code(value))
-        for mark, value in zip(marks, values, strict=True)
+    carry, mapped = inputs[places.start : places.stop], inputs[places.stop :]
+    carry, (outputs, found) = jax.lax.scan(turn, carry, mapped, **options)
+    return [*carry, *outputs], [
+        _Marked(m.mark, first_code(m.value) if m.mark.kind == FINITE else m.value)
+        for m in found
     ]
-    return [*carry, *outputs], found
 
 
-def _folded(found: Sequence[_Marked], *, in_scan: bool = False) -> list[_Marked]:
+def _folded(found: Sequence[_Marked], fewest: int = 1) -> list[_Marked]:
     """Puts together the taps of the layers that a Python loop runs.
 
     Args:
       found: What is marked.
-      in_scan: Whether this is in a turn of a scan. Then loops may be around the scan,
-        of which there is one layer only.
+      fewest: Loops over fewer layers are left as they are.
     """
-    groups: dict[Any, dict[Any, Any]] = {}
-    for mark, value in found:
+    groups: dict[Any, dict[tuple[int, ...], Any]] = {}
+    for mark, value in ((entry.mark, entry.value) for entry in found):
         number = 0  # Of taps with one path in one layer.
-        while mark.indices in groups.get(_key(mark, number), ()):
+        label = mark._replace(indices=())
+        while mark.indices in groups.setdefault((label, number), {}):
             number += 1
-        groups.setdefault(_key(mark, number), {})[mark.indices] = value
+        groups[label, number][mark.indices] = value
     return [
-        _Marked(Mark(is_tap, label, indices), value)
-        for (is_tap, label, _, _), grid in groups.items()
-        for indices, value in _fold(grid, 2 if in_scan else 1).items()
+        entry
+        for (mark, _), grid in groups.items()
+        for entry in _fold(mark, grid, fewest)
     ]
 
 
-def _key(mark: Mark, number: int) -> tuple[bool, str, int, int]:
-    return mark.is_tap, mark.label, len(mark.indices), number
-
-
-def _fold(grid: dict[Any, Any], fewest: int) -> dict[Any, Any]:
+def _fold(mark: Mark, grid: dict[tuple[int, ...], Any], fewest: int) -> list[_Marked]:
     """Stacks the values of all layers of the innermost loops, as far as they are there.
 
     Args:
-      grid: Values, by the indices of their layers.
+      mark: What the values share.
+      grid: The values, by the indices of their layers.
       fewest: Loops over fewer layers are left as they are.
     """
-    rows: dict[Any, dict[int, Any]] = {}
-    for indices, value in grid.items():
-        if not indices or indices[-1][1] < fewest:
-            return grid
-        rows.setdefault((indices[:-1], indices[-1][1]), {})[indices[-1][0]] = value
-    kinds = {(jnp.shape(v), jnp.asarray(v).dtype) for v in grid.values()}
-    if len(kinds) > 1 or any(len(row) != n for (_, n), row in rows.items()):
-        return grid
-    stacked = {
-        before: jnp.stack([row[i] for i in range(n)])
-        for (before, n), row in rows.items()
-    }
-    return _fold(stacked, fewest)
+    sizes = mark.sizes
+    is_uniform = len({(jnp.shape(v), jnp.result_type(v)) for v in grid.values()}) == 1
+    while is_uniform and sizes and sizes[-1] >= fewest:
+        rows: dict[tuple[int, ...], list[Any]] = {}
+        for indices in sorted(grid):
+            rows.setdefault(indices[:-1], []).append(grid[indices])
+        if any(len(row) < sizes[-1] for row in rows.values()):
+            break
+        grid = {indices: jnp.stack(row) for indices, row in rows.items()}
+        sizes = sizes[:-1]
+    return [
+        _Marked(Mark(mark.kind, mark.label, indices, sizes), value)
+        for indices, value in grid.items()
+    ]

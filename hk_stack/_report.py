@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from hk_stack import _cost, _equations, _flat, _parts
+from hk_stack._equations import Atom
 from hk_stack._table import Shown, Table, si
 
 
@@ -64,17 +65,15 @@ class Report(Shown):
         yield self._headline()
         if self.hoisted:
             titles = "hoisted|primitive|derived values|bytes|FLOPs".split("|")
-            yield Table(titles, list(map(_cells, self.hoisted)), titles[-2:])
+            yield Table(titles, list(map(cells, self.hoisted)), titles[-2:])
         if self.stayed:
             yield Table(["stays in the call", "primitive", "why"], self.stayed)
 
     def _headline(self) -> str:
-        nbytes = sum(group.nbytes for group in self.hoisted)
-        flops = sum(group.flops for group in self.hoisted)
-        if not self.hoisted:
-            hoisted = "nothing to hoist"
-        else:
-            hoisted = f"hoisted {si(nbytes)}B from {si(flops)}FLOP"
+        nbytes = si(sum(group.nbytes for group in self.hoisted))
+        flops = si(sum(group.flops for group in self.hoisted))
+        some = f"hoisted {nbytes}B from {flops}FLOP"
+        hoisted = some if self.hoisted else "nothing to hoist"
         kept = f"{self.kept} arrays ({si(self.kept_nbytes)}B) kept as they are"
         return f"{self.where}: {hoisted}; {kept}"
 
@@ -92,7 +91,7 @@ def report(
     """
     flags = [True] * len(parts.shared.out_avals) + [known[i] for i in parts.call_inputs]
     stayed = dict.fromkeys(_stayed(parts.call.jaxpr, flags))
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+    nbytes = sum(map(_cost.bytes_of, kept))
     hoisted = tuple(groups(parts.shared.jaxpr))
     return Report(where, hoisted, len(kept), nbytes, tuple(stayed))
 
@@ -125,18 +124,15 @@ def groups(setup: jex.Jaxpr) -> Iterator[Group]:
 def _origins(jaxpr: jex.Jaxpr) -> list[tuple[str, str]]:
     """The source line and the primitive that each output comes from."""
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
-    return [
-        (_flat.UNKNOWN, "a constant")
-        if isinstance(value, jex.Literal)
-        else _origin(made, value)
-        for value in jaxpr.outvars
-    ]
+    return [_origin(made, value) for value in jaxpr.outvars]
 
 
 def _origin(
-    made: dict[jex.Var, tuple[jex.JaxprEqn, int]], value: Any
+    made: dict[jex.Var, tuple[jex.JaxprEqn, int]], value: Atom
 ) -> tuple[str, str]:
     """The same for one value, given which equation and output each comes from."""
+    if isinstance(value, jex.Literal):
+        return _flat.UNKNOWN, "a constant"
     while value in made:
         eqn, i = made[value]
         before = list(_equations.variables(eqn.invars))
@@ -175,7 +171,8 @@ def _stayed(
         source = caller if source == _flat.UNKNOWN else source
         if read & rest:
             rest |= set(eqn.outvars)
-            yield from _inside(eqn, [a in values for a in _hashable(eqn)], source)
+            flags = [not isinstance(a, jex.Literal) and a in values for a in eqn.invars]
+            yield from _inside(eqn, flags, source)
         elif name in _cost.OPAQUE or eqn.effects:
             rest |= set(eqn.outvars)
             yield Stayed(source, name, "it has side effects or runs foreign code")
@@ -184,11 +181,6 @@ def _stayed(
             if not _cost.is_layout(eqn):
                 why = "it is cheap, and no smaller than what it is made of"
                 yield Stayed(source, name, why)
-
-
-def _hashable(eqn: jex.JaxprEqn) -> list[Any]:
-    """The inputs of an equation, without literals, which have no hash."""
-    return [None if isinstance(a, jex.Literal) else a for a in eqn.invars]
 
 
 def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Stayed]:
@@ -212,7 +204,8 @@ def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Staye
 _CUT = ("scan", *_equations.JIT, *_equations.REMAT)
 
 
-def _cells(group: Group) -> list[str]:
+def cells(group: Group) -> list[str]:
+    """A row of a table."""
     shapes = ", ".join(group.shapes).replace(" ", "")
     flops, nbytes = si(group.flops), si(group.nbytes)
     return [group.source, group.primitive, shapes, f"{nbytes}B", flops]

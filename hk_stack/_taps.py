@@ -5,47 +5,49 @@ import fnmatch
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _eager, _finite, _frames, _marks
+from hk_stack import _checks, _eager, _finite, _frames, _marks
+from hk_stack._types import Tree
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Collector:
+class _Collector:
     """What `collect` wants; part of the key of JAX's caches.
 
     Attributes:
       patterns: Globs of the paths to collect.
-      adding: Values to add, and the paths that were found; equal by identity.
+      adding: What to add; equal by identity, so that all taps are met again.
     """
 
     patterns: tuple[str, ...]
-    adding: "Adding | None"
-
-    def wants(self, path: str) -> bool:
-        """Whether a tap is to be collected."""
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
+    adding: "_Adding | None"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Adding:
-    """Values to add to taps, by path; the paths at which some were added; all paths."""
+class _Adding:
+    """Values to add to taps, by path; and the paths of all taps that were met."""
 
     values: Mapping[str, jax.Array]
-    used: set[str] = dataclasses.field(default_factory=set)
-    seen: set[str] = dataclasses.field(default_factory=set)
+    met: set[str] = dataclasses.field(default_factory=set)
 
 
 # JAX's caches know the value, so what was traced under one is not used under another.
-collecting: Any = jax.make_user_context(None)
+_collecting: Any = jax.make_user_context(None)
+
+
+def are_heard() -> bool:
+    """Whether somebody collects taps."""
+    return _collecting.value is not None
 
 
 def tap(value: T, name: str) -> T:
@@ -73,32 +75,36 @@ def tap(value: T, name: str) -> T:
         raise TypeError(f"hk_stack.tap: the name must be a str, not {name!r}.")
     if not name:
         raise ValueError("hk_stack.tap: the name is empty; name what is tapped.")
-    around, collector = _frames.frames(), collecting.value
-    if _frames.is_init():
+    if _frames.is_init() or not (are_heard() or _frames.is_checked()):
         return value
-    if collector is None and not (around and around[-1].check_finite):
-        return value
-    path = "/".join(filter(None, [_frames.path(), name]))
+    start = [_frames.path(), name]
 
-    def one(at: tuple[Any, ...], leaf: Any) -> Any:
-        end = jax.tree_util.keystr(at, simple=True, separator="/")
-        return _tap_leaf(leaf, f"{path}/{end}" if end else path, collector)
+    def one(at: tuple[Any, ...], leaf: Tree) -> Tree:
+        path = "/".join(filter(None, [*start, _checks.path_name(at)]))
+        return _tap_leaf(leaf, path)
 
     return jax.tree.map_with_path(one, value)
 
 
-def _tap_leaf(leaf: Any, path: str, collector: Collector | None) -> Any:
-    around = _frames.frames()
+def _tap_leaf(leaf: Tree, path: str) -> Tree:
+    collector = _collecting.value
     if collector and collector.adding:
-        collector.adding.seen.add(path)
-        if path in (added := _adding(around)):
+        collector.adding.met.add(path)
+        if path in (added := _added()):
             leaf = _add(leaf, added[path], path)
-            collector.adding.used.add(path)
-    if around and around[-1].check_finite:
+    if _frames.is_checked():
         leaf = _finite.say_finite({f"tap {path}": leaf}, leaf)
-    if collector and collector.wants(path):
-        leaf = mark_tap(leaf, path)
+    if collector and any(fnmatch.fnmatchcase(path, p) for p in collector.patterns):
+        leaf = say(leaf, path)
     return leaf
+
+
+def say(value: jax.Array, path: str) -> jax.Array:
+    """Passes a tapped value on to whoever traces this program."""
+    loops = _frames.python_loops()[::-1]
+    indices = tuple(int(loop.index) for loop in loops)
+    sizes = tuple(loop.num_layers for loop in loops)
+    return _marks.Mark(_marks.TAP, path, indices, sizes).on(value)
 
 
 def _add(leaf: Any, added: Any, path: str) -> Any:
@@ -117,16 +123,17 @@ def _add(leaf: Any, added: Any, path: str) -> Any:
     return leaf + jnp.asarray(added).astype(kind)
 
 
-def _adding(around: Sequence[_frames.Frame]) -> Mapping[str, jax.Array]:
-    if around:
+def _added() -> Mapping[str, jax.Array]:
+    """What is to be added at the taps of the code that runs, by path."""
+    if around := _frames.frames():
         return around[-1].added
-    collector = collecting.value
+    collector = _collecting.value
     return collector.adding.values if collector and collector.adding else {}
 
 
 def added_below(path: str, num_layers: int, where: str) -> dict[str, jax.Array]:
     """What is to be added at the taps of a stack: arrays `[L, ...]`, by path."""
-    here = _adding(_frames.frames())
+    here = _added()
     below = {at: value for at, value in here.items() if at.startswith(f"{path}/")}
     for at, value in below.items():
         shape = jnp.shape(value)
@@ -138,27 +145,12 @@ def added_below(path: str, num_layers: int, where: str) -> dict[str, jax.Array]:
     return below
 
 
-def mark_tap(value: Any, path: str) -> Any:
-    """Marks `value` for whoever traces this program to take out."""
-    return checkpoint_name(value, ":".join([_marks.TAP, _python_indices(), path]))
-
-
-def _python_indices() -> str:
-    """The indices of the Python loops around, up to what is traced: `3/12,0/2`."""
-    indices: list[str] = []
-    for frame in reversed(_frames.frames()):
-        if not frame.is_python:
-            break
-        indices.append(f"{frame.index}/{frame.num_layers}")
-    return ",".join(reversed(indices))
-
-
 def collect(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     select: str | Sequence[str] = "*",
     *,
     add: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, tuple[R, dict[str, Any]]]:
     """`fn`, returning besides what it returns the values at the taps inside of it.
 
     For a stack `layer_stack(L, name="layers")` of
@@ -218,36 +210,38 @@ def collect(
         a tap is in a conditional, a `while` or a function with its own derivative,
         which no value can leave.
     """
-    patterns = _collected(fn, select)
+    patterns = _patterns(fn, select)
     values = None if add is None else {k: jnp.asarray(v) for k, v in add.items()}
 
     @functools.wraps(fn)
-    def collected(*args: Any, **kwargs: Any) -> Any:
+    def collected(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
         run, arrays = on_arrays(fn, args, kwargs)
-        adding = None if values is None else Adding(values)
-        with collecting(Collector(patterns, adding)):
+        adding = None if values is None else _Adding(values)
+        with _collecting(_Collector(patterns, adding)):
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
         exposed, constants, marks = _marks.expose(closed)
-        found = _unique(list(map(_name, marks)))
-        used = adding.used if adding else set()
-        lost = sorted({*(add or ())} - used)
-        _some_taps(patterns, select, found, lost, lambda: _all_taps(run, arrays))
-        inputs = [*constants, *arrays.values()]
-        results = _run(exposed, inputs)
+        if not marks and patterns != ("*",):
+            raise ValueError(
+                f"hk_stack.collect: no tap matches {select!r}. "
+                f"{_there_are(run, arrays)}"
+            )
+        if adding and (lost := sorted({*adding.values} - adding.met)):
+            raise ValueError(
+                f"hk_stack.collect: nothing was added at {', '.join(lost)}, as there "
+                f"is no such tap. {_there_are(run, arrays)}"
+            )
+        results = _run(exposed, [*constants, *arrays.values()])
         count = len(results) - len(marks)
         out = jax.tree.unflatten(jax.tree.structure(shapes), results[:count])
-        return out, dict(zip(found, results[count:], strict=True))
+        names = unique(list(map(name_of, marks)))
+        return out, dict(zip(names, results[count:], strict=True))
 
     return collected
 
 
-def _collected(fn: Any, select: Any) -> tuple[str, ...]:
+def _patterns(fn: Any, select: Any) -> tuple[str, ...]:
     """Checks what `collect` is given; returns the globs."""
-    if not callable(fn):
-        hint = " Give its apply." if hasattr(fn, "apply") else ""
-        raise TypeError(
-            f"hk_stack.collect: expected a function, not {type(fn).__name__}.{hint}"
-        )
+    _checks.function(fn, "hk_stack.collect")
     is_several = isinstance(select, Sequence) and not isinstance(select, str)
     patterns = tuple(select) if is_several else (select,)
     for pattern in patterns:
@@ -260,52 +254,30 @@ def _collected(fn: Any, select: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _some_taps(
-    patterns: Sequence[str],
-    select: Any,
-    found: Sequence[str],
-    lost: Sequence[str],
-    all_taps: Callable[[], Sequence[str]],
-) -> None:
-    """Checks that what `collect` was asked for is there."""
-    if not found and tuple(patterns) != ("*",):
-        raise ValueError(
-            f"hk_stack.collect: no tap matches {select!r}. {_there_are(all_taps())}"
-        )
-    if lost:
-        raise ValueError(
-            f"hk_stack.collect: nothing was added at {', '.join(lost)}, as there is no "
-            f"such tap. {_there_are(all_taps())}"
-        )
-
-
-def _there_are(taps: Sequence[str]) -> str:
+def _there_are(run: Callable[[dict[int, Any]], Any], arrays: dict[int, Any]) -> str:
+    """What an error says of all taps."""
+    adding = _Adding({})
+    with _collecting(_Collector((), adding)):
+        jax.eval_shape(run, arrays)
+    taps = sorted(adding.met)
     if not taps:
         return "There are no taps in it; hk_stack.tap(value, name) makes one."
     more = f", and {len(taps) - 20} more" if len(taps) > 20 else ""
     return f"There are {', '.join(taps[:20])}{more}."
 
 
-def _all_taps(run: Callable[..., Any], arrays: dict[int, Any]) -> list[str]:
-    """The paths of all taps, for an error."""
-    adding = Adding({})
-    with collecting(Collector((), adding)):
-        jax.eval_shape(run, arrays)
-    return sorted(adding.seen)
-
-
-def _name(mark: _marks.Mark) -> str:
+def name_of(mark: _marks.Mark) -> str:
     """The path of a tap; with the layer's index if it is not in all layers."""
-    indices = ",".join(str(i) for i, _ in mark.indices)
+    indices = ",".join(map(str, mark.indices))
     return f"{mark.label}[{indices}]" if indices else mark.label
 
 
-def _unique(paths: Sequence[str]) -> list[str]:
-    """Paths, of which those that are there more than once are numbered."""
+def unique(names: Sequence[str]) -> list[str]:
+    """Names, of which those that are there more than once are numbered."""
     taken: dict[str, None] = {}
-    for path in paths:
-        numbers = (f"{path}_{i}" if i else path for i in itertools.count())
-        taken[next(name for name in numbers if name not in taken)] = None
+    for name in names:
+        numbered = (f"{name}_{i}" if i else name for i in itertools.count())
+        taken[next(name for name in numbered if name not in taken)] = None
     return list(taken)
 
 

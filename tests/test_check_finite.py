@@ -445,18 +445,18 @@ def test_a_program_of_many_layers():
 def checked(*names, reverse=()):
     """The checks of stacks of 1000 layers in each other."""
     name, *inner = names
-    more = (("inner", checked(*inner, reverse=reverse)),) if inner else ()
-    return _finite.Checked(name, 1000, name in reverse, (("x", None), *more))
+    more = (checked(*inner, reverse=reverse),) if inner else ()
+    return _finite.Check(name, 1000, name in reverse, (_finite.Check("x"), *more))
 
 
 def code_of(stack, layers=()):
     """Its code, if value x of the layer of these indices is bad; or nothing is."""
     of_value = jnp.ones([1000, 1], jnp.int32)
-    of_stacks = [jnp.tile(code_of(s), (1000, 1)) for _, s in stack.items[1:]]
+    of_stacks = [jnp.tile(code_of(s), (1000, 1)) for s in stack.items[1:]]
     if len(layers) == 1:
         of_value = of_value.at[layers].set(0)
     elif layers:
-        inner = code_of(stack.items[1][1], layers[1:])
+        inner = code_of(stack.items[1], layers[1:])
         of_stacks = [codes.at[layers[0]].set(inner) for codes in of_stacks]
     return stack.encode([of_value, *of_stacks])
 
