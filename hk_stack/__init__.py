@@ -3,8 +3,9 @@
 from hk_stack._accumulate import accumulate
 from hk_stack._frames import layer_index
 from hk_stack._hoist import hoist
-from hk_stack._layout import NumberedLayers, stack_params, unstack_params
+from hk_stack._layout import stack_params, unstack_params
 from hk_stack._loop import use_loop
+from hk_stack._naming import NumberedLayers
 from hk_stack._partition import Partition, partition
 from hk_stack._stack import layer_stack
 from hk_stack._summary import summary

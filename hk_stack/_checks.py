@@ -67,21 +67,6 @@ def flag(value: object, argument: str, where: str) -> bool:
     return bool(value)
 
 
-def naming_map(value: object, argument: str, where: str) -> Any:
-    """`value`, if it is a naming map."""
-    methods = ("flat_to_stacked", "stacked_to_flat")
-    has_all = all(callable(getattr(value, name, None)) for name in methods)
-    if has_all and not isinstance(value, type):
-        return value
-    hint = f"hk_stack.NumberedLayers({value!r})" if isinstance(value, str) else ""
-    if isinstance(value, type):
-        hint = f"{value.__name__}(...), an instance"
-    raise TypeError(
-        f"{where}: {argument} must be a naming map, not {value!r}. Write "
-        f"{hint or 'hk_stack.NumberedLayers(...)'}."
-    )
-
-
 def one_of(word: object, words: Sequence[str], argument: str, where: str) -> str:
     """`word`, if it is one of `words`."""
     if not isinstance(word, str) or word not in words:

@@ -29,7 +29,7 @@ class Task(NamedTuple):
       inputs: The inputs of the traced function.
       policy: What to hoist: see `cut`, as the next two.
       where: Names the traced function in errors.
-      reuse: Whether the derived values will be kept for many calls.
+      reuse: Whether the derived values will be kept for many runs.
       cut: Cuts a function, given what to do.
     """
 

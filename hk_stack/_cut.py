@@ -40,7 +40,7 @@ def cut(
       policy: "auto" hoists marked values and whatever else is known and worth it,
         "marked" only marked values, "inline" nothing.
       where: Names the traced function in errors.
-      reuse: Whether the derived values will be kept for many calls. Then all known work
+      reuse: Whether the derived values will be kept for many runs. Then all known work
         is worth hoisting, as long as it makes nothing larger.
 
     Returns:

@@ -98,8 +98,8 @@ def with_bodies(eqn: jex.JaxprEqn, change: Callable[[Any], Any]) -> jex.JaxprEqn
     return replace(eqn, params={k: changed(p) for k, p in eqn.params.items()})
 
 
-def body_of_call(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
-    """What a `jit` or remat equation runs; None where opening it would lose meaning."""
+def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+    """What may stand in place of a `jit` or remat equation; None if nothing may."""
     if eqn.primitive.name not in (*REMAT, *JIT):
         return None
     params, body = eqn.params, eqn.params["jaxpr"]

@@ -34,10 +34,7 @@ def compiled(
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
     options = invocation.options
     closed, given, shapes = _trace(invocation, layer, given)
-    constants = closed.consts
-    marks: list[_marks.Mark] = []
-    if invocation.check_finite or _taps.are_heard():
-        closed, constants, marks = _marks.expose(closed)
+    closed, constants, marks = _marks.expose(closed)
     described = _layer.describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
     parts = _cut.cut(closed, inputs, options.setup, invocation.where)
@@ -53,7 +50,7 @@ def compiled(
         options.setup_batch_size,
         options.setup_remat,
     )
-    leaves = _eager.call(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
+    leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
     told = _pass_on(invocation, marks, leaves[count:], result[:3])
@@ -77,8 +74,8 @@ def _pass_on(
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
     results = _marks.tied(results, kept)
     checks = [(m, v) for m, v in found if m.kind == _marks.FINITE]
-    num_layers, reverse = invocation.options.num_layers, invocation.reverse
-    stack = _finite.Check(invocation.where, num_layers, reverse)
+    num_layers = invocation.options.num_layers
+    stack = _finite.Check(invocation.where, num_layers, invocation.reverse)
     return _finite.say_layers(stack, checks, results)
 
 

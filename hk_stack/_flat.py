@@ -152,7 +152,7 @@ class _Flattening(NamedTuple):
     def _enter(self, eqn: jex.JaxprEqn, place: _Place) -> list[Atom]:
         """Adds an equation, or those it stands for; returns their results."""
         masks = list(map(self.flat.dependencies, eqn.invars))
-        body = _equations.body_of_call(eqn)
+        body = _equations.body_in_place(eqn)
         if body is not None and self.opens(body, _union(masks)):
             regions = place.regions
             if eqn.primitive.name in _equations.REMAT:

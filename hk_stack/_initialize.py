@@ -167,7 +167,7 @@ def _run_initialisers(
         str(jax.random.key_impl(given.keys)) if has_key else None,
         _size(program.jaxpr, num_layers, method, values),
     )
-    leaves = _eager.call(initialisers.run, values, initialisers.key)
+    leaves = _eager.run(initialisers.run, values, initialisers.key)
     params, state = jax.tree.unflatten(traced.tree, leaves)
     return params, state
 

@@ -182,7 +182,7 @@ class Invocation:
             self.check_finite and not is_init,
             is_init,
             given.added,
-            self.check_finite or _taps.are_heard(),
+            is_heard=self.check_finite or _taps.are_heard(),
         )
 
 
@@ -269,7 +269,8 @@ def _around(
     """What is around the layer function: its scope, and a watch on modules."""
     with contextlib.ExitStack() as stack:
         if names.own:
-            stack.enter_context(invocation.scopes[int(names.frame.index)].context)
+            index: Any = names.frame.index  # A number, as a Python loop runs it.
+            stack.enter_context(invocation.scopes[index].context)
         if is_watched or not names.own:
             captured: set[str] = set()
             stack.enter_context(names.watched(captured))

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _checks, _loop
+from hk_stack import _checks, _loop, _naming
 
-NamingMap = hk.LayerStackTransparencyMapping
 Setup = Literal["auto", "marked", "inline"]
 Init = Literal["auto", "vmap", "map", "scan"]
 
@@ -28,7 +26,7 @@ class Options:
     with_per_layer_inputs: bool
     unroll: int
     pass_reverse: bool
-    naming_map: NamingMap | None
+    naming_map: _naming.Map | None
     name: str
     setup: str
     setup_batch_size: int | None
@@ -88,14 +86,13 @@ def _words(given: dict[str, Any], where: str) -> dict[str, Any]:
     } | {k: _checks.true_or_false(given[k], k, where) for k in flags}
 
 
-def _naming_map(naming_map: object, where: str) -> NamingMap:
+def _naming_map(naming_map: object, where: str) -> _naming.Map:
     if naming_map is None:
         raise ValueError(
             f"{where}: transparent=True needs a transparency_map, which names the "
             "module of each layer (see hk.LayerStackTransparencyMapping)."
         )
-    known: NamingMap = _checks.naming_map(naming_map, "transparency_map", where)
-    return known
+    return _naming.naming_map(naming_map, "transparency_map", where)
 
 
 def _remat(

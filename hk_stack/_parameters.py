@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import numpy as np
 
-from hk_stack import _checks, _equations, _scopes
+from hk_stack import _checks, _equations, _naming, _scopes
 from hk_stack._types import Params, State, Tree
 
 
@@ -52,7 +52,7 @@ def fit(
     spec: Tree,
     params: Params,
     stored: Params,
-    naming_map: hk.LayerStackTransparencyMapping | None,
+    naming_map: _naming.Map | None,
     where: str,
     error: Exception,
 ) -> None:
@@ -121,7 +121,7 @@ def _advice(
     expected: Params,
     stored: Params,
     module: str,
-    naming_map: hk.LayerStackTransparencyMapping | None,
+    naming_map: _naming.Map | None,
 ) -> str:
     """What to do about a module of the layers that is missing."""
     if naming_map is not None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 
-from hk_stack import _frames, _layout
+from hk_stack import _frames, _naming
 from hk_stack._types import State, Tree
 
 
@@ -177,7 +177,7 @@ class Names:
         the module around the stack on, as it is stored.
         """
         name = _without(self.around, module)
-        if self.naming_map is None or _layout.is_stacked(self.naming_map, name):
+        if self.naming_map is None or _naming.is_stacked(self.naming_map, name):
             return name
         return _without([self.module], name)
 

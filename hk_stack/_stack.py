@@ -23,6 +23,7 @@ from hk_stack import (
     _layer,
     _layout,
     _loop,
+    _naming,
     _options,
     _parameters,
     _scopes,
@@ -54,7 +55,7 @@ def layer_stack(
     unroll: int = 1,
     pass_reverse_to_layer_fn: bool = False,
     transparent: bool = False,
-    transparency_map: hk.LayerStackTransparencyMapping | None = None,
+    transparency_map: _naming.Maps | None = None,
     name: str | None = None,
     *,
     setup: Setup = "auto",
@@ -109,7 +110,8 @@ def layer_stack(
         the stack is called (`stack(f)(x, reverse=True)` runs the last layer first).
       transparent: Whether the parameters are stored per layer, under the names that
         `transparency_map` gives.
-      transparency_map: Names of the layers' modules; used if `transparent`.
+      transparency_map: Names of the layers' modules, of one naming map or a sequence of
+        them; used if `transparent`.
       name: Name of the stack in the parameter tree.
       setup: What leaves the loop. "auto": values marked with `hoist`, and whatever else
         depends on parameters and constants only and is worth it. "marked": only marked

@@ -303,7 +303,7 @@ def _traced(
         if program.effects:  # Checks are such.
             leaves = evaluate(inputs)
         else:
-            leaves = _eager.call(evaluate, inputs, lambda known: known(program))
+            leaves = _eager.run(evaluate, inputs, lambda known: known(program))
         count = structure.num_leaves
         return jax.tree.unflatten(structure, leaves[:count]), leaves[count:]
 

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.tree_util import DictKey, keystr
 
-from hk_stack import _checks, _layout
+from hk_stack import _naming
 
 Path = str | os.PathLike[str]
 
@@ -751,7 +751,7 @@ def _note_layers(
     where: str,
 ) -> _Layers:
     """The layers of a tree that is saved."""
-    _checks.naming_map(naming_map, "layers", where)
+    naming_map = _naming.naming_map(naming_map, "layers", where)
     found = _find_layers(leaves, naming_map, where)
     if found is None:
         names = ", ".join(list(leaves)[:8])
@@ -795,7 +795,7 @@ def _member(name: str, leaf: _Leaf, naming_map: Any) -> _Member | None:
         place = None
         with contextlib.suppress(Exception):  # The map may refuse foreign names.
             place = naming_map.flat_to_stacked(key.key)
-        is_stacked = _layout.is_stacked(naming_map, key.key)
+        is_stacked = _naming.is_stacked(naming_map, key.key)
         if place is not None or is_stacked:
             shape = _spec(leaf.value).shape
             return _Member(name, shape, level, key.key, place, is_stacked)

@@ -1062,8 +1062,10 @@ ERRORS = {
                      "optimiser.init(params)"]),
     "no name": (lambda: NumberedLayers(""), TypeError, ["'block_{}'", "''"]),
     "no string": (lambda: NumberedLayers(3), TypeError, ["'block_{}'", "found 3"]),
-    "two numbers": (lambda: NumberedLayers("a_{}/b_{}"), ValueError,
-        ["'a_{}/b_{}' has more than one '{}'", "one map for each level", "'outer_{}'"]),
+    "two numbers": (
+        lambda: stack_params(leaves("a_0/b_0", "a_0/b_1"), NumberedLayers("a_{}/b_{}")),
+        ValueError, ["NumberedLayers('a_{}/b_{}', 'a/b'): 'a_0/b_1' has several numbers",
+                     "that of the layer", "one map for each level", "'outer_{}'"]),
     "named number": (lambda: NumberedLayers("block_{i}"), ValueError,
         ["'block_{i}'", "written '{}'"]),
     "number with zeros": (lambda: NumberedLayers("block_{:02d}"), ValueError,

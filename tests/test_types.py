@@ -21,7 +21,8 @@ def pair(x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
 
 
 x = jnp.ones([2])
-stack = hk_stack.layer_stack(3, setup="marked", loop="python", remat_every="sqrt")(layer)
+stacked = hk_stack.layer_stack(3, setup="marked", loop="python", remat_every="sqrt")
+stack = stacked(layer)
 good: jax.Array = stack(x, is_training=True)
 back: jax.Array = stack(x, reverse=True)
 several: tuple[jax.Array, None] = hk_stack.layer_stack(3, True)(pair)(x, x)

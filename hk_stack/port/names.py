@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hk_stack import _layout
+from hk_stack import _naming
 
 Path = tuple[str, ...]
 
@@ -125,7 +125,7 @@ def is_transposed(path: Sequence[str]) -> bool | None:
 @functools.cache
 def _pattern(pattern: str) -> str:
     template = "/".join(part for part in pattern.split("/") if part)
-    return _layout.pattern(template, "") if template else "(?P<inside>.*)"
+    return _naming.pattern(template) if template else "(?P<inside>.*)"
 
 
 class Rules:
