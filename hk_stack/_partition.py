@@ -220,9 +220,9 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     leaves = unique([name or names[0] for name in found])  # It may be one array.
     inputs = [
         *[_parts.Input("a constant", known=True, fixed=True, constant=True)] * first,
-        *(_parts.Input(leaf, True, True, False) for leaf in leaves),
+        *(_parts.Input(leaf, known=True, fixed=True) for leaf in leaves),
         *(
-            _parts.Input(f"argument `{name}`", False, False, False)
+            _parts.Input(f"argument `{name}`")
             for name, tree in zip(names[1:], example_args[1:], strict=True)
             for _ in jax.tree.leaves(tree)
         ),
@@ -233,13 +233,12 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     made = hoisted_names(parts.shared.jaxpr)
     derived = {
         "hoisted": dict(zip(made, parts.shared.out_avals, strict=True)),
-        "kept": {name: closed.in_avals[i] for i, name in kept.items()},
+        "kept": {name: closed.in_avals[i - first] for i, name in kept.items()},
     }
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
     structure = jax.tree.structure(result)
     program = _Program(parts, kept, derived, names, arguments, structure, where)
-    flags = [i.known for i in inputs]
-    described = report(parts, flags, list(derived["kept"].values()), where)
+    described = report(parts, inputs, list(derived["kept"].values()), where)
     return Partition(program, closed.consts, described)
 
 
