@@ -133,14 +133,7 @@ def _check_microbatches(
     for name, tree in zip(names, trees, strict=True):
         for path, leaf in jax.tree.leaves_with_path(tree):
             at = f"`{name}`" + (f" (at {_checks.path_name(path)})" if path else "")
-            is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
-            if is_spec or not getattr(leaf, "shape", ()):
-                raise TypeError(
-                    f"{where}: microbatches {at} is a {type(leaf).__name__} without "
-                    "axes; expected an array [M, ...]. Close over what all "
-                    "microbatches share."
-                )
-            lengths[at] = leaf.shape[0]
+            lengths[at] = _length(leaf, f"{where}: microbatches {at}")
     if not lengths:
         raise TypeError(
             f"{where}: no microbatches. Write accumulate(loss, params, x, y) with "
@@ -153,6 +146,16 @@ def _check_microbatches(
             f"found {found}."
         )
     return where
+
+
+def _length(leaf: Tree, what: str) -> int:
+    """How many microbatches a leaf holds."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) or not getattr(leaf, "shape", ()):
+        raise TypeError(
+            f"{what} is a {type(leaf).__name__} without axes; expected an array "
+            "[M, ...]. Close over what all microbatches share."
+        )
+    return int(leaf.shape[0])
 
 
 def _check_result(result: Tree, has_aux: bool, where: str) -> None:

@@ -87,7 +87,7 @@ def true_or_false(value: object, argument: str, where: str) -> bool | None:
     return None if value is None else bool(value)
 
 
-def function(f: Any, where: str) -> None:
+def function(f: object, where: str) -> None:
     """Checks that `f` can be called."""
     if not callable(f):
         hint = " Give its apply." if hasattr(f, "apply") else ""
@@ -110,6 +110,7 @@ def leaf_names(tree: Tree) -> list[str]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
+    """Where a leaf of this path is."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

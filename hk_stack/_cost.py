@@ -9,7 +9,7 @@ import jax
 from jax.extend import core as jex
 
 from hk_stack import _equations
-from hk_stack._equations import Atom
+from hk_stack._equations import Atom, Aval
 
 
 def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
@@ -121,7 +121,7 @@ def largest_value(jaxpr: jex.Jaxpr) -> int:
 
 def size(atom: Atom) -> int:
     """Number of elements."""
-    return atom.aval.size
+    return int(atom.aval.size)
 
 
 def nbytes(variables: Iterable[Atom]) -> int:
@@ -129,7 +129,7 @@ def nbytes(variables: Iterable[Atom]) -> int:
     return sum(bytes_of(v.aval) for v in variables)
 
 
-def bytes_of(array: Any) -> int:
+def bytes_of(array: Aval | jax.Array) -> int:
     """Bytes of an array, given it or its type."""
     return int(array.size * array.dtype.itemsize)
 
@@ -143,25 +143,25 @@ def flops(eqn: jex.JaxprEqn) -> float:
     one turn, a `cond` as its longest branch.
     """
     name, params = eqn.primitive.name, eqn.params
-    most = max(map(size, eqn.outvars), default=0)
+    most: float = max(map(size, eqn.outvars), default=0)
     inner = [sum(map(flops, body.eqns)) for body in _equations.bodies(eqn)]
     operands: list[Any] = [atom.aval for atom in eqn.invars]
     if name == "scan":
-        return params["length"] * sum(inner)
+        return int(params["length"]) * sum(inner)
     if inner:
         return max(inner) if name == "cond" else sum(inner)
     if name == "dot_general":
         contracted = params["dimension_numbers"][0][0]
         shape = operands[0].shape
-        return 2 * most * math.prod(shape[axis] for axis in contracted)
+        return 2 * most * math.prod(int(shape[axis]) for axis in contracted)
     if name == "conv_general_dilated":
         kernel = operands[1]
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * most * kernel.size / max(1, features)
+        return 2 * most * int(kernel.size) / max(1, int(features))
     if name == "fft":
         return 5 * most * math.log2(max(2, math.prod(params["fft_lengths"])))
     if name in _FACTORISATIONS:
-        return most * operands[0].shape[-1]
+        return most * int(operands[0].shape[-1])
     if name in _LAYOUT or name == "name":
         return 0
     return max(most, *map(size, eqn.invars)) if name in _REDUCTIONS else most

@@ -70,7 +70,7 @@ def _pass_on(
       The stack's results, computed only together with what is told.
     """
     found = list(zip(marks, values, strict=True))
-    kept = [_taps.say(v, _taps.name_of(m)) for m, v in found if m.kind == _marks.TAP]
+    kept = [_taps.say(v, m.label) for m, v in found if m.kind == _marks.TAP]
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
     results = _marks.tied(results, kept)
     checks = [(m, v) for m, v in found if m.kind == _marks.FINITE]
@@ -197,18 +197,22 @@ def python(
     num_layers, where = invocation.options.num_layers, invocation.where
     _summary.record(invocation, given.params, None)
     structure: Any = None
+    found: dict[int, list[tuple[_marks.Mark, jax.Array]]] = {}
 
     def step(carry: Tree, own: Given) -> tuple[Any, tuple[Any, Any]]:
         nonlocal structure, layer
         with invocation.explained(index=own.index):
-            result = _layer.run_one(invocation, layer, own._replace(carry=carry))
+            given = own._replace(carry=carry)
+            result, found[own.index] = _taps.heard(
+                _layer.run_one, invocation, layer, given
+            )
             output = jax.tree.map(_carry.as_array, result.output)
-            found = jax.tree.structure(output)
-            _carry.same_outputs(structure, found, where)
+            after = jax.tree.structure(output)
+            _carry.same_outputs(structure, after, where)
         if structure is None and not result.found.were_odd:
             # Watching slows a Python loop down, and one of its layers tells enough.
             layer = _layer.pure_layer(invocation, is_watched=False)
-        structure = found
+        structure = after
         return result.carry, (output, result.state)
 
     rows = given._replace(carry=None, index=range(num_layers))
@@ -220,7 +224,7 @@ def python(
         unrolled=True,
         reverse=invocation.reverse,
     )
-    return carry, outputs, state
+    return _taps.say_layers(found, (carry, outputs, state))
 
 
 RUN = {"scan": compiled, "unrolled": compiled, "python": python}

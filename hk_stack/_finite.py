@@ -50,18 +50,14 @@ class Check(NamedTuple):
         Its digits are the turn (that of no layer, if all is fine), the item, and the
         item's own digits.
         """
-        failed = jnp.stack(
-            [c[:, 0] < i.num_layers for c, i in zip(codes, self.items, strict=True)], 1
-        )
-        by_turn = failed[::-1] if self.reverse else failed
-        turn = jnp.argmax(by_turn.any(1)).astype(jnp.int32)
-        item = jnp.argmax(by_turn[turn]).astype(jnp.int32)
-        width = self.width - 2
-        inner = [jnp.pad(code, ((0, 0), (0, width - code.shape[1]))) for code in codes]
-        digits = jnp.stack(inner)[item, self._layer(turn)]
-        first = jnp.concatenate([jnp.stack([turn, item]), digits])
-        fine = jnp.zeros_like(first).at[0].set(self.num_layers)
-        return jnp.where(failed.any(), first, fine)
+        turns = self._layer(jnp.arange(self.num_layers, dtype=jnp.int32))
+        rows = []
+        for i, (item, code) in enumerate(zip(self.items, codes, strict=True)):
+            turn = jnp.where(code[:, 0] < item.num_layers, turns, self.num_layers)
+            own = jnp.stack([turn, jnp.full_like(turn, i)], 1)
+            wide = ((0, 0), (0, self.width - 2 - item.width))
+            rows.append(jnp.concatenate([own, jnp.pad(code, wide)], 1))
+        return _marks.first_code(jnp.concatenate(rows))
 
     def _layer(self, turn: jax.Array) -> jax.Array:
         return self.num_layers - 1 - turn if self.reverse else turn
@@ -146,11 +142,14 @@ def say_layers(
 
 def _say(found: Sequence[tuple[Check, jax.Array]], through: T) -> T:
     """Marks codes for the traced stack around; or raises, if there is none."""
-    loops = _frames.python_loops()
-    around = "".join(f", in layer {loop.index} of {loop.where}" for loop in loops)
+    around, frame = "", None
+    for frame in reversed(_frames.frames()):
+        if not frame.is_python:
+            break
+        around += f", in layer {frame.index} of {frame.where}"
     checks = [check._replace(label=f"{check.label}{around}") for check, _ in found]
     codes = [code for _, code in found]
-    if len(loops) == len(_frames.frames()):
+    if frame is None or frame.is_python:
         return _raise(checks, codes, through)
     marks = [_marks.Mark(_marks.FINITE, json.dumps(check)) for check in checks]
     return _marks.tied(through, list(map(_marks.unbatched, codes, marks)))
@@ -159,7 +158,7 @@ def _say(found: Sequence[tuple[Check, jax.Array]], through: T) -> T:
 def _raise(checks: Sequence[Check], codes: list[jax.Array], through: T) -> T:
     """Raises an error for the first check that failed; inside `jit`, for `checkify`."""
 
-    def run(codes: list[jax.Array]) -> list[jax.Array]:
+    def run(codes: list[jax.Array]) -> Any:
         for check, code in zip(checks, codes, strict=True):
             for text, is_first, indices in check.messages(code):
                 message = f"the first value that is not finite is {text}"

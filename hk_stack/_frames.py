@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -55,12 +54,6 @@ _place: Any = jax.make_user_context(None)
 def frames() -> tuple[Frame, ...]:
     """The stacks around the code that runs, outermost first."""
     return _frames.get()
-
-
-def python_loops() -> list[Frame]:
-    """Those of `frames` that no traced loop is inside of, innermost first."""
-    inward = reversed(frames())
-    return list(itertools.takewhile(lambda frame: frame.is_python, inward))
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ the values at taps and checks out; the cut moves what `hoist` marks.
 """
 
 import dataclasses
+import functools
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend import core as jex
 
 from hk_stack import _equations, _flat
+from hk_stack._equations import Atom
 
 T = TypeVar("T")
 
@@ -33,27 +34,21 @@ class Mark(NamedTuple):
     Attributes:
       kind: `TAP` or `FINITE`.
       label: The path of the tap, or what is checked.
-      indices: Of the layers in Python loops around it, outermost first.
-      sizes: How many layers each of these loops has.
     """
 
     kind: str
     label: str
-    indices: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = ()
 
-    def on(self, value: Any) -> jax.Array:
+    def on(self, value: jax.Array) -> jax.Array:
         """Marks `value`."""
-        loops = json.dumps([self.indices, self.sizes])
-        return checkpoint_name(value, f"{self.kind}:{loops}:{self.label}")
+        marked: jax.Array = checkpoint_name(value, f"{self.kind}:{self.label}")
+        return marked
 
 
 def _read(name: str) -> Mark | None:
     """What a name says; None if it is of no mark for `expose`."""
-    if not name.startswith((f"{TAP}:", f"{FINITE}:")):
-        return None
-    kind, loops, label = name.split(":", 2)
-    return Mark(kind, label, *map(tuple, json.loads(loops)))
+    kind, _, label = name.partition(":")
+    return Mark(kind, label) if kind in (TAP, FINITE) else None
 
 
 def tied(value: T, kept: Sequence[Any]) -> T:
@@ -62,7 +57,8 @@ def tied(value: T, kept: Sequence[Any]) -> T:
     if not kept or not leaves:
         return value
     together = jax.lax.optimization_barrier((leaves, list(kept)))
-    return jax.tree.unflatten(tree, together[0])
+    result: T = jax.tree.unflatten(tree, together[0])
+    return result
 
 
 def unbatched(code: jax.Array, mark: Mark | None = None) -> jax.Array:
@@ -82,14 +78,15 @@ def unbatched(code: jax.Array, mark: Mark | None = None) -> jax.Array:
         del size, is_batched  # Nothing calls this on what is not batched.
         return of_one(first_code(codes)), False
 
-    return of_one(code)
+    result: jax.Array = of_one(code)
+    return result
 
 
 def first_code(codes: jax.Array) -> jax.Array:
     """Of codes `[N, D]`, the digits `[D]` of the check that failed first."""
     is_first = jnp.ones(len(codes), bool)
     for column in codes.T:
-        least = jnp.min(jnp.where(is_first, column, jnp.iinfo(jnp.int32).max))
+        least = jnp.min(column, where=is_first, initial=2**31 - 1)
         is_first &= column == least
     return codes[jnp.argmax(is_first)]
 
@@ -119,11 +116,7 @@ def expose(
     if not _marks(jaxpr):
         return jex.ClosedJaxpr(jaxpr, []), closed.consts, []
 
-    def run(*args: Any) -> tuple[list[Any], list[_Marked]]:
-        outputs, found = _evaluate(jaxpr, args)
-        return outputs, _folded(found)
-
-    trace = jax.make_jaxpr(run, return_shape=True)
+    trace = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args), return_shape=True)
     exposed, (_, found) = trace(*(v.aval for v in jaxpr.invars))
     # Functions under `jit` may have had constants of their own.
     constants = [*exposed.consts, *closed.consts]
@@ -136,7 +129,7 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
     env = dict(zip(jaxpr.invars, args, strict=True))
     found: list[_Marked] = []
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -171,7 +164,7 @@ def _marks(jaxpr: jex.Jaxpr) -> list[Mark]:
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Runs an equation as it is."""
-    return jex.jaxpr_as_fun(_equations.alone(eqn))(*inputs)
+    return _equations.run(_equations.alone(eqn), *inputs)
 
 
 def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
@@ -181,8 +174,9 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
         if params["differentiated"]:  # A backward pass computes again what was there.
             return _run_one(eqn, inputs), []
         options = {k: params[k] for k in ("prevent_cse", "policy")}
-        run = jax.checkpoint(lambda *args: _evaluate(params["jaxpr"], args), **options)
-        return run(*inputs)
+        run = functools.partial(_evaluate, params["jaxpr"])
+        outputs, found = jax.checkpoint(run, **options)(inputs)
+        return outputs, found
     if name in _equations.JIT:
         closed = params["jaxpr"]
         body = _flat.without_constants(closed.jaxpr)
@@ -209,8 +203,7 @@ def _open_scan(
 
     def turn(carry: Sequence[Any], own: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         outputs, found = _evaluate(body, [*shared, *carry, *own])
-        # Loops may be around the scan, of which there is one layer only.
-        return outputs[: len(places)], (outputs[len(places) :], _folded(found, 2))
+        return outputs[: len(places)], (outputs[len(places) :], found)
 
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
     carry, mapped = inputs[places.start : places.stop], inputs[places.stop :]
@@ -218,49 +211,4 @@ def _open_scan(
     return [*carry, *outputs], [
         _Marked(m.mark, first_code(m.value) if m.mark.kind == FINITE else m.value)
         for m in found
-    ]
-
-
-def _folded(found: Sequence[_Marked], fewest: int = 1) -> list[_Marked]:
-    """Puts together the taps of the layers that a Python loop runs.
-
-    Args:
-      found: What is marked.
-      fewest: Loops over fewer layers are left as they are.
-    """
-    groups: dict[Any, dict[tuple[int, ...], Any]] = {}
-    for mark, value in ((entry.mark, entry.value) for entry in found):
-        number = 0  # Of taps with one path in one layer.
-        label = mark._replace(indices=())
-        while mark.indices in groups.setdefault((label, number), {}):
-            number += 1
-        groups[label, number][mark.indices] = value
-    return [
-        entry
-        for (mark, _), grid in groups.items()
-        for entry in _fold(mark, grid, fewest)
-    ]
-
-
-def _fold(mark: Mark, grid: dict[tuple[int, ...], Any], fewest: int) -> list[_Marked]:
-    """Stacks the values of all layers of the innermost loops, as far as they are there.
-
-    Args:
-      mark: What the values share.
-      grid: The values, by the indices of their layers.
-      fewest: Loops over fewer layers are left as they are.
-    """
-    sizes = mark.sizes
-    is_uniform = len({(jnp.shape(v), jnp.result_type(v)) for v in grid.values()}) == 1
-    while is_uniform and sizes and sizes[-1] >= fewest:
-        rows: dict[tuple[int, ...], list[Any]] = {}
-        for indices in sorted(grid):
-            rows.setdefault(indices[:-1], []).append(grid[indices])
-        if any(len(row) < sizes[-1] for row in rows.values()):
-            break
-        grid = {indices: jnp.stack(row) for indices, row in rows.items()}
-        sizes = sizes[:-1]
-    return [
-        _Marked(Mark(mark.kind, mark.label, indices, sizes), value)
-        for indices, value in grid.items()
     ]

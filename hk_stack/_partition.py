@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
-from hk_stack import _checks, _cut, _parts
+from hk_stack import _checks, _cut, _equations
+from hk_stack._parts import Input, Parts
 from hk_stack._report import Report, hoisted_names, report
 from hk_stack._table import Shown, Table
 from hk_stack._taps import unique
@@ -32,7 +32,7 @@ class _Program:
       where: Names the function in errors.
     """
 
-    parts: _parts.Parts
+    parts: Parts
     kept: dict[int, str]
     derived: Derived
     names: list[str]
@@ -44,8 +44,8 @@ class _Program:
         what = f"{self.where}, setup: argument `{self.names[0]}`"
         _same_leaves(known, self.arguments[0], what)
         inputs = [*constants, *jax.tree.leaves(known)]
-        run = jex.jaxpr_as_fun(self.parts.shared)
-        made = run(*(inputs[i] for i in self.parts.shared_inputs))
+        read = (inputs[i] for i in self.parts.shared_inputs)
+        made = _equations.run(self.parts.shared, *read)
         kept = {name: inputs[i] for i, name in self.kept.items()}
         return {
             "hoisted": dict(zip(self.derived["hoisted"], made, strict=True)),
@@ -67,8 +67,8 @@ class _Program:
         inputs |= {i: derived["kept"][name] for i, name in self.kept.items()}
         inputs |= dict(enumerate(jax.tree.leaves(rest), start))
         made = jax.tree.leaves(derived["hoisted"])  # Sorted by name, which is in order.
-        run = jex.jaxpr_as_fun(self.parts.call)
-        outputs = run(*made, *(inputs[i] for i in self.parts.call_inputs))
+        read = (inputs[i] for i in self.parts.call_inputs)
+        outputs = _equations.run(self.parts.call, *made, *read)
         return jax.tree.unflatten(self.result, outputs)
 
     def check(self, derived: Derived) -> None:
@@ -117,7 +117,8 @@ class Partition(Shown):
           TypeError: If `known` has another structure than the example.
           ValueError: If a leaf has another shape or dtype.
         """
-        return self._setup(known)
+        derived: Derived = self._setup(known)
+        return derived
 
     def call(self, derived: Derived, /, *rest: Tree) -> Any:
         """Computes the result from derived values and the other arguments.
@@ -215,21 +216,12 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     with while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
         closed, result = trace(*example_args)
+    constant = Input("a constant", known=True, fixed=True, constant=True)
     first = len(closed.consts)
-    found = _checks.leaf_names(example_args[0])
-    leaves = unique([name or names[0] for name in found])  # It may be one array.
-    inputs = [
-        *[_parts.Input("a constant", known=True, fixed=True, constant=True)] * first,
-        *(_parts.Input(leaf, known=True, fixed=True) for leaf in leaves),
-        *(
-            _parts.Input(f"argument `{name}`")
-            for name, tree in zip(names[1:], example_args[1:], strict=True)
-            for _ in jax.tree.leaves(tree)
-        ),
-    ]
+    inputs = [*[constant] * first, *_described(names, example_args)]
     parts = _cut.cut(closed, inputs, "auto", where, reuse=True)
-    known = dict(enumerate(leaves, first))
-    kept = {i: known[i] for i in parts.call_inputs if i in known}
+    known = [i for i in parts.call_inputs if inputs[i].known and i >= first]
+    kept = {i: inputs[i].label for i in known}
     made = hoisted_names(parts.shared.jaxpr)
     derived = {
         "hoisted": dict(zip(made, parts.shared.out_avals, strict=True)),
@@ -240,6 +232,15 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     program = _Program(parts, kept, derived, names, arguments, structure, where)
     described = report(parts, inputs, list(derived["kept"].values()), where)
     return Partition(program, closed.consts, described)
+
+
+def _described(names: list[str], arguments: tuple[Tree, ...]) -> Iterator[Input]:
+    """What the cut must know of each leaf of the arguments: the first is known."""
+    leaves = _checks.leaf_names(arguments[0])
+    for label in unique([name or names[0] for name in leaves]):  # It may be one array.
+        yield Input(label, known=True, fixed=True)
+    for name, tree in zip(names[1:], arguments[1:], strict=True):
+        yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
 
 
 def _named(fn: Callable[..., Any], example_args: tuple[Tree, ...]) -> str:

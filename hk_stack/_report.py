@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _equations, _flat, _parts
+from hk_stack import _cost, _equations, _flat
 from hk_stack._equations import Atom
+from hk_stack._parts import Input, Parts
 from hk_stack._table import Shown, Table, si
 
 
@@ -79,8 +80,8 @@ class Report(Shown):
 
 
 def report(
-    parts: _parts.Parts,
-    inputs: Sequence[_parts.Input],
+    parts: Parts,
+    inputs: Sequence[Input],
     kept: Sequence[Any],
     where: str,
 ) -> Report:
@@ -137,25 +138,24 @@ def _origin(
 ) -> tuple[str, str]:
     """The same for one value, given which equation and output each comes from."""
     if isinstance(value, jex.Literal):
-        return _flat.UNKNOWN, "a constant"
-    while value in made:
-        eqn, i = made[value]
-        before = list(_equations.variables(eqn.invars))
-        if not (_cost.is_layout(eqn) or eqn.primitive.name == "name"):
-            break
-        if len(before) != 1 or before[0] not in made:
-            break
-        value = before[0]
-    else:
-        return _flat.UNKNOWN, "an input"
-    line, primitive = _flat.source_line(eqn), eqn.primitive.name
+        return _flat.UNKNOWN, _CONSTANT
+    if value not in made:
+        return _flat.UNKNOWN, _INPUT
+    eqn, i = made[value]
+    before = list(_equations.variables(eqn.invars))
+    is_moved = _cost.is_layout(eqn) or eqn.primitive.name == "name"
+    if is_moved and len(before) == 1 and before[0] in made:
+        return _origin(made, before[0])
+    line = _flat.source_line(eqn)
     for body in _equations.bodies(eqn):
         if len(body.outvars) == len(eqn.outvars):
-            inner = _equations.variables([body.outvars[i]])
-            if any(v in e.outvars for e in body.eqns for v in inner):
-                inner_line, primitive = _origins(body)[i]
-                return (line if inner_line == _flat.UNKNOWN else inner_line), primitive
-    return line, primitive
+            inner, primitive = _origins(body)[i]
+            if primitive not in (_CONSTANT, _INPUT):
+                return (line if inner == _flat.UNKNOWN else inner), primitive
+    return line, eqn.primitive.name
+
+
+_CONSTANT, _INPUT = "a constant", "an input"
 
 
 def _stayed(

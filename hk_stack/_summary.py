@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
+from jax.extend import core as jex
 
-from hk_stack import _checks, _cost, _frames, _loop, _parts, _taps
+from hk_stack import _checks, _cost, _frames, _loop, _taps
 from hk_stack._layer import Invocation
+from hk_stack._parts import Parts
 from hk_stack._report import Group, cells, groups
 from hk_stack._table import Shown, Table, si
 from hk_stack._types import Params, Tree
@@ -134,7 +136,7 @@ class _Recorder:
 _recording: Any = jax.make_user_context(None)
 
 
-def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
+def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     """What the stacks of a model hold, hoist and keep.
 
     Nothing is computed: `fn` is traced, as by `jax.eval_shape`.
@@ -197,7 +199,7 @@ def _order(paths: Sequence[str]) -> Callable[[Stack], list[int]]:
     return key
 
 
-def record(invocation: Invocation, params: Params, parts: _parts.Parts | None) -> None:
+def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
     """Tells `summary`, if it listens, how a stack runs.
 
     Args:
@@ -227,7 +229,7 @@ def record(invocation: Invocation, params: Params, parts: _parts.Parts | None) -
 
 
 def _stack(
-    invocation: Invocation, params: Params, parts: _parts.Parts | None, given: Tree
+    invocation: Invocation, params: Params, parts: Parts | None, given: Tree
 ) -> Stack:
     num_layers, around = invocation.options.num_layers, _frames.frames()
     parameters, nbytes = _size(jax.tree.leaves(params))
@@ -264,16 +266,17 @@ def _part(leaf: jax.Array) -> float:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not leaf.size:
         return 1.0
-    return math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
+    own: int = math.prod(sharding.shard_shape(leaf.shape))
+    return own / leaf.size
 
 
-def _hoisted(parts: _parts.Parts | None) -> Iterator[Group]:
+def _hoisted(parts: Parts | None) -> Iterator[Group]:
     if parts:
         yield from groups(parts.shared.jaxpr)
         yield from groups(parts.setup.jaxpr)
 
 
-def _derived(parts: _parts.Parts | None, num_layers: int, share: float) -> float:
+def _derived(parts: Parts | None, num_layers: int, share: float) -> float:
     """Bytes of what the call is handed, if devices have this share of parameters.
 
     What is made of gathered values is whole on each device.
@@ -281,7 +284,7 @@ def _derived(parts: _parts.Parts | None, num_layers: int, share: float) -> float
     if not parts:
         return 0.0
 
-    def sizes(jaxpr: Any) -> list[float]:
+    def sizes(jaxpr: jex.Jaxpr) -> list[float]:
         made = zip(jaxpr.outvars, _cost.gathered(jaxpr), strict=True)
         return [_cost.nbytes([v]) * (1.0 if whole else share) for v, whole in made]
 

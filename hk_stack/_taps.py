@@ -10,9 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
-from hk_stack import _checks, _eager, _finite, _frames, _marks
+from hk_stack import _checks, _eager, _equations, _finite, _frames, _marks
 from hk_stack._types import Tree
 
 P = ParamSpec("P")
@@ -83,7 +82,8 @@ def tap(value: T, name: str) -> T:
         path = "/".join(filter(None, [*start, _checks.path_name(at)]))
         return _tap_leaf(leaf, path)
 
-    return jax.tree.map_with_path(one, value)
+    tapped: T = jax.tree.map_with_path(one, value)
+    return tapped
 
 
 def _tap_leaf(leaf: Tree, path: str) -> Tree:
@@ -101,13 +101,10 @@ def _tap_leaf(leaf: Tree, path: str) -> Tree:
 
 def say(value: jax.Array, path: str) -> jax.Array:
     """Passes a tapped value on to whoever traces this program."""
-    loops = _frames.python_loops()[::-1]
-    indices = tuple(int(loop.index) for loop in loops)
-    sizes = tuple(loop.num_layers for loop in loops)
-    return _marks.Mark(_marks.TAP, path, indices, sizes).on(value)
+    return _marks.Mark(_marks.TAP, path).on(value)
 
 
-def _add(leaf: Any, added: Any, path: str) -> Any:
+def _add(leaf: jax.Array, added: jax.Array, path: str) -> jax.Array:
     found, expected = jnp.shape(added), jnp.shape(leaf)
     if found != expected:
         raise ValueError(
@@ -215,31 +212,27 @@ def collect(
 
     @functools.wraps(fn)
     def collected(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
-        run, arrays = on_arrays(fn, args, kwargs)
         adding = None if values is None else _Adding(values)
         with _collecting(_Collector(patterns, adding)):
-            closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
-        exposed, constants, marks = _marks.expose(closed)
+            marks, run = _traced(fn, args, kwargs)
         if not marks and patterns != ("*",):
             raise ValueError(
                 f"hk_stack.collect: no tap matches {select!r}. "
-                f"{_there_are(run, arrays)}"
+                f"{_there_are(fn, args, kwargs)}"
             )
         if adding and (lost := sorted({*adding.values} - adding.met)):
             raise ValueError(
                 f"hk_stack.collect: nothing was added at {', '.join(lost)}, as there "
-                f"is no such tap. {_there_are(run, arrays)}"
+                f"is no such tap. {_there_are(fn, args, kwargs)}"
             )
-        results = _run(exposed, [*constants, *arrays.values()])
-        count = len(results) - len(marks)
-        out = jax.tree.unflatten(jax.tree.structure(shapes), results[:count])
-        names = unique(list(map(name_of, marks)))
-        return out, dict(zip(names, results[count:], strict=True))
+        result, found = run()
+        names = unique([mark.label for mark in marks])
+        return result, dict(zip(names, found, strict=True))
 
     return collected
 
 
-def _patterns(fn: Any, select: Any) -> tuple[str, ...]:
+def _patterns(fn: object, select: Any) -> tuple[str, ...]:
     """Checks what `collect` is given; returns the globs."""
     _checks.function(fn, "hk_stack.collect")
     is_several = isinstance(select, Sequence) and not isinstance(select, str)
@@ -254,22 +247,18 @@ def _patterns(fn: Any, select: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _there_are(run: Callable[[dict[int, Any]], Any], arrays: dict[int, Any]) -> str:
+def _there_are(
+    fn: Callable[..., Tree], args: Sequence[Tree], kwargs: Mapping[str, Tree]
+) -> str:
     """What an error says of all taps."""
     adding = _Adding({})
     with _collecting(_Collector((), adding)):
-        jax.eval_shape(run, arrays)
+        jax.eval_shape(*on_arrays(fn, args, kwargs))
     taps = sorted(adding.met)
     if not taps:
         return "There are no taps in it; hk_stack.tap(value, name) makes one."
     more = f", and {len(taps) - 20} more" if len(taps) > 20 else ""
     return f"There are {', '.join(taps[:20])}{more}."
-
-
-def name_of(mark: _marks.Mark) -> str:
-    """The path of a tap; with the layer's index if it is not in all layers."""
-    indices = ",".join(map(str, mark.indices))
-    return f"{mark.label}[{indices}]" if indices else mark.label
 
 
 def unique(names: Sequence[str]) -> list[str]:
@@ -281,18 +270,8 @@ def unique(names: Sequence[str]) -> list[str]:
     return list(taken)
 
 
-def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
-    """Runs a program, compiled if it has no side effects (checks are such)."""
-    run = jex.jaxpr_as_fun(program)
-    if program.effects:
-        return run(*inputs)
-    return _eager.run(
-        lambda values: run(*values), inputs, lambda structure: structure(program)
-    )
-
-
 def on_arrays(
-    fn: Callable[..., Any], args: Any, kwargs: Any
+    fn: Callable[..., Tree], args: Sequence[Tree], kwargs: Mapping[str, Tree]
 ) -> tuple[Callable[[dict[int, Any]], Any], dict[int, Any]]:
     """`fn` as a function of its arrays alone, and these; all else stays as it is."""
     leaves, tree = jax.tree.flatten((args, kwargs))
@@ -305,3 +284,69 @@ def on_arrays(
         return fn(*args, **kwargs)
 
     return run, arrays
+
+
+def _traced(
+    fn: Callable[..., Tree], args: Sequence[Tree], kwargs: Mapping[str, Tree]
+) -> tuple[list[_marks.Mark], Callable[[], tuple[Any, list[jax.Array]]]]:
+    """The marks in `fn`; and what runs it, returning its result and what is there."""
+    run, arrays = on_arrays(fn, args, kwargs)
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
+    program, constants, marks = _marks.expose(closed)
+    inputs = [*constants, *arrays.values()]
+    structure: Any = jax.tree.structure(shapes)
+
+    def evaluate(values: list[jax.Array]) -> list[jax.Array]:
+        return _equations.run(program, *values)
+
+    def compiled() -> tuple[Any, list[jax.Array]]:
+        if program.effects:  # Checks are such.
+            leaves = evaluate(inputs)
+        else:
+            leaves = _eager.run(evaluate, inputs, lambda known: known(program))
+        count = structure.num_leaves
+        return jax.tree.unflatten(structure, leaves[:count]), leaves[count:]
+
+    return marks, compiled
+
+
+def heard(
+    fn: Callable[..., T], *args: Tree
+) -> tuple[T, list[tuple[_marks.Mark, jax.Array]]]:
+    """Runs a layer; returns its result and, if somebody collects, what is at marks."""
+    if not are_heard():
+        return fn(*args), []
+    marks, run = _traced(fn, args, {})
+    result, values = run()
+    return result, list(zip(marks, values, strict=True))
+
+
+def say_layers(
+    found: Mapping[int, Sequence[tuple[_marks.Mark, jax.Array]]], through: T
+) -> T:
+    """Passes on what the layers of a Python loop tap, as one if all of them do.
+
+    Args:
+      found: What is at marks, by layer.
+      through: What the rest of the program is computed from.
+
+    Returns:
+      `through`, which must be used from here on.
+    """
+    kept: list[jax.Array] = []
+    taps: dict[tuple[str, int], dict[int, jax.Array]] = {}
+    for i in sorted(found):
+        numbers: dict[str, int] = {}  # Of taps with one path in one layer.
+        for mark, value in found[i]:
+            if mark.kind == _marks.FINITE:
+                kept.append(_marks.unbatched(value, mark))
+                continue
+            number = numbers[mark.label] = numbers.get(mark.label, 0) + 1
+            taps.setdefault((mark.label, number), {})[i] = value
+    for (path, _), values in taps.items():
+        kinds = {(jnp.shape(v), jnp.result_type(v)) for v in values.values()}
+        if len(values) == len(found) and len(kinds) == 1:
+            kept.append(say(jnp.stack(list(values.values())), path))
+        else:
+            kept += [say(value, f"{path}[{i}]") for i, value in values.items()]
+    return _marks.tied(through, kept)
