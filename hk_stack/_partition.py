@@ -228,8 +228,7 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
     structure = jax.tree.structure(result)
     program = _Program(parts, kept, derived, names, arguments, structure, where)
-    flags = [i.known for i in inputs]
-    described = report(parts, flags, list(derived["kept"].values()), where)
+    described = report(parts, inputs, list(derived["kept"].values()), where)
     return Partition(program, closed.consts, described)
 
 

@@ -8,7 +8,7 @@ from jax.extend import core as jex
 
 from hk_stack import _cost, _equations, _flat
 from hk_stack._equations import Atom
-from hk_stack._parts import Parts
+from hk_stack._parts import Input, Parts
 from hk_stack._table import Shown, Table, si
 
 
@@ -80,17 +80,22 @@ class Report(Shown):
 
 
 def report(
-    parts: Parts, known: Sequence[bool], kept: Sequence[Any], where: str
+    parts: Parts,
+    inputs: Sequence[Input],
+    kept: Sequence[Any],
+    where: str,
 ) -> Report:
     """Describes a cut.
 
     Args:
       parts: A cut without layers.
-      known: Which inputs of the cut function are known.
+      inputs: What the inputs of the cut function are.
       kept: The arrays among the derived values that setup does not compute.
       where: Names the function.
     """
-    flags = [True] * len(parts.shared.out_avals) + [known[i] for i in parts.call_inputs]
+    read = [inputs[i] for i in parts.call_inputs]
+    known = [None if i.constant else i.known for i in read]
+    flags = [True] * len(parts.shared.out_avals) + known
     stayed = dict.fromkeys(_stayed(parts.call.jaxpr, flags))
     nbytes = sum(map(_cost.bytes_of, kept))
     hoisted = tuple(groups(parts.shared.jaxpr))
@@ -154,25 +159,25 @@ _CONSTANT, _INPUT = "a constant", "an input"
 
 
 def _stayed(
-    jaxpr: jex.Jaxpr, known: Sequence[bool], caller: str = _flat.UNKNOWN
+    jaxpr: jex.Jaxpr, known: Sequence[bool | None], caller: str = _flat.UNKNOWN
 ) -> Iterator[Stayed]:
     """What a call does with known values, and what in it was left whole.
 
     Args:
       jaxpr: The call, or what one of its equations runs.
-      known: Which inputs are known.
+      known: Which inputs are known; None for constants, of which nobody needs to hear.
       caller: The source line of that equation.
     """
-    values = {v for v, flag in zip(jaxpr.invars, known, strict=True) if flag}
-    rest = set(jaxpr.invars) - values
+    flags = dict(zip(jaxpr.invars, known, strict=True))
+    values = {v for v, flag in flags.items() if flag}
+    rest = {v for v, flag in flags.items() if flag is False}
     for eqn in jaxpr.eqns:
         read = set(_equations.variables(eqn.invars))
         source, name = _flat.source_line(eqn), eqn.primitive.name
         source = caller if source == _flat.UNKNOWN else source
         if read & rest:
             rest |= set(eqn.outvars)
-            flags = [not isinstance(a, jex.Literal) and a in values for a in eqn.invars]
-            yield from _inside(eqn, flags, source)
+            yield from _inside(eqn, _known(eqn, values, rest), source)
         elif name in _cost.OPAQUE or eqn.effects:
             rest |= set(eqn.outvars)
             yield Stayed(source, name, "it has side effects or runs foreign code")
@@ -183,12 +188,26 @@ def _stayed(
                 yield Stayed(source, name, why)
 
 
-def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Stayed]:
+def _known(
+    eqn: jex.JaxprEqn, values: set[jex.Var], rest: set[jex.Var]
+) -> list[bool | None]:
+    """Which inputs of `eqn` are known; None for those that come of constants."""
+    return [
+        False
+        if isinstance(atom, jex.Literal) or atom in rest
+        else (True if atom in values else None)
+        for atom in eqn.invars
+    ]
+
+
+def _inside(
+    eqn: jex.JaxprEqn, known: list[bool | None], source: str
+) -> Iterator[Stayed]:
     """The same for what `eqn` runs."""
     name = eqn.primitive.name
     if name == "scan":
         carry = _equations.carried(eqn)
-        known = [flag and i not in carry for i, flag in enumerate(known)]
+        known = [False if i in carry else flag for i, flag in enumerate(known)]
     for body in _equations.bodies(eqn):
         flags = known[len(known) - len(body.invars) :]
         if len(flags) != len(body.invars) or name == "while":
