@@ -28,8 +28,8 @@ def accumulate(
 
     but what `loss` computes from `params` alone is computed once, and its gradient is
     pulled back once (see `partition`). The microbatches run one after the other, so
-    that memory is that of one of them. Call it inside `jit`: outside, it compiles anew
-    at each call.
+    that memory is that of one of them. Use it inside `jit`: outside, it compiles anew
+    each time.
 
     >>> import jax, jax.numpy as jnp, hk_stack
     >>> def loss(params, x, y):
@@ -60,7 +60,6 @@ def accumulate(
       ValueError: If leading axes differ or are empty.
     """
     where = _check_microbatches(loss, params, microbatches)
-    num = jax.tree.leaves(microbatches)[0].shape[0]
     one = _layout.drop_layers(microbatches)
     with while_tracing(where):
         result = jax.eval_shape(loss, params, *one)
@@ -77,17 +76,26 @@ def accumulate(
         result = split.call(_join(derived, others), *microbatch)
         return result if has_aux else (result, None)
 
-    def step(sums: Tree, microbatch: tuple[Tree, ...]) -> tuple[Tree, Tree]:
-        run = jax.value_and_grad(call, has_aux=True)
-        result, grads = run(derived, microbatch)
-        return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), result
-
-    start = jax.tree.map(_zeros, derived)
-    sums, (values, aux) = jax.lax.scan(step, start, microbatches)
-    grads = jax.tree.map(lambda s, v: (s / num).astype(v.dtype), sums, derived)
+    (values, aux), grads = _over_all(call, derived, microbatches)
     gradients = _join(pull_back(grads)[0], jax.tree.map(_no_gradient, fixed))
     mean = jnp.mean(values)
     return ((mean, aux) if has_aux else mean), gradients
+
+
+def _over_all(
+    loss: Callable[..., Tree], params: Tree, microbatches: tuple[Tree, ...]
+) -> tuple[Tree, Tree]:
+    """Results of `loss`, `[M, ...]`, and the mean of its gradients."""
+    run = jax.value_and_grad(loss, has_aux=True)
+
+    def step(sums: Tree, microbatch: tuple[Tree, ...]) -> tuple[Tree, Tree]:
+        result, grads = run(params, microbatch)
+        return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), result
+
+    start = jax.tree.map(_zeros, params)
+    sums, results = jax.lax.scan(step, start, microbatches)
+    num = jax.tree.leaves(microbatches)[0].shape[0]
+    return results, jax.tree.map(lambda s, v: (s / num).astype(v.dtype), sums, params)
 
 
 def _separate(tree: Tree) -> tuple[Tree, Tree]:

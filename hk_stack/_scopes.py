@@ -6,6 +6,7 @@ made elsewhere, or has forced a name on Haiku, gets such a name while the layer 
 """
 
 import contextlib
+import functools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,28 +110,40 @@ class Names:
             kwargs: dict[str, Tree],
             context: hk.MethodContext,
         ) -> Tree:
-            module = context.module
-            key = id(module)
+            module, run = context.module, functools.partial(next_f, *args, **kwargs)
             if context.method_name == "__init__":
-                here[key] = weakref.ref(module, lambda _: here.pop(key, None))
-                result = next_f(*args, **kwargs)
-                if not self._owns(module.module_name) and self._are_in_force():
-                    self._rename(module)  # Haiku was forced to take another name.
-                return result
-            if key in here:
-                return self._with_bare(module, next_f(*args, **kwargs))
+                return self._make(module, run, here)
+            if id(module) in here:
+                return self._with_bare(module, run())
             captured.add(self._of_other(module.module_name))
-            if not self._are_in_force():
-                return next_f(*args, **kwargs)
-            with self._lent(module):
-                here[key] = module
-                try:
-                    return self._with_bare(module, next_f(*args, **kwargs))
-                finally:
-                    del here[key]
+            return self._borrow(module, run, here) if self._are_in_force() else run()
 
         with hk.intercept_methods(on_method):
             yield
+
+    def _make(
+        self, module: hk.Module, run: Callable[[], Tree], here: dict[int, Any]
+    ) -> Tree:
+        """Runs the `__init__` of a module, which may force another name on Haiku."""
+        key = id(module)
+        here[key] = weakref.ref(module, lambda _: here.pop(key, None))
+        result = run()
+        if not self._owns(module.module_name) and self._are_in_force():
+            self._rename(module)
+        return result
+
+    def _borrow(
+        self, module: hk.Module, run: Callable[[], Tree], here: dict[int, Any]
+    ) -> Tree:
+        """Runs a method of a module that was made elsewhere, by its name here."""
+        before = self._rename(module)
+        here[id(module)] = module
+        try:
+            return self._with_bare(module, run())
+        finally:
+            del here[id(module)]
+            for attribute, name in before.items():
+                setattr(module, attribute, name)
 
     def _owns(self, module: str) -> bool:
         return not self.own or module.startswith(f"{self.own}/")
@@ -150,15 +163,6 @@ class Names:
         found = hk.experimental.get_params()
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(self.given), strict=False)
         return found.keys() == self.given.keys() and all(a is b for a, b in pairs)
-
-    @contextlib.contextmanager
-    def _lent(self, module: hk.Module) -> Iterator[None]:
-        before = self._rename(module)
-        try:
-            yield
-        finally:
-            for attribute, name in before.items():
-                setattr(module, attribute, name)
 
     def _rename(self, module: hk.Module) -> dict[str, str]:
         """Gives a module the name that it has in this layer; returns the old ones."""

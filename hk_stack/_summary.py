@@ -167,8 +167,8 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
       **kwargs: The same.
 
     Returns:
-      The stacks in the order in which they are called, and the number of parameters of
-      the transforms that have stacks. What has the same name and shape is counted once.
+      The stacks in the order in which they run, and the number of parameters of the
+      transforms that have stacks. What has the same name and shape is counted once.
 
     Raises:
       TypeError: If `fn` is no function.
@@ -181,9 +181,9 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     found = list(recorder.stacks.values())
     if not found:
         raise ValueError(
-            f"hk_stack.summary: {_checks.name_of(fn)!r} calls no stack, or not in this "
-            "call. Those of hk.layer_stack are not seen: write hk_stack.layer_stack, "
-            "which takes the same arguments."
+            f"hk_stack.summary: {_checks.name_of(fn)!r} calls no stack, or not with "
+            "these arguments. Those of hk.layer_stack are not seen: write "
+            "hk_stack.layer_stack, which takes the same arguments."
         )
     paths = [stack.path for stack in found]
 

@@ -241,7 +241,7 @@ def _patterns(fn: object, select: Any) -> tuple[str, ...]:
         if not isinstance(pattern, str):
             raise TypeError(
                 f"hk_stack.collect: select must be a glob or several, not {pattern!r}. "
-                "Arguments of the function go into the second call: "
+                "Arguments of the function come after, in parentheses of their own: "
                 "collect(apply)(params, rng, x)."
             )
     return patterns
