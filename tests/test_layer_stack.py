@@ -10,6 +10,7 @@ import jaxprs
 import numpy as np
 import pytest
 from agreement import FAST, assert_close, assert_equal
+from interpreter import computed
 from layer_cases import (
     CASES,
     POLICIES,
@@ -73,41 +74,17 @@ def everything(model):
 def initial(name):
     """Parameters and state of a case."""
     case = by_name[name]
-    return jax.jit(case.model(hk_stack.layer_stack).init)(KEY, *case.given())
+    return computed(case.model(hk_stack.layer_stack).init, KEY, *case.given())
 
 
-@functools.cache
-def program_results(case_name, program):
-    return program.compile(FAST)(*initial(case_name), KEY, by_name[case_name].given())
+def results(case, layer_stack, run=computed, **options):
+    """Outputs, new state and gradients of a case."""
+    model = case.model(layer_stack, **options)
+    return run(everything(model), *initial(case.name), KEY, case.given())
 
 
-class Program:
-    """A lowered function, known by its text: equal ones are compiled once."""
-
-    def __init__(self, lowered):
-        self.text = lowered.as_text()
-        self.compile = lowered.compile
-
-    def __hash__(self):
-        return hash(self.text)
-
-    def __eq__(self, other):
-        return self.text == other.text
-
-
-def results(case, layer_stack, **options):
-    run = jax.jit(everything(case.model(layer_stack, **options)))
-    lowered = run.lower(*initial(case.name), KEY, case.given())
-    return program_results(case.name, Program(lowered))
-
-
-WAYS = {
-    "haiku": functools.partial(results, layer_stack=hk.layer_stack),
-    **{
-        setup: functools.partial(results, layer_stack=hk_stack.layer_stack, setup=setup)
-        for setup in POLICIES
-    },
-}
+def compiled(function, *args):
+    return jax.jit(function, compiler_options=FAST)(*args)
 
 
 @functools.cache
@@ -115,24 +92,57 @@ def looped(name):
     return results(by_name[name], layer_loop)
 
 
+WAYS = {
+    **{setup: {"setup": setup} for setup in POLICIES},
+    # Between them, each executor and each kind of rematerialisation.
+    "python": {"loop": "python"},
+    "remat": {"remat": True, "remat_every": 2},
+    "unrolled": {
+        "loop": "unrolled",
+        "remat": jax.checkpoint_policies.dots_saveable,
+        "remat_every": 2,
+    },
+}
+
+
 @every_case
 @pytest.mark.parametrize("way", WAYS)
 def test_results_are_those_of_a_loop(case, way):
-    assert_close(WAYS[way](case), looped(case.name))
+    found = results(case, hk_stack.layer_stack, **WAYS[way])
+    assert_close(found, looped(case.name))
 
 
 @every_case
-def test_initial_parameters_are_those_of_haiku(case):
-    init = jax.jit(case.model(hk.layer_stack).init)
-    assert_equal(initial(case.name)[0], init(KEY, *case.given())[0])
+def test_compiled(case):
+    """Each case in one of the ways, and in Haiku's."""
+    way = list(WAYS)[CASES.index(case) % len(WAYS)]
+    found = results(case, hk_stack.layer_stack, compiled, **WAYS[way])
+    assert_close(found, looped(case.name))
+
+
+@every_case
+def test_agrees_with_haiku(case):
+    found = results(case, hk.layer_stack)
+    assert_close(found, looped(case.name))
+    params, _ = computed(case.model(hk.layer_stack).init, KEY, *case.given())
+    assert_equal(initial(case.name)[0], params)
+
+
+@every_case
+def test_one_parameter_tree(case):
+    def init(**options):
+        model = case.model(hk_stack.layer_stack, **options)
+        return jax.eval_shape(model.init, KEY, *case.given())
+
+    assert init(loop="python") == init(loop="unrolled", remat=True) == init()
 
 
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.state], ids=lambda case: case.name
 )
 def test_initial_state_is_that_before_any_call(case):
-    init = jax.jit(case.model(layer_loop).init, compiler_options=FAST)
-    assert_close(initial(case.name)[1], init(KEY, *case.given())[1])
+    expected = computed(case.model(layer_loop).init, KEY, *case.given())
+    assert_close(initial(case.name), expected)
 
 
 PLAIN = [c for c in CASES if not (c.hoists or c.kwargs or c.nested)]
