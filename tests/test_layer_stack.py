@@ -185,7 +185,7 @@ def mixed_model(layer_stack, **options):
 
 @pytest.fixture(scope="module")
 def mixed_values():
-    return jax.jit(mixed_model(hk_stack.layer_stack).init)(KEY, *vectors())
+    return computed(mixed_model(hk_stack.layer_stack).init, KEY, *vectors())
 
 
 def jvp(apply, params, state, x):
@@ -225,17 +225,18 @@ def jacobian(apply, params, state, x):
     ids=lambda f: f.__name__,
 )
 def test_under_transformations(transformation, mixed_values):
+    x = vectors()
+
     def run(layer_stack):
         apply = mixed_model(layer_stack).apply
-        function = functools.partial(transformation, apply)
-        return jax.jit(function, compiler_options=FAST)(*mixed_values, *vectors())
+        return computed(functools.partial(transformation, apply), *mixed_values, *x)
 
     assert_close(run(hk_stack.layer_stack), run(layer_loop), 1e-4)
 
 
 def test_without_jit(mixed_values):
     loop = mixed_model(layer_loop).apply
-    expected = jax.jit(loop, compiler_options=FAST)(*mixed_values, KEY, *vectors())
+    expected = computed(loop, *mixed_values, KEY, *vectors())
     ours = mixed_model(hk_stack.layer_stack)
     for _ in range(2):  # The second time nothing is compiled.
         assert_close(ours.apply(*mixed_values, KEY, *vectors()), expected)
@@ -507,9 +508,9 @@ def test_transparent_is_a_loop_with_the_names_of_the_map():
     stack = transform(hk_stack.layer_stack, transparent=True)
     haiku = transform(hk.layer_stack, transparent=True)
     loop = transform(None)
-    params, state = jax.jit(stack.init)(KEY, *vectors())
-    assert_equal(params, jax.jit(haiku.init)(KEY, *vectors())[0])
-    in_loop = loop.init(KEY, *vectors())
+    params, state = computed(stack.init, KEY, *vectors())
+    assert_equal(params, computed(haiku.init, KEY, *vectors())[0])
+    in_loop = computed(loop.init, KEY, *vectors())
     assert_equal(state, in_loop[1])
     assert jax.tree.structure(params) == jax.tree.structure(in_loop[0])
 
@@ -518,7 +519,7 @@ def test_transparent_is_a_loop_with_the_names_of_the_map():
             y, after = model.apply(params, state, None, *vectors())
             return jnp.cos(y).sum(), (y, after)
 
-        return jax.jit(jax.grad(total, has_aux=True), compiler_options=FAST)(params)
+        return computed(jax.grad(total, has_aux=True), params)
 
     assert_close(run(stack), run(loop))
 
