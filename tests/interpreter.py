@@ -22,9 +22,13 @@ def computed(function: Callable[..., Any], *args: Any) -> Any:
     closed, result = jax.make_jaxpr(function, return_shape=True)(*args)
     pairs = zip(jax.tree.leaves(args), closed.in_avals, strict=True)
     values = [a if is_key(a) else np.asarray(a, type_.dtype) for a, type_ in pairs]
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), jax.enable_x64(True):  # Layers may have doubles.
         found = evaluate(closed, values)
-    return jax.tree.unflatten(jax.tree.structure(result), found)
+    return jax.tree.unflatten(jax.tree.structure(result), map(as_jax_has_it, found))
+
+
+def as_jax_has_it(value: Any) -> Any:
+    return value if value.dtype == jax.dtypes.float0 else jnp.asarray(value)
 
 
 def is_key(value: Any) -> bool:
@@ -88,7 +92,10 @@ def scan_rule(values: list[Any], **params: Any) -> list[Any]:
     for i in reversed(order) if params["reverse"] else order:
         now = evaluate(params["jaxpr"], [*consts, *carry, *(row[i] for row in rows)])
         carry, outs[i] = now[:num_carry], now[num_carry:]
-    return [*carry, *map(stacked, zip(*outs, strict=True))]
+    if length:
+        return [*carry, *map(stacked, zip(*outs, strict=True))]
+    rest = params["jaxpr"].out_avals[num_carry:]
+    return [*carry, *(np.zeros([0, *a.shape], a.dtype) for a in rest)]
 
 
 def stacked(values: tuple[Any, ...]) -> Any:
@@ -101,9 +108,10 @@ def while_rule(values: list[Any], **params: Any) -> list[Any]:
     carry = values[first + second :]
     while np.any(goes_on := evaluate(params["cond_jaxpr"], [*asked, *carry])[0]):
         new = evaluate(params["body_jaxpr"], [*done, *carry])
-        # In a batch, some may be done before others.
-        pairs = zip(new, carry, strict=True)
-        carry = [np.where(lifted(goes_on, n.ndim), n, old) for n, old in pairs]
+        if np.ndim(goes_on):  # In a batch, some may be done before others.
+            pairs = zip(new, carry, strict=True)
+            new = [np.where(lifted(goes_on, n.ndim), n, old) for n, old in pairs]
+        carry = new
     return carry
 
 

@@ -83,6 +83,11 @@ def results(case, layer_stack, run=computed, **options):
     return run(everything(model), *initial(case.name), KEY, case.given())
 
 
+def traced(function):
+    """What `jax.jit` would make of `function`."""
+    return functools.partial(computed, function)
+
+
 def compiled(function, *args):
     return jax.jit(function, compiler_options=FAST)(*args)
 
@@ -319,8 +324,8 @@ def test_eager_transformations_compile_once(name, count_of_compilations):
     count = len(count_of_compilations)
     found = run(1.0)
     assert len(count_of_compilations) == count
-    assert_close(found, run(1.0, jax.jit))
-    assert_close(run(2.0), run(2.0, jax.jit))  # Not the first one's derivative.
+    assert_close(found, run(1.0, traced))
+    assert_close(run(2.0), run(2.0, traced))  # Not the first one's derivative.
 
 
 def pulled_back(slope):
@@ -366,8 +371,8 @@ def eager_gradient(make, slope, jit=lambda f: f):
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
 def test_eager_gradients_do_not_mix_up_rules(make, kind):
     """A rule may close over arrays, which are others in the next call."""
-    for slope in map(kind, (1, 2, 3)):
-        expected = eager_gradient(make, slope, jax.jit)
+    for slope in map(kind, (1, 2)):
+        expected = eager_gradient(make, slope, traced)
         assert_close(eager_gradient(make, slope), expected)
 
 
@@ -377,7 +382,7 @@ def test_eager_gradients_of_rules_that_close_over_traced_values():
 
     slopes = jnp.asarray([1.0, 2.0])
     assert_close(jax.vmap(total)(slopes), jnp.stack(list(map(total, slopes))))
-    assert_close(jax.grad(total)(1.5), jax.jit(jax.grad(total))(1.5))
+    assert_close(jax.grad(total)(1.5), computed(jax.grad(total), 1.5))
 
 
 def test_eager_calls_do_not_mix_up_constants():
@@ -402,7 +407,7 @@ def test_eager_calls_do_not_mix_up_contexts():
         return transform(model.apply)({}, KEY, jnp.zeros([8]))
 
     for flag in (False, True):
-        assert_close(draw(flag, lambda f: f), draw(flag, jax.jit))
+        assert_close(draw(flag, lambda f: f), draw(flag, traced))
 
 
 def test_eager_calls_do_not_mix_up_functions():
@@ -448,8 +453,8 @@ def test_keyword_arguments():
     loop = hk.transform(lambda x, mask: layer_loop(L)(layer)(x, mask=mask, **options))
     x = vectors()[0]
     params = model.init(KEY, x, x > 0)
-    found = jax.jit(model.apply)(params, None, x, x > 0)
-    assert_close(found, loop.apply(params, None, x, x > 0))
+    found = computed(model.apply, params, None, x, x > 0)
+    assert_close(found, computed(loop.apply, params, None, x, x > 0))
     assert all(call == (True, {"a": 1}, jnp.tanh) and call[0] is True for call in seen)
 
 
@@ -461,10 +466,9 @@ def test_positional_defaults_and_partial_layer_functions():
         model, twin = (
             hk.transform(stack(L)(f)) for stack in (hk_stack.layer_stack, layer_loop)
         )
-        params = model.init(KEY, *vectors())
-        assert_close(
-            model.apply(params, None, *vectors()), twin.apply(params, None, *vectors())
-        )
+        params = computed(model.init, KEY, *vectors())
+        found = computed(model.apply, params, None, *vectors())
+        assert_close(found, computed(twin.apply, params, None, *vectors()))
 
 
 class Names:
@@ -528,10 +532,10 @@ def test_map_without_transparent_is_not_transparent():
     model = hk.transform_with_state(
         lambda x: Model(hk_stack.layer_stack, transparent=False)(x)
     )
-    params, state = model.init(KEY, *vectors())
+    params, state = jax.eval_shape(model.init, KEY, *vectors())
     assert "model/__layer_stack_no_per_layer/block/linear" in params
     assert params["model/__layer_stack_no_per_layer/block/linear"]["w"].shape[0] == L
-    y, _ = model.apply(params, state, None, *vectors())
+    y, _ = jax.eval_shape(model.apply, params, state, None, *vectors())
     assert y.shape == (B, D)
 
 
@@ -553,10 +557,11 @@ def test_each_of_two_stateful_stacks_keeps_its_own_state():
 
     (x,) = vectors()
     stacks, layers = hk.transform_with_state(run), hk.transform_with_state(loop)
-    (_, state), (_, expected) = stacks.init(KEY, x), layers.init(KEY, x)
+    _, state = computed(stacks.init, KEY, x)
+    _, expected = computed(layers.init, KEY, x)
     for _ in range(3):
-        y, state = stacks.apply({}, state, None, x)
-        expected_y, expected = layers.apply({}, expected, None, x)
+        y, state = computed(stacks.apply, {}, state, None, x)
+        expected_y, expected = computed(layers.apply, {}, expected, None, x)
         assert_close(y, expected_y)
     in_loop = {"": ["layer", "layer_1"], "_1": ["layer_2", "layer_3"]}
     for suffix, names in in_loop.items():
