@@ -41,7 +41,7 @@ def assert_same_results(layer, *args, run=computed):
     """Between all policies and the loop."""
     args = args or vectors()
     loop = hk.transform_with_state(layer_loop(L)(layer))
-    given = (*computed(loop.init, KEY, *args), KEY, *args)
+    given = (*run(loop.init, KEY, *args), KEY, *args)
     expected = run(loop.apply, *given)
     for setup in ("auto", "marked", "inline"):
         stack = hk_stack.layer_stack(L, setup=setup, name="__layer_stack_no_per_layer")
