@@ -123,7 +123,7 @@ class TestBitForBit:
         )
         with default:
             params, state = initial(cheap_initializers, key=key, jit=jit)
-            haiku, _ = initial(cheap_initializers, hk.layer_stack, key=key, jit=jit)
+            haiku, _ = initial(cheap_initializers, hk.layer_stack, key=key)
             loop = initial(cheap_initializers, layer_loop, key=key)
         assert_equal(params, haiku)
         assert_equal((params, state), loop)
@@ -272,7 +272,7 @@ class TestWhatRuns:
         counts = []
         for layers in (2, 9):
             calls.clear()
-            initial(layer, layers=layers, jit=False)
+            initial(layer, layers=layers)
             counts.append(len(calls))
         assert counts[0] == counts[1] <= 3
 
