@@ -264,13 +264,13 @@ def test_conversion_that_the_error_names(path, trees, there):
         "per-layer": (hk_stack.unstack_params, hk_stack.stack_params),
     }[there]
     expected = (
-        f"the checkpoint is {there} (L=3), like is {here}. Load it in its own layout, "
-        "and convert it: tree = checkpoint.load(path, "
-        f"hk_stack.{back.__name__}(like, naming_map)), then "
-        f"hk_stack.{forth.__name__}(tree, naming_map)."
+        f"the checkpoint is {there} (L=3), like is {here}. With the naming map of the "
+        "stack, it is converted: checkpoint.load(path, like, layers=naming_map)."
     )
     assert_error(ValueError, [path, expected], checkpoint.load, path, like)
     tree = checkpoint.load(path, back(like, Numbered()))
+    converted = checkpoint.load(path, like, layers=Numbered())
+    assert_same(converted, trees[here])
     converted = forth(tree, Numbered())
     expected = jax.tree.map(np.asarray, trees[here])
     assert_same(jax.tree.map(np.asarray, converted), expected)
