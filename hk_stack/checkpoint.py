@@ -226,7 +226,8 @@ def load(
     specs = jax.tree.map(lambda x: _spec(x) if isinstance(x, jax.Array) else x, like)
     loaded = forth(_load(path, content, back(specs, names), where, at), names)
     leaves, structure = jax.tree.flatten(like)
-    return structure.unflatten(map(_placed, jax.tree.leaves(loaded), leaves))
+    placed = map(_placed, jax.tree.leaves(loaded), leaves)
+    return jax.tree.unflatten(structure, placed)
 
 
 def metadata(path: Path) -> Metadata:
@@ -343,7 +344,7 @@ def _prepare(
         }
         if _is_key(_spec(leaf.value).dtype):
             entries[name]["key"] = str(jax.random.key_impl(leaf.value))
-    noted = {"layout": "none", "depth": None, "modules": {}}
+    noted: dict[str, Any] = {"layout": "none", "depth": None, "modules": {}}
     if layers is not None:
         noted = _note_layers(leaves, layers, where)
     content = {"format": _FORMAT, "version": _VERSION, **noted, "leaves": entries}
@@ -493,14 +494,16 @@ def _load(
     if like is not None:
         likes = _match(_leaves(like, f"{where}: like", at), content, where)
     read = _read_file if _is_file(path) else _read_folder
-    placed = {}
+    placed: dict[str, Any] = {}
+    array: Any
     for name, array in read(path, entries, likes):
         _check_array(array, name, entries[name], path)
         if "key" in entries[name]:
             array = jax.random.wrap_key_data(array, impl=entries[name]["key"])
         placed[name] = _placed(array, likes[name])
     if like is not None:
-        return jax.tree.structure(like).unflatten(placed[name] for name in likes)
+        structure = jax.tree.structure(like)
+        return jax.tree.unflatten(structure, [placed[name] for name in likes])
     root: dict[str, Any] = {}
     for name, leaf in placed.items():
         node, keys = root, ["", *entries[name]["path"]]
@@ -802,9 +805,9 @@ def _find_layers(leaves: _Leaves, names: Any, where: str) -> _Layers | None:
         stack = _naming.stack_of(names, module)
         stacks.setdefault(stack, []).append((module, member))
     depths = {}
-    for stack in stacks.values():
-        depth = _depth([member for _, member in stack], bool(flat), where)
-        depths.update({module: depth for module, _ in stack})
+    for pairs in stacks.values():
+        depth = _depth([member for _, member in pairs], bool(flat), where)
+        depths.update({module: depth for module, _ in pairs})
     return _Layers("per-layer" if flat else "stacked", depths) if depths else None
 
 
