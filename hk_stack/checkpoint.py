@@ -785,14 +785,15 @@ class _Member(NamedTuple):
     level: int
     module: str
     place: tuple[str, int] | None  # The stacked module and the layer, if it has one.
-    is_stacked: bool  # It may be both: a first layer may be named as the stack is.
+    is_stacked: bool
 
 
 def _find_layers(leaves: _Leaves, names: Any, where: str) -> _Layers | None:
     """The layers of a tree, if the map knows any."""
     found = (_member(name, leaf, names) for name, leaf in leaves.items())
     members = [member for member in found if member is not None]
-    flat = [member for member in members if not member.is_stacked]
+    # The first layer may be named as a stack is: `linear`, `linear_1`.
+    flat = [m for m in members if m.place and (m.place[1] > 0 or not m.is_stacked)]
     stacked = [member for member in members if member.place is None]
     if flat and stacked:
         raise ValueError(

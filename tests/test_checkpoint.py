@@ -1,6 +1,7 @@
 """What is saved comes back bit for bit, or an error says what is wrong."""
 
 import base64
+import functools
 import json
 import os
 import pathlib
@@ -11,8 +12,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,22 +29,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("orbax.checkpoint")
 
 L = 3
-
-
-class Numbered:
-    """Module `layers/linear` of the stack is `layer_2/linear` in layer 2."""
-
-    def stacked_to_flat(self, stacked_module_name, scan_idx):
-        scope, slash, module = stacked_module_name.partition("/")
-        if scope != "layers":
-            raise ValueError(f"{stacked_module_name} is no part of the stack.")
-        return f"layer_{scan_idx}{slash}{module}"
-
-    def flat_to_stacked(self, unstacked_module_name):
-        scope, slash, module = unstacked_module_name.partition("/")
-        if not scope.startswith("layer_"):
-            return None
-        return f"layers{slash}{module}", int(scope.removeprefix("layer_"))
+LAYERS = hk_stack.NumberedLayers("layer_{}", "layers")
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -164,67 +150,48 @@ def test_shards_come_back_in_other_shards(path, mesh):
     assert_same(checkpoint.load(path, {"x": np.asarray(x)}), {"x": np.asarray(x)})
 
 
-class Parts(hk.Module):
-    """Parameters and state of all ranks, in the stack and outside."""
+def stacked_tree():
+    """Parameters and state of all ranks, in the stack and outside; optimiser state."""
+    rng = np.random.default_rng(0)
 
-    def __call__(self, x):
-        x = jnp.tanh(hk.Linear(4, name="linear")(x))
-        with jax.numpy_dtype_promotion("standard"):  # Haiku's BatchNorm promotes.
-            return hk.BatchNorm(True, True, 0.9, name="norm")(x, is_training=True)
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-
-def model(x):
-    x = hk_stack.layer_stack(L, name="layers")(Parts(name="parts"))(x)
-    return jnp.mean(hk.Linear(1, name="head")(x) ** 2)
-
-
-@pytest.fixture(scope="module")
-def training():
-    """A step of training as `(params, state, opt_state) -> the same, loss`; and one."""
-    transformed = hk.without_apply_rng(hk.transform_with_state(model))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.masked(optax.adamw(0.1), lambda params: {m: m != "head" for m in params}),
-    )
-    x = jax.random.normal(jax.random.key(0), [5, 4])
-    params, state = transformed.init(jax.random.key(1), x)
-
-    @jax.jit
-    def step(params, state, opt_state):
-        def loss(params):
-            return transformed.apply(params, state, x)
-
-        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        with jax.numpy_dtype_promotion("standard"):  # As Optax's Adam does.
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), state, opt_state), value
-
-    return step, (params, state, optimizer.init(params))
-
-
-def named(parts):
-    return dict(zip(("params", "state", "opt_state"), parts, strict=True))
-
-
-@pytest.fixture(scope="module")
-def trees(training):
-    """A whole tree, stacked and per-layer."""
-    stacked = named(training[1])
-    return {
-        "stacked": stacked,
-        "per-layer": hk_stack.unstack_params(stacked, Numbered()),
+    params = {
+        "layers/parts/linear": {"w": draw(L, 4, 4), "b": draw(L, 4)},
+        "layers/norm": {"scale": draw(L)},
+        "head": {"w": draw(4, 1)},
     }
+    ema = {"average": draw(L, 1, 4), "counter": jnp.arange(L)}
+    return {
+        "params": params,
+        "state": {"layers/norm/~/mean_ema": ema, "count": {"n": jnp.asarray(2)}},
+        "opt_state": optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.masked(optax.adamw(0.1), {m: m != "head" for m in params}),
+        ).init(params),
+        "step": 7,
+    }
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """A whole tree, stacked and per-layer."""
+    tree = stacked_tree()
+    return {"stacked": tree, "per-layer": hk_stack.unstack_params(tree, LAYERS)}
 
 
 @pytest.mark.parametrize("layout", ["stacked", "per-layer"])
 def test_tree_comes_back_as_it_was(path, trees, layout):
     tree = trees[layout]
-    checkpoint.save(path, tree, layers=Numbered())
+    checkpoint.save(path, tree, layers=LAYERS)
     assert_same(checkpoint.load(path, tree), tree)
-    specs = jax.eval_shape(lambda tree: tree, tree)
+    specs = {**jax.eval_shape(lambda tree: tree, tree), "step": 0}
     assert_same(checkpoint.load(path, specs), tree)
     on_host = jax.tree.map(np.asarray, tree)
     assert_same(checkpoint.load(path, on_host), on_host)
+    part = checkpoint.load(path, specs["params"], at="params")
+    assert_same(part, tree["params"])
     dicts = checkpoint.load(path)
     assert_same(dicts["params"], on_host["params"])
     assert_same(dicts["state"], on_host["state"])
@@ -233,50 +200,201 @@ def test_tree_comes_back_as_it_was(path, trees, layout):
     assert len(found.leaves) == len(jax.tree.leaves(tree))
 
 
-def test_training_goes_on_as_if_nothing_had_been_saved(path, training):
-    step, parts = training
-    losses, on_the_way = [], None
-    for i in range(6):
-        if i == 3:
-            on_the_way = parts
-            checkpoint.save(path, named(parts), layers=Numbered())
-        parts, loss = step(*parts)
-        losses.append(loss)
-    like = jax.eval_shape(lambda parts: named(parts), on_the_way)
-    tree = checkpoint.load(path, like)
-    restored = (tree["params"], tree["state"], tree["opt_state"])
-    again = []
-    for _ in range(3):
-        restored, loss = step(*restored)
-        again.append(loss)
-    assert_same(again, losses[3:])
-    assert_same(restored, parts)
-
-
+@pytest.mark.parametrize("kind", ["arrays", "specs", "numpy"])
 @pytest.mark.parametrize("there", ["stacked", "per-layer"])
-def test_conversion_that_the_error_names(path, trees, there):
-    """A file of one layout, loaded for the other, as the error says."""
+def test_a_checkpoint_goes_into_the_other_layout(path, trees, there, kind):
     here = {"stacked": "per-layer", "per-layer": "stacked"}[there]
-    checkpoint.save(path, trees[there], layers=Numbered())
-    like = jax.eval_shape(lambda tree: tree, trees[here])
-    back, forth = {
-        "stacked": (hk_stack.stack_params, hk_stack.unstack_params),
-        "per-layer": (hk_stack.unstack_params, hk_stack.stack_params),
-    }[there]
-    expected = (
+    checkpoint.save(path, trees[there], layers=LAYERS)
+    like = expected = trees[here]
+    if kind == "specs":
+        like = {**jax.eval_shape(lambda tree: tree, like), "step": 0}
+    elif kind == "numpy":
+        like = expected = jax.tree.map(np.asarray, like)
+    said = (
         f"the checkpoint is {there} (L=3), like is {here}. With the naming map of the "
         "stack, it is converted: checkpoint.load(path, like, layers=naming_map)."
     )
-    assert_error(ValueError, [path, expected], checkpoint.load, path, like)
-    tree = checkpoint.load(path, back(like, Numbered()))
-    converted = checkpoint.load(path, like, layers=Numbered())
-    assert_same(converted, trees[here])
-    converted = forth(tree, Numbered())
-    expected = jax.tree.map(np.asarray, trees[here])
-    assert_same(jax.tree.map(np.asarray, converted), expected)
-    # Nested dicts can be converted, too.
-    params = forth(checkpoint.load(path)["params"], Numbered())
-    assert_same(jax.tree.map(np.asarray, params), expected["params"])
+    assert_error(ValueError, [path, said], checkpoint.load, path, like)
+    assert_same(checkpoint.load(path, like, layers=LAYERS), expected)
+    assert_same(checkpoint.load(path, trees[there], layers=LAYERS), trees[there])
+    params = checkpoint.load(path, like["params"], layers=[LAYERS], at="params")
+    assert_same(params, expected["params"])
+
+
+def test_a_converted_checkpoint_is_where_like_is(path, mesh):
+    keys = jax.random.split(jax.random.key(0), L)
+    stacked = {"layers/linear": {"w": jnp.arange(L * 8.0).reshape(L, 8), "k": keys}}
+    checkpoint.save(path, stacked)
+    flat = hk_stack.unstack_params(stacked, LAYERS)
+    like = jax.device_put(flat, NamedSharding(mesh, P()))
+    like["layer_1/linear"]["w"] = jax.device_put(
+        flat["layer_1/linear"]["w"], NamedSharding(mesh, P("b"))
+    )
+    assert_same(checkpoint.load(path, like, layers=LAYERS), like)
+
+
+def test_a_converted_checkpoint_has_the_depth_of_like(path):
+    checkpoint.save(path, per_layer(12), layers=LAYERS)
+    like = {**STACKED["params"], "layers/linear": {"w": np.ones([6, 4, 4], np.float32)}}
+    parts = ["the checkpoint holds L=12 layers (per-layer), like has 6."]
+    load = functools.partial(checkpoint.load, path, layers=LAYERS, at="params")
+    assert_error(ValueError, parts, load, like)
+    parts = [f"checkpoint.load of {path}: like: no module of the tree is a layer"]
+    assert_error(ValueError, parts, load, {"head": like["head"]})
+    parts = ["layers must be a naming map, not ()"]
+    load = functools.partial(checkpoint.load, path, like, layers=())
+    assert_error(TypeError, parts, load)
+
+
+def test_parts(path):
+    tree = {"params": {"a/b": {"c": np.ones(2)}, "a/d": {"c": np.zeros(1)}}, "step": 5}
+    checkpoint.save(path, tree)
+    assert checkpoint.load(path, at="step") == 5
+    assert checkpoint.load(path, 0, at="step") == 5
+    assert_same(checkpoint.load(path, at="params"), tree["params"])
+    inner = tree["params"]["a/b"]
+    assert_same(checkpoint.load(path, inner, at="params/a/b"), inner)
+    for at in ("params/a", "par", "params/a/b/c/d", "steps"):
+        parts = [f"no part {at!r}", "such as 'params', 'step'."]
+        load = functools.partial(checkpoint.load, path, at=at)
+        assert_error(ValueError, parts, load)
+    parts = ["Like lacks 1: params/a/d/c float64[1].", "at='params'"]
+    like = {"a/b": tree["params"]["a/b"]}
+    assert_error(
+        ValueError, parts, functools.partial(checkpoint.load, path, at="params"), like
+    )
+
+
+# Real checkpoints
+
+
+class Real(NamedTuple):
+    """The names of a model's checkpoint, made again: its real shapes are wider.
+
+    Attributes:
+      maps: From its layers to stacks.
+      per_layer: Names of modules in layer i, by depth; a leaf for each.
+      stacked: Names of the same modules in a stack.
+    """
+
+    maps: list[hk_stack.NumberedLayers]
+    per_layer: dict[int, list[str]]
+    stacked: dict[int, list[str]]
+    outside: list[str]
+
+
+AF2 = "alphafold/alphafold_iteration/evoformer"
+IN_AF2 = ["msa_row_attention_with_pair_bias/attention", "outer_product_mean", ""]
+GNN = "mesh_gnn/~_networks_builder"
+GNN_PARTS = [
+    f"{GNN}/processor_{kind}" for kind in ("edges{}_mesh_", "nodes{}_mesh_nodes_")
+]
+TOWER = "alphagenome/transformer_tower"
+REAL = {
+    # Stacked by Haiku's own layer_stack, two depths.
+    "AlphaFold 2": Real(
+        [
+            hk_stack.NumberedLayers(f"{AF2}/evoformer_iteration_{{}}"),
+            hk_stack.NumberedLayers(f"{AF2}/extra_msa_stack_{{}}"),
+        ],
+        {
+            48: [f"{AF2}/evoformer_iteration_{{}}/{name}" for name in IN_AF2[:2]],
+            4: [f"{AF2}/extra_msa_stack_{{}}/{name}" for name in IN_AF2[:2]],
+        },
+        {
+            48: [f"{AF2}/evoformer_iteration/{name}" for name in IN_AF2[:2]],
+            4: [f"{AF2}/extra_msa_stack/{name}" for name in IN_AF2[:2]],
+        },
+        [f"{AF2}/preprocess_1d", "alphafold/alphafold_iteration/predicted_lddt_head"],
+    ),
+    # Numbers of steps inside of names, and encoders that are numbered alike.
+    "GraphCast": Real(
+        [hk_stack.NumberedLayers(f"{GNN}/processor_*_{{}}_mesh_*")],
+        {
+            16: [
+                part.format("_{}") + name
+                for part in GNN_PARTS
+                for name in ("mlp/~/linear_0", "mlp/~/linear_1", "layer_norm")
+            ]
+        },
+        {
+            16: [
+                part.format("") + name
+                for part in GNN_PARTS
+                for name in ("mlp/~/linear_0", "mlp/~/linear_1", "layer_norm")
+            ]
+        },
+        ["grid2mesh_gnn/~_networks_builder/processor_edges_0_grid2mesh_mlp/~/linear_0"],
+    ),
+    # A transformer whose modules repeat the number of their block.
+    "GenCast": Real(
+        [
+            hk_stack.NumberedLayers("denoiser/~/block_{:02}/block_{:02}_*"),
+            hk_stack.NumberedLayers("denoiser/~/block_{:02}"),
+        ],
+        {
+            16: [
+                "denoiser/~/block_{:02}/block_{:02}_norm",
+                "denoiser/~/block_{:02}/block_{:02}_attention/~/linear_1",
+                "denoiser/~/block_{:02}/ffw/linear",
+            ]
+        },
+        {
+            16: [
+                "denoiser/~/block/block_norm",
+                "denoiser/~/block/block_attention/~/linear_1",
+                "denoiser/~/block/ffw/linear",
+            ]
+        },
+        ["denoiser/~/block_norm", f"{GNN}/processor_edges_0_mesh_mlp/~/linear_0"],
+    ),
+    # Numbers as Haiku makes them, and with zeros.
+    "AlphaGenome": Real(
+        [
+            hk_stack.NumberedLayers(f"{TOWER}/*_block", f"{TOWER}/layers/*_block"),
+            hk_stack.NumberedLayers("alphagenome/encoder/downres_block_{:02}"),
+        ],
+        {
+            9: [f"{TOWER}/mha_block{{habit}}/linear", f"{TOWER}/mlp_block{{habit}}"],
+            6: ["alphagenome/encoder/downres_block_{:02}/conv_block/standard_conv"],
+        },
+        {
+            9: [f"{TOWER}/layers/mha_block/linear", f"{TOWER}/layers/mlp_block"],
+            6: ["alphagenome/encoder/downres_block/conv_block/standard_conv"],
+        },
+        ["alphagenome/encoder/dna_embedder", f"{TOWER}/pair_update"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_checkpoints_go_into_stacks_and_back(tmp_path, name):
+    """Names as the models have them, re-made; all else is small."""
+    real, rng = REAL[name], np.random.default_rng(0)
+    outside = {module: {"w": rng.normal(size=[2])} for module in real.outside}
+    of_loop, of_stack = {**outside}, {**outside}
+    for depth, modules in real.stacked.items():
+        for module, flat in zip(modules, real.per_layer[depth], strict=True):
+            w, b = rng.normal(size=[depth, 2, 3]), rng.normal(size=[depth])
+            of_stack[module] = {"w": w, "b": b}
+            for i in range(depth):
+                habit = f"_{i}" if i else ""
+                number = flat.replace("{habit}", habit).replace("{:02}", f"{i:02}")
+                of_loop[number.replace("{}", str(i))] = {"w": w[i], "b": b[i, ...]}
+    assert_same(hk_stack.stack_params(of_loop, real.maps), of_stack)
+    assert_same(hk_stack.unstack_params(of_stack, real.maps), of_loop)
+    path = tmp_path / "params.safetensors"
+    for tree, other in ((of_loop, of_stack), (of_stack, of_loop)):
+        checkpoint.save(path, tree, layers=real.maps)
+        layout, depth, _ = checkpoint.metadata(path)
+        assert layout == ("per-layer" if tree is of_loop else "stacked")
+        depths = tuple(sorted(real.stacked))
+        assert depth == (depths if len(depths) > 1 else depths[0])
+        assert_same(checkpoint.load(path, other, layers=real.maps), other)
+        assert_same(checkpoint.load(path, tree, layers=real.maps), tree)
+
+
+# Names and formats
 
 
 NAMES = [
@@ -339,7 +457,7 @@ def test_folder_is_one_of_orbax(tmp_path):
     assert_same(plain["arrays"], {"linear/w": np.ones([2])})
 
 
-# Written by `save(path, OLD, layers=Numbered())` of the first version of the format, to
+# Written by `save(path, OLD, layers=LAYERS)` of the first version of the format, to
 # be kept as it is: print(base64.b64encode(path.read_bytes())).
 OLD = {
     "params": {"layers/linear": {"w": np.arange(4, dtype=np.float32).reshape(2, 2)}},
@@ -404,7 +522,7 @@ def changed(**leaves):
 
 
 def test_another_depth(path):
-    checkpoint.save(path, STACKED, layers=Numbered())
+    checkpoint.save(path, STACKED, layers=LAYERS)
     like = jax.tree.map(lambda x: x[:6] if x.ndim == 3 else x, STACKED)
     expected = (
         "the checkpoint holds L=12 layers (stacked), like has 6. Change num_layers to "
@@ -416,7 +534,7 @@ def test_another_depth(path):
 
 @pytest.mark.parametrize("depth, said", [(6, "6"), (12 + 5, "more"), (13, "more")])
 def test_another_depth_per_layer(path, depth, said):
-    checkpoint.save(path, per_layer(12), layers=Numbered())
+    checkpoint.save(path, per_layer(12), layers=LAYERS)
     expected = (
         f"the checkpoint holds L=12 layers (per-layer), like has {said}. Change "
         "num_layers to 12"
@@ -444,7 +562,7 @@ def test_only_some_names_are_listed(path):
 
 
 def test_another_model(path):
-    checkpoint.save(path, STACKED, layers=Numbered())
+    checkpoint.save(path, STACKED, layers=LAYERS)
     like = {"params": {"embed": {"w": np.ones(3)}}}
     parts = [path, "lacks 1: params/embed/w float64[3]", "stacked, with L=12 layers"]
     assert_error(ValueError, parts, checkpoint.load, path, like)
@@ -461,14 +579,14 @@ MISFITS = {
 
 @pytest.mark.parametrize("leaf, said", MISFITS.values(), ids=MISFITS)
 def test_another_type(path, leaf, said):
-    checkpoint.save(path, STACKED, layers=Numbered())
+    checkpoint.save(path, STACKED, layers=LAYERS)
     at = "leaf 'params/head/b' is float32[4] in the checkpoint"
     assert_error(ValueError, [path, at, said], checkpoint.load, path, changed(b=leaf))
 
 
 def test_leaves_of_several_depths_are_compared_one_by_one(path):
     like = {"params": {**STACKED["params"], "layers/norm": {"b": np.ones([3, 4])}}}
-    checkpoint.save(path, STACKED, layers=Numbered())
+    checkpoint.save(path, STACKED, layers=LAYERS)
     parts = ["The checkpoint lacks 1: params/layers/norm/b float64[3, 4]."]
     assert_error(ValueError, parts, checkpoint.load, path, like)
 
@@ -545,7 +663,7 @@ def test_trees_that_cannot_be_named(path):
 
 def test_naming_map_that_does_not_fit(path):
     def save(tree):
-        checkpoint.save(path, tree, layers=Numbered())
+        checkpoint.save(path, tree, layers=LAYERS)
 
     parts = ["no module of the tree is a layer", "head/b", "leave `layers` out"]
     assert_error(ValueError, parts, save, {"head": {"b": np.ones(2)}})
@@ -563,13 +681,13 @@ def test_parameters_say_how_deep_a_stack_is(path):
     params = STACKED["params"]
     opt_state = optax.adafactor(0.1).init(params)
     tree = {"params": params, "opt_state": jax.tree.map(np.asarray, opt_state)}
-    checkpoint.save(path, tree, layers=Numbered())
+    checkpoint.save(path, tree, layers=LAYERS)
     assert checkpoint.metadata(path)[:2] == ("stacked", 12)
 
 
 def test_a_leaf_may_be_called_as_the_stack(path):
     tree = {**STACKED, "sizes": {"layers": np.ones([4])}}
-    checkpoint.save(path, tree, layers=Numbered())
+    checkpoint.save(path, tree, layers=LAYERS)
     assert checkpoint.metadata(path)[:2] == ("stacked", 12)
 
 
@@ -700,7 +818,7 @@ def fate(path, tree, like=None):
 def test_every_altered_byte_of_a_file_is_found(tmp_path):
     path = tmp_path / "step.safetensors"
     tree = small_tree()
-    checkpoint.save(path, tree, layers=Numbered())
+    checkpoint.save(path, tree, layers=LAYERS)
     data = path.read_bytes()
     for at in range(len(data)):
         altered = bytearray(data)
@@ -737,7 +855,7 @@ def test_altered_data_names_the_leaf(tmp_path):
 def alter_folder(path):
     """Alters each file of a folder in several ways; prints what loading gives."""
     tree = small_tree()
-    checkpoint.save(path, tree, layers=Numbered())
+    checkpoint.save(path, tree, layers=LAYERS)
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         data = file.read_bytes()
         bad = [data[: len(data) // 2], b"", None]
