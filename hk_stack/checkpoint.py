@@ -57,9 +57,9 @@ class Metadata(NamedTuple):
 def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
     """Saves a tree of arrays, bit for bit.
 
-    In words: each leaf is written under its name, next to what it was and what its
-    bytes add up to; then the whole is given its final name in one step. Who reads the
-    path at any time, or after a crash at any time, finds all of it or none.
+    In words: each leaf is written under its name, next to what it was; then the whole
+    is given its final name in one step. Who reads the path at any time, or after a
+    crash at any time, finds all of it or none.
 
     >>> import tempfile
     >>> import numpy as np
@@ -174,7 +174,7 @@ def load(
     like: Any = None,
     *,
     layers: _naming.Maps | None = None,
-    at: str | None = None,
+    at: str = "",
 ) -> Any:
     """Loads what `save` wrote, bit for bit.
 
@@ -265,7 +265,7 @@ class _Leaf(NamedTuple):
 _Leaves = Mapping[str, _Leaf]
 
 
-def _leaves(tree: Any, where: str, at: str | None = None) -> dict[str, _Leaf]:
+def _leaves(tree: Any, where: str, at: str = "") -> dict[str, _Leaf]:
     """The leaves of a tree by name, after a check that each is an array."""
     leaves: dict[str, _Leaf] = {}
     for path, value in jax.tree.leaves_with_path(tree):
@@ -336,6 +336,11 @@ def _prepare(
     arrays, entries = {}, {}
     for name, leaf in leaves.items():
         array = arrays[name] = _stored(leaf.value, f"{where}: leaf {name!r}")
+        if _is_file(path) and not getattr(array, "is_fully_addressable", True):
+            raise ValueError(
+                f"{where}: arrays are spread over several processes. Save them with "
+                f"orbax: a path without {_SUFFIX}."
+            )
         entries[name] = {
             "path": [keystr((key,), simple=True) for key in leaf.path],
             "shape": list(array.shape),
@@ -367,8 +372,6 @@ def _stored(value: Any, at: str) -> Any:
 
 
 def _checksum(array: Any) -> int:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return 0  # Refused when it is written.
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
@@ -467,13 +470,13 @@ def _content(path: str) -> dict[str, Any]:
     return content
 
 
-def _part(content: dict[str, Any], at: str | None, where: str) -> dict[str, Any]:
+def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
     """The metadata of a part of the tree, in which paths of leaves begin."""
     entries = {}
     for name, entry in content["leaves"].items():
         path = entry["path"]
         for level in range(len(path) + 1):
-            if "/".join(path[:level]) == (at or ""):
+            if "/".join(path[:level]) == at:
                 entries[name] = {**entry, "path": path[level:]}
                 break
     if not entries:
@@ -485,9 +488,7 @@ def _part(content: dict[str, Any], at: str | None, where: str) -> dict[str, Any]
     return {**content, "leaves": entries}
 
 
-def _load(
-    path: str, content: Mapping[str, Any], like: Any, where: str, at: str | None
-) -> Any:
+def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str) -> Any:
     """What `load` gives, in the layout that it is in."""
     entries = content["leaves"]
     likes = dict.fromkeys(entries)
@@ -623,7 +624,7 @@ def _match(leaves: _Leaves, content: Mapping[str, Any], where: str) -> dict[str,
     saved = {name: leaf.value for name, leaf in _saved(content).items()}
     asked = {name: _spec(leaf.value) for name, leaf in leaves.items()}
     if {n: s.shape for n, s in saved.items()} != {n: s.shape for n, s in asked.items()}:
-        _same_layers(leaves, content, where)
+        _same_layers(asked, content, where)
     _same_names(asked, saved, content, where)
     for name in asked:
         _same_type(asked[name], saved[name], f"{where}: leaf {name!r}")
@@ -692,28 +693,45 @@ def _can_place(like: jax.ShapeDtypeStruct, at: str) -> None:
             like.sharding.shard_shape(like.shape)
 
 
-def _same_layers(leaves: _Leaves, content: Mapping[str, Any], where: str) -> None:
-    """Says so if `like` is of another layout or depth than what was saved."""
-    try:
-        found = _find_layers(leaves, _SavedNames(content["modules"]), where)
-    except ValueError:  # Of no one layout or depth: leaves are compared one by one.
+def _same_layers(
+    asked: Mapping[str, jax.ShapeDtypeStruct], content: Mapping[str, Any], where: str
+) -> None:
+    """Says so if a like is of another layout or depth than what was saved."""
+    layout, depth, modules = (content[key] for key in ("layout", "depth", "modules"))
+    layers = [
+        (name, i)
+        for names in modules.values()
+        for i, name in enumerate(names)
+        if name not in modules and _inside(name, asked)
+    ]
+    sizes = {leaf.shape[:1] for name in modules for leaf in _inside(name, asked)}
+    if layers:
+        found, like_depth = "per-layer", 1 + max(i for _, i in layers)
+    elif len(sizes) == 1 and sizes != {()}:
+        found, like_depth = "stacked", sizes.pop()[0]
+    else:  # Of no one layout or depth: leaves are compared one by one.
         return
-    layout, depth = content["layout"], content["depth"]
-    if found is not None and found.layout != layout:
+    if found != layout:
         raise ValueError(
-            f"{where}: the checkpoint is {layout} (L={depth}), like is {found.layout}. "
+            f"{where}: the checkpoint is {layout} (L={depth}), like is {found}. "
             "With the naming map of the stack, it is converted: "
             "checkpoint.load(path, like, layers=naming_map)."
         )
-    if found is not None and isinstance(depth, int) and found.depth != depth:
+    if isinstance(depth, int) and like_depth != depth:
         # Of a deeper per-layer tree, only the first layer too many has a known name.
-        more = layout == "per-layer" and found.depth == depth + 1
+        more = layout == "per-layer" and like_depth == depth + 1
         raise ValueError(
             f"{where}: the checkpoint holds L={depth} layers ({layout}), like has "
-            f"{'more' if more else found.depth}. Change num_layers to {depth}, or take "
+            f"{'more' if more else like_depth}. Change num_layers to {depth}, or take "
             "the layers you want from what checkpoint.load(path) gives: "
             f"{'x[:n] of leaves [L, ...]' if layout == 'stacked' else 'some modules'}."
         )
+
+
+def _inside(
+    module: str, asked: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[jax.ShapeDtypeStruct]:
+    return [spec for name, spec in asked.items() if f"/{module}/" in f"/{name}"]
 
 
 # Layers: whether a tree is stacked or per-layer, and how deep.
@@ -732,24 +750,6 @@ class _Layers(NamedTuple):
         return depths[0] if len(depths) == 1 else depths
 
 
-class _SavedNames:
-    """A naming map read back from the metadata."""
-
-    def __init__(self, modules: Mapping[str, Sequence[str]]):
-        self._flat = modules
-        self._places = {
-            name: (module, i)
-            for module, names in modules.items()
-            for i, name in enumerate(names)
-        }
-
-    def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
-        return self._flat[stacked_module_name][scan_idx]
-
-    def flat_to_stacked(self, unstacked_module_name: str) -> tuple[str, int] | None:
-        return self._places.get(unstacked_module_name)
-
-
 def _note_layers(leaves: _Leaves, layers: _naming.Maps, where: str) -> dict[str, Any]:
     """What the metadata says of the layers of a tree.
 
@@ -766,17 +766,6 @@ def _note_layers(leaves: _Leaves, layers: _naming.Maps, where: str) -> dict[str,
     return {"layout": found.layout, "depth": found.depth, "modules": modules}
 
 
-def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
-    found = _find_layers(leaves, names, where)
-    if found is None:
-        listed = ", ".join(list(leaves)[:8])
-        raise ValueError(
-            f"{where}: no module of the tree is a layer to {names}. The leaves "
-            f"are: {listed}. Give the naming map of this stack, or leave `layers` out."
-        )
-    return found
-
-
 class _Member(NamedTuple):
     """A leaf of the stack, in a module that is `level` steps from the root."""
 
@@ -788,10 +777,16 @@ class _Member(NamedTuple):
     is_stacked: bool
 
 
-def _find_layers(leaves: _Leaves, names: Any, where: str) -> _Layers | None:
-    """The layers of a tree, if the map knows any."""
+def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
+    """The layers of a tree."""
     found = (_member(name, leaf, names) for name, leaf in leaves.items())
     members = [member for member in found if member is not None]
+    if not members:
+        listed = ", ".join(list(leaves)[:8])
+        raise ValueError(
+            f"{where}: no module of the tree is a layer to {names}. The leaves "
+            f"are: {listed}. Give the naming map of this stack, or leave `layers` out."
+        )
     # The first layer may be named as a stack is: `linear`, `linear_1`.
     flat = [m for m in members if m.place and (m.place[1] > 0 or not m.is_stacked)]
     stacked = [member for member in members if member.place is None]
@@ -809,10 +804,10 @@ def _find_layers(leaves: _Leaves, names: Any, where: str) -> _Layers | None:
     for pairs in stacks.values():
         depth = _depth([member for _, member in pairs], bool(flat), where)
         depths.update({module: depth for module, _ in pairs})
-    return _Layers("per-layer" if flat else "stacked", depths) if depths else None
+    return _Layers("per-layer" if flat else "stacked", depths)
 
 
-def _member(name: str, leaf: _Leaf, names: Any) -> _Member | None:
+def _member(name: str, leaf: _Leaf, names: _naming.Map) -> _Member | None:
     """The leaf as a part of the stack, if one of the dicts around it is a module."""
     for level, key in enumerate(leaf.path[:-1]):  # The last is the leaf's own.
         if not (isinstance(key, DictKey) and isinstance(key.key, str)):
