@@ -22,14 +22,14 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import hk_stack
-from hk_stack import checkpoint
+from hk_stack import NumberedLayers, checkpoint
 
 optax = pytest.importorskip("optax")
 pytest.importorskip("safetensors")
 pytest.importorskip("orbax.checkpoint")
 
 L = 3
-LAYERS = hk_stack.NumberedLayers("layer_{}", "layers")
+LAYERS = NumberedLayers("layer_{}", "layers")
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -269,129 +269,85 @@ def test_parts(path):
 
 
 class Real(NamedTuple):
-    """The names of a model's checkpoint, made again: its real shapes are wider.
+    """The names of a model's checkpoint, re-made: all shapes are small.
 
     Attributes:
       maps: From its layers to stacks.
-      per_layer: Names of modules in layer i, by depth; a leaf for each.
-      stacked: Names of the same modules in a stack.
+      modules: How many layers have a module, its name in layer `{0}` (which `{1}` is as
+        Haiku writes it), and its name in the stack.
+      outside: Modules of no layer.
     """
 
     maps: list[hk_stack.NumberedLayers]
-    per_layer: dict[int, list[str]]
-    stacked: dict[int, list[str]]
+    modules: list[tuple[int, str, str]]
     outside: list[str]
 
 
 AF2 = "alphafold/alphafold_iteration/evoformer"
-IN_AF2 = ["msa_row_attention_with_pair_bias/attention", "outer_product_mean", ""]
-GNN = "mesh_gnn/~_networks_builder"
-GNN_PARTS = [
-    f"{GNN}/processor_{kind}" for kind in ("edges{}_mesh_", "nodes{}_mesh_nodes_")
-]
+GNN = "mesh_gnn/~_networks_builder/processor"
+GENCAST = "denoiser/~/block"
 TOWER = "alphagenome/transformer_tower"
+DOWNRES = "alphagenome/sequence_encoder/downres_block"
+# fmt: off
 REAL = {
-    # Stacked by Haiku's own layer_stack, two depths.
+    # Stored as Haiku's own layer_stack does it, two depths.
     "AlphaFold 2": Real(
-        [
-            hk_stack.NumberedLayers(f"{AF2}/evoformer_iteration_{{}}"),
-            hk_stack.NumberedLayers(f"{AF2}/extra_msa_stack_{{}}"),
-        ],
-        {
-            48: [f"{AF2}/evoformer_iteration_{{}}/{name}" for name in IN_AF2[:2]],
-            4: [f"{AF2}/extra_msa_stack_{{}}/{name}" for name in IN_AF2[:2]],
-        },
-        {
-            48: [f"{AF2}/evoformer_iteration/{name}" for name in IN_AF2[:2]],
-            4: [f"{AF2}/extra_msa_stack/{name}" for name in IN_AF2[:2]],
-        },
-        [f"{AF2}/preprocess_1d", "alphafold/alphafold_iteration/predicted_lddt_head"],
-    ),
-    # Numbers of steps inside of names, and encoders that are numbered alike.
+        [NumberedLayers(f"{AF2}/evoformer_iteration_{{}}"),
+         NumberedLayers(f"{AF2}/extra_msa_stack_{{}}")],
+        [(depth, f"{AF2}/{stack}_{{0}}/{module}", f"{AF2}/{stack}/{module}")
+         for depth, stack in [(48, "evoformer_iteration"), (4, "extra_msa_stack")]
+         for module in ["msa_row_attention_with_pair_bias/attention",
+                        "outer_product_mean/layer_norm_input"]],
+        [f"{AF2}/preprocess_1d", "alphafold/alphafold_iteration/distogram_head"]),
+    # Numbers of steps inside of names; an encoder's are no part of the stack.
     "GraphCast": Real(
-        [hk_stack.NumberedLayers(f"{GNN}/processor_*_{{}}_mesh_*")],
-        {
-            16: [
-                part.format("_{}") + name
-                for part in GNN_PARTS
-                for name in ("mlp/~/linear_0", "mlp/~/linear_1", "layer_norm")
-            ]
-        },
-        {
-            16: [
-                part.format("") + name
-                for part in GNN_PARTS
-                for name in ("mlp/~/linear_0", "mlp/~/linear_1", "layer_norm")
-            ]
-        },
-        ["grid2mesh_gnn/~_networks_builder/processor_edges_0_grid2mesh_mlp/~/linear_0"],
-    ),
-    # A transformer whose modules repeat the number of their block.
+        [NumberedLayers(f"{GNN}_*_{{}}_mesh_*")],
+        [(16, f"{GNN}_{kind}_{{0}}_mesh_{module}", f"{GNN}_{kind}_mesh_{module}")
+         for kind, of in [("edges", ""), ("nodes", "nodes_")]
+         for module in [f"{of}mlp/~/linear_0", f"{of}mlp/~/linear_1",
+                        f"{of}layer_norm"]],
+        ["grid2mesh_gnn/~_networks_builder/processor_edges_0_grid2mesh_mlp/~/linear_0"]),
+    # Blocks of a transformer with zeros in their numbers, which are repeated inside.
     "GenCast": Real(
-        [
-            hk_stack.NumberedLayers("denoiser/~/block_{:02}/block_{:02}_*"),
-            hk_stack.NumberedLayers("denoiser/~/block_{:02}"),
-        ],
-        {
-            16: [
-                "denoiser/~/block_{:02}/block_{:02}_norm",
-                "denoiser/~/block_{:02}/block_{:02}_attention/~/linear_1",
-                "denoiser/~/block_{:02}/ffw/linear",
-            ]
-        },
-        {
-            16: [
-                "denoiser/~/block/block_norm",
-                "denoiser/~/block/block_attention/~/linear_1",
-                "denoiser/~/block/ffw/linear",
-            ]
-        },
-        ["denoiser/~/block_norm", f"{GNN}/processor_edges_0_mesh_mlp/~/linear_0"],
-    ),
-    # Numbers as Haiku makes them, and with zeros.
+        [NumberedLayers(f"{GENCAST}_{{:02}}/block_{{:02}}_*"),
+         NumberedLayers(f"{GENCAST}_{{:02}}")],
+        [(16, f"{GENCAST}_{{0:02}}/block_{{0:02}}_norm", f"{GENCAST}/block_norm"),
+         (16, f"{GENCAST}_{{0:02}}/block_{{0:02}}_mha/~/k", f"{GENCAST}/block_mha/~/k"),
+         (16, f"{GENCAST}_{{0:02}}/ffw/linear_1", f"{GENCAST}/ffw/linear_1")],
+        [f"{GENCAST}_norm", f"{GNN}_edges_0_mesh_mlp/~/linear_0"]),
+    # Numbers as Haiku makes them, of two kinds of blocks; and some with zeros.
     "AlphaGenome": Real(
-        [
-            hk_stack.NumberedLayers(f"{TOWER}/*_block", f"{TOWER}/layers/*_block"),
-            hk_stack.NumberedLayers("alphagenome/encoder/downres_block_{:02}"),
-        ],
-        {
-            9: [f"{TOWER}/mha_block{{habit}}/linear", f"{TOWER}/mlp_block{{habit}}"],
-            6: ["alphagenome/encoder/downres_block_{:02}/conv_block/standard_conv"],
-        },
-        {
-            9: [f"{TOWER}/layers/mha_block/linear", f"{TOWER}/layers/mlp_block"],
-            6: ["alphagenome/encoder/downres_block/conv_block/standard_conv"],
-        },
-        ["alphagenome/encoder/dna_embedder", f"{TOWER}/pair_update"],
-    ),
+        [NumberedLayers(f"{TOWER}/*_block", f"{TOWER}/layers/*_block"),
+         NumberedLayers(f"{DOWNRES}_{{:02}}")],
+        [(9, f"{TOWER}/mha_block{{1}}/linear", f"{TOWER}/layers/mha_block/linear"),
+         (9, f"{TOWER}/mlp_block{{1}}", f"{TOWER}/layers/mlp_block"),
+         (6, f"{DOWNRES}_{{0:02}}/conv_block/conv", f"{DOWNRES}/conv_block/conv")],
+        ["alphagenome/sequence_encoder/dna_embedder", f"{TOWER}/pair_update"]),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoints_go_into_stacks_and_back(tmp_path, name):
-    """Names as the models have them, re-made; all else is small."""
     real, rng = REAL[name], np.random.default_rng(0)
     outside = {module: {"w": rng.normal(size=[2])} for module in real.outside}
     of_loop, of_stack = {**outside}, {**outside}
-    for depth, modules in real.stacked.items():
-        for module, flat in zip(modules, real.per_layer[depth], strict=True):
-            w, b = rng.normal(size=[depth, 2, 3]), rng.normal(size=[depth])
-            of_stack[module] = {"w": w, "b": b}
-            for i in range(depth):
-                habit = f"_{i}" if i else ""
-                number = flat.replace("{habit}", habit).replace("{:02}", f"{i:02}")
-                of_loop[number.replace("{}", str(i))] = {"w": w[i], "b": b[i, ...]}
+    for depth, per_layer, stacked in real.modules:
+        w, b = rng.normal(size=[depth, 2, 3]), rng.normal(size=[depth])
+        of_stack[stacked] = {"w": w, "b": b}
+        for i in range(depth):
+            module = per_layer.format(i, f"_{i}" if i else "")
+            of_loop[module] = {"w": w[i], "b": b[i, ...]}
     assert_same(hk_stack.stack_params(of_loop, real.maps), of_stack)
     assert_same(hk_stack.unstack_params(of_stack, real.maps), of_loop)
     path = tmp_path / "params.safetensors"
-    for tree, other in ((of_loop, of_stack), (of_stack, of_loop)):
+    depths = tuple(sorted({depth for depth, _, _ in real.modules}))
+    for layout, tree in (("per-layer", of_loop), ("stacked", of_stack)):
         checkpoint.save(path, tree, layers=real.maps)
-        layout, depth, _ = checkpoint.metadata(path)
-        assert layout == ("per-layer" if tree is of_loop else "stacked")
-        depths = tuple(sorted(real.stacked))
-        assert depth == (depths if len(depths) > 1 else depths[0])
-        assert_same(checkpoint.load(path, other, layers=real.maps), other)
-        assert_same(checkpoint.load(path, tree, layers=real.maps), tree)
+        found = checkpoint.metadata(path)
+        assert found[:2] == (layout, depths if len(depths) > 1 else depths[0])
+        for like in (of_loop, of_stack):
+            assert_same(checkpoint.load(path, like, layers=real.maps), like)
 
 
 # Names and formats
@@ -691,23 +647,10 @@ def test_a_leaf_may_be_called_as_the_stack(path):
     assert checkpoint.metadata(path)[:2] == ("stacked", 12)
 
 
-class Habit:
-    """`linear`, `linear_1`, ...: the first is named as the stack is."""
-
-    def stacked_to_flat(self, stacked_module_name, scan_idx):
-        if stacked_module_name != "linear":
-            raise ValueError(stacked_module_name)
-        return f"linear_{scan_idx}" if scan_idx else "linear"
-
-    def flat_to_stacked(self, unstacked_module_name):
-        name, _, number = unstacked_module_name.partition("_")
-        return (name, int(number or 0)) if name == "linear" else None
-
-
 def test_first_layer_may_be_named_as_the_stack(path, tmp_path):
     w = np.ones([2, 4])
     flat = {"linear": {"w": w[0]}, "linear_1": {"w": w[1]}}
-    checkpoint.save(path, flat, layers=Habit())
+    checkpoint.save(path, flat, layers=NumberedLayers("linear"))
     assert checkpoint.metadata(path)[:2] == ("per-layer", 2)
     parts = ["the checkpoint is per-layer (L=2), like is stacked"]
     assert_error(ValueError, parts, checkpoint.load, path, {"linear": {"w": w}})
@@ -725,16 +668,10 @@ def test_paths_that_are_not_there(path, tmp_path):
     assert_error(ValueError, [other, found, "*.safetensors"], checkpoint.load, other)
 
 
-def test_folders_on_the_way_are_made(path):
-    path = path.parent / "run" / "7" / path.name
-    checkpoint.save(path, {"a": 1})
-    assert checkpoint.load(path, {"a": 0}) == {"a": 1}
-
-
-def test_relative_paths(path, monkeypatch):
+def test_paths_may_be_relative_with_new_folders(path, monkeypatch):
     monkeypatch.chdir(path.parent)
-    checkpoint.save(path.name, {"a": 1})
-    assert checkpoint.load(path.name, {"a": 0}) == {"a": 1}
+    checkpoint.save(f"run/7/{path.name}", {"a": 1})
+    assert checkpoint.load(f"run/7/{path.name}", {"a": 0}) == {"a": 1}
 
 
 def test_a_file_is_replaced_a_folder_is_not(path):
@@ -947,8 +884,6 @@ CHILD = """
     "name, when",
     [
         ("step.safetensors", "fsync"),
-        ("step.safetensors", "replace"),
-        ("step.safetensors", "any time"),
         ("step_{}", "any time"),
     ],
 )
