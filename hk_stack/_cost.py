@@ -1,6 +1,5 @@
 """What equations cost: whether they are worth hoisting, their bytes and operations."""
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -62,9 +61,8 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
 
 def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
     """Whether a batch would compute in 32 bits what `jaxpr` computes in 64."""
-    values = (v for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars))
-    bodies = (body for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    return any(map(_is_wide, values)) or any(map(is_narrowed, bodies))
+    eqns = _equations.with_inner(jaxpr.eqns)
+    return any(_is_wide(v) for eqn in eqns for v in (*eqn.invars, *eqn.outvars))
 
 
 def _is_wide(atom: Atom) -> bool:
@@ -94,29 +92,26 @@ def _is_other_key(atom: Atom) -> bool:
 
 def gathers(jaxpr: jex.Jaxpr) -> bool:
     """Whether `jaxpr` gathers values that several devices hold a share of."""
-    return any(map(_gathers, jaxpr.eqns))
+    return _gather(jaxpr.eqns)
 
 
-def _gathers(eqn: jex.JaxprEqn) -> bool:
-    inside = any(map(gathers, _equations.bodies(eqn)))
-    return inside or _equations.gathers_from(eqn) > 1
+def _gather(eqns: Iterable[jex.JaxprEqn]) -> bool:
+    return any(_equations.gathers_from(e) > 1 for e in _equations.with_inner(eqns))
 
 
 def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
     """Which outputs are made of gathered values, so that each device may hold all."""
     found: set[Any] = set()
     for eqn in jaxpr.eqns:
-        if _gathers(eqn) or not found.isdisjoint(_equations.variables(eqn.invars)):
+        if _gather([eqn]) or not found.isdisjoint(_equations.variables(eqn.invars)):
             found.update(eqn.outvars)
     return [not found.isdisjoint(_equations.variables([v])) for v in jaxpr.outvars]
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
-    bodies = (body for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    inner = map(largest_value, bodies)
-    own = (nbytes([v]) for eqn in jaxpr.eqns for v in eqn.outvars)
-    return max(itertools.chain(inner, own), default=0)
+    eqns = _equations.with_inner(jaxpr.eqns)
+    return max((nbytes([v]) for eqn in eqns for v in eqn.outvars), default=0)
 
 
 def size(atom: Atom) -> int:

@@ -71,6 +71,14 @@ def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
     return map(_opened, closed_bodies(eqn))
 
 
+def with_inner(eqns: Iterable[jex.JaxprEqn]) -> Iterator[jex.JaxprEqn]:
+    """`eqns`, and the equations that they run."""
+    for eqn in eqns:
+        yield eqn
+        for body in bodies(eqn):
+            yield from with_inner(body.eqns)
+
+
 def _opened(body: Body) -> jex.Jaxpr:
     jaxpr: jex.Jaxpr = body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
     return jaxpr

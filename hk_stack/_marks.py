@@ -5,9 +5,7 @@ the values at taps and checks out; the cut moves what `hoist` marks.
 """
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -113,7 +111,7 @@ def expose(
       outputs are the values at the marks; these constants; and what the marks are.
     """
     jaxpr = _flat.without_constants(closed.jaxpr)
-    if not _marks(jaxpr):
+    if not _marks(jaxpr.eqns):
         return jex.ClosedJaxpr(jaxpr, []), closed.consts, []
 
     trace = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args), return_shape=True)
@@ -136,7 +134,7 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
         inputs = list(map(read, eqn.invars))
         if mark := _mark(eqn):
             results, more = inputs, [_Marked(mark, inputs[0])]
-        elif any(map(_marks, _equations.bodies(eqn))):
+        elif _marks([eqn]):
             results, more = _open(eqn, inputs)
         else:
             results, more = _run_one(eqn, inputs), []
@@ -155,11 +153,9 @@ def _mark(eqn: jex.JaxprEqn) -> Mark | None:
     return None
 
 
-def _marks(jaxpr: jex.Jaxpr) -> list[Mark]:
+def _marks(eqns: Iterable[jex.JaxprEqn]) -> list[Mark]:
     """All marks, those inside equations too."""
-    own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
-    inner = (_marks(body) for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    return [*own, *itertools.chain(*inner)]
+    return [mark for eqn in _equations.with_inner(eqns) if (mark := _mark(eqn))]
 
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -174,8 +170,10 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
         if params["differentiated"]:  # A backward pass computes again what was there.
             return _run_one(eqn, inputs), []
         options = {k: params[k] for k in ("prevent_cse", "policy")}
-        run = functools.partial(_evaluate, params["jaxpr"])
-        outputs, found = jax.checkpoint(run, **options)(inputs)
+        remat = jax.checkpoint(
+            lambda *args: _evaluate(params["jaxpr"], args), **options
+        )
+        outputs, found = remat(*inputs)
         return outputs, found
     if name in _equations.JIT:
         closed = params["jaxpr"]
@@ -183,7 +181,7 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
         return _evaluate(body, [*closed.consts, *inputs])
     if name == "scan":
         return _open_scan(eqn, inputs)
-    for mark in itertools.chain(*map(_marks, _equations.bodies(eqn))):
+    for mark in _marks([eqn]):
         if mark.kind == TAP:
             raise ValueError(
                 f"hk_stack.collect: the tap {mark.label} is inside a "

@@ -24,7 +24,7 @@ class _Program:
 
     Attributes:
       parts: The cut function, whose inputs are constants, known leaves, then the rest.
-      kept: Where the known inputs are that the call reads, and their names.
+      kept: Where the known inputs are that the call reads, sorted by name.
       derived: The types of the derived values.
       names: Names of the arguments.
       arguments: Their types.
@@ -33,7 +33,7 @@ class _Program:
     """
 
     parts: Parts
-    kept: dict[int, str]
+    kept: list[int]
     derived: Derived
     names: list[str]
     arguments: tuple[Tree, ...]
@@ -46,11 +46,9 @@ class _Program:
         inputs = [*constants, *jax.tree.leaves(known)]
         read = (inputs[i] for i in self.parts.shared_inputs)
         made = _equations.run(self.parts.shared, *read)
-        kept = {name: inputs[i] for i, name in self.kept.items()}
-        return {
-            "hoisted": dict(zip(self.derived["hoisted"], made, strict=True)),
-            "kept": kept,
-        }
+        leaves = [*made, *(inputs[i] for i in self.kept)]
+        derived: Derived = jax.tree.unflatten(jax.tree.structure(self.derived), leaves)
+        return derived
 
     def call(self, constants: list[jax.Array], derived: Derived, *rest: Tree) -> Tree:
         self.check(derived)
@@ -63,10 +61,10 @@ class _Program:
         for name, tree, types in zip(names, rest, self.arguments[1:], strict=True):
             _same_leaves(tree, types, f"{self.where}, call: argument `{name}`")
         start = len(constants) + len(jax.tree.leaves(self.arguments[0]))
+        made, kept = map(jax.tree.leaves, (derived["hoisted"], derived["kept"]))
         inputs = dict(enumerate(constants))
-        inputs |= {i: derived["kept"][name] for i, name in self.kept.items()}
-        inputs |= dict(enumerate(jax.tree.leaves(rest), start))
-        made = jax.tree.leaves(derived["hoisted"])  # Sorted by name, which is in order.
+        inputs |= zip(self.kept, kept, strict=True)
+        inputs |= enumerate(jax.tree.leaves(rest), start)
         read = (inputs[i] for i in self.parts.call_inputs)
         outputs = _equations.run(self.parts.call, *made, *read)
         return jax.tree.unflatten(self.result, outputs)
@@ -221,11 +219,11 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     inputs = [*[constant] * first, *_described(names, example_args)]
     parts = _cut.cut(closed, inputs, "auto", where, reuse=True)
     known = [i for i in parts.call_inputs if inputs[i].known and i >= first]
-    kept = {i: inputs[i].label for i in known}
+    kept = sorted(known, key=lambda i: inputs[i].label)
     made = hoisted_names(parts.shared.jaxpr)
     derived = {
         "hoisted": dict(zip(made, parts.shared.out_avals, strict=True)),
-        "kept": {name: closed.in_avals[i - first] for i, name in kept.items()},
+        "kept": {inputs[i].label: closed.in_avals[i - first] for i in kept},
     }
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
     structure = jax.tree.structure(result)

@@ -1,8 +1,9 @@
 """`summary`: what the stacks of a model hold, hoist and keep, as a table."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -184,19 +185,15 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
             "call. Those of hk.layer_stack are not seen: write hk_stack.layer_stack, "
             "which takes the same arguments."
         )
-    stacks = sorted(found, key=_order([stack.path for stack in found]))
-    return Summary(tuple(stacks), *_size(recorder.stored.values()))
+    paths = [stack.path for stack in found]
 
+    def begun(stack: Stack) -> list[int]:
+        """Where a stack and those around it are, which are recorded after it."""
+        around = itertools.accumulate(stack.path.split("/"), "{}/{}".format)
+        return [paths.index(path) for path in around if path in paths]
 
-def _order(paths: Sequence[str]) -> Callable[[Stack], list[int]]:
-    """Sorts stacks by when they began: those inside of one are recorded before it."""
-
-    def key(stack: Stack) -> list[int]:
-        parts = stack.path.split("/")
-        begins = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-        return [paths.index(path) for path in begins if path in paths]
-
-    return key
+    stacks = tuple(sorted(found, key=begun))
+    return Summary(stacks, *_size(recorder.stored.values()))
 
 
 def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
@@ -232,6 +229,7 @@ def _stack(
     invocation: Invocation, params: Params, parts: Parts | None, given: Tree
 ) -> Stack:
     num_layers, around = invocation.options.num_layers, _frames.frames()
+    setups = (parts.shared.jaxpr, parts.setup.jaxpr) if parts else ()
     parameters, nbytes = _size(jax.tree.leaves(params))
     copies = math.prod(frame.num_layers for frame in around)
     share = _share(given, around[0].path if around else invocation.path)
@@ -244,7 +242,7 @@ def _stack(
         round(_derived(parts, num_layers, 1.0)),
         round(share * copies * nbytes),
         round(_derived(parts, num_layers, share)),
-        tuple(_hoisted(parts)),
+        tuple(group for jaxpr in setups for group in groups(jaxpr)),
         invocation.loop,
         _loop.describe(invocation.options.remat if parts else None),
     )
@@ -257,23 +255,14 @@ def _share(given: Tree, stack: str) -> float:
         for path, leaf in jax.tree.leaves_with_path(given)
         if any(str(getattr(k, "key", "")).startswith(f"{stack}/") for k in path)
     ]
-    own = sum(_cost.bytes_of(leaf) * _part(leaf) for leaf in leaves)
+    own = sum(map(_bytes_per_device, leaves))
     return own / _size(leaves)[1] if own else 1.0
 
 
-def _part(leaf: jax.Array) -> float:
-    """Which part of an array is on each device."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not leaf.size:
-        return 1.0
-    own: int = math.prod(sharding.shard_shape(leaf.shape))
-    return own / leaf.size
-
-
-def _hoisted(parts: Parts | None) -> Iterator[Group]:
-    if parts:
-        yield from groups(parts.shared.jaxpr)
-        yield from groups(parts.setup.jaxpr)
+def _bytes_per_device(leaf: jax.Array) -> int:
+    sharding: Any = getattr(leaf, "sharding", None)
+    shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _derived(parts: Parts | None, num_layers: int, share: float) -> float:
