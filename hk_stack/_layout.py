@@ -398,9 +398,10 @@ def _same_types(layers: Sequence[tuple[str, Any]]) -> None:
     """Checks that the leaves of all layers can be stacked."""
     types = [(name, jax.tree.map(_type_of, tree)) for name, tree in layers]
     first_name, first = types[0]
+    structure: Any = jax.tree.structure(first)
     for name, of_layer in types:
         found = f"stack_params: {name} is {of_layer}, {first_name} is {first}."
-        if jax.tree.structure(of_layer) != jax.tree.structure(first):
+        if jax.tree.structure(of_layer) != structure:
             raise ValueError(
                 f"{found} All layers of a stack must have one structure; what masks "
                 "or labels parameters for an optimiser must treat them alike."
