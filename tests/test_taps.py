@@ -322,6 +322,29 @@ def test_taps_of_some_layers_only():
     assert_equal(taps, {"s/late[1]": jnp.float32(1.0), "s/late[2]": jnp.float32(2.0)})
 
 
+@pytest.mark.parametrize("loop", ["scan", "python"])
+def test_taps_of_some_layers_in_each_of_a_stack(loop):
+    def inner(x):
+        return tap(x, "late") if hk_stack.layer_index() > 0 else x + 1.0
+
+    def outer(x):
+        return hk_stack.layer_stack(2, name="in", loop="python")(inner)(x)
+
+    model = hk.transform(hk_stack.layer_stack(3, name="out", loop=loop)(outer))
+    _, taps = collect(model.apply)({}, None, jnp.zeros([]))
+    assert_equal(taps, {"out/in/late[1]": jnp.array([1.0, 2.0, 3.0])})
+
+
+def test_a_loop_of_one_layer_in_a_scan():
+    def turn(x, _):
+        stack = hk_stack.layer_stack(1, name="s", loop="python")
+        return stack(lambda x: tap(x + 1.0, "t"))(x), None
+
+    model = hk.transform(lambda x: hk.scan(turn, x, None, length=4)[0])
+    _, taps = collect(model.apply)({}, None, jnp.zeros([]))
+    assert_equal(taps, {"s/t": jnp.arange(1.0, 5.0)[:, None]})
+
+
 def test_two_stacks_and_a_transparent_one():
     def layer(x):
         return tap(hk.Linear(D, name="in")(x), "y")
