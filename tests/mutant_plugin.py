@@ -56,6 +56,9 @@ class Lines:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.test = item.nodeid
+        for value in vars(getattr(item, "module", object)).values():
+            if hasattr(value, "cache_clear"):  # Or another test would have the lines.
+                value.cache_clear()
         self.coverage.switch_context(self.test)
         result = yield
         self.coverage.switch_context("")
