@@ -48,7 +48,7 @@ class Lines:
     def __init__(self, folder):
         data = str(folder / "coverage")
         self.coverage = coverage.Coverage(
-            data, data_suffix=True, config_file=False, include=["hk_stack/_*.py"]
+            data, data_suffix=True, config_file=False, include=["hk_stack/*"]
         )
         self.coverage.set_option("run:relative_files", True)
         self.coverage.start()
