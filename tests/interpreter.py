@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 from jax.extend import core as jex
-
-from hk_stack import _equations
 
 
 def computed(function: Callable[..., Any], *args: Any) -> Any:
@@ -82,7 +81,7 @@ def call(name: str) -> Callable[..., list[Any]]:
 
 
 def scan_rule(values: list[Any], **params: Any) -> list[Any]:
-    carried = _equations.carried(types.SimpleNamespace(params=params))
+    carried = jaxprs.carried(types.SimpleNamespace(params=params))
     num_carry = len(carried)
     consts, rows = values[: carried.start], values[carried.stop :]
     carry = values[carried.start : carried.stop]

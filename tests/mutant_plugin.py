@@ -48,7 +48,7 @@ class Lines:
     def __init__(self, folder):
         data = str(folder / "coverage")
         self.coverage = coverage.Coverage(
-            data, data_suffix=True, config_file=False, include=["hk_stack/_*.py"]
+            data, data_suffix=True, config_file=False, include=["hk_stack/*"]
         )
         self.coverage.set_option("run:relative_files", True)
         self.coverage.start()
@@ -56,6 +56,9 @@ class Lines:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.test = item.nodeid
+        for value in vars(getattr(item, "module", object)).values():
+            if hasattr(value, "cache_clear"):  # Or another test would have the lines.
+                value.cache_clear()
         self.coverage.switch_context(self.test)
         result = yield
         self.coverage.switch_context("")

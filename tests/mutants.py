@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from typing import Any
@@ -129,11 +131,8 @@ class Tests:
             for test in sorted(self.seconds, key=lambda test: self.seconds[test])
             if test in contexts or test.partition("::")[0] in contexts
         ]
-        total, most = 0.0, 0
-        for name in names:
-            total += self.seconds[name]
-            most += total <= self.budget or not most
-        return names[:most]
+        total = itertools.accumulate(self.seconds[name] for name in names)
+        return names[: max(1, sum(seconds <= self.budget for seconds in total))]
 
 
 def digest_of(root: pathlib.Path) -> str:
@@ -184,21 +183,22 @@ def run_all(chosen: list[Mutant], tests: Tests, options: argparse.Namespace) -> 
         for i in range(options.jobs):
             copy = pathlib.Path(folder) / str(i)
             copies.put(shutil.copytree(options.root, copy, ignore=NO_SOURCES))
+        lock = threading.Lock()
 
-        def run(mutant: Mutant) -> dict[str, Any]:
+        def run(mutant: Mutant) -> None:
             copy = copies.get()
             try:
-                return result(mutant, tests, copy, options.work)
+                found = result(mutant, tests, copy, options.work)
             finally:
                 copies.put(copy)
+            with lock:
+                print(json.dumps(found), file=file, flush=True)
+                print(f"{found['outcome']}: {mutant.key}", flush=True)
 
         if missing:
             control(missing[0], tests, copies.queue[0], options.work)
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            for i, found in enumerate(pool.map(run, missing), 1):
-                file.write(json.dumps(found) + "\n")
-                file.flush()
-                print(f"{i} of {len(missing)}: {found['outcome']}: {found['key']}")
+            list(pool.map(run, missing))
 
 
 def control(

@@ -102,36 +102,26 @@ def one_stack_called_twice(stack):
     return model
 
 
-@program
-def stacks_in_methods(stack):
-    class Net(hk.Module):
-        def __call__(self, x):
-            return stack(2, name="s")(dense)(stack(2)(plain)(x))
+def stacks_in_methods(first, second):
+    def make(stack):
+        class Net(hk.Module):
+            def __call__(self, x):
+                return stack(2, name="s")(second)(stack(2)(first)(x))
 
-        def other(self, x):
-            return stack(2, name="s")(dense)(stack(2)(plain)(x))
+            def other(self, x):
+                return stack(2, name="s")(second)(stack(2)(first)(x))
 
-    def model(x):
-        net = Net()
-        return net(net(x)) + net.other(x)
+        def model(x):
+            net = Net()
+            return net(net(x)) + net.other(x)
 
-    return model
+        return model
+
+    return make
 
 
-@stateful
-def stateful_stacks_in_methods(stack):
-    class Net(hk.Module):
-        def __call__(self, x):
-            return stack(2)(counter)(stack(2, name="s")(counter)(x))
-
-        def other(self, x):
-            return stack(2)(counter)(x)
-
-    def model(x):
-        net = Net()
-        return net(net(x)) + net.other(x)
-
-    return model
+PROGRAMS["stacks_in_methods"] = stacks_in_methods(plain, dense)
+WITH_STATE["stacks_in_methods"] = stacks_in_methods(counter, counter)
 
 
 @program

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from agreement import assert_close, assert_equal
 from interpreter import computed
-from layer_cases import D, layer_loop, slow, vectors, weight
+from layer_cases import D, slow, vectors, weight
 
 import hk_stack
 
@@ -186,14 +186,3 @@ def test_early_exit():
         if depth < DEPTH:
             leaves = jax.tree.map(lambda leaf, i=depth: leaf[i], params["s/linear"])
             x = jnp.tanh(x @ leaves["w"] + leaves["b"][None])
-
-
-def test_initial_parameters_are_still_those_of_a_loop():
-    def layer(x):
-        return hk.Linear(D)(x) * (1.0 + 0.0 * jnp.float32(0))
-
-    def init(layer_stack):
-        model = hk.transform(layer_stack(3, name="s")(layer))
-        return computed(model.init, KEY, *vectors())
-
-    assert_equal(init(hk_stack.layer_stack), init(layer_loop))

@@ -407,7 +407,7 @@ def test_eager_calls_do_not_mix_up_contexts():
         return transform(model.apply)({}, KEY, jnp.zeros([8]))
 
     for flag in (False, True):
-        assert_close(draw(flag, lambda f: f), draw(flag, traced))
+        assert_close(draw(flag, lambda f: f), draw(flag, jax.jit))
 
 
 def test_eager_calls_do_not_mix_up_functions():

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from layer_cases import D, slow, vectors, weight
 
 import hk_stack
-from hk_stack._equations import carried
 
 P = jax.checkpoint_policies
 KEY = jax.random.key(0)
@@ -51,7 +50,7 @@ def gradient(**options):
 def kept(jaxpr):
     """What the forward loop keeps for the backward pass, by shape."""
     forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
-    stacked = forward.outvars[len(carried(forward)) :]
+    stacked = forward.outvars[len(jaxprs.carried(forward)) :]
     return sorted(v.aval.str_short() for v in stacked)
 
 

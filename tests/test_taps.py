@@ -14,7 +14,6 @@ from layer_cases import B, D, L, slow, vectors, weight
 
 import hk_stack
 from hk_stack import collect, tap
-from hk_stack._equations import carried
 
 KEY = jax.random.key(0)
 EXECUTORS = ("scan", "unrolled", "python")
@@ -150,7 +149,7 @@ def program(select=None):
 def test_what_is_not_selected_is_not_kept():
     def kept(select):
         loop = jaxprs.loop(program(select).jaxpr, L)
-        return len(loop.outvars) - len(carried(loop))
+        return len(loop.outvars) - len(jaxprs.carried(loop))
 
     assert kept("embedded") == 0
     assert kept("outer/after") == 1
