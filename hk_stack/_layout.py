@@ -372,7 +372,9 @@ def _none_missing(
         listed = _listed([place.in_layer(i, names) for i in some], count)
         one = _naming.map_of(names, place.module)
         advice = ""
-        if isinstance(one, NumberedLayers):
+        if one is not names:
+            advice = " Of several maps, give first the one for fewer modules."
+        elif isinstance(one, NumberedLayers):
             advice = _advice(some[0], count, depth, len(one.stacked))
         raise ValueError(
             f"stack_params: {place} has {len(found)} of {depth} layers; missing: "

@@ -213,7 +213,18 @@ class _Several(hk.LayerStackTransparencyMapping):
         return one.stacked_to_flat(stacked_module_name, scan_idx)
 
     def flat_to_stacked(self, unstacked_module_name: str) -> tuple[str, int] | None:
-        found = (one.flat_to_stacked(unstacked_module_name) for one in self.maps)
+        place = self._first(unstacked_module_name)
+        around = place and self._first(place[0])
+        if place and around and around[0] != place[0]:
+            raise ValueError(
+                f"{self}: {unstacked_module_name!r} is a layer of {place[0]!r}, and "
+                f"that of {around[0]!r}. Nested stacks are converted level by level: call "
+                "stack_params with one map, then with the other."
+            )
+        return place
+
+    def _first(self, module: str) -> tuple[str, int] | None:
+        found = (one.flat_to_stacked(module) for one in self.maps)
         return next((place for place in found if place is not None), None)
 
     def __str__(self) -> str:
