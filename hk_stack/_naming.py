@@ -218,8 +218,8 @@ class _Several(hk.LayerStackTransparencyMapping):
         if place and around and around[0] != place[0]:
             raise ValueError(
                 f"{self}: {unstacked_module_name!r} is a layer of {place[0]!r}, and "
-                f"that of {around[0]!r}. Nested stacks are converted level by level: call "
-                "stack_params with one map, then with the other."
+                f"that of {around[0]!r}. Nested stacks are converted level by level: "
+                "call stack_params with one map, then with the other."
             )
         return place
 
