@@ -480,7 +480,8 @@ def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
                 entries[name] = {**entry, "path": path[level:]}
                 break
     if not entries:
-        parts = dict.fromkeys(entry["path"][0] for entry in content["leaves"].values())
+        paths = [entry["path"] for entry in content["leaves"].values()]
+        parts = dict.fromkeys(key for path in paths for key in path[:1])
         raise ValueError(
             f"{where}: the checkpoint has no part {at!r}. Give one of its parts, such "
             f"as {', '.join(map(repr, list(parts)[:8]))}."
