@@ -252,17 +252,20 @@ def is_stacked(naming_map: Map, module: str) -> bool:
     """Whether a module is one of a stack, to a naming map."""
     try:
         flat = naming_map.stacked_to_flat(module, 0)
+        return naming_map.flat_to_stacked(flat) == (module, 0)
     except Exception:  # Maps other than ours may raise what they like.
         return False
-    return naming_map.flat_to_stacked(flat) == (module, 0)
+
+
+def maps_of(naming_map: Map) -> tuple[Map, ...]:
+    """The maps that were given."""
+    return naming_map.maps if isinstance(naming_map, _Several) else (naming_map,)
 
 
 def map_of(naming_map: Map, module: str) -> Map:
     """Of several maps, the one that names a stacked module."""
-    if not isinstance(naming_map, _Several):
-        return naming_map
-    first = naming_map.maps[0]
-    return next((one for one in naming_map.maps if is_stacked(one, module)), first)
+    first, *others = maps_of(naming_map)
+    return next((one for one in (first, *others) if is_stacked(one, module)), first)
 
 
 def stack_of(naming_map: Map, module: str) -> Hashable:

@@ -933,10 +933,10 @@ ERRORS = {
             [NumberedLayers("a_*/b_{}"), NumberedLayers("a_{}")]),
         ValueError, ["'a_0/b_0' is a layer of 'a_0/b', and that of 'a/b'",
                      "level by level", "one map, then with the other"]),
-    "none of several maps": (
+    "a map of several knows none": (
         lambda: unstack_params(
-            leaves("c"), [NumberedLayers("a_{}"), NumberedLayers("b_{}")]),
-        ValueError, ["[NumberedLayers('a_{}', 'a'), NumberedLayers('b_{}', 'b')]"]),
+            leaves("a", "c"), [NumberedLayers("a_{}"), NumberedLayers("b_{}")]),
+        ValueError, ["unstack_params with NumberedLayers('b_{}', 'b'): no module"]),
     "no map": (lambda: stack_params(leaves("a_0"), [BLOCKS, "a_{}"]), TypeError,
         ["naming_map must be a naming map, not 'a_{}'", "NumberedLayers('a_{}')"]),
     "no maps": (lambda: stack_params(leaves("a_0"), []), TypeError,
