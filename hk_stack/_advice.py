@@ -4,6 +4,7 @@ Errors of JAX and Python stay as they are, but know nothing of stacks; this says
 they mean in one.
 """
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from hk_stack._types import Tree
 
 
 class Situation(NamedTuple):
@@ -33,7 +36,34 @@ class Situation(NamedTuple):
     pass_reverse: bool
 
 
-def on(error: Exception, situation: Situation) -> Iterator[str]:
+@contextlib.contextmanager
+def in_layer(
+    where: str, index: int | None, doing: str, situation: Situation
+) -> Iterator[None]:
+    """Says in which stack an error came up, in which layer, and what to write."""
+    try:
+        yield
+    except Exception as error:
+        is_innermost = not any(n.startswith(_HERE) for n in _notes(error))
+        advice = list(_on(error, situation)) if is_innermost else []
+        if index is not None:
+            error.add_note(f"{_HERE} layer {index} of {where}.")
+        elif where not in str(error):
+            error.add_note(f"{_HERE} {where}, {doing}.")
+        for text in advice:
+            if text not in _notes(error):
+                error.add_note(text)
+        raise
+
+
+_HERE = "This was in"
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _on(error: Exception, situation: Situation) -> Iterator[str]:
     """What to write, as far as the error tells."""
     is_ours = "layer_stack '" in str(error)
     if not is_ours:
@@ -152,6 +182,6 @@ def _per_layer(situation: Situation) -> Iterator[str]:
         )
 
 
-def _has_axis(tree: Any, num_layers: int) -> bool:
+def _has_axis(tree: Tree, num_layers: int) -> bool:
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and all(np.shape(leaf)[:1] == (num_layers,) for leaf in leaves)

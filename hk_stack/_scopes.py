@@ -8,13 +8,14 @@ made elsewhere, or has forced a name on Haiku, gets such a name while the layer 
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 
 from hk_stack import _frames, _naming
+from hk_stack._types import State, Tree
 
 
 class Scope(NamedTuple):
@@ -43,7 +44,8 @@ def of_layers(stack: str, num_layers: int) -> list[Scope]:
     # The transform keeps names in use out of that in which the stack runs.
     before = hk.experimental.module_auto_repr(False)
     try:
-        return hk.transform(make).apply({}, None)
+        scopes: list[Scope] = hk.transform(make).apply({}, None)
+        return scopes
     finally:
         hk.experimental.module_auto_repr(before)
 
@@ -80,7 +82,7 @@ class Names:
         """Parameters or state by the names of this layer, from those by plain names."""
         return {_below(self.own, module): tree[module] for module in tree}
 
-    def dropped(self, after: Any, before: Any) -> dict[str, Any]:
+    def dropped(self, after: State, before: State) -> dict[str, Any]:
         """The inverse of `added`; of several with one name, what changed."""
         plain: dict[str, dict[str, Any]] = {}
         for module, leaves in after.items():
@@ -102,8 +104,11 @@ class Names:
         here: dict[int, Any] = {}  # Weak, as modules may hold traced values.
 
         def on_method(
-            next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
-        ) -> Any:
+            next_f: Callable[..., Tree],
+            args: tuple[Tree, ...],
+            kwargs: dict[str, Tree],
+            context: hk.MethodContext,
+        ) -> Tree:
             module = context.module
             key = id(module)
             if context.method_name == "__init__":
@@ -176,7 +181,7 @@ class Names:
             return name
         return _without([self.module], name)
 
-    def _with_bare(self, module: hk.Module, result: Any) -> Any:
+    def _with_bare(self, module: hk.Module, result: Tree) -> Tree:
         """What `hk.transparent_lift` finds, with parameters that are of no module.
 
         It looks for them in a module `~` of the scope, where they are of the scope.

@@ -10,7 +10,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import FAST, assert_close, assert_equal
+from agreement import assert_close, assert_equal
+from interpreter import computed
 from jax import export
 from layer_cases import D, counter, drop, layer_loop, normal, slow, vectors
 
@@ -67,7 +68,7 @@ def run(make, layer_stack, *args, state=None):
         params, initial = model.init(KEY, *args)
         return params, initial, model.apply(params, state or initial, KEY, *args)
 
-    return jax.jit(everything, compiler_options=FAST)(*args)
+    return computed(everything, *args)
 
 
 # Several stacks, and several calls of one.
@@ -561,15 +562,16 @@ def test_multi_transform():
 
     ours, theirs = make(hk_stack.layer_stack), make(hk.layer_stack)
     (x,) = vectors()
-    params = ours.init(KEY, x)
-    assert_equal(params, theirs.init(KEY, x))
-    for i in range(2):
-        assert_close(ours.apply[i](params, None, x), theirs.apply[i](params, None, x))
+    params = computed(ours.init, KEY, x)
+    assert_equal(params, computed(theirs.init, KEY, x))
+    for one, other in zip(ours.apply, theirs.apply, strict=True):
+        expected = computed(other, params, None, x)
+        assert_close(computed(one, params, None, x), expected)
 
 
 def small(layer=dense, **options):
     model = hk.transform_with_state(hk_stack.layer_stack(2, name="s", **options)(layer))
-    return model, model.init(KEY, *vectors())
+    return model, computed(model.init, KEY, *vectors())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import jaxprs
 import numpy as np
 import pytest
 from agreement import assert_close, assert_equal
+from interpreter import computed
 from layer_cases import B, D, L, slow, vectors, weight
 
 import hk_stack
@@ -49,7 +50,7 @@ def network(**options):
 
 @functools.cache
 def params():
-    return network().init(KEY, *vectors())
+    return computed(network().init, KEY, *vectors())
 
 
 SHAPES = {
@@ -106,7 +107,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_taps(way):
     apply = collect(network(**WAYS[way]).apply)
-    assert_close(apply(params(), None, *vectors()), by_hand())
+    assert_close(computed(apply, params(), None, *vectors()), by_hand())
 
 
 @pytest.mark.parametrize("loop", EXECUTORS)
@@ -134,7 +135,8 @@ def test_names_and_parameters_do_not_change(monkeypatch):
     ids=["all", "folder", "one", "several", "letters"],
 )
 def test_selection(select, expected):
-    _, taps = collect(network().apply, select)(params(), None, *vectors())
+    run = collect(network().apply, select)
+    _, taps = jax.eval_shape(run, params(), None, *vectors())
     assert set(taps) == expected
 
 
@@ -178,14 +180,14 @@ def test_under_jit_vmap_and_scan():
     assert_close(collect(jax.jit(apply))(params(), None, x), expected)
 
     xs = jnp.stack([x, 2 * x])
-    mapped = jax.vmap(lambda x: collect(apply)(params(), None, x))(xs)
+    mapped = computed(jax.vmap(lambda x: collect(apply)(params(), None, x)), xs)
     assert_close(jax.tree.map(lambda leaf: leaf[0], mapped), expected)
 
     def turn(total, x):
         out, taps = collect(apply)(params(), None, x)
         return total + out.sum(), taps
 
-    _, taps = jax.lax.scan(turn, 0.0, xs)
+    _, taps = computed(functools.partial(jax.lax.scan, turn, 0.0), xs)
     assert_close(jax.tree.map(lambda leaf: leaf[0], taps), expected[1])
 
 
@@ -206,10 +208,10 @@ def test_collecting_while_training():
     def loss(params, x, **options):
         return jnp.mean(network(**options).apply(params, None, x) ** 2)
 
-    expected = jax.value_and_grad(loss)(params(), *vectors())
+    expected = computed(jax.value_and_grad(loss), params(), *vectors())
     for options in ({}, {"remat": True}, {"loop": "python"}):
         run = jax.value_and_grad(functools.partial(loss, **options))
-        found, taps = collect(run)(params(), *vectors())
+        found, taps = computed(collect(run), params(), *vectors())
         assert_close(found, expected)
         assert_close(taps, by_hand()[1])
 
@@ -221,7 +223,8 @@ def test_gradients_of_taps():
     def expected(x):
         return _afters(x).sum()
 
-    assert_close(jax.grad(total)(*vectors()), jax.grad(expected)(*vectors()))
+    found = computed(jax.grad(total), *vectors())
+    assert_close(found, computed(jax.grad(expected), *vectors()))
 
 
 def _afters(x, shift=None):
@@ -256,17 +259,22 @@ def test_saliency(way):
         return _afters(x, shift).sum()
 
     shift = 0.1 * jax.random.normal(KEY, [L, B, D])
-    assert_close(jax.value_and_grad(score)(shift), jax.value_and_grad(expected)(shift))
+    found = computed(jax.value_and_grad(score), shift)
+    assert_close(found, computed(jax.value_and_grad(expected), shift))
 
 
 def test_adding_inside_of_nested_stacks_and_outside():
-    out, taps = collect(network().apply)(params(), None, *vectors())
+    def run(**options):
+        apply = collect(network().apply, **options)
+        return computed(apply, params(), None, *vectors())
+
+    out, taps = run()
     nothing = {path: jnp.zeros_like(value) for path, value in taps.items()}
-    again, _ = collect(network().apply, add=nothing)(params(), None, *vectors())
+    again, _ = run(add=nothing)
     assert_equal(again, out)
     for path in ("outer/inner/sine", "embedded", "outer/block/hidden"):
         some = {path: jnp.ones_like(taps[path])}
-        other, _ = collect(network().apply, add=some)(params(), None, *vectors())
+        other, _ = run(add=some)
         assert not jnp.allclose(other, out), path
 
 
@@ -328,9 +336,9 @@ def test_two_stacks_and_a_transparent_one():
         return stack(layer)(x)
 
     model = hk.transform(run)
-    params = model.init(KEY, *vectors())
+    params = jax.eval_shape(model.init, KEY, *vectors())
     assert "t_0/in" in params and "s_1/in" in params
-    _, taps = collect(model.apply)(params, None, *vectors())
+    _, taps = jax.eval_shape(collect(model.apply), params, None, *vectors())
     assert set(taps) == {"s/y", "s_1/y", "t/y"}
 
 
@@ -378,7 +386,7 @@ def simple(**options):
         return jnp.sin(tap(x * scale(), "x"))
 
     model = hk.transform(hk_stack.layer_stack(3, name="s", **options)(layer))
-    params = model.init(KEY, *vectors())
+    params = computed(model.init, KEY, *vectors())
     xs = [*vectors()]
     for _ in range(3):
         xs.append(jnp.sin(xs[-1]))
@@ -394,7 +402,7 @@ def test_gradients_through_jit_and_remat_lose_no_tap(around, loop):
     def loss(params, x):
         return around(lambda p, x: model.apply(p, None, x))(params, x).sum()
 
-    _, taps = collect(jax.grad(loss))(params, *vectors())
+    _, taps = computed(collect(jax.grad(loss)), params, *vectors())
     if loop == "python":  # What nobody uses is dropped by JAX before it can be seen.
         taps, expected = {"s/x": taps["s/x"]}, {"s/x": expected["s/x"]}
     assert_close(taps, expected)
@@ -412,12 +420,12 @@ def test_partition_and_accumulate_lose_no_tap():
         parts = hk_stack.partition(loss, params, x)
         return parts.call(parts.setup(params), x)
 
-    assert_close(collect(both)(params, x)[1], expected)
+    assert_close(computed(collect(both), params, x)[1], expected)
 
     def mean(params, xs):
         return hk_stack.accumulate(loss, params, xs)
 
-    _, taps = collect(mean)(params, jnp.stack([x, x]))
+    _, taps = computed(collect(mean), params, jnp.stack([x, x]))
     assert_close(jax.tree.map(lambda leaf: leaf[1], taps), expected)
 
 
