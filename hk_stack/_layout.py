@@ -502,7 +502,8 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(tuple(shape))
+    array: np.ndarray = buffer[start : start + nbytes].view(dtype)
+    return array.reshape(tuple(shape))
 
 
 _ALIGNMENT = 64

@@ -238,7 +238,8 @@ def naming_map(value: Any, argument: str, where: str) -> Map:
     methods = ("flat_to_stacked", "stacked_to_flat")
     has_all = all(callable(getattr(value, name, None)) for name in methods)
     if has_all and not isinstance(value, type):
-        return value
+        found: Map = value
+        return found
     hint = f"hk_stack.NumberedLayers({value!r})" if isinstance(value, str) else ""
     if isinstance(value, type):
         hint = f"{value.__name__}(...), an instance"

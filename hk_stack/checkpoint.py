@@ -402,9 +402,9 @@ def _write_file(
             os.remove(partial)
 
 
-def _native(array: Any) -> np.ndarray:
+def _native(value: Any) -> np.ndarray:
     """The array in memory; bytes `[..., itemsize]` if safetensors lacks its dtype."""
-    array = np.asarray(array, order="C")
+    array: np.ndarray = np.asarray(value, order="C")
     if array.dtype.name in _NATIVE:
         return array
     return array.reshape(-1).view(np.uint8).reshape(*array.shape, array.dtype.itemsize)
@@ -596,7 +596,7 @@ def _placed(value: Any, like: Any) -> Any:
     return np.asarray(value).item() if is_number else value
 
 
-def _put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _put(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
