@@ -55,15 +55,16 @@ def stack_params(tree: Any, naming_map: _naming.Maps) -> Any:
     """
     names = _naming.naming_map(naming_map, "naming_map", "stack_params")
 
-    def has_layers(module: str) -> bool:
-        return names.flat_to_stacked(module) is not None
-
     def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
-        rest = {m: _plain(leaves) for m, leaves in modules.items() if not has_layers(m)}
+        rest = {m: _plain(modules[m]) for m in modules if not _is_layer(names, m)}
         _none_taken([m for m in rest if _naming.is_stacked(names, m)], "stack_params")
         return rest | stack_modules(modules, names)
 
-    return _convert(tree, has_layers, convert, f"stack_params with {names}")
+    return _convert(tree, names, _is_layer, convert, "stack_params")
+
+
+def _is_layer(naming_map: _naming.Map, module: str) -> bool:
+    return naming_map.flat_to_stacked(module) is not None
 
 
 def unstack_params(
@@ -95,14 +96,13 @@ def unstack_params(
     """
     names = _naming.naming_map(naming_map, "naming_map", "unstack_params")
 
-    def is_member(module: str) -> bool:
-        return _naming.is_stacked(names, module)
-
     def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:
-        flat = {m: _plain(leaves) for m, leaves in modules.items() if not is_member(m)}
+        flat: dict[str, Any] = {}
         stacks: dict[Any, dict[str, Any]] = {}
         for module, leaves in modules.items():
-            if module not in flat:
+            if not _naming.is_stacked(names, module):
+                flat[module] = _plain(leaves)
+            else:
                 stack = _naming.stack_of(names, module)
                 stacks.setdefault(stack, {})[module] = leaves
         for members in stacks.values():
@@ -112,7 +112,7 @@ def unstack_params(
             flat |= layers
         return flat
 
-    return _convert(tree, is_member, convert, f"unstack_params with {names}")
+    return _convert(tree, names, _naming.is_stacked, convert, "unstack_params")
 
 
 def stack_modules(modules: Modules, names: _naming.Map) -> dict[str, dict[str, Any]]:
@@ -173,7 +173,11 @@ def drop_layers(tree: Any) -> Any:
 
 
 def _convert(
-    tree: Any, is_known: Callable[[str], bool], convert: _Converter, what: str
+    tree: Any,
+    names: _naming.Map,
+    is_known: Callable[[_naming.Map, str], bool],
+    convert: _Converter,
+    what: str,
 ) -> Any:
     """`tree` with all trees of modules in it converted, wherever they are.
 
@@ -182,19 +186,21 @@ def _convert(
 
     def is_modules(node: Any) -> bool:
         return isinstance(node, Mapping) and any(
-            isinstance(name, str) and is_known(name) and _is_module(leaves)
+            isinstance(name, str) and is_known(names, name) and _is_module(leaves)
             for name, leaves in node.items()
         )
 
     nodes, structure = jax.tree.flatten_with_path(tree, is_leaf=is_modules)
     found = [(path, node) for path, node in nodes if is_modules(node)]
-    if not found:
-        raise ValueError(
-            f"{what}: no module of the tree belongs to the stack. It holds: "
-            f"{_some_modules(tree)}. Write names as the tree does, from the outermost "
-            "module on ('*' stands for one), or is the tree converted already?"
-        )
-    _no_other_shapes(found, what)
+    for one in _naming.maps_of(names):
+        if not any(is_known(one, name) for _, modules in found for name in modules):
+            raise ValueError(
+                f"{what} with {one}: no module of the tree belongs to the stack. It "
+                f"holds: {_some_modules(tree)}. Write names as the tree does, from the "
+                "outermost module on ('*' stands for one), or is the tree converted "
+                "already?"
+            )
+    _no_other_shapes(found, f"{what} with {names}")
     trees = [node for _, node in found]
     converted = [convert(x, trees) if is_modules(x) else x for _, x in nodes]
     return jax.tree.unflatten(structure, converted)
@@ -372,7 +378,9 @@ def _none_missing(
         listed = _listed([place.in_layer(i, names) for i in some], count)
         one = _naming.map_of(names, place.module)
         advice = ""
-        if isinstance(one, NumberedLayers):
+        if one is not names:
+            advice = " Of several maps, give first the one for fewer modules."
+        elif isinstance(one, NumberedLayers):
             advice = _advice(some[0], count, depth, len(one.stacked))
         raise ValueError(
             f"stack_params: {place} has {len(found)} of {depth} layers; missing: "
@@ -494,7 +502,8 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(tuple(shape))
+    array: np.ndarray = buffer[start : start + nbytes].view(dtype)
+    return array.reshape(tuple(shape))
 
 
 _ALIGNMENT = 64

@@ -213,7 +213,18 @@ class _Several(hk.LayerStackTransparencyMapping):
         return one.stacked_to_flat(stacked_module_name, scan_idx)
 
     def flat_to_stacked(self, unstacked_module_name: str) -> tuple[str, int] | None:
-        found = (one.flat_to_stacked(unstacked_module_name) for one in self.maps)
+        place = self._first(unstacked_module_name)
+        around = place and self._first(place[0])
+        if place and around and around[0] != place[0]:
+            raise ValueError(
+                f"{self}: {unstacked_module_name!r} is a layer of {place[0]!r}, and "
+                f"that of {around[0]!r}. Nested stacks are converted level by level: "
+                "call stack_params with one map, then with the other."
+            )
+        return place
+
+    def _first(self, module: str) -> tuple[str, int] | None:
+        found = (one.flat_to_stacked(module) for one in self.maps)
         return next((place for place in found if place is not None), None)
 
     def __str__(self) -> str:
@@ -227,7 +238,8 @@ def naming_map(value: Any, argument: str, where: str) -> Map:
     methods = ("flat_to_stacked", "stacked_to_flat")
     has_all = all(callable(getattr(value, name, None)) for name in methods)
     if has_all and not isinstance(value, type):
-        return value
+        found: Map = value
+        return found
     hint = f"hk_stack.NumberedLayers({value!r})" if isinstance(value, str) else ""
     if isinstance(value, type):
         hint = f"{value.__name__}(...), an instance"
@@ -241,17 +253,20 @@ def is_stacked(naming_map: Map, module: str) -> bool:
     """Whether a module is one of a stack, to a naming map."""
     try:
         flat = naming_map.stacked_to_flat(module, 0)
+        return naming_map.flat_to_stacked(flat) == (module, 0)
     except Exception:  # Maps other than ours may raise what they like.
         return False
-    return naming_map.flat_to_stacked(flat) == (module, 0)
+
+
+def maps_of(naming_map: Map) -> tuple[Map, ...]:
+    """The maps that were given."""
+    return naming_map.maps if isinstance(naming_map, _Several) else (naming_map,)
 
 
 def map_of(naming_map: Map, module: str) -> Map:
     """Of several maps, the one that names a stacked module."""
-    if not isinstance(naming_map, _Several):
-        return naming_map
-    first = naming_map.maps[0]
-    return next((one for one in naming_map.maps if is_stacked(one, module)), first)
+    first, *others = maps_of(naming_map)
+    return next((one for one in (first, *others) if is_stacked(one, module)), first)
 
 
 def stack_of(naming_map: Map, module: str) -> Hashable:

@@ -402,9 +402,9 @@ def _write_file(
             os.remove(partial)
 
 
-def _native(array: Any) -> np.ndarray:
+def _native(value: Any) -> np.ndarray:
     """The array in memory; bytes `[..., itemsize]` if safetensors lacks its dtype."""
-    array = np.asarray(array, order="C")
+    array: np.ndarray = np.asarray(value, order="C")
     if array.dtype.name in _NATIVE:
         return array
     return array.reshape(-1).view(np.uint8).reshape(*array.shape, array.dtype.itemsize)
@@ -480,7 +480,8 @@ def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
                 entries[name] = {**entry, "path": path[level:]}
                 break
     if not entries:
-        parts = dict.fromkeys(entry["path"][0] for entry in content["leaves"].values())
+        paths = [entry["path"] for entry in content["leaves"].values()]
+        parts = dict.fromkeys(key for path in paths for key in path[:1])
         raise ValueError(
             f"{where}: the checkpoint has no part {at!r}. Give one of its parts, such "
             f"as {', '.join(map(repr, list(parts)[:8]))}."
@@ -595,7 +596,7 @@ def _placed(value: Any, like: Any) -> Any:
     return np.asarray(value).item() if is_number else value
 
 
-def _put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _put(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

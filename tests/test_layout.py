@@ -832,7 +832,11 @@ def test_names_come_back(ours, half, inside, layer):
         (NumberedLayers("block_{}"), "my_block_1"),
         (NumberedLayers("block_{}/linear"), "block_1/linear_1"),
         (NumberedLayers("a.b_{}"), "acb_1"),
+        (NumberedLayers("block_{:02}"), "block_1"),
+        (NumberedLayers("block_{:02}"), "block_001"),
+        (NumberedLayers("block_{:02}/norm_{}"), "block_01/norm_01"),
         (NumberedLayers("linear"), "linear_0"),
+        (NumberedLayers("linear"), "linear_01"),
         (NumberedLayers("linear"), "linear_a"),
         (NumberedLayers("linear"), "linear2"),
         (NumberedLayers("*/block_{}"), "block_1"),
@@ -914,6 +918,31 @@ ERRORS = {
         lambda: stack_params(leaves(*(f"block_{i}" for i in range(5))), OF_PATTERN),
         ValueError, ["layers/global/w has 2 of 3 layers", "missing: block_5/w",
                      "remainder", "num_layers=2"]),
+    "inside of a pattern": (
+        lambda: stack_params(
+            leaves("block_0", "block_1", "block_3", "block_4", "block_5"), OF_PATTERN),
+        ValueError, ["layers/local/w has 2 of 3 layers; missing: block_2/w."]),
+    "maps in another order": (
+        lambda: stack_params(
+            leaves("b_00/b_00_n", "b_01/b_01_n"),
+            [NumberedLayers("b_{:02}"), NumberedLayers("b_{:02}/b_{:02}_n")]),
+        ValueError, ["b/b_00_n/w has 1 of 2", "give first the one for fewer modules"]),
+    "maps of nested stacks": (
+        lambda: stack_params(
+            leaves("a_0/b_0", "a_0/b_1"),
+            [NumberedLayers("a_*/b_{}"), NumberedLayers("a_{}")]),
+        ValueError, ["'a_0/b_0' is a layer of 'a_0/b', and that of 'a/b'",
+                     "level by level", "one map, then with the other"]),
+    "a map of several knows none": (
+        lambda: unstack_params(
+            leaves("a", "c"), [NumberedLayers("a_{}"), NumberedLayers("b_{}")]),
+        ValueError, ["unstack_params with NumberedLayers('b_{}', 'b'): no module"]),
+    "no map": (lambda: stack_params(leaves("a_0"), [BLOCKS, "a_{}"]), TypeError,
+        ["naming_map must be a naming map, not 'a_{}'", "NumberedLayers('a_{}')"]),
+    "no maps": (lambda: stack_params(leaves("a_0"), []), TypeError,
+        ["naming_map must be a naming map, not []", "NumberedLayers(...)"]),
+    "a class": (lambda: stack_params(leaves("a_0"), NumberedLayers), TypeError,
+        ["Write NumberedLayers(...), an instance"]),
     "masked in some layers": (
         lambda: stack_params(
             {"block_0": {"w": optax.MaskedNode()}, "block_1": {"w": W}}, BLOCKS),
@@ -988,8 +1017,11 @@ ERRORS = {
          "that of the layer", "one map for each level", "'outer_{}'"]),
     "named number": (lambda: NumberedLayers("block_{i}"), ValueError,
         ["'block_{i}'", "written '{}'"]),
-    "number with zeros": (lambda: NumberedLayers("block_{:02d}"), ValueError,
-        ["'block_{:02d}'", "written '{}'"]),
+    **{f"number as {spec}": (lambda spec=spec: NumberedLayers(spec), ValueError,
+        [repr(spec), "written '{}', or '{:02}' with zeros"])
+       for spec in ["b_{:02d}", "b_{:2}", "b_{:00}", "b_{:x}", "b_{0}", "b_{", "b_}{"]},
+    "two numbers in one": (lambda: NumberedLayers("b_{}{:02}"), ValueError,
+        ["'b_{}{:02}' nothing tells where", "number, ends"]),
     "star for the number": (lambda: NumberedLayers("block_*"), ValueError,
         ["'block_*'", "Write '{}' for the layer's number"]),
     "star beside the number": (lambda: NumberedLayers("block*{}"), ValueError,
@@ -1030,6 +1062,7 @@ def test_errors_say_what_was_found_and_what_to_write(case):
     for text in texts:
         assert text in str(error.value)
     assert len(str(error.value)) < 600
+    assert str(error.value)[-1] in ".?"
 
 
 def test_the_advice_for_a_remainder_works():
