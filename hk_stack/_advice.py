@@ -103,6 +103,11 @@ def _python_values(error: Exception, situation: Situation) -> Iterator[str]:
     if kind is None:
         return
     yield f"{_VALUES[kind]}. {_TRACED}"
+    yield from _static(situation)
+
+
+def _static(situation: Situation) -> Iterator[str]:
+    """Which arguments are traced, and would not have to be."""
     for name, value in situation.arguments.items():
         if isinstance(value, (bool, int, np.bool_)):
             yield (

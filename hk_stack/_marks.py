@@ -167,14 +167,7 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
     """Runs an equation with marks inside."""
     name, params = eqn.primitive.name, eqn.params
     if name in _equations.REMAT:
-        if params["differentiated"]:  # A backward pass computes again what was there.
-            return _run_one(eqn, inputs), []
-        options = {k: params[k] for k in ("prevent_cse", "policy")}
-        remat = jax.checkpoint(
-            lambda *args: _evaluate(params["jaxpr"], args), **options
-        )
-        outputs, found = remat(*inputs)
-        return outputs, found
+        return _open_remat(eqn, inputs)
     if name in _equations.JIT:
         closed = params["jaxpr"]
         body = _flat.without_constants(closed.jaxpr)
@@ -189,6 +182,18 @@ def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Ma
                 "from there and tap it outside, or do not select it."
             )
     return _run_one(eqn, inputs), []  # Checks are left out there.
+
+
+def _open_remat(
+    eqn: jex.JaxprEqn, inputs: Sequence[Any]
+) -> tuple[list[Any], list[_Marked]]:
+    params = eqn.params
+    if params["differentiated"]:  # A backward pass computes again what was there.
+        return _run_one(eqn, inputs), []
+    options = {k: params[k] for k in ("prevent_cse", "policy")}
+    remat = jax.checkpoint(lambda *args: _evaluate(params["jaxpr"], args), **options)
+    outputs, found = remat(*inputs)
+    return outputs, found
 
 
 def _open_scan(

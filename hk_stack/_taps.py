@@ -215,16 +215,14 @@ def collect(
         adding = None if values is None else _Adding(values)
         with _collecting(_Collector(patterns, adding)):
             marks, run = _traced(fn, args, kwargs)
+        what = None
         if not marks and patterns != ("*",):
-            raise ValueError(
-                f"hk_stack.collect: no tap matches {select!r}. "
-                f"{_there_are(fn, args, kwargs)}"
-            )
-        if adding and (lost := sorted({*adding.values} - adding.met)):
-            raise ValueError(
-                f"hk_stack.collect: nothing was added at {', '.join(lost)}, as there "
-                f"is no such tap. {_there_are(fn, args, kwargs)}"
-            )
+            what = f"no tap matches {select!r}"
+        elif adding and (lost := sorted({*adding.values} - adding.met)):
+            what = f"nothing was added at {', '.join(lost)}, as there is no such tap"
+        if what:
+            there_are = _there_are(fn, args, kwargs)
+            raise ValueError(f"hk_stack.collect: {what}. {there_are}")
         result, found = run()
         names = unique([mark.label for mark in marks])
         return result, dict(zip(names, found, strict=True))
