@@ -13,27 +13,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hk_stack._options import Options
 from hk_stack._types import Tree
 
 
 class Situation(NamedTuple):
-    """What is known of the layer function that failed.
+    """What a stack is made of, and what it is given.
 
     Attributes:
+      options: Of the stack.
       f: The layer function.
       arguments: What the stack was given by position, by name.
       kwargs: The keyword arguments of the layer function.
-      num_layers: `L`.
-      with_per_layer_inputs: See `layer_stack`, as the next.
-      pass_reverse: Whether it is given `reverse`.
     """
 
+    options: Options
     f: Callable[..., Any]
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Tree]
     kwargs: Mapping[str, Any]
-    num_layers: int
-    with_per_layer_inputs: bool
-    pass_reverse: bool
 
 
 @contextlib.contextmanager
@@ -162,18 +159,18 @@ def _signature(error: Exception, situation: Situation) -> Iterator[str]:
             f"({', '.join(given)}): {reason}."
         )
         takes = signature.parameters
-        if situation.pass_reverse and "reverse" not in takes:
+        if situation.options.pass_reverse and "reverse" not in takes:
             yield "Let it take `reverse`, or leave pass_reverse_to_layer_fn out."
-        elif "reverse" in takes and not situation.pass_reverse:
+        elif "reverse" in takes and not situation.options.pass_reverse:
             yield "pass_reverse_to_layer_fn=True gives it `reverse`."
-        elif situation.with_per_layer_inputs and len(arguments) == 1:
+        elif situation.options.with_per_layer_inputs and len(arguments) == 1:
             yield "Per-layer inputs come after x: stack(f)(x, y), y of [L, ...]."
 
 
 def _per_layer(situation: Situation) -> Iterator[str]:
     """Where an argument looks as if it had one entry for each layer."""
-    num_layers = situation.num_layers
-    if situation.with_per_layer_inputs:
+    num_layers = situation.options.num_layers
+    if situation.options.with_per_layer_inputs:
         return
     is_like = [_has_axis(v, num_layers) for v in situation.arguments.values()]
     if is_like[:1] == [True]:

@@ -7,7 +7,7 @@ whole function is; here the equation is put together again from what was cut.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +145,8 @@ def _expose_while(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed 
     )
     inputs = [*(outer[i] for i in of_body), *carry]
     turn = task.inner(body, inputs, "while")
-    if "while" in _primitives(turn.shared.jaxpr):
+    inner = _equations.with_inner(turn.shared.jaxpr.eqns)
+    if any(eqn.primitive.name == "while" for eqn in inner):
         turn = task._replace(policy="inline").inner(body, inputs, "while")
     if not test.num_derived and not turn.num_derived:
         return None
@@ -320,14 +321,6 @@ def _describe_carry(
         else Input(f"the carry of a {what}")
         for k, i in enumerate(carried)
     ]
-
-
-def _primitives(jaxpr: jex.Jaxpr) -> Iterator[str]:
-    """The names of all equations, those inside others too."""
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for body in _equations.bodies(eqn):
-            yield from _primitives(body)
 
 
 def _is_key(aval: Aval) -> bool:

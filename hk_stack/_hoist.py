@@ -57,9 +57,9 @@ def hoist(value: T) -> T:
 
 def is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
     """Whether `eqn` is one of `marks`, or holds one."""
-    is_mark = eqn.primitive.name == "name" and eqn.params["name"] in marks
-    return is_mark or any(
-        is_marked(e, marks) for body in _equations.bodies(eqn) for e in body.eqns
+    return any(
+        e.primitive.name == "name" and e.params["name"] in marks
+        for e in _equations.with_inner([eqn])
     )
 
 

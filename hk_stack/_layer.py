@@ -123,8 +123,7 @@ class Invocation:
     """One use of a stack.
 
     Attributes:
-      options: Of the stack.
-      situation: The layer function, and what the stack was given.
+      situation: The stack, its layer function, and what it was given.
       where: Names the stack in errors.
       path: Of the stack, from the outermost one.
       reverse: Whether the last layer runs first.
@@ -137,7 +136,6 @@ class Invocation:
       scopes: Of the layers, if a Python loop runs them.
     """
 
-    options: Options
     situation: _advice.Situation
     where: str
     path: str
@@ -148,6 +146,11 @@ class Invocation:
     module: str
     outside: Mapping[str, Mapping[str, Any]]
     scopes: Sequence[_scopes.Scope]
+
+    @property
+    def options(self) -> Options:
+        """Of the stack."""
+        return self.situation.options
 
     @property
     def arguments(self) -> list[str]:
@@ -187,14 +190,14 @@ class Invocation:
 
 
 def invoke(
-    options: Options, situation: _advice.Situation, where: str, path: str, reverse: bool
+    situation: _advice.Situation, where: str, path: str, reverse: bool
 ) -> Invocation:
     """What is known of a stack where it is used."""
+    options = situation.options
     is_transparent = options.naming_map is not None
     loop, num_layers = _loop.in_force(options.loop), options.num_layers
     outside = {} if is_transparent else hk.experimental.get_params()
     return Invocation(
-        options,
         situation,
         where,
         path,

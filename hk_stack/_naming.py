@@ -273,3 +273,12 @@ def stack_of(naming_map: Map, module: str) -> Hashable:
     """Tells apart the stacks that a map serves."""
     one = map_of(naming_map, module)
     return id(one), one.stack_of(module) if isinstance(one, NumberedLayers) else ()
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names, of which those that are there more than once are numbered."""
+    taken: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{i}" if i else name for i in itertools.count())
+        taken[next(name for name in numbered if name not in taken)] = None
+    return list(taken)

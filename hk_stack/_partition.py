@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hk_stack import _checks, _cut, _equations
+from hk_stack._naming import unique
 from hk_stack._parts import Input, Parts
 from hk_stack._report import Report, hoisted_names, report
 from hk_stack._table import Shown, Table
-from hk_stack._taps import unique
 from hk_stack._types import Derived, Tree
 
 

@@ -249,10 +249,10 @@ def _invoke(
     path = _path(options)
     where = _checks.describe(path, f)
     names = _checks.argument_names(f, len(args))
-    situation = _situation(options, f, dict(zip(names, args, strict=True)), kwargs)
+    situation = Situation(options, f, dict(zip(names, args, strict=True)), kwargs)
     path = _frames.path_below(path)
-    given = _given(options, situation, key, path, where)
-    invocation = _layer.invoke(options, situation, where, path, reverse)
+    given = _given(situation, key, path, where)
+    invocation = _layer.invoke(situation, where, path, reverse)
     params, state, updater = _lifted(invocation, given)
     carry, outputs, state = _run_layers(invocation, given, params, state)
     updater.update(_with_method(options, _stored(options, state)))
@@ -260,21 +260,10 @@ def _invoke(
     return (result, outputs) if options.with_per_layer_inputs else result
 
 
-def _situation(
-    options: Options,
-    f: Callable[..., Any],
-    arguments: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> Situation:
-    is_pair, pass_reverse = options.with_per_layer_inputs, options.pass_reverse
-    return Situation(f, arguments, kwargs, options.num_layers, is_pair, pass_reverse)
-
-
-def _given(
-    options: Options, situation: Situation, key: Key, path: str, where: str
-) -> Given:
+def _given(situation: Situation, key: Key, path: str, where: str) -> Given:
     """What the layers are given, but for parameters and state."""
-    num_layers, arguments = options.num_layers, situation.arguments
+    options, arguments = situation.options, situation.arguments
+    num_layers = options.num_layers
     _check_carry(arguments, where)
     num_carry = 1 if options.with_per_layer_inputs else len(arguments)
     values = tuple(arguments.values())

@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _checks, _eager, _equations, _finite, _frames, _marks
+from hk_stack import _checks, _eager, _equations, _finite, _frames, _marks, _naming
 from hk_stack._types import Tree
 
 P = ParamSpec("P")
@@ -224,7 +223,7 @@ def collect(
             there_are = _there_are(fn, args, kwargs)
             raise ValueError(f"hk_stack.collect: {what}. {there_are}")
         result, found = run()
-        names = unique([mark.label for mark in marks])
+        names = _naming.unique([mark.label for mark in marks])
         return result, dict(zip(names, found, strict=True))
 
     return collected
@@ -257,15 +256,6 @@ def _there_are(
         return "There are no taps in it; hk_stack.tap(value, name) makes one."
     more = f", and {len(taps) - 20} more" if len(taps) > 20 else ""
     return f"There are {', '.join(taps[:20])}{more}."
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Names, of which those that are there more than once are numbered."""
-    taken: dict[str, None] = {}
-    for name in names:
-        numbered = (f"{name}_{i}" if i else name for i in itertools.count())
-        taken[next(name for name in numbered if name not in taken)] = None
-    return list(taken)
 
 
 def on_arrays(
