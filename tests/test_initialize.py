@@ -85,10 +85,9 @@ def initial(layer, layer_stack=hk_stack.layer_stack, *, key=KEY, jit=True, **opt
         given = (*given, normal(5, L, D), jnp.arange(L))
     if not jit:
         return init(*given)
-    # Only where random numbers are made of many steps does it matter how they compile.
-    return (
-        jax.jit(init)(*given) if layer is all_initializers else computed(init, *given)
-    )
+    if layer is all_initializers:  # Made in many steps: how they compile may matter.
+        return jax.jit(init)(*given)
+    return computed(init, *given)
 
 
 @functools.cache
