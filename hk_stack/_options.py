@@ -153,13 +153,15 @@ def _policy(remat: object, where: str) -> Callable[..., Any] | None:
             f"{where}: remat must be True, False or a policy such as "
             f"jax.checkpoint_policies.dots_saveable, not {remat!r}."
         )
-    for name in _MAKERS_OF_POLICIES:
-        if remat is getattr(known, name, None):
-            raise TypeError(
-                f"{where}: remat=jax.checkpoint_policies.{name} is no policy, but "
-                f"makes one; as it is, it would keep everything. Call it with its "
-                f"arguments: jax.checkpoint_policies.{name}(...)."
-            )
+    made = [n for n in _MAKERS_OF_POLICIES if remat is getattr(known, n, None)]
+    if isinstance(remat, type):
+        made = [remat.__name__]
+    for name in made:
+        raise TypeError(
+            f"{where}: remat=jax.checkpoint_policies.{name} is no policy, but "
+            f"makes one; as it is, it would keep everything. Call it with its "
+            f"arguments: jax.checkpoint_policies.{name}(...)."
+        )
     return remat
 
 
