@@ -566,6 +566,8 @@ def test_float64_of_jax_stays_float64():
     stacked = stack_params(tree, BLOCKS)
     assert weight(stacked).dtype == np.float64
     assert_same(unstack_params(stacked, BLOCKS), tree)
+    mixed = {**tree, "block_1/linear": jax.tree.map(np.asarray, tree["block_1/linear"])}
+    assert_same(stack_params(mixed, BLOCKS), jax.tree.map(np.asarray, stacked))
 
 
 @pytest.mark.parametrize("shape", [(), (2,)])
