@@ -206,8 +206,8 @@ def load(
     Raises:
       TypeError: If a leaf of `like` is no array.
       ValueError: If `like` does not fit (another layout or depth, missing or unexpected
-        leaves, other shapes or dtypes), the file is truncated or altered, or `save`
-        did not write it.
+        leaves, other shapes or dtypes), `layers` does not fit it, there is no such
+        part, the file is truncated or altered, or `save` did not write it.
       FileNotFoundError: If there is no such path.
       ImportError: If safetensors or orbax is not installed.
     """
