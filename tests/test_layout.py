@@ -822,6 +822,29 @@ def test_names_come_back(ours, half, inside, layer):
 
 
 @pytest.mark.parametrize(
+    ("naming_map", "module", "place"),
+    [
+        (NumberedLayers("block_{}"), "block_0", ("block", 0)),
+        (NumberedLayers("block_{}"), "block_10/linear", ("block/linear", 10)),
+        (NumberedLayers("{}", "h"), "9/a/b", ("h/a/b", 9)),
+        (NumberedLayers("layers/{}"), "layers/1", ("layers", 1)),
+        (NumberedLayers("block.{}"), "block.1", ("block", 1)),
+        (NumberedLayers("*_{}_mesh_*"), "edges_12_mesh_mlp", ("edges_mesh_mlp", 12)),
+        (NumberedLayers("block_{:02}"), "block_07", ("block", 7)),
+        (NumberedLayers("block_{:02}"), "block_100", ("block", 100)),
+        (NumberedLayers("a_{:03}/b_{}"), "a_012/b_12/c", ("a/b/c", 12)),
+        (NumberedLayers("linear"), "linear", ("linear", 0)),
+        (NumberedLayers("linear", ["a", "b"]), "linear_1", ("b", 0)),
+        (NumberedLayers("linear", ["a", "b"], 6), "linear_11", ("b", 5)),
+    ],
+    ids=str,
+)
+def test_numbers_in_names(naming_map, module, place):
+    assert naming_map.flat_to_stacked(module) == place
+    assert naming_map.stacked_to_flat(*place) == module
+
+
+@pytest.mark.parametrize(
     ("naming_map", "module"),
     [
         (NumberedLayers("block_{}"), "block"),
@@ -991,7 +1014,9 @@ ERRORS = {
     "deeper than the map": (
         lambda: unstack_params(
             leaves("layers/local"), NumberedLayers("block_{}", PATTERN, 1)),
-        ValueError, ["holds 2 layers", "num_layers=1", "Give the map num_layers=2"]),
+        ValueError,
+        ["holds 2 layers, more than NumberedLayers('block_{}', ('layers/local', "
+         "'layers/global'), num_layers=1)", "Give the map num_layers=2"]),
     "scalar": (lambda: unstack_params({"layers/block": {"w": W[0, 0]}}, BLOCKS),
         ValueError, ["layers/block/w has shape ()", "a leading axis of layers."]),
     "number": (lambda: unstack_params({"layers/block": {"w": 1.0}}, BLOCKS),
