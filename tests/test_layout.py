@@ -943,6 +943,9 @@ ERRORS = {
         lambda: stack_params(leaves(*(f"block_{i}" for i in range(5))), OF_PATTERN),
         ValueError, ["layers/global/w has 2 of 3 layers", "missing: block_5/w",
                      "remainder", "num_layers=2"]),
+    "remainder of the first": (
+        lambda: stack_params(leaves("block_0", "block_1", "block_2"), OF_PATTERN),
+        ValueError, ["missing: block_3/w.", "remainder", "num_layers=1."]),
     "inside of a pattern": (
         lambda: stack_params(
             leaves("block_0", "block_1", "block_3", "block_4", "block_5"), OF_PATTERN),
