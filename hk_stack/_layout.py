@@ -434,7 +434,8 @@ def _stack(*leaves: Any) -> Any:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         shape = (len(leaves), *first.shape)
         return jax.ShapeDtypeStruct(shape, first.dtype, sharding=_stacked_on(leaves))
-    if any(isinstance(leaf, jax.Array) for leaf in leaves):
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if is_traced or all(isinstance(leaf, jax.Array) for leaf in leaves):
         return jax.jit(_stack_arrays, out_shardings=_stacked_on(leaves))(*leaves)
     stacked = empty((len(leaves), *np.shape(first)), np.asarray(first).dtype)
     for i, leaf in enumerate(leaves):

@@ -206,8 +206,8 @@ def load(
     Raises:
       TypeError: If a leaf of `like` is no array.
       ValueError: If `like` does not fit (another layout or depth, missing or unexpected
-        leaves, other shapes or dtypes), the file is truncated or altered, or `save`
-        did not write it.
+        leaves, other shapes or dtypes), `layers` does not fit it, there is no such
+        part, the file is truncated or altered, or `save` did not write it.
       FileNotFoundError: If there is no such path.
       ImportError: If safetensors or orbax is not installed.
     """
@@ -341,19 +341,25 @@ def _prepare(
                 f"{where}: arrays are spread over several processes. Save them with "
                 f"orbax: a path without {_SUFFIX}."
             )
-        entries[name] = {
-            "path": [keystr((key,), simple=True) for key in leaf.path],
-            "shape": list(array.shape),
-            "dtype": array.dtype.name,
-            "crc32": _checksum(array) if _is_file(path) else None,
-        }
-        if _is_key(_spec(leaf.value).dtype):
-            entries[name]["key"] = str(jax.random.key_impl(leaf.value))
+        entries[name] = _entry(leaf, array, _is_file(path))
     noted: dict[str, Any] = {"layout": "none", "depth": None, "modules": {}}
     if layers is not None:
         noted = _note_layers(leaves, layers, where)
     content = {"format": _FORMAT, "version": _VERSION, **noted, "leaves": entries}
     return arrays, content | {"crc32": _checksum_of_content(content)}
+
+
+def _entry(leaf: _Leaf, array: Any, with_checksum: bool) -> dict[str, Any]:
+    """What the metadata says of a leaf."""
+    entry = {
+        "path": [keystr((key,), simple=True) for key in leaf.path],
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "crc32": _checksum(array) if with_checksum else None,
+    }
+    if _is_key(_spec(leaf.value).dtype):
+        entry["key"] = str(jax.random.key_impl(leaf.value))
+    return entry
 
 
 def _stored(value: Any, at: str) -> Any:
@@ -443,17 +449,7 @@ def _existing(path: Path, verb: str) -> tuple[str, str]:
 
 def _content(path: str) -> dict[str, Any]:
     """The metadata that `save` wrote."""
-    content = None
-    if _is_file(path):
-        with _open_file(path) as file:
-            text = (file.metadata() or {}).get(_FORMAT, "null")
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise _altered(path, "its metadata cannot be read") from error
-    elif os.path.isdir(os.path.join(path, "about")):
-        args = _library("orbax.checkpoint").args.JsonRestore()
-        content = _restore(path, "about", args)
+    content = _unchecked(path)
     if not (isinstance(content, dict) and content.get("format") == _FORMAT):
         library = "safetensors" if _is_file(path) else "orbax"
         raise ValueError(
@@ -468,6 +464,20 @@ def _content(path: str) -> dict[str, Any]:
             f"knows version {_VERSION}. Update hk_stack."
         )
     return content
+
+
+def _unchecked(path: str) -> Any:
+    """The metadata, if there is any, as it is."""
+    if not _is_file(path):
+        if not os.path.isdir(os.path.join(path, "about")):
+            return None
+        return _restore(path, "about", _library("orbax.checkpoint").args.JsonRestore())
+    with _open_file(path) as file:
+        text = (file.metadata() or {}).get(_FORMAT, "null")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _altered(path, "its metadata cannot be read") from error
 
 
 def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
@@ -698,19 +708,9 @@ def _same_layers(
     asked: Mapping[str, jax.ShapeDtypeStruct], content: Mapping[str, Any], where: str
 ) -> None:
     """Says so if a like is of another layout or depth than what was saved."""
-    layout, depth, modules = (content[key] for key in ("layout", "depth", "modules"))
-    layers = [
-        (name, i)
-        for names in modules.values()
-        for i, name in enumerate(names)
-        if name not in modules and _inside(name, asked)
-    ]
-    sizes = {leaf.shape[:1] for name in modules for leaf in _inside(name, asked)}
-    if layers:
-        found, like_depth = "per-layer", 1 + max(i for _, i in layers)
-    elif len(sizes) == 1 and sizes != {()}:
-        found, like_depth = "stacked", sizes.pop()[0]
-    else:  # Of no one layout or depth: leaves are compared one by one.
+    layout, depth = content["layout"], content["depth"]
+    found, like_depth = _layers_of(asked, content["modules"])
+    if not found:  # Of no one layout or depth: leaves are compared one by one.
         return
     if found != layout:
         raise ValueError(
@@ -727,6 +727,24 @@ def _same_layers(
             "the layers you want from what checkpoint.load(path) gives: "
             f"{'x[:n] of leaves [L, ...]' if layout == 'stacked' else 'some modules'}."
         )
+
+
+def _layers_of(
+    asked: Mapping[str, jax.ShapeDtypeStruct], modules: Mapping[str, Sequence[str]]
+) -> tuple[str, int]:
+    """Layout and depth of a like, by the names that were saved; "" if unclear."""
+    layers = [
+        i
+        for names in modules.values()
+        for i, name in enumerate(names)
+        if name not in modules and _inside(name, asked)
+    ]
+    sizes = {leaf.shape[:1] for name in modules for leaf in _inside(name, asked)}
+    if layers:
+        return "per-layer", 1 + max(layers)
+    if len(sizes) == 1 and sizes != {()}:
+        return "stacked", sizes.pop()[0]
+    return "", 0
 
 
 def _inside(

@@ -566,6 +566,8 @@ def test_float64_of_jax_stays_float64():
     stacked = stack_params(tree, BLOCKS)
     assert weight(stacked).dtype == np.float64
     assert_same(unstack_params(stacked, BLOCKS), tree)
+    mixed = {**tree, "block_1/linear": jax.tree.map(np.asarray, tree["block_1/linear"])}
+    assert_same(stack_params(mixed, BLOCKS), jax.tree.map(np.asarray, stacked))
 
 
 @pytest.mark.parametrize("shape", [(), (2,)])
@@ -820,6 +822,29 @@ def test_names_come_back(ours, half, inside, layer):
 
 
 @pytest.mark.parametrize(
+    ("naming_map", "module", "place"),
+    [
+        (NumberedLayers("block_{}"), "block_0", ("block", 0)),
+        (NumberedLayers("block_{}"), "block_10/linear", ("block/linear", 10)),
+        (NumberedLayers("{}", "h"), "9/a/b", ("h/a/b", 9)),
+        (NumberedLayers("layers/{}"), "layers/1", ("layers", 1)),
+        (NumberedLayers("block.{}"), "block.1", ("block", 1)),
+        (NumberedLayers("*_{}_mesh_*"), "edges_12_mesh_mlp", ("edges_mesh_mlp", 12)),
+        (NumberedLayers("block_{:02}"), "block_07", ("block", 7)),
+        (NumberedLayers("block_{:02}"), "block_100", ("block", 100)),
+        (NumberedLayers("a_{:03}/b_{}"), "a_012/b_12/c", ("a/b/c", 12)),
+        (NumberedLayers("linear"), "linear", ("linear", 0)),
+        (NumberedLayers("linear", ["a", "b"]), "linear_1", ("b", 0)),
+        (NumberedLayers("linear", ["a", "b"], 6), "linear_11", ("b", 5)),
+    ],
+    ids=str,
+)
+def test_numbers_in_names(naming_map, module, place):
+    assert naming_map.flat_to_stacked(module) == place
+    assert naming_map.stacked_to_flat(*place) == module
+
+
+@pytest.mark.parametrize(
     ("naming_map", "module"),
     [
         (NumberedLayers("block_{}"), "block"),
@@ -918,6 +943,9 @@ ERRORS = {
         lambda: stack_params(leaves(*(f"block_{i}" for i in range(5))), OF_PATTERN),
         ValueError, ["layers/global/w has 2 of 3 layers", "missing: block_5/w",
                      "remainder", "num_layers=2"]),
+    "remainder of the first": (
+        lambda: stack_params(leaves("block_0", "block_1", "block_2"), OF_PATTERN),
+        ValueError, ["missing: block_3/w.", "remainder", "num_layers=1."]),
     "inside of a pattern": (
         lambda: stack_params(
             leaves("block_0", "block_1", "block_3", "block_4", "block_5"), OF_PATTERN),
@@ -989,7 +1017,9 @@ ERRORS = {
     "deeper than the map": (
         lambda: unstack_params(
             leaves("layers/local"), NumberedLayers("block_{}", PATTERN, 1)),
-        ValueError, ["holds 2 layers", "num_layers=1", "Give the map num_layers=2"]),
+        ValueError,
+        ["holds 2 layers, more than NumberedLayers('block_{}', ('layers/local', "
+         "'layers/global'), num_layers=1)", "Give the map num_layers=2"]),
     "scalar": (lambda: unstack_params({"layers/block": {"w": W[0, 0]}}, BLOCKS),
         ValueError, ["layers/block/w has shape ()", "a leading axis of layers."]),
     "number": (lambda: unstack_params({"layers/block": {"w": 1.0}}, BLOCKS),
