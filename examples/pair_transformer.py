@@ -1,14 +1,13 @@
-"""A diffusion transformer with pair bias, on nested stacks as in AlphaFold 3.
+"""A transformer with pair bias, on nested stacks as in AlphaFold 3.
 
     python examples/pair_transformer.py
     python examples/pair_transformer.py --super_blocks=2 --blocks=4 --out=out/smaller
 
-A chain of points in space is to be found from its pairwise distances, of which only
-noisy ones are known. As in AlphaFold 3, a transformer learns to take noise off the
-points, and a chain is made from nothing but noise in a few such steps. Its blocks
-attend with a bias that is a linear map of a pair representation `[N, N, P]`, one map
-for each block. All blocks read the same pair representation, so no bias needs to wait
-for the block before. The bias is computed in one of three ways:
+Of a chain of points in space, all distances are known, but noisy: a transformer learns
+to take the noise off. Its blocks attend with a bias that is a linear map of a pair
+representation `[N, N, P]`, one map for each block. All blocks read the same pair
+representation, so no bias needs to wait for the block before. The bias is computed in
+one of three ways:
 
 - *in the loop*, block by block, as it is written down most easily;
 - *hoisted*: the same with `hk_stack.hoist` around it. The stack does not move it of its
@@ -26,7 +25,7 @@ FIGURES
 Writes to `out/pair_transformer` (`--out`):
 
     curves.png    the loss, in training and held out
-    chain.png     distances in a held-out chain, and in what the model makes of them
+    chain.png     distances in a held-out chain, as given, and without the noise
 
 Needs pip install 'hk_stack[examples]'.
 """
@@ -34,7 +33,6 @@ Needs pip install 'hk_stack[examples]'.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
@@ -44,16 +42,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common import flag
+from example_data import Batch
 from matplotlib.figure import Figure
 
 import hk_stack
 
 PULL = 0.15  # how much a chain turns towards its start, so that it folds
-DISTANCE_NOISE = 1.0  # of the distances that are given; a step of a chain is 1
-SPREAD = 1.4  # of coordinates around the middle of their chain, roughly
 NUM_TEST = 64  # held-out chains
-NOISE_STEPS = 20  # from noise to a chain
-LARGEST, SMALLEST = 15.0, 0.02  # noise at the first and after the last of these steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,17 +100,8 @@ WAYS = {
 # Data
 
 
-class Batch(NamedTuple):
-    """Chains `[B, N, 3]`, noisy ones, how noisy `[B]`, noisy distances `[B, N, N]`."""
-
-    points: jax.Array
-    noisy: jax.Array
-    noise: jax.Array
-    distances: jax.Array
-
-
 def chain(key: jax.Array, num_points: int) -> jax.Array:
-    """A random walk of steps of length 1 that folds, around the origin: `[N, 3]`."""
+    """A random walk that folds: `[N, 3]`."""
 
     def step(state: Any, turn: jax.Array) -> Any:
         point, direction = state
@@ -125,26 +111,23 @@ def chain(key: jax.Array, num_points: int) -> jax.Array:
 
     start, *turns = jax.random.normal(key, [num_points + 1, 3])
     _, points = jax.lax.scan(step, (jnp.zeros(3), start), jnp.stack(turns))
-    return points - jnp.mean(points, axis=0, keepdims=True)
+    return points
 
 
 def between(points: jax.Array) -> jax.Array:
-    """Distances `[..., N, N]` of points `[..., N, 3]`; a gradient is zero at zero."""
-    squares = jnp.sum((points[..., :, None, :] - points[..., None, :, :]) ** 2, -1)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    """Distances `[N, N]` of points `[N, 3]`."""
+    return jnp.linalg.norm(points[:, None] - points[None], axis=-1)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def random_batch(key: jax.Array, num_points: int, size: int) -> Batch:
-    """New chains, with noise of any size on points, of one size on distances."""
+    """Noisy distances `[B, N, N]` in new chains, with steps of 1, and exact ones."""
 
     def one(key: jax.Array) -> Batch:
-        keys = jax.random.split(key, 4)
-        points = chain(keys[0], num_points)
-        noise = SPREAD * jnp.exp(1.2 * jax.random.normal(keys[1]) - 0.3)
-        noisy = points + noise * jax.random.normal(keys[2], points.shape)
-        upper = jnp.triu(jax.random.normal(keys[3], [num_points, num_points]), 1)
-        distances = between(points) + DISTANCE_NOISE * (upper + upper.T)
-        return Batch(points, noisy, noise, jnp.abs(distances))
+        chain_key, noise_key = jax.random.split(key)
+        exact = between(chain(chain_key, num_points))
+        noise = jnp.triu(jax.random.normal(noise_key, exact.shape), 1)
+        return Batch(jnp.abs(exact + noise + noise.T), exact)
 
     return jax.vmap(one)(jax.random.split(key, size))
 
@@ -213,95 +196,61 @@ def transformer(config: Config, way: Way, x: jax.Array, pair: jax.Array) -> jax.
     return super_blocks(super_block)(x)
 
 
-def pair_representation(
-    config: Config, given: jax.Array, now: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """How far points are from each other, and should be: `[N, N, P]`."""
+def pair_representation(config: Config, distances: jax.Array) -> jax.Array:
+    """How far points are from each other, in space and in the chain: `[N, N, P]`."""
     order = jnp.arange(config.points)
     apart = jnp.clip(order[:, None] - order[None, :], -8, 8)
     centres = jnp.linspace(0, 8, 12)[None, None]
-    features = [
-        jnp.exp(-((given[..., None] - centres) ** 2)),
-        jnp.exp(-((now[..., None] - centres) ** 2)),
-        jnp.tanh(given - now)[..., None],
-        (scale * now)[..., None],
-        jax.nn.one_hot(apart + 8, 17),
-    ]
-    h = hk.Linear(config.pair_width, name="pair_in")(jnp.concatenate(features, -1))
-    return hk.Linear(config.pair_width, name="pair_out")(jax.nn.gelu(h))
+    near = jnp.exp(-((distances[..., None] - centres) ** 2))
+    h = jnp.concatenate([near, jax.nn.one_hot(apart + 8, 17)], axis=-1)
+    h = jax.nn.gelu(hk.Linear(config.pair_width, name="pair_in")(h))
+    return hk.Linear(config.pair_width, name="pair_out")(h)
 
 
 def denoiser(config: Config, way: Way) -> hk.Transformed:
-    """`(noisy points [N, 3], noise [], distances [N, N]) -> points [N, 3]`."""
+    """Distances `[N, N]` -> the same without noise."""
 
-    def model(noisy: jax.Array, noise: jax.Array, distances: jax.Array) -> jax.Array:
-        # What the network reads and what it adds have unit variance at any noise
-        # (Karras et al. 2022).
-        scale = jax.lax.rsqrt(noise**2 + SPREAD**2)
-        log_noise = jnp.full([config.points, 1], jnp.log(noise / SPREAD))
-        ends = jnp.linspace(-1, 1, config.points)[:, None]
-        x = jnp.concatenate([scale * noisy, log_noise, ends], axis=-1)
+    def model(distances: jax.Array) -> jax.Array:
+        x = jnp.concatenate([distances, jnp.eye(config.points)], axis=-1)
         x = hk.Linear(config.width, name="embed")(x)
-        pair = pair_representation(config, distances, between(noisy), scale)
-        x = transformer(config, way, x, pair)
-        x = hk.Linear(3, name="points")(norm(x, "norm"))
-        return SPREAD**2 * scale**2 * noisy + noise * SPREAD * scale * x
+        x = transformer(config, way, x, pair_representation(config, distances))
+        left, right = jnp.split(
+            hk.Linear(2 * config.width)(norm(x, "norm")), 2, axis=-1
+        )
+        added = left @ right.T / config.width
+        return distances + added + added.T
 
     return hk.without_apply_rng(hk.transform(model))
 
 
 def loss(config: Config, way: Way, params: hk.Params, batch: Batch) -> jax.Array:
-    """Mean square error of what the network adds, which is 1 if it adds nothing."""
-    denoise = jax.vmap(denoiser(config, way).apply, in_axes=(None, 0, 0, 0))
-    found = denoise(params, batch.noisy, batch.noise, batch.distances)
-    # Of the residual that is left, in units in which it has variance 1 at the start.
-    weight = (batch.noise**2 + SPREAD**2) / (batch.noise * SPREAD) ** 2
-    return jnp.mean(weight[:, None, None] * (found - batch.points) ** 2)
-
-
-# Training, and chains from noise
+    """Mean square error; of the distances as given it is about one."""
+    denoise = jax.vmap(denoiser(config, way).apply, in_axes=(None, 0))
+    return jnp.mean((denoise(params, batch.x) - batch.y) ** 2)
 
 
 def train(config: Config, test: Batch) -> tuple[hk.Params, common.Losses]:
     """Trains a denoiser."""
     way = WAYS["bias hoisted"]
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    example = jax.tree.map(lambda leaf: leaf[0], test)
-    params = jax.jit(denoiser(config, way).init)(init_key, *example[1:])
+    params = jax.jit(denoiser(config, way).init)(init_key, test.x[0])
     adam = optax.adam(common.schedule(config, config.steps), b2=0.99)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), adam)
+    update = common.update(functools.partial(loss, config, way), optimiser)
     evaluate = jax.jit(functools.partial(loss, config, way))
 
-    def of_step(params: hk.Params, number: int) -> jax.Array:
+    def step(training: Any, number: int) -> Any:
         key_of_step = jax.random.fold_in(key, number)
         batch = random_batch(key_of_step, config.points, config.batch_size)
-        return loss(config, way, params, batch)
+        return update(training, batch)
 
     (params, _), losses = common.train(
-        common.update(of_step, optimiser),
+        step,
         (params, optimiser.init(params)),
         range(config.steps),
         held_out=lambda training: evaluate(training[0], test),
     )
     return params, losses
-
-
-def from_noise(
-    denoise: Callable[..., jax.Array], key: jax.Array, distances: jax.Array
-) -> jax.Array:
-    """A chain `[N, 3]` with these distances, from nothing but noise.
-
-    `denoise` is `(noisy, noise, distances) -> points`.
-    """
-    ratio = (SMALLEST / LARGEST) ** (1 / NOISE_STEPS)
-
-    def step(points: jax.Array, noise: jax.Array) -> tuple[jax.Array, None]:
-        clean = denoise(points, noise, distances)
-        return clean + ratio * (points - clean), None
-
-    start = LARGEST * jax.random.normal(key, [len(distances), 3])
-    noises = LARGEST * ratio ** np.arange(NOISE_STEPS, dtype=np.float32)
-    return jax.lax.scan(step, start, noises)[0]
 
 
 # The ways, compared
@@ -346,19 +295,17 @@ def compare(config: Config, params: hk.Params, batch: Batch, kind: str) -> None:
     print(f"Medians and quartiles of the ratios to the first, which took {first}.")
 
 
-def draw_chain(points: jax.Array, given: jax.Array, found: jax.Array) -> Figure:
+def draw_chain(exact: jax.Array, given: jax.Array, found: jax.Array) -> Figure:
     """Draws the distances in a chain, those that are given, and what was found."""
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
-    maps = {
-        "distances in a held-out chain": between(points),
-        "as given": given,
-        "in the model's chain": between(found),
-    }
+    maps = {"in a held-out chain": exact, "as given": given, "without noise": found}
     panels = figure.subplots(1, 3)
     for axes, (name, distances) in zip(panels, maps.items(), strict=True):
         image = axes.imshow(distances, cmap="viridis_r", vmin=0, vmax=np.max(given))
-        axes.set(title=name, xticks=[], yticks=[])
-    figure.colorbar(image, ax=panels, shrink=0.7, label="in steps of a chain")
+        off = np.sqrt(np.mean((distances - exact) ** 2))
+        axes.set(title=f"{name}: off by {off:.2f}" if off else name)
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=panels, shrink=0.7, label="distance, in steps of a chain")
     return figure
 
 
@@ -369,14 +316,14 @@ def main(config: Config) -> None:
     test = random_batch(key, config.points, NUM_TEST)
     params, losses = train(config, test)
     trained = time.perf_counter() - start
-    labels = {"ylabel": "mean square error, weighted", "ylim": (0, 1.5)}
-    title = "Taking noise off chains of points; a network that adds nothing is at 1"
-    common.draw_losses(losses, config.folder / "curves.png", title=title, **labels)
-
-    denoise = functools.partial(denoiser(config, WAYS["bias hoisted"]).apply, params)
-    run = jax.jit(jax.vmap(functools.partial(from_noise, denoise)))
-    found = run(jax.random.split(key, NUM_TEST), test.distances)
-    figure = draw_chain(test.points[0], test.distances[0], found[0])
+    common.draw_losses(
+        losses,
+        config.folder / "curves.png",
+        title="Taking noise off distances, of which the mean square is 1",
+        ylabel="mean square error",
+    )
+    found = denoiser(config, WAYS["bias hoisted"]).apply(params, test.x[0])
+    figure = draw_chain(test.y[0], test.x[0], found)
     figure.savefig(config.folder / "chain.png", dpi=120)
 
     batch = jax.tree.map(lambda leaf: leaf[: config.batch_size], test)
@@ -384,12 +331,10 @@ def main(config: Config) -> None:
         compare(config, params, batch, kind)
     print("Results of all ways are equal, up to rounding.")
     print(f"Wrote curves.png and chain.png to {config.out}")
-    exact = between(test.points)
-    given, ours = (jnp.std(d - exact) for d in (test.distances, between(found)))
     print(
-        f"Held-out loss {losses.held_out[-1][1]:.3f}, 1 without a network; distances "
-        f"are off by {ours:.2f} in the model's chains, by {given:.2f} as given; took "
-        f"{trained:.0f} s to train, {time.perf_counter() - start:.0f} s in all"
+        f"Held-out loss {losses.held_out[-1][1]:.3f}, without a model "
+        f"{jnp.mean((test.x - test.y) ** 2):.3f}; took {trained:.0f} s to train, "
+        f"{time.perf_counter() - start:.0f} s in all"
     )
 
 

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 
 import common
-import datasets
+import example_data
 import flax.linen as nn
 import haiku as hk
 import jax
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import port_walk_through
 from common import flag
-from datasets import Batch
+from example_data import Batch
 from port_walk_through import Case, walk_through
 
 import hk_stack
@@ -170,13 +170,13 @@ def as_images(data: Batch) -> Batch:
 
 def main(config: Config) -> None:
     """Takes the walk-through with the ResNet that the flags ask for."""
-    data, test = map(as_images, datasets.digits())
+    data, test = map(as_images, example_data.digits())
     case = Case(
         title="A ResNet on handwritten digits: trained in Flax, then in Haiku",
         flax=FlaxModel(config),
         haiku=haiku_model(config),
         rules={"rename": {"Dense_0": "logits"}},
-        batch=functools.partial(datasets.shuffled, data, config),
+        batch=functools.partial(example_data.shuffled, data, config),
         test=test,
         modes=(False, True),
         yscale="log",

@@ -25,13 +25,13 @@ import dataclasses
 import functools
 
 import common
-import datasets
+import example_data
 import haiku as hk
 import jax
 import port_walk_through
 import s4_model
 from common import flag
-from datasets import NUM_CHARACTERS
+from example_data import NUM_CHARACTERS
 from port_walk_through import Case, walk_through
 
 from hk_stack.compare import in_haiku, in_linen
@@ -77,8 +77,8 @@ def main(config: Config) -> None:
         flax=in_linen.NextToken(layers, config.width, NUM_CHARACTERS),
         haiku=haiku_model(config),
         rules={},  # All names are the same in both.
-        batch=functools.partial(datasets.text_batch, config.length, config),
-        test=datasets.test_text(config.length),
+        batch=functools.partial(example_data.text_batch, config.length, config),
+        test=example_data.test_text(config.length),
         double=True,
     )
     walk_through(case, config)

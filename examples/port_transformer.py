@@ -30,13 +30,13 @@ import dataclasses
 import functools
 
 import common
-import datasets
+import example_data
 import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import port_walk_through
-from datasets import NUM_CHARACTERS
+from example_data import NUM_CHARACTERS
 from port_walk_through import Case, walk_through
 
 import hk_stack
@@ -169,8 +169,8 @@ def main(config: Config) -> None:
         flax=FlaxModel(config),
         haiku=haiku_model(config),
         rules=RULES,
-        batch=functools.partial(datasets.text_batch, config.length, config),
-        test=datasets.test_text(config.length),
+        batch=functools.partial(example_data.text_batch, config.length, config),
+        test=example_data.test_text(config.length),
     )
     walk_through(case, config)
 

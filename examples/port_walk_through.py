@@ -18,8 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from common import Losses, flag
-from datasets import Batch
-from flax.training import train_state
+from example_data import Batch
 from matplotlib.figure import Figure
 
 import hk_stack
@@ -61,124 +60,158 @@ class Case(NamedTuple):
     yscale: str = "linear"
 
 
+class Training(NamedTuple):
+    """What training goes on from, in either framework.
+
+    Attributes:
+      params: The parameters.
+      state: Running statistics of batch norm, if any: Flax's `batch_stats`.
+      opt_state: Of the optimiser.
+    """
+
+    params: Any
+    state: Any
+    opt_state: optax.OptState
+
+
+# `(params, state, key, x, is_training) -> (logits, state)`, as Haiku has it.
+Apply = Callable[..., tuple[jax.Array, Any]]
+
+
 def walk_through(case: Case, config: Config) -> None:
     """Trains in Flax, saves, ports, compares, trains in Haiku, draws and reports."""
     optimiser = optax.adam(common.schedule(config, 2 * config.steps))
-    in_flax, before = train_in_flax(case, optimiser, config)
+    flax, haiku = functools.partial(flax_apply, case.flax), case.haiku.apply
+    first, second = range(config.steps), range(config.steps, 2 * config.steps)
+    start = flax_start(case, optimiser, config.seed)
+    in_flax, before = train("Flax", case, flax, optimiser, start, first)
     save(in_flax, config.folder / "checkpoint")
 
-    restored = load(config.folder / "checkpoint")
-    variables = {x: restored[x] for x in ("params", "batch_stats") if restored[x]}
-    ported = port(case, variables, restored["opt_state"])
-    logits, gradients = compare(case, variables, ported)
+    in_flax = load(config.folder / "checkpoint")
+    ported = port(case, in_flax)
+    logits, gradients = compare(case, in_flax, ported)
 
-    in_haiku, after = train_in_haiku(case, optimiser, ported, config)
-    back = hk_stack.haiku_to_flax(in_haiku[:2], variables, **case.rules)
+    in_haiku, after = train("Haiku", case, haiku, optimiser, ported, second)
+    back = port_back(case, in_haiku, like=in_flax)
     held_out = {
-        "in Flax": flax_test_loss(case, variables),
-        "ported": haiku_test_loss(case, ported),
-        "after training on in Haiku": haiku_test_loss(case, in_haiku),
+        "in Flax": test_loss(flax, in_flax, case.test),
+        "ported": test_loss(haiku, ported, case.test),
+        "after training on in Haiku": test_loss(haiku, in_haiku, case.test),
     }
-    print(f"Moved back, the held-out loss is {flax_test_loss(case, back):.3f} in Flax")
+    moved_back = test_loss(flax, back, case.test)
+    print(f"Moved back, the held-out loss is {moved_back:.3f} in Flax")
     draw(case, before, after, held_out).savefig(config.folder / "curves.png", dpi=120)
     print(f"Wrote checkpoint/ and curves.png to {config.out}")
+    losses = ", ".join(f"{x:.2f} {name}" for name, x in held_out.items())
     print(
-        f"Held-out loss {', '.join(f'{x:.2f} {name}' for name, x in held_out.items())}; "
-        f"largest difference of logits {logits:.0e}, of gradients {gradients:.0e}"
+        f"Held-out loss {losses}; largest difference of logits {logits:.0e}, of "
+        f"gradients {gradients:.0e}"
     )
 
 
-# In Flax
+# Training
 
 
-class FlaxState(train_state.TrainState):
-    """Flax's training state, with the running statistics of `nn.BatchNorm` if any."""
-
-    batch_stats: Any
-
-
-def train_in_flax(
-    case: Case, optimiser: optax.GradientTransformation, config: Config
-) -> tuple[FlaxState, Losses]:
-    """The first half of training."""
+def flax_start(
+    case: Case, optimiser: optax.GradientTransformation, seed: int
+) -> Training:
+    """Initial values in Flax."""
     init = jax.jit(functools.partial(case.flax.init, is_training=False))
-    variables = init(jax.random.key(config.seed), case.test.x[:1])
-    state = FlaxState.create(
-        apply_fn=case.flax.apply,
-        params=variables["params"],
-        tx=optimiser,
-        batch_stats=variables.get("batch_stats", {}),
+    variables = init(jax.random.key(seed), case.test.x[:1])
+    params, state = variables["params"], variables.get("batch_stats", {})
+    return Training(params, state, optimiser.init(params))
+
+
+def flax_apply(
+    model: nn.Module, params: Any, state: Any, key: Any, x: Any, is_training: bool
+) -> tuple[jax.Array, Any]:
+    """What Haiku's `apply` does, in Flax."""
+    logits, updates = model.apply(
+        {"params": params, "batch_stats": state},
+        x,
+        is_training=is_training,
+        rngs={} if key is None else {"dropout": key},
+        mutable=["batch_stats"],
     )
-    return common.train(
-        lambda state, step: flax_step(state, jax.random.key(step), case.batch(step)),
-        state,
-        range(config.steps),
-        name="Flax",
-    )
+    return logits, updates.get("batch_stats", {})
 
 
-@jax.jit
-def flax_step(state: FlaxState, key: Any, batch: Batch) -> tuple[FlaxState, jax.Array]:
-    """One step of training in Flax, as its documentation writes it."""
-
-    def loss(params: Any) -> tuple[jax.Array, Any]:
-        logits, updates = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            batch.x,
-            is_training=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats"],
-        )
-        return common.cross_entropy(logits, batch.y), updates
-
-    (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    state = state.apply_gradients(grads=grads)
-    return state.replace(batch_stats=updates.get("batch_stats", {})), value
+def loss(
+    apply: Apply, params: Any, state: Any, key: Any, batch: Batch, is_training: bool
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """Cross entropy, and the logits and the next state."""
+    logits, state = apply(params, state, key, batch.x, is_training)
+    return common.cross_entropy(logits, batch.y), (logits, state)
 
 
-def flax_test_loss(case: Case, variables: Any) -> float:
-    """The held-out loss in Flax."""
-    logits = jax.jit(case.flax.apply, static_argnums=2)(variables, case.test.x, False)
-    return float(common.cross_entropy(logits, case.test.y))
+def train(
+    name: str,
+    case: Case,
+    apply: Apply,
+    optimiser: optax.GradientTransformation,
+    training: Training,
+    steps: range,
+) -> tuple[Training, Losses]:
+    """Trains in either framework."""
+
+    @jax.jit
+    def update(training: Training, key: Any, batch: Batch) -> tuple[Training, Any]:
+        params, state, opt_state = training
+        of_batch = functools.partial(loss, apply, is_training=True)
+        value_and_grad = jax.value_and_grad(of_batch, has_aux=True)
+        (value, (_, state)), grads = value_and_grad(params, state, key, batch)
+        updates, opt_state = optimiser.update(grads, opt_state)
+        return Training(optax.apply_updates(params, updates), state, opt_state), value
+
+    def step(training: Training, number: int) -> tuple[Training, Any]:
+        return update(training, jax.random.key(number), case.batch(number))
+
+    return common.train(step, training, steps, name=name)
 
 
-def save(state: FlaxState, path: pathlib.Path) -> None:
-    """Saves a checkpoint, as Flax recommends it."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), state, force=True)
+def test_loss(apply: Apply, training: Training, test: Batch) -> float:
+    """The held-out loss."""
+    of_test = functools.partial(loss, apply, key=None, batch=test, is_training=False)
+    return float(jax.jit(of_test)(training.params, training.state)[0])
 
 
 # From Flax to Haiku
 
 
-class HaikuState(NamedTuple):
-    """What training in Haiku goes on from."""
-
-    params: Any
-    state: Any
-    optimiser: optax.OptState
+def save(training: Training, path: pathlib.Path) -> None:
+    """Saves a checkpoint, as Flax recommends it."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), training._asdict(), force=True)
 
 
-def load(path: pathlib.Path) -> Mapping[str, Any]:
+def load(path: pathlib.Path) -> Training:
     """A checkpoint as dictionaries of NumPy arrays. This needs Orbax, but not Flax."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+        restored = checkpointer.restore(path.absolute())
+    return Training(**jax.tree.map(np.asarray, restored))
 
 
-def port(case: Case, variables: Any, opt_state: Any) -> HaikuState:
+def variables_of(training: Training) -> dict[str, Any]:
+    """What Flax's own `apply` takes."""
+    variables = {"params": training.params, "batch_stats": training.state}
+    return {name: tree for name, tree in variables.items() if tree}
+
+
+def port(case: Case, in_flax: Training) -> Training:
     """All that training in Haiku needs, from a checkpoint of Flax."""
+    variables = variables_of(in_flax)
     init = functools.partial(case.haiku.init, is_training=True)
     like = jax.eval_shape(init, jax.random.key(0), case.test.x[:1])
     print(hk_stack.port.plan(variables, like, **case.rules))
     params, state = hk_stack.flax_to_haiku(variables, like, **case.rules)
-    in_adam, in_schedule = opt_state
+    in_adam, in_schedule = in_flax.opt_state
     adam = optax.ScaleByAdamState(
         in_adam["count"],
         port_gradients(case, in_adam["mu"], params),
         port_gradients(case, in_adam["nu"], params),
     )
     schedule = optax.ScaleByScheduleState(in_schedule["count"])
-    return HaikuState(params, state, (adam, schedule))
+    return Training(params, state, (adam, schedule))
 
 
 def port_gradients(case: Case, gradients: Any, like: Any) -> Any:
@@ -187,10 +220,17 @@ def port_gradients(case: Case, gradients: Any, like: Any) -> Any:
     return hk_stack.flax_to_haiku(in_flax, (like, {}), **case.rules)[0]
 
 
+def port_back(case: Case, in_haiku: Training, like: Training) -> Training:
+    """Parameters and statistics of Haiku in Flax, shaped `like` others."""
+    variables = in_haiku.params, in_haiku.state
+    back = hk_stack.haiku_to_flax(variables, variables_of(like), **case.rules)
+    return Training(back["params"], back.get("batch_stats", {}), opt_state=None)
+
+
 # Comparison
 
 
-def compare(case: Case, variables: Any, ported: HaikuState) -> tuple[float, float]:
+def compare(case: Case, in_flax: Training, ported: Training) -> tuple[float, float]:
     """Prints how far the results of both are apart.
 
     Returns:
@@ -199,10 +239,10 @@ def compare(case: Case, variables: Any, ported: HaikuState) -> tuple[float, floa
     Raises:
       SystemExit: if any is more than `TOLERANCE`.
     """
-    largest = compare_in("single", case, variables, ported)
+    largest = compare_in("single", case, in_flax, ported)
     if case.double:
         with jax.enable_x64(True):
-            in_double = jax.tree.map(as_double, (variables, ported))
+            in_double = jax.tree.map(as_double, (in_flax, ported))
             largest = compare_in("double", case, *in_double)
     if not max(largest.values()) < TOLERANCE:
         raise SystemExit(f"Expected less than {TOLERANCE}: the two models differ")
@@ -215,127 +255,50 @@ def as_double(x: np.ndarray) -> np.ndarray:
 
 
 def compare_in(
-    precision: str, case: Case, variables: Any, ported: HaikuState
+    precision: str, case: Case, in_flax: Training, ported: Training
 ) -> dict[str, float]:
     """Prints and returns the largest differences in one precision."""
-    rows = []
-    for is_training in case.modes:
-        in_flax = flax_results(case, variables, ported, is_training)
-        in_haiku = haiku_results(case, variables, ported, is_training)
-        rows.append(
-            {name: differences(in_haiku[name], x) for name, x in in_flax.items() if x}
-        )
+    rows = [differences(case, in_flax, ported, mode) for mode in case.modes]
+    for is_training, row in zip(case.modes, rows, strict=True):
         mode = "training" if is_training else "evaluation"
-        line = ", ".join(f"{name} {x:.0e}" for name, x in rows[-1].items())
+        line = ", ".join(f"{name} {x:.0e}" for name, x in row.items())
         print(f"Differences in {mode}, in {precision} precision: {line}")
     return {name: max(row[name] for row in rows) for name in rows[0]}
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """The largest difference of two dictionaries, entry by entry.
+def differences(
+    case: Case, in_flax: Training, ported: Training, is_training: bool
+) -> dict[str, float]:
+    """How far the results for a batch, without dropout, are apart."""
 
-    Gradients are compared by module, not by array: that of an attention's key bias is
-    zero, as softmax does not see it, so both frameworks have rounding errors there.
-    """
-    return max(common.difference(found[name], x) for name, x in expected.items())
+    def results(apply: Apply, training: Training) -> Any:
+        of_batch = functools.partial(loss, apply, is_training=is_training)
+        value_and_grad = jax.jit(jax.value_and_grad(of_batch, has_aux=True))
+        return value_and_grad(training.params, training.state, None, case.batch(0))
 
-
-def flax_results(
-    case: Case, variables: Any, ported: HaikuState, is_training: bool
-) -> dict[str, Mapping[str, Any]]:
-    """Results in Flax for a batch, without dropout; gradients shaped as in Haiku."""
-    batch = case.batch(0)
-
-    def loss(params: Any) -> tuple[jax.Array, Any]:
-        given = {**variables, "params": params}
-        logits, updates = case.flax.apply(
-            given, batch.x, is_training, mutable=["batch_stats"]
-        )
-        return common.cross_entropy(logits, batch.y), (logits, updates)
-
-    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, (logits, updates)), grads = value_and_grad(variables["params"])
-    return {
-        "logits": {"": logits},
-        "loss": {"": value},
-        "gradients": port_gradients(case, grads, ported.params),
-        "statistics": updates.get("batch_stats", {}),
+    flax = functools.partial(flax_apply, case.flax)
+    (loss_1, (logits_1, state_1)), gradients_1 = results(flax, in_flax)
+    (loss_2, (logits_2, state_2)), gradients_2 = results(case.haiku.apply, ported)
+    gradients_1 = port_gradients(case, gradients_1, ported.params)
+    found = {
+        "logits": common.difference(logits_2, logits_1),
+        "loss": common.difference(loss_2, loss_1),
+        # By module, not by array: the gradient of an attention's key bias is zero, as
+        # softmax does not see it, so both frameworks have rounding errors there.
+        "gradients": max(
+            common.difference(gradients_2[name], x) for name, x in gradients_1.items()
+        ),
     }
-
-
-def haiku_results(
-    case: Case, variables: Any, ported: HaikuState, is_training: bool
-) -> dict[str, Mapping[str, Any]]:
-    """The same in Haiku; statistics shaped as in Flax."""
-    batch = case.batch(0)
-
-    def loss(params: Any) -> tuple[jax.Array, Any]:
-        logits, state = case.haiku.apply(
-            params, ported.state, None, batch.x, is_training
-        )
-        return common.cross_entropy(logits, batch.y), (logits, state)
-
-    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, (logits, state)), gradients = value_and_grad(ported.params)
-    back = hk_stack.haiku_to_flax((ported.params, state), variables, **case.rules)
-    return {
-        "logits": {"": logits},
-        "loss": {"": value},
-        "gradients": gradients,
-        "statistics": back.get("batch_stats", {}),
-    }
-
-
-# In Haiku
-
-
-def train_in_haiku(
-    case: Case,
-    optimiser: optax.GradientTransformation,
-    ported: HaikuState,
-    config: Config,
-) -> tuple[HaikuState, Losses]:
-    """The second half of training."""
-
-    @jax.jit
-    def update(training: HaikuState, key: Any, batch: Batch) -> Any:
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, state = case.haiku.apply(
-                params, training.state, key, batch.x, is_training=True
-            )
-            return common.cross_entropy(logits, batch.y), state
-
-        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(training.params)
-        updates, opt_state = optimiser.update(grads, training.optimiser)
-        params = optax.apply_updates(training.params, updates)
-        return HaikuState(params, state, opt_state), value
-
-    return common.train(
-        lambda training, step: update(training, jax.random.key(step), case.batch(step)),
-        ported,
-        range(config.steps, 2 * config.steps),
-        name="Haiku",
-    )
-
-
-def haiku_test_loss(case: Case, training: HaikuState) -> float:
-    """The held-out loss in Haiku."""
-    apply = jax.jit(case.haiku.apply, static_argnums=4)
-    logits, _ = apply(training.params, training.state, None, case.test.x, False)
-    return float(common.cross_entropy(logits, case.test.y))
+    if state_1:
+        back = port_back(case, ported._replace(state=state_2), like=in_flax)
+        found["statistics"] = common.difference(back.state, state_1)
+    return found
 
 
 def draw(
     case: Case, before: Losses, after: Losses, held_out: Mapping[str, float]
 ) -> Figure:
-    """Draws the loss in Flax, then in Haiku.
-
-    Args:
-      case: For title and scale.
-      before: Losses of the first steps, in Flax.
-      after: Losses of the other steps, in Haiku.
-      held_out: Losses at the join in both frameworks, and at the end.
-    """
+    """Draws the loss in Flax, then in Haiku, and what is held out at join and end."""
     join = len(before.training)
     end = join + len(after.training)
     figure = Figure(figsize=(9, 4.8), layout="constrained")
@@ -343,9 +306,9 @@ def draw(
     common.draw_smooth(axes, range(join), before.training, "trained in Flax")
     common.draw_smooth(axes, range(join, end), after.training, "trained on in Haiku")
     at = zip((join, join, end), "sxD", held_out.items(), strict=True)
-    for step, marker, (name, loss) in at:
-        label = f"held out: {loss:.2f} {name}"
-        axes.plot(step, loss, f"k{marker}", mfc="none", ms=9, clip_on=0, label=label)
+    for step, marker, (name, value) in at:
+        label = f"held out: {value:.2f} {name}"
+        axes.plot(step, value, f"k{marker}", mfc="none", ms=9, clip_on=0, label=label)
     axes.axvline(join, color="0.3", lw=1)
     labels = {"ylabel": "cross entropy", "yscale": case.yscale, "xlim": (0, end)}
     common.finish(axes, title=case.title, **labels)

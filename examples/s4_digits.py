@@ -25,13 +25,13 @@ import time
 from typing import Any
 
 import common
-import datasets
+import example_data
 import haiku as hk
 import jax
 import numpy as np
 import s4_model
 from common import flag
-from datasets import Batch
+from example_data import Batch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from s4_model import Model
@@ -148,7 +148,7 @@ def draw_digit(axes: Axes, image: np.ndarray, found: int, true: int) -> None:
 def main(config: Config) -> None:
     """Trains as the flags say, and writes the results."""
     start = time.perf_counter()
-    data, images = datasets.digits()
+    data, images = example_data.digits()
     data, test = inked(data), inked(images)
     model = {"haiku": haiku_model, "linen": linen_model}[config.framework](config)
     params, losses = s4_model.train(model, config, config.epochs, data, test)

@@ -32,14 +32,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
-import datasets
+import example_data
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import s4_model
 from common import flag
-from datasets import Batch
+from example_data import Batch
 from matplotlib.figure import Figure
 
 import hk_stack
@@ -249,7 +249,7 @@ def draw(originals: np.ndarray, completions: np.ndarray) -> Figure:
 
 def main(config: Config) -> None:
     """Trains and generates as the flags say."""
-    digits, held_out = datasets.digits()
+    digits, held_out = example_data.digits()
     data, test = next_pixels(digits), next_pixels(held_out)
     model = model_of(config)
     params, losses = s4_model.train(model, config, config.epochs, data, test)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
-import datasets
+import example_data
 import haiku as hk
 import jax
 import optax
 from common import Losses, flag
-from datasets import Batch
+from example_data import Batch
 
 import hk_stack
 from hk_stack.compare import in_haiku
@@ -101,7 +101,7 @@ def train(
         lambda training, step: update(
             training,
             jax.random.fold_in(key, step),
-            datasets.shuffled(data, config, step),
+            example_data.shuffled(data, config, step),
         ),
         (params, optimiser.init(params)),
         range(epochs * steps_per_epoch),

@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import common
-import datasets
+import example_data
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ import jmp
 import numpy as np
 import optax
 from common import Losses, flag
-from datasets import NUM_CHARACTERS, Batch
+from example_data import NUM_CHARACTERS, Batch
 from jax.experimental import checkify
 
 import hk_stack
@@ -235,7 +235,7 @@ def step_of(config: Config) -> Callable[[Any, int], tuple[Any, jax.Array]]:
     def step(training: Any, number: int) -> tuple[Any, jax.Array]:
         # All that is random is of the step's number, so it is the same after a restart.
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        batch = datasets.text_batch(config.length, config, number)
+        batch = example_data.text_batch(config.length, config, number)
         result = update(training, key, batch)
         if config.check_finite:
             error, result = result
@@ -310,7 +310,7 @@ def as_flags(sizes: Mapping[str, Any]) -> str:
 def write_text(config: Config, params: hk.Params) -> tuple[str, str]:
     """The beginning of the held-out text, and how the model goes on."""
     model = language_model(config)
-    prompt = datasets.text()[1][: config.length]
+    prompt = example_data.text()[1][: config.length]
 
     def write(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.apply(params, None, window[None], is_training=False)
@@ -319,12 +319,12 @@ def write_text(config: Config, params: hk.Params) -> tuple[str, str]:
 
     keys = jax.random.split(jax.random.key(config.seed), NUM_WRITTEN)
     _, written = jax.jit(jax.lax.scan, static_argnums=0)(write, prompt, keys)
-    return datasets.readable(prompt), datasets.readable(written)
+    return example_data.readable(prompt), example_data.readable(written)
 
 
 def bits_of_letters_alone() -> float:
     """The held-out loss of a model that knows how frequent characters are."""
-    train_on, held_out = datasets.text()
+    train_on, held_out = example_data.text()
     counts = 1 + np.bincount(train_on, minlength=NUM_CHARACTERS)
     return float(-np.mean(np.log2(counts / np.sum(counts))[held_out]))
 
@@ -334,7 +334,7 @@ def main(config: Config) -> None:
     begin = time.perf_counter()
     path = config.folder / "checkpoint.safetensors"
     training, losses = resume(config, path)
-    test = datasets.test_text(config.length)
+    test = example_data.test_text(config.length)
     evaluate = jax.jit(
         lambda training: loss(config, training[0], None, test, is_training=False)
     )
