@@ -47,6 +47,9 @@ class Config:
     steps: int = flag("Small steps of a setup, one after the other.", default=1024)
 
 
+DEFAULT = Config()
+
+
 def slow_kernel(b: jax.Array, steps: int) -> jax.Array:
     """Where a system goes from `b` `[STATES]` in as many steps: `[steps]`."""
     # A rotation, so that no state grows or dies out.
@@ -105,4 +108,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, Config())
+    common.run(main, DEFAULT)

@@ -277,7 +277,8 @@ def resume(config: Config, path: pathlib.Path) -> tuple[Any, Losses]:
         return jax.jit(functools.partial(start, config))(), Losses([], [])
     try:
         found = checkpoint.load(path)
-        check_sizes(path, found["sizes"], config.sizes)
+        sizes = {name: found["sizes"].get(name) for name in config.sizes}
+        check_sizes(path, sizes, config.sizes)
         like = {**found, "training": jax.eval_shape(lambda: start(config))}
         found = checkpoint.load(path, like=like)
     except ValueError as error:
