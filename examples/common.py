@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import median_filter
 
-SMOOTHING = 10  # steps to each side, of which bold curves are the median
+SMOOTHING = 5  # steps to each side, of which bold curves are the median
 
 
 # Command line
@@ -249,7 +249,7 @@ def draw_smooth(
     axes: Axes, steps: Sequence[int], losses: Sequence[float], label: str
 ) -> None:
     """Draws each of the losses pale, and a smooth curve bold."""
-    smooth = median_filter(np.asarray(losses), 2 * SMOOTHING + 1, mode="nearest")
+    smooth = median_filter(np.asarray(losses), 2 * SMOOTHING + 1)
     (bold,) = axes.plot(steps, smooth, lw=2.5, label=label)
     axes.plot(steps, losses, color=bold.get_color(), alpha=0.3, lw=1)
 

@@ -20,7 +20,13 @@ one of three ways:
 After training, all ways run on the trained parameters and are compared, with and
 without `remat` of both stacks: outputs, gradients, time and memory.
 
-FIGURES
+Biases ahead of the loops are all there at once. On two cores, hoisted out of both stacks
+they took 3.1 times the temporary memory of biases in the loop in the forward pass, out
+of the inner one or by hand 1.4 times; the time was about the same. Gradients need far
+more memory for what they keep: there all of that came to between 0.98 and 1.06, and
+`remat` to a quarter, or to a third with biases hoisted out of both.
+
+A few minutes on two cores, half of it to compile and to measure.
 
 Writes to `out/pair_transformer` (`--out`):
 
@@ -33,7 +39,7 @@ Needs pip install 'hk_stack[examples]'.
 import dataclasses
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import common
 import haiku as hk
@@ -82,7 +88,7 @@ class Way(NamedTuple):
     """
 
     bias: str
-    setup: str = "auto"
+    setup: Literal["auto", "inline"] = "auto"
     remat: bool = False
 
 
@@ -275,8 +281,8 @@ def compare(config: Config, params: hk.Params, batch: Batch, kind: str) -> None:
     """
     programs, temps = [], []
     for name, way in WAYS.items():
-        fn = functools.partial(loss, config, way)
-        fn = jax.grad(fn) if kind == "gradient" else fn
+        of_way = functools.partial(loss, config, way)
+        fn: Any = jax.grad(of_way) if kind == "gradient" else of_way
         args = move(way, params), batch
         compiled = jax.jit(fn).lower(*args).compile()
         programs.append(functools.partial(compiled, *args))
@@ -316,10 +322,11 @@ def main(config: Config) -> None:
     test = random_batch(key, config.points, NUM_TEST)
     params, losses = train(config, test)
     trained = time.perf_counter() - start
+    given = jnp.mean((test.x - test.y) ** 2)
     common.draw_losses(
         losses,
         config.folder / "curves.png",
-        title="Taking noise off distances, of which the mean square is 1",
+        title=f"Taking noise off distances; as they are given, the error is {given:.2f}",
         ylabel="mean square error",
     )
     found = denoiser(config, WAYS["bias hoisted"]).apply(params, test.x[0])
@@ -333,7 +340,7 @@ def main(config: Config) -> None:
     print(f"Wrote curves.png and chain.png to {config.out}")
     print(
         f"Held-out loss {losses.held_out[-1][1]:.3f}, without a model "
-        f"{jnp.mean((test.x - test.y) ** 2):.3f}; took {trained:.0f} s to train, "
+        f"{given:.3f}; took {trained:.0f} s to train, "
         f"{time.perf_counter() - start:.0f} s in all"
     )
 

@@ -5,7 +5,7 @@
 
 A language model of characters in Flax Linen, with `nn.scan` over its layers, dropout
 and tied embeddings, reads the manual that comes with Python (`pydoc_data.topics`). It
-is saved as an ordinary Flax checkpoint. From there on, Haiku goes on:
+is saved by Orbax, as Flax recommends it. From there on, Haiku goes on:
 
 1. The checkpoint is read back as plain arrays; Flax is not needed for that.
 2. `hk_stack.port.plan` shows which array becomes which, `hk_stack.flax_to_haiku` moves

@@ -35,7 +35,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import common
 import example_data
@@ -75,7 +75,7 @@ class Config(common.TextConfig):
         default="all",
         choices=REMAT,
     )
-    loop: str = flag(
+    loop: Literal["scan", "unrolled", "python"] = flag(
         "What runs the blocks; see layer_stack.",
         default="scan",
         choices=("scan", "unrolled", "python"),
@@ -236,7 +236,7 @@ def step_of(config: Config) -> Callable[[Any, int], tuple[Any, jax.Array]]:
         # All that is random is of the step's number, so it is the same after a restart.
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         batch = example_data.text_batch(config.length, config, number)
-        result = update(training, key, batch)
+        result: Any = update(training, key, batch)
         if config.check_finite:
             error, result = result
             if message := error.get():

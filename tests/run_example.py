@@ -27,11 +27,21 @@ def run(name, *flags):
 
 @contextlib.contextmanager
 def as_script():
-    """Without the strict settings of the tests; programs run once, so compile fast."""
+    """Without the strict settings of the tests."""
+    with (
+        compiling_fast(),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def compiling_fast():
+    """For programs that run once or twice."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            yield
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
 
