@@ -51,8 +51,8 @@ def flag(
 class Config:
     """What to train, and how: flags that all examples have."""
 
-    batch_size: int = flag("Examples in a training step.", below=1025)
-    learning_rate: float = flag("Highest rate of Adam.")
+    batch_size: int = flag("Examples in a training step.", default=32, below=1025)
+    learning_rate: float = flag("Highest rate of Adam.", default=1e-2)
     seed: int = flag("Of all that is random.", default=0, least=0, below=2**31)
     out: str = flag("Folder to write to.")
 
@@ -66,11 +66,11 @@ class Config:
 class TextConfig(Config):
     """Flags of the transformers that read text."""
 
-    layers: int = flag("Number of layers.")
-    width: int = flag("Features in each layer.")
-    heads: int = flag("Attention heads, a divisor of the width.")
-    length: int = flag("Characters that the model reads at once.", below=513)
-    dropout: float = flag("Share of values to drop.", below=1)
+    layers: int = flag("Number of layers.", default=4)
+    width: int = flag("Features in each layer.", default=64)
+    heads: int = flag("Attention heads, a divisor of the width.", default=4)
+    length: int = flag("Characters read at once.", default=64, below=513)
+    dropout: float = flag("Share of values to drop.", default=0.05, below=1)
 
     def __post_init__(self) -> None:
         """Checks that the flags go together."""

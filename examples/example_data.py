@@ -63,12 +63,6 @@ def characters(paragraphs: Iterable[str]) -> np.ndarray:
     return np.frombuffer(ascii_text, np.uint8).astype(np.int32)
 
 
-def readable(tokens: Any) -> str:
-    """The inverse of `characters`; whatever cannot be printed is a question mark."""
-    each = map(chr, np.asarray(tokens))
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in each)
-
-
 def sequences(data: np.ndarray, starts: np.ndarray, length: int) -> Batch:
     """Sequences `[B, length]` of the data, and the characters that follow each."""
     chosen = data[starts[:, None] + np.arange(length + 1)]

@@ -20,11 +20,11 @@ one of three ways:
 After training, all ways run on the trained parameters and are compared, with and
 without `remat` of both stacks: outputs, gradients, time and memory.
 
-Biases ahead of the loops are all there at once. On two cores, hoisted out of both stacks
-they took 3.1 times the temporary memory of biases in the loop in the forward pass, out
-of the inner one or by hand 1.4 times; the time was about the same. Gradients need far
-more memory for what they keep: there all of that came to between 0.98 and 1.06, and
-`remat` to a quarter, or to a third with biases hoisted out of both.
+Biases ahead of the loops are all there at once. On two cores, in the forward pass, they
+took 3.1 times the temporary memory of biases in the loop if hoisted out of both stacks,
+1.4 times if out of the inner one or by hand; the time was about the same. Gradients
+need far more memory for what they keep: there it was 0.98 to 1.06 of that in the loop,
+with `remat` a quarter, or a third with biases hoisted out of both stacks.
 
 A few minutes on two cores, half of it to compile and to measure.
 
@@ -326,7 +326,7 @@ def main(config: Config) -> None:
     common.draw_losses(
         losses,
         config.folder / "curves.png",
-        title=f"Taking noise off distances; as they are given, the error is {given:.2f}",
+        title=f"Taking noise off distances; as given, the error is {given:.2f}",
         ylabel="mean square error",
     )
     found = denoiser(config, WAYS["bias hoisted"]).apply(params, test.x[0])

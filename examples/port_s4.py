@@ -41,20 +41,10 @@ from hk_stack.compare import in_haiku, in_linen
 class Config(s4_model.Config, port_walk_through.Config):
     """How to train which S4 model."""
 
-    length: int = flag("Characters that the model reads at once.", below=513)
+    length: int = flag("Characters read at once.", default=64, below=513)
 
 
-DEFAULT = Config(
-    layers=4,
-    width=64,
-    state_size=16,
-    length=64,
-    dropout=0.05,
-    steps=400,
-    batch_size=16,
-    learning_rate=1e-2,
-    out="out/port_s4",
-)
+DEFAULT = Config(batch_size=16, out="out/port_s4")
 
 
 def haiku_model(config: Config) -> hk.TransformedWithState:

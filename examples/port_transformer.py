@@ -47,17 +47,7 @@ class Config(common.TextConfig, port_walk_through.Config):
     """How to train which transformer."""
 
 
-DEFAULT = Config(
-    layers=4,
-    width=64,
-    heads=2,
-    length=32,
-    dropout=0.05,
-    steps=400,
-    batch_size=32,
-    learning_rate=1e-2,
-    out="out/port_transformer",
-)
+DEFAULT = Config(heads=2, length=32, out="out/port_transformer")
 
 
 # The model in Flax

@@ -30,7 +30,7 @@ TOLERANCE = 1e-5  # of the comparison of both frameworks
 class Config(common.Config):
     """How to train any model."""
 
-    steps: int = flag("Training steps in Flax, and then as many in Haiku.")
+    steps: int = flag("Training steps in Flax, then as many in Haiku.", default=400)
 
 
 class Case(NamedTuple):

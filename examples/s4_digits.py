@@ -66,15 +66,7 @@ class Config(s4_model.Config):
             )
 
 
-DEFAULT = Config(
-    layers=6,
-    width=32,
-    state_size=16,
-    dropout=0.1,
-    batch_size=32,
-    learning_rate=1e-2,
-    out="out/s4_digits",
-)
+DEFAULT = Config(layers=6, width=32, dropout=0.1, out="out/s4_digits")
 
 
 def inked(data: Batch) -> Batch:

@@ -64,15 +64,7 @@ class Config(s4_model.Config):
     completions: int = flag("Of each held-out image shown.", default=6, below=21)
 
 
-DEFAULT = Config(
-    layers=4,
-    width=64,
-    state_size=16,
-    dropout=0.25,
-    batch_size=32,
-    learning_rate=1e-2,
-    out="out/s4_generate",
-)
+DEFAULT = Config(dropout=0.25, out="out/s4_generate")
 
 
 def next_pixels(data: Batch) -> Batch:

@@ -24,10 +24,10 @@ from hk_stack.compare import in_haiku
 class Config(common.Config):
     """Flags of the examples with S4."""
 
-    layers: int = flag("Number of layers.")
-    width: int = flag("Features in each layer.")
-    state_size: int = flag("States of each feature.")
-    dropout: float = flag("Share of values to drop.", below=1)
+    layers: int = flag("Number of layers.", default=4)
+    width: int = flag("Features in each layer.", default=64)
+    state_size: int = flag("States of each feature.", default=16)
+    dropout: float = flag("Share of values to drop.", default=0.05, below=1)
 
 
 def haiku_layers(

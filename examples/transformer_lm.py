@@ -52,8 +52,6 @@ from jax.experimental import checkify
 import hk_stack
 from hk_stack import checkpoint
 
-NUM_WRITTEN = 400  # characters of the sample at the end
-TEMPERATURE = 0.7  # of the sample; below 1, likely characters are drawn more often
 REMAT: Mapping[str, dict[str, Any]] = {
     "none": {},
     "all": {"remat": True},
@@ -91,16 +89,7 @@ class Config(common.TextConfig):
         return {name: getattr(self, name) for name in names}
 
 
-DEFAULT = Config(
-    layers=24,
-    width=64,
-    heads=4,
-    length=64,
-    dropout=0.05,
-    batch_size=16,
-    learning_rate=5e-3,
-    out="out/transformer_lm",
-)
+DEFAULT = Config(layers=24, batch_size=16, learning_rate=5e-3, out="out/transformer_lm")
 
 
 # Model
@@ -305,24 +294,6 @@ def as_flags(sizes: Mapping[str, Any]) -> str:
     return " ".join(f"--{name}={size}" for name, size in sizes.items())
 
 
-# What was learned
-
-
-def write_text(config: Config, params: hk.Params) -> tuple[str, str]:
-    """The beginning of the held-out text, and how the model goes on."""
-    model = language_model(config)
-    prompt = example_data.text()[1][: config.length]
-
-    def write(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(params, None, window[None], is_training=False)
-        character = jax.random.categorical(key, logits[0, -1] / TEMPERATURE)
-        return jnp.append(window[1:], character), character
-
-    keys = jax.random.split(jax.random.key(config.seed), NUM_WRITTEN)
-    _, written = jax.jit(jax.lax.scan, static_argnums=0)(write, prompt, keys)
-    return example_data.readable(prompt), example_data.readable(written)
-
-
 def bits_of_letters_alone() -> float:
     """The held-out loss of a model that knows how frequent characters are."""
     train_on, held_out = example_data.text()
@@ -354,8 +325,6 @@ def main(config: Config) -> None:
         title=f"A {config.layers}-layer transformer on Python's manual",
         ylabel="bits per character",
     )
-    prompt, written = write_text(config, params)
-    print(f"--- Held-out text:\n{prompt}\n--- How the model goes on:\n{written}\n---")
     print(f"Wrote checkpoint.safetensors and curves.png to {config.out}")
     print(
         f"Held-out loss {evaluate((params, None)):.3f} bits per character, "

@@ -15,6 +15,7 @@ TINY = {
     "s4": ["--width=4", "--state_size=4", *TEXT],
     "resnet": ["--width=4", "--groups=2"],
 }
+TRAINING = ["--steps=20", "--batch_size=16", "--learning_rate=0.01"]
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,7 @@ TINY = {
     ],
 )
 def test_walk_through(name, tmp_path, capsys):
-    training = "--steps=20", "--batch_size=16", "--learning_rate=0.01"
-    run(f"port_{name}", *TINY[name], *training, f"--out={tmp_path}")
+    run(f"port_{name}", *TINY[name], *TRAINING, f"--out={tmp_path}")
     shown = capsys.readouterr()
     assert re.search(r"Flax: 100%.* 20/20 .*loss \d\.\d+", shown.err)
     assert re.search(r"Haiku: 100%.* 40/40 .*loss \d\.\d+", shown.err)
