@@ -22,15 +22,14 @@ TRAINING = ["--steps=20", "--batch_size=16", "--learning_rate=0.01"]
     "name",
     [
         "transformer",
-        pytest.param("s4", marks=pytest.mark.long),
-        pytest.param("resnet", marks=pytest.mark.long),
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("s4", "resnet")),
     ],
 )
 def test_walk_through(name, tmp_path, capsys):
     run(f"port_{name}", *TINY[name], *TRAINING, f"--out={tmp_path}")
     shown = capsys.readouterr()
-    assert re.search(r"Flax: 100%.* 20/20 .*loss \d\.\d+", shown.err)
-    assert re.search(r"Haiku: 100%.* 40/40 .*loss \d\.\d+", shown.err)
+    for bar, steps in (("Flax", "20/20"), ("Haiku", "40/40")):
+        assert re.search(rf"{bar}: 100%.* {steps} .*loss \d\.\d+", shown.err)
     assert_plan(shown.out, name)
     assert_equal_models(shown.out, name)
     assert_summary(shown.out)
