@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import median_filter
 
-SMOOTHING = 5  # steps to each side, of which bold curves are the median
+SMOOTHING = 10  # steps to each side, of which bold curves are the median
 
 
 # Command line

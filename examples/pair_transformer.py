@@ -116,6 +116,7 @@ def chain(key: jax.Array, num_points: int) -> jax.Array:
         return (point + direction, direction), point
 
     start, *turns = jax.random.normal(key, [num_points + 1, 3])
+    points: jax.Array
     _, points = jax.lax.scan(step, (jnp.zeros(3), start), jnp.stack(turns))
     return points
 

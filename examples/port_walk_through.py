@@ -163,7 +163,7 @@ def train(
         updates, opt_state = optimiser.update(grads, opt_state)
         return Training(optax.apply_updates(params, updates), state, opt_state), value
 
-    def step(training: Training, number: int) -> tuple[Training, Any]:
+    def step(training: Training, number: int) -> Any:
         return update(training, jax.random.key(number), case.batch(number))
 
     return common.train(step, training, steps, name=name)

@@ -77,7 +77,8 @@ def of_linen(module: Any) -> Model:
 
     def apply(variables: Any, key: Any, x: jax.Array, is_training: bool) -> jax.Array:
         rngs = {} if key is None else {"dropout": key}
-        return module.apply(variables, x, is_training, rngs=rngs)
+        logits: jax.Array = module.apply(variables, x, is_training, rngs=rngs)
+        return logits
 
     return Model(module.init, apply)
 

@@ -221,7 +221,7 @@ def step_of(config: Config) -> Callable[[Any, int], tuple[Any, jax.Array]]:
     if config.check_finite:
         update = jax.jit(checkify.checkify(update))
 
-    def step(training: Any, number: int) -> tuple[Any, jax.Array]:
+    def step(training: Any, number: int) -> Any:
         # All that is random is of the step's number, so it is the same after a restart.
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         batch = example_data.text_batch(config.length, config, number)
