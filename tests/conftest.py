@@ -1,5 +1,6 @@
 """Settings under which every test runs: several devices, and nothing implicit."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -20,6 +21,9 @@ if not jax.config.jax_compilation_cache_dir:  # From the environment, for many r
     jax.config.update("jax_compilation_cache_dir", _compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Traced programs are many small objects: to look through them takes long.
+gc.set_threshold(200_000, 20, 20)
 
 
 def pytest_unconfigure():

@@ -21,6 +21,7 @@ import pathlib
 import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,14 +37,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CORE = "flat cut control loop batches initialize layer layout".split()
 FIRST = 15  # Tests that run first: most mutants need no more, and others import more.
 NO_SOURCES = shutil.ignore_patterns(".*", "out", "build", "__pycache__", "*.egg-info")
-# What pytest returns. A test that is not found is in a file that fails to import.
-OUTCOMES = {
-    0: "survived",
-    1: "failed",
-    2: "not imported",
-    4: "not imported",
-    -14: "took too long",
-}
+SHOWN = ("file", "line", "text", "before", "after")
 
 
 def main() -> None:
@@ -236,15 +230,14 @@ def result(
     }
 
 
-SHOWN = ("file", "line", "text", "before", "after")
-
-
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    if done.returncode not in OUTCOMES:
-        sys.exit(f"pytest returned {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    if done.returncode == 5:
+        sys.exit(f"pytest found no tests:\n{done.stdout}\n{done.stderr}")
     lines = done.stdout.splitlines()
     killer = [s.split()[1] for s in lines if s.startswith(("FAILED ", "ERROR "))]
-    return {"outcome": OUTCOMES[done.returncode], "killer": "".join(killer[:1])}
+    names = {0: "survived", -signal.SIGALRM: "took too long"}
+    name = names.get(done.returncode, "killed")
+    return {"outcome": name, "killer": "".join(killer[:1])}
 
 
 def results(work: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -260,22 +253,19 @@ def report(done: list[dict[str, Any]], options: argparse.Namespace) -> None:
     path = options.root / "tests/mutants.toml"
     known = tomllib.loads(path.read_text())["equivalent"] if path.exists() else []
     reasons = {tuple(row[name] for name in SHOWN[2:]): row["why"] for row in known}
-    survivors = []
-    killed: dict[str, list[int]] = {}
-    for mutant in done:
-        is_killed = mutant["outcome"] != "survived"
-        counts = killed.setdefault(mutant["file"], [0, 0])
-        counts[0] += is_killed
-        counts[1] += 1
-        if not is_killed:
-            shown = {name: mutant[name] for name in SHOWN}
-            why = reasons.get(tuple(mutant[name] for name in SHOWN[2:]))
-            survivors.append({**shown, "why": why})
-    total = sum(counts[0] for counts in killed.values())
-    print(f"{total} of {len(done)} killed.")
-    lines = ",\n".join(json.dumps(row) for row in survivors)
+    survivors = [
+        {name: mutant[name] for name in SHOWN}
+        | {"why": reasons.get(tuple(mutant[name] for name in SHOWN[2:]))}
+        for mutant in done
+        if mutant["outcome"] == "survived"
+    ]
+    alive = collections.Counter(row["file"] for row in survivors)
+    counts = collections.Counter(mutant["file"] for mutant in done)
+    killed = {file: [count - alive[file], count] for file, count in counts.items()}
+    print(f"{len(done) - len(survivors)} of {len(done)} killed.")
+    rows = ",\n".join(map(json.dumps, survivors))
     head = json.dumps({"seed": options.seed, "killed of": killed})
-    options.out.write_text(f'{head[:-1]}, "survivors": [\n{lines}\n]}}\n')
+    options.out.write_text(f'{head[:-1]}, "survivors": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -422,7 +422,8 @@ class TestMarks:
         found = computed(model.apply, params, None, X)
         assert_close(found, computed(plain.apply, params, None, X))
 
-    def test_in_a_cond_on_an_array_closed_over(self):
+    @pytest.mark.parametrize("setup", ["auto", "marked"])
+    def test_in_a_cond_on_an_array_closed_over(self, setup):
         flag = jnp.bool(True)
 
         def layer(x):
@@ -431,7 +432,8 @@ class TestMarks:
                 flag, lambda x: x @ hk_stack.hoist(slow(w)), lambda x: x, x
             )
 
-        model = hk.transform(lambda x: hk_stack.layer_stack(3)(layer)(x))
+        stack = hk_stack.layer_stack(3, setup=setup)
+        model = hk.transform(lambda x: stack(layer)(x))
         params = computed(model.init, KEY, X)
         jaxpr = jax.make_jaxpr(model.apply)(params, None, X).jaxpr
         assert "sort" not in jaxprs.names(jaxprs.body(jaxpr, 3))

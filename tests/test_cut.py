@@ -61,6 +61,13 @@ class TestHoist:
         params = model.init(KEY, *vectors())
         assert model.apply(params, None, *vectors()).shape == (B, D)
 
+    def test_on_a_value_that_depends_on_nothing(self):
+        def layer(x):
+            return x + hk_stack.hoist(jnp.cumsum(jnp.full([D], 2.0)))[None]
+
+        outside, inside = cut(layer)
+        assert "cumsum" in outside and "cumsum" not in inside
+
     def test_takes_python_numbers_and_numpy_arrays(self):
         def layer(x):
             return x * hk_stack.hoist(2.0) + hk_stack.hoist(np.ones([B, D], np.float32))

@@ -583,6 +583,8 @@ class TestMemoryOfSetup:
         kept = self.sorts(setup_batch_size=size, setup_remat=False)
         again = self.sorts(setup_batch_size=size, setup_remat=True)
         assert len(again) == 2 * len(kept)
+        by_default = self.sorts(setup_batch_size=size)
+        assert by_default == (kept if size == 6 else again)
 
     def test_nested_stacks(self):
         def inner(x):

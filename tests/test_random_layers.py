@@ -9,7 +9,6 @@ are compiled nevertheless.
 """
 
 import collections
-import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,16 +47,6 @@ def over_programs(shard: int, count: int) -> Callable[..., Callable[[], None]]:
         return hypothesis.seed(shard)(settings(hypothesis.given(programs())(check)))
 
     return decorate
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rare_garbage_collection():
-    """Traced programs are many small objects: to look through them takes long."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.set_threshold(200_000, 20, 20)
-    yield
-    gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize("shard", range(-(-LAYERS // SHARD)))

@@ -108,6 +108,8 @@ def test_gradients_of_groups(every, loop):
 def test_groups_keep_one_carry_each(every, groups):
     jaxpr = gradient(remat=True, remat_every=every)
     assert kept(jaxpr) == [f"float32[{groups},2,{D}]"]
+    loops = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "scan"]
+    assert {e.params["unroll"] for e in loops} == {1}
 
 
 def test_a_rest_is_a_group_of_its_own():
