@@ -50,11 +50,13 @@ MEASURES = {"run": "run_s", "temp": "temp_bytes", "eager": "eager_s"}
 
 
 def test_figures_of_two_machines_are_those_of_the_result_files():
-    row = r"^\| `(.+?)` \| `(.+?)` \| (run|temp|eager) \| ([\d.]+) \| ([\d.]+) \|$"
+    row = r"^\| `(.+?)` \| `(.+?)` \| (run|temp|eager) \| ([\d.]+) \| ([\d.]+|-) \|$"
     rows = re.findall(row, README, re.MULTILINE)
-    assert len(rows) >= 8
+    assert sum(shown != "-" for *_, shown in rows) >= 7
     for case, way, measure, *shown in rows:
         for machine, text in zip(("cpu", "h100"), shown, strict=True):
+            if text == "-":
+                continue
             ratio = _ratio(machine, case, way, MEASURES[measure])
             assert f"{ratio.value:.2f}" == text, (case, way, machine)
 
