@@ -182,7 +182,7 @@ def _planned(variables: Any, like: Any, *options: Any) -> Plan:
             "port: Haiku's side must be a pair (params, state), not "
             f"{type(like).__name__}. Write (params, {{}}) for a model without state."
         )
-    flax = _leaves.of_flax(_leaves.entries_of(variables), said.rename)
+    flax = _leaves.of_flax(variables, said.rename)
     haiku = _leaves.of_haiku(*like)
     found = _match.match(flax, haiku, said)
     unused = said.unused([leaf.paths for leaf in (*flax, *haiku)])

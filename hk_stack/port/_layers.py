@@ -6,17 +6,17 @@ ways: `[4, 4, 8]` as one array, as four layers on axis 0, or as four on axis 1. 
 Where two fit that give other values, the user has to say which is meant.
 """
 
-import collections
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
 
 from hk_stack.port import _names
-from hk_stack.port._leaves import Array, Average, Gates, Leaf, Piece, Shape
+from hk_stack.port._cells import Array, Shape
+from hk_stack.port._leaves import Average, Leaf, Piece
 from hk_stack.port._rules import Axes, Function, Rule, Said
 
 
@@ -25,11 +25,7 @@ class Group(NamedTuple):
 
     flax: tuple[Leaf, ...]
     haiku: tuple[Leaf, ...]
-    holes: tuple[str, ...] = ()  # What is missing for numbers to count layers.
-
-    @property
-    def module(self) -> Hashable:
-        return self.flax[0].collection, self.flax[0].raw[:-1]
+    holes: str = ""  # What is missing for numbers to count layers.
 
 
 class Change(NamedTuple):
@@ -44,17 +40,15 @@ class Side(NamedTuple):
     """Where layers are in one tree.
 
     Attributes:
-      leaves: Numbered leaves, in the order of their numbers.
-      axes: The layer axes, outermost first; () if there are none.
+      leaves: Numbered leaves, in the order of their numbers, as if these were one array
+        with the number on its first axis.
+      axes: The layer axes of that array, outermost first; () if there are none.
       one_layer: The shape of one layer.
-      interleaved: Whether a step along the axes passes all numbered leaves, as in a
-        scan over blocks of layers; otherwise each leaf is a stack of its own.
     """
 
     leaves: tuple[Leaf, ...]
     axes: Axes
     one_layer: Shape
-    interleaved: bool
 
     @property
     def pieces(self) -> list[Piece]:
@@ -62,52 +56,34 @@ class Side(NamedTuple):
 
     @property
     def sizes(self) -> Shape:
-        return tuple(self.leaves[0].pieces[0].shape[axis] for axis in self.axes)
+        shape = (len(self.leaves), *self.leaves[0].pieces[0].shape)
+        return tuple(shape[axis] for axis in self.axes)
 
     @property
     def num_layers(self) -> int:
-        return len(self.leaves) * math.prod(self.sizes)
+        return math.prod(self.sizes)
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether layers are on axes and by number."""
-        return len(self.leaves) > 1 and bool(self.axes)
+    def own_axes(self) -> Axes:
+        """Those of the leaves themselves."""
+        return tuple(axis - 1 for axis in self.axes if axis)
 
     @property
-    def factors(self) -> Shape:
-        """Numbers of layers on each axis and by number, outermost first."""
-        count = (len(self.leaves),)
-        factors = self.sizes + count if self.interleaved else count + self.sizes
-        return tuple(n for n in factors if n != 1)
+    def interleaved(self) -> bool | None:
+        """Whether a step along an axis passes all numbered leaves; None without such.
 
-    @property
-    def shape(self) -> Shape:
-        """Of all the numbered leaves as one array."""
-        return (len(self.leaves), *self.leaves[0].pieces[-1].shape)
-
-    @property
-    def order(self) -> list[int]:
-        """The axes of that array, those of layers first."""
-        ndim = len(self.shape) - 1
-        front = [axis % ndim + 1 for axis in self.axes]
-        rest = [i for i in range(1, ndim + 1) if i not in front]
-        return [*front, 0, *rest] if self.interleaved else [0, *front, *rest]
+        So it is in a scan over blocks of layers; else each leaf is a stack of its own.
+        """
+        is_mixed = len(self.axes) > 1 and 0 in self.axes
+        return self.axes[0] != 0 if is_mixed else None
 
     def views(self, layer: int, arrays: Mapping[int, Array]) -> list[Array]:
         """The pieces of a layer, as views of the arrays of a tree."""
-        if self.interleaved:
-            step, number = divmod(layer, len(self.leaves))
-        else:
-            number, step = divmod(layer, math.prod(self.sizes))
-        views = []
-        for piece in self.leaves[number].pieces:
-            at: list[Any] = [slice(None)] * len(piece.shape)
-            for axis, i in zip(
-                self.axes, np.unravel_index(step, self.sizes), strict=True
-            ):
-                at[axis] = int(i)
-            views.append(arrays[piece.place][(*at, ...)])
-        return views
+        index = map(int, np.unravel_index(layer, self.sizes))
+        at = dict(zip(self.axes, index, strict=True))
+        pieces = self.leaves[at.get(0, 0)].pieces
+        places = [at.get(i, slice(None)) for i in range(1, max(at, default=0) + 1)]
+        return [arrays[piece.place][(*places, ...)] for piece in pieces]
 
 
 class Reading(NamedTuple):
@@ -124,13 +100,19 @@ class Reading(NamedTuple):
     @property
     def where(self) -> Hashable:
         """Where the layers are in both trees, which is the same for all of a module."""
-        return tuple((side.axes, side.sizes, side.interleaved) for side in self.sides)
+        return self.flax.axes, self.haiku.axes, self.flax.sizes, self.haiku.sizes
 
     @property
     def is_alike(self) -> bool:
         """Whether a step of each loop is one in the other, if both have several."""
-        one, other = self.flax.factors, self.haiku.factors
+        one, other = ([n for n in side.sizes if n != 1] for side in self.sides)
         return min(len(one), len(other)) < 2 or one == other
+
+    @property
+    def interleaved(self) -> bool | None:
+        """How numbers and axes take turns, where one tree has both."""
+        found = (side.interleaved for side in self.sides)
+        return next((order for order in found if order is not None), None)
 
     @property
     def is_sure(self) -> bool:
@@ -143,21 +125,26 @@ class Reading(NamedTuple):
         A reading turns axes and reshapes: so what it does is known from where it takes
         the numbers along each axis of the leaf in Haiku.
         """
-        flax, haiku = self.sides
         # A function of the user's sees one layer, whichever that is.
-        if self.change.label == _RULE or isinstance(flax.leaves[0].codec, Gates):
+        if self.change.label == _RULE or len(self.flax.leaves[0].pieces) > 1:
             return self.where
-        order = flax.order
+        (old, order), (new, others) = map(_ordered, self.sides)
         if self.change.to_haiku is swapped:
             order = [*order[:-2], order[-1], order[-2]]
-        turned = [flax.shape[i] for i in order]
+        turned = [old[i] for i in order]
         stride, taken = 1, {}
-        for axis in reversed(haiku.order):
-            places = np.unravel_index(np.arange(haiku.shape[axis]) * stride, turned)
+        for axis in reversed(others):
+            places = np.unravel_index(np.arange(new[axis]) * stride, turned)
             back = [places[order.index(i)] for i in range(len(order))]
-            taken[axis] = np.ravel_multi_index(back, flax.shape).tobytes()
-            stride *= haiku.shape[axis]
+            taken[axis] = np.ravel_multi_index(back, old).tobytes()
+            stride *= new[axis]
         return self.is_alike, tuple(sorted(taken.items()))
+
+
+def _ordered(side: Side) -> tuple[Shape, list[int]]:
+    """The shape of all leaves as one array, and its axes, those of layers first."""
+    shape = (len(side.leaves), *side.leaves[0].pieces[-1].shape)
+    return shape, [*side.axes, *(i for i in range(len(shape)) if i not in side.axes)]
 
 
 class Refusal(NamedTuple):
@@ -169,22 +156,17 @@ class Refusal(NamedTuple):
 
 def read(groups: Sequence[Group], said: Said) -> list[Reading | Refusal]:
     """How each group goes from one tree to the other, or why it does not."""
-    depths = _depths(groups)
-    tried = [_Reader(group, depths, said) for group in groups]
-    where: dict[Hashable, list[set[Hashable]]] = collections.defaultdict(list)
-    for one in tried:
-        if one.fits:
-            where[one.group.module].append({found.where for found in one.fits})
-    return [one.chosen(where[one.group.module]) for one in tried]
-
-
-def _depths(groups: Sequence[Group]) -> dict[Hashable, int]:
-    """How many layer axes the modules in Haiku have in which a bias tells."""
-    found: dict[Hashable, set[int]] = collections.defaultdict(set)
+    depths: dict[Hashable, int] = {}
     for group in groups:
-        if group.flax[0].is_bias:
-            found[group.haiku[0].path[:-1]].add(len(group.haiku[0].shape) - 1)
-    return {module: depth.pop() for module, depth in found.items() if len(depth) == 1}
+        if group.flax[0].is_bias:  # It has one axis in a layer of Haiku.
+            depths[group.haiku[0].path[:-1]] = len(group.haiku[0].shape) - 1
+    tried = [_Reader(group, depths, said) for group in groups]
+    where: dict[Hashable, set[Hashable]] = {}
+    for one in tried:
+        if one.fits:  # A scan puts all of a module on the same axes.
+            found = {reading.where for reading in one.fits}
+            where[one.module] = where.get(one.module, found) & found
+    return [one.chosen(where.get(one.module, set())) for one in tried]
 
 
 class _Reader:
@@ -192,24 +174,24 @@ class _Reader:
 
     def __init__(self, group: Group, depths: Mapping[Hashable, int], said: Said):
         self.group = group
+        self.module = group.flax[0].collection, group.flax[0].raw[:-1]
         self.fits: list[Reading] = []
         self._said = said
-        self._meant: Axes | None = None
         self._depth = _depth(group, depths)
-        self._why = "".join(group.holes[:1]) or _other_rules(group, said)
-        if self._why:
-            return
-        leaf = group.flax[0]
-        ndim = min(len(piece.shape) for leaf in group.flax for piece in leaf.pieces)
-        several = (itertools.permutations(range(ndim), n) for n in range(3))
+        self._why = group.holes or _other_rules(group, said)
+        if not self._why:
+            self._read()
+
+    def _read(self) -> None:
+        leaf, rules = self.group.flax[0], self._said.layer_axis
+        several = (itertools.permutations(range(leaf.ndim), n) for n in range(3))
         every = list(itertools.chain.from_iterable(several))
-        closest = said.layer_axis.closest(leaf.paths)
+        closest = rules.closest(leaf.paths)
         if closest is None:
             self.fits = list(self._readings(every))
             return
-        axes = said.layer_axis.rules[closest[0]]
+        axes = rules.rules[closest[0]]
         meant = [axes if isinstance(axes, tuple) else (axes,)]
-        self._meant = meant[0]
         if closest[0].strip("/") in ("", leaf.collection):
             meant.append(())  # It does not say what of the tree is a stack.
         else:
@@ -217,15 +199,13 @@ class _Reader:
         self.fits = list(self._readings(meant))
         if not self.fits and not self._why:
             others = _by_effect(list(self._readings(every)))
-            self._why = _not_on_axis(group, axes, others)
+            self._why = _not_on_axis(self.group, axes, others)
 
-    def chosen(self, where: Sequence[set[Hashable]]) -> Reading | Refusal:
+    def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
         if not self.fits:
             return Refusal(self._why or difference(self.group), False)
-        common = set.intersection(*where)
-        fits = [found for found in self.fits if found.where in common] or self.fits
-        fits.sort(key=lambda one: one.flax.axes != self._meant)
+        fits = [found for found in self.fits if found.where in where] or self.fits
         found = _by_effect(fits)
         if len(found) == 1 and found[0].is_sure:
             return found[0]
@@ -241,7 +221,8 @@ class _Reader:
                     for change in self._changes(flax, haiku):
                         found = Reading(flax, haiku, change)
                         # Who nests otherwise does not also turn the axes.
-                        if found.is_alike or sorted(flax.axes) == list(flax.axes):
+                        axes = flax.own_axes
+                        if found.is_alike or sorted(axes) == list(axes):
                             yield found
 
     def _changes(self, flax: Side, haiku: Side) -> Iterator[Change]:
@@ -283,35 +264,37 @@ def _sides(
     leaves: tuple[Leaf, ...], choices: Sequence[Axes], order: bool | None
 ) -> Iterator[Side]:
     """Leaves with layers on some axes, in all orders of these and the numbers."""
-    for axes in choices:
-        if (one_layer := _one_layer(leaves, axes)) is not None:
-            is_mixed = len(leaves) > 1 and axes
-            orders = (True, False) if is_mixed and order is None else (order,)
-            for interleaved in orders:
-                yield Side(leaves, axes, one_layer, interleaved is not False)
+    ndim = leaves[0].ndim
+    for choice in choices:
+        axes = tuple(axis % ndim + 1 for axis in choice if -ndim <= axis < ndim)
+        one_layer = _one_layer(leaves, axes) if len(axes) == len(choice) else None
+        if one_layer is not None:
+            orders = [axes] if len(leaves) == 1 else [(*axes, 0), (0, *axes)]
+            for each in dict.fromkeys(orders):
+                side = Side(leaves, each, one_layer)
+                if order is None or side.interleaved in (None, order):
+                    yield side
 
 
 def _one_layer(leaves: tuple[Leaf, ...], axes: Axes) -> Shape | None:
     """The shape of one layer; None if the axes are not those of all layers."""
     found, sizes = set(), set()
     for leaf in leaves:
-        rest = []
-        for piece in leaf.pieces:
-            ndim = len(piece.shape)
-            at = {axis % ndim for axis in axes if -ndim <= axis < ndim}
-            if len(at) < len(axes) or ndim - len(at) < leaf.codec.rank:
-                return None
-            sizes.add(tuple(piece.shape[axis] for axis in axes))
-            rest.append(tuple(n for i, n in enumerate(piece.shape) if i not in at))
+        shapes = [piece.shape for piece in leaf.pieces]
+        rest = [tuple(n for i, n in enumerate(x, 1) if i not in axes) for x in shapes]
+        sizes |= {tuple(shape[i - 1 : i] for i in axes) for shape in shapes}
+        if min(map(len, rest)) < leaf.codec.rank:
+            return None
         found.add(leaf.codec.shape(rest))
-    return found.pop() if len(found) == len(sizes) == 1 else None
+    is_one = len(found) == len(sizes) == 1 and len(set(axes)) == len(axes)
+    return found.pop() if is_one else None
 
 
 def _count_the_same(flax: Side, haiku: Side) -> bool:
     """Whether both have the same number of layers."""
     # Where names have other numbers in both trees, one of them has axes too.
     is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
-    is_other = is_numbered and flax.is_mixed == haiku.is_mixed
+    is_other = is_numbered and len(flax.axes) == len(haiku.axes)
     return flax.num_layers == haiku.num_layers and not is_other
 
 
@@ -451,25 +434,20 @@ def _unclear(group: Group, found: Sequence[Reading]) -> str:
     open_: set[str] = set()
     if any(one.change is _UNSAID for one in found):
         open_.add("leaf")
-    if len({one.flax.axes for one in found}) > 1:
+    if len({one.flax.own_axes for one in found}) > 1:
         open_.add("layer_axis")
-    if len({_order(one) for one in alike}) > 1:
+    if len({one.interleaved for one in alike}) > 1:
         open_.add("interleave")
     texts = [text for argument, text in _MEANING.items() if argument in open_]
+    nested = [one for one in found if not one.is_alike]
+    for one in nested[:1]:
+        texts.append(
+            f"its layers may be nested as {one.flax.sizes} in Flax, and as "
+            f"{one.haiku.sizes} in Haiku, which are not ported into one another: if "
+            "so, port into a tree that is nested alike"
+        )
     rules = dict.fromkeys(_rule(group, one, open_) for one in alike)
-    for one in found:
-        if not one.is_alike:
-            texts.append(
-                f"its layers may be nested as {one.flax.factors} in Flax, and as "
-                f"{one.haiku.factors} in Haiku, which are not ported into one another: "
-                "if so, port into a tree that is nested alike"
-            )
-            break
     return f"{difference(group)}: {'; '.join(texts)}. Say {'; or '.join(rules)}"
-
-
-def _order(one: Reading) -> bool | None:
-    return next((s.interleaved for s in one.sides if s.is_mixed), None)
 
 
 def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
@@ -477,9 +455,9 @@ def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
     scope = _names.starred([leaf.raw[:-1] or leaf.raw for leaf in group.flax])
     texts = []
     if "layer_axis" in arguments:
-        texts.append(f'layer_axis={{"{scope}": {one.flax.axes}}}')
-    if "interleave" in arguments and _order(one) is not None:
-        texts.append(f"interleave={_order(one)}")
+        texts.append(f'layer_axis={{"{scope}": {one.flax.own_axes}}}')
+    if "interleave" in arguments and one.interleaved is not None:
+        texts.append(f"interleave={one.interleaved}")
     if "leaf" in arguments:
         name = "TRANSPOSED" if one.change is _UNSAID else "SAME"
         texts.append(f'leaf={{"{scope}/kernel": hk_stack.port.{name}}}')
@@ -492,11 +470,11 @@ def unused(found: Sequence[Reading], said: Said) -> list[str]:
     for pattern, axes in said.layer_axis.rules.items():
         meant = axes if isinstance(axes, tuple) else (axes,)
         is_in_front = meant == tuple(range(len(meant)))
-        if not is_in_front and not any(one.flax.axes == meant for one in found):
+        if not is_in_front and not any(one.flax.own_axes == meant for one in found):
             lines.append(
                 f"layer_axis: no layers are on axis {axes}; leave {pattern!r} out."
             )
-    if said.interleave is not None and all(_order(one) is None for one in found):
+    if said.interleave is not None and all(one.interleaved is None for one in found):
         lines.append(
             f"interleave={said.interleave}: no layers are both numbered and on an "
             "axis in one tree, and otherwise in the other; leave it out."

@@ -25,18 +25,11 @@ Family = dict[Numbers, Leaf]
 Families = dict[Key, Family]
 
 
-class Unfit(NamedTuple):
-    """Leaves of one name that are not the same, and why."""
-
-    group: Group
-    why: str
-
-
 class Matched(NamedTuple):
     """What goes, what does not fit, what is left over, and renamings to propose."""
 
     moves: list[Reading]
-    unfit: list[Unfit]
+    unfit: list[tuple[Group, str]]  # And why.
     flax: list[Leaf]
     haiku: list[Leaf]
     renames: dict[str, str]
@@ -47,7 +40,7 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
     theirs, ours = _named_alike(flax, haiku)
     groups = list(_groups(theirs, ours))
     moves: list[Reading] = []
-    unfit: list[Unfit] = []
+    unfit: list[tuple[Group, str]] = []
     for (group, alone), found in zip(
         groups, _layers.read([group for group, _ in groups], said), strict=True
     ):
@@ -56,12 +49,12 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
             continue
         # Numbers that count no layers tell modules apart, some of which are missing.
         apart = [] if found.fits else _layers.read(alone, said)
-        if apart and all(isinstance(one, Reading) for one in apart):
-            moves += [one for one in apart if isinstance(one, Reading)]
-        else:
-            unfit.append(Unfit(group, found.why))
+        fits = [one for one in apart if isinstance(one, Reading)]
+        moves += fits if len(fits) == len(apart) else []
+        if not apart or len(fits) < len(apart):
+            unfit.append((group, found.why))
     used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
-    used |= {id(x) for u in unfit for x in (*u.group.flax, *u.group.haiku)}
+    used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
     left, others = (
         [leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)
     )
@@ -167,94 +160,76 @@ def _group(flax: Family, haiku: Family) -> Iterator[tuple[Group, list[Group]]]:
     both = [numbers for numbers in flax if numbers in haiku]
     if len(flax) == len(haiku) == 1 and not both:
         return
-    holes = tuple(itertools.chain(_holes(flax), _holes(haiku)))
+    holes = _holes(flax) or _holes(haiku)
     # Numbers of two loops that only overlap may not be those of the same modules.
-    is_part = len(both) == min(len(flax), len(haiku)) and (len(flax), len(haiku)) != (
-        1,
-        1,
-    )
+    is_part = len(both) == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
     alone = [Group((flax[n],), (haiku[n],)) for n in both if is_part]
     yield Group(tuple(flax.values()), tuple(haiku.values()), holes), alone
 
 
-def _holes(family: Family) -> Iterator[str]:
+def _holes(family: Family) -> str:
     """What is missing for the numbers to count layers."""
-    several = [sorted(set(numbers)) for numbers in zip(*family, strict=True)]
-    full = itertools.product(*(range(n[0], n[-1] + 1) for n in several))
-    missing = [numbers for numbers in full if numbers not in family]
-    if missing:
-        at = [i for i, numbers in enumerate(several) if len(numbers) > 1]
-        there, gone = (
-            ", ".join("/".join(str(n[i]) for i in at) for n in numbers)
-            for numbers in (list(family), missing[:8])
+    ranges = [range(min(n), max(n) + 1) for n in zip(*family, strict=True)]
+    missing = [n for n in itertools.product(*ranges) if n not in family]
+    if not missing:
+        return ""
+    there, gone = (
+        ", ".join(
+            "/".join(str(n) for n, r in zip(x, ranges, strict=True) if len(r) > 1)
+            for x in several
         )
-        name = _names.starred([leaf.raw for leaf in family.values()])
-        yield f"layers are missing: {name} has the numbers {there}, not {gone}"
+        for several in (family, missing[:8])
+    )
+    name = _names.starred([leaf.raw for leaf in family.values()])
+    return f"layers are missing: {name} has the numbers {there}, not {gone}"
 
 
 # Renamings to propose
 
 
 def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
-    """Renamings that pair families of one size, which nothing else would pair."""
+    """Renamings for what is left over: to the one of its size that is most like it."""
     done = [name for (kind, name) in theirs if (kind, name) in ours]
-    flax = {key: family for key, family in theirs.items() if key not in ours}
-    haiku = {key: family for key, family in ours.items() if key not in theirs}
-    rules = {}
-    while tried := _candidates(flax, haiku, done):
-        old, new = max(tried, key=lambda r: (len(tried[r]), -len(r[0] + r[1])))
-        hits = tried[old, new]
-        rivals = [other for other in tried.values() if _are_rivals(hits, other)]
-        rule = _written(
-            [
-                _names.without_end(leaf.raw[:-1], len(key[1]) - len(beginning) - 1)
-                for key in keys
-                for leaf in side[key].values()
-            ]
-            for side, beginning, keys in (
-                (flax, old, hits),
-                (haiku, new, hits.values()),
-            )
+    rules: dict[str, str] = {}
+    taken: list[Key] = []
+    for key in [key for key in theirs if key not in ours]:
+        sized = (
+            k for k in ours if k not in theirs and _size(ours[k]) == _size(theirs[key])
         )
-        if rule and not rivals:
-            rules[rule[0]] = rule[1]
-        for a, b in itertools.chain(hits.items(), *(r.items() for r in rivals)):
-            flax.pop(a, None)
-            haiku.pop(b, None)
+        after = {k: _common_end(key, k) for k in sized}
+        most = max(after.values(), default=0)
+        found = [k for k, count in after.items() if count == most > 0]
+        # What has a namesake stays where it is.
+        lengths = (
+            n
+            for n in range(most, 0, -1)
+            if not any(name[: len(key[1]) - n] == key[1][:-n] for name in done)
+        )
+        if len(found) == 1 and (count := next(lengths, 0)):
+            taken += found
+            rule = _written(theirs[key], ours[found[0]], count - 1)
+            if rule and taken.count(found[0]) == 1:
+                rules.setdefault(*rule)
     return rules
-
-
-def _candidates(
-    flax: Families, haiku: Families, done: Sequence[Path]
-) -> dict[tuple[Path, Path], dict[Key, Key]]:
-    """Beginnings of names in both trees, and what they would pair."""
-    found: dict[tuple[Path, Path], dict[Key, Key]] = collections.defaultdict(dict)
-    for (kind, name), family in flax.items():
-        for (other_kind, other), theirs in haiku.items():
-            if kind != other_kind or _size(family) != _size(theirs):
-                continue
-            same = zip(reversed(name), reversed(other), strict=False)
-            after = len(list(itertools.takewhile(lambda p: p[0] == p[1], same)))
-            for n in range(1, after + 1):
-                old, new = name[:-n], other[:-n]
-                if not any(path[: len(old)] == old for path in done):
-                    found[old, new][kind, name] = kind, other
-    return found
 
 
 def _size(family: Family) -> int:
     return sum(math.prod(leaf.shape) for leaf in family.values())
 
 
-def _are_rivals(hits: dict[Key, Key], others: dict[Key, Key]) -> bool:
-    """Whether as many families could go otherwise."""
-    shared = hits.keys() & others.keys() or {*hits.values()} & {*others.values()}
-    return bool(shared) and len(hits) == len(others) and hits != others
+def _common_end(one: Key, other: Key) -> int:
+    """How many parts at the end two names have both, if they are of one kind."""
+    same = zip(reversed(one[1]), reversed(other[1]), strict=False)
+    found = itertools.takewhile(lambda pair: pair[0] == pair[1], same)
+    return len(list(found)) if one[0] == other[0] else 0
 
 
-def _written(scopes: Iterable[Sequence[Path]]) -> tuple[str, str] | None:
-    """A rule for the beginnings of paths in both trees, with `*` for layers' numbers."""
-    old, new = scopes
+def _written(flax: Family, haiku: Family, after: int) -> tuple[str, str] | None:
+    """A rule for all but the last parts of names, with `*` for layers' numbers."""
+    old, new = (
+        [_names.without_end(leaf.raw[:-1], after) for leaf in family.values()]
+        for family in (flax, haiku)
+    )
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.

@@ -8,8 +8,9 @@ import numpy as np
 
 from hk_stack import _layout
 from hk_stack.port import _plan
+from hk_stack.port._cells import Array
 from hk_stack.port._layers import Side
-from hk_stack.port._leaves import Array, Piece
+from hk_stack.port._leaves import Piece
 from hk_stack.port._rules import Function
 
 

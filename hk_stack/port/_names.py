@@ -112,18 +112,17 @@ def is_transposed(module: Module) -> bool | None:
 
 def starred(paths: Sequence[Path]) -> str:
     """Paths that differ in numbers only as one, with `*` for these."""
-    texts = [max(set(column), key=len) for column in zip(*paths, strict=False)]
-    several = [len(set(column)) > 1 for column in zip(*paths, strict=False)]
+    columns = map(set, zip(*paths, strict=False))
     return "/".join(
-        re.sub("[0-9]+$", "*", text) if varies else text
-        for text, varies in zip(texts, several, strict=True)
+        re.sub("[0-9]+$", "*", max(texts, key=len)) if len(texts) > 1 else texts.pop()
+        for texts in columns
     )
 
 
 def without_end(module: Path, count: int) -> Path:
     """The module around another, as many levels up; a number in a list is none."""
     module = tuple(name for name in module if name != "~")
-    keep = len(parts(module)) - count
-    return next(
-        module[:i] for i in range(len(module), -1, -1) if len(parts(module[:i])) <= keep
-    )
+    keep = max(0, len(parts(module)) - count)
+    while len(parts(module)) > keep:
+        module = module[:-1]
+    return module

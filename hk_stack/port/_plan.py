@@ -12,8 +12,9 @@ import numpy as np
 
 from hk_stack import _table
 from hk_stack._table import Shown, Table
+from hk_stack.port._cells import Gates
 from hk_stack.port._layers import Reading, Side
-from hk_stack.port._leaves import Gates, Leaf
+from hk_stack.port._leaves import Leaf
 from hk_stack.port._match import Matched
 from hk_stack.port._names import Path
 from hk_stack.port._rules import Said
@@ -188,7 +189,7 @@ def is_castable(old: np.dtype, new: np.dtype) -> bool:
 
 
 def _where(side: Side) -> str:
-    axes = f"on axis {', '.join(map(str, side.axes))}" if side.axes else ""
+    axes = f"on axis {', '.join(map(str, side.own_axes))}" if side.own_axes else ""
     by_name = "by name" if len(side.leaves) > 1 or not axes else ""
     return " and ".join(filter(None, (by_name, axes)))
 
@@ -247,7 +248,7 @@ def _to_ignore(
         for path in (_whole(x) for x in everything if id(x) not in places | is_ignored)
         for i in range(len(path) + 1)
     }
-    found = {}
+    found: dict[str, None] = {}
     for path in (_whole(x) for x in left if id(x) not in is_ignored):
         free = (path[:i] for i in range(2, len(path)) if path[:i] not in used)
         found["/".join(next(free, path))] = None
