@@ -447,7 +447,8 @@ def _unclear(group: Group, found: Sequence[Reading]) -> str:
             "so, port into a tree that is nested alike"
         )
     rules = dict.fromkeys(_rule(group, one, open_) for one in alike)
-    return f"{difference(group)}: {'; '.join(texts)}. Say {'; or '.join(rules)}"
+    what = f". Say {'; or '.join(rules)}" if any(rules) else ""
+    return f"{difference(group)}: {'; '.join(texts)}{what}"
 
 
 def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
