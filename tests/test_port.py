@@ -38,7 +38,9 @@ def test_every_kind_of_module(case):
     variables = jax.tree.map(np.float32, variables)
     like = case.like()
     ported = hk_stack.flax_to_haiku(variables, like, **case.rules)
-    back = hk_stack.haiku_to_flax(ported, jax.eval_shape(lambda: variables), **case.rules)
+    back = hk_stack.haiku_to_flax(
+        ported, jax.eval_shape(lambda: variables), **case.rules
+    )
     assert_equal(back, variables)
     assert_equal(hk_stack.flax_to_haiku(back, like, **case.rules), ported)
 

@@ -64,7 +64,9 @@ class Layout(NamedTuple):
     def template(self):
         """The path of a layer."""
         inside = {"block": "/block", "nested": "/inner", "blocks": "/block_*"}
-        return "block_*" if self.kind == "loop" else self.scope + inside.get(self.kind, "")
+        return (
+            "block_*" if self.kind == "loop" else self.scope + inside.get(self.kind, "")
+        )
 
     def place(self, layer, depth):
         """A layer's modules, its index on the layer axes, and these axes' sizes."""

@@ -229,7 +229,8 @@ class _Reader:
         """How one layer may change; nothing if it does not fit."""
         leaf, old, new = flax.leaves[0], flax.one_layer, haiku.one_layer
         rule = self._said.leaf.find(leaf.paths)
-        if flax.axes and len(old) < _LEAST.get(leaf.raw[-1], 0):
+        least = _LEAST.get(leaf.raw[-1], 0) if flax.own_axes else 0
+        if len(old) < least or (leaf.is_of_batch_norm and len(old) > 1):
             return
         if rule not in (None, SAME):
             found = _by_rule(rule, old, new, leaf.pieces[-1].dtype)

@@ -95,6 +95,13 @@ class Leaf(NamedTuple):
         return self.has_kernel and self.raw[-1] == "bias"
 
     @property
+    def is_of_batch_norm(self) -> bool:
+        """Whether it has one axis in a layer, which other norms may not."""
+        module = _names.parts(self.path[:-1])
+        is_average = self.kind == "state" and self.path[-1] in ("mean", "var")
+        return is_average or (bool(module) and module[-1].base == "batch_norm")
+
+    @property
     def dtypes(self) -> set[np.dtype]:
         """Those of its values, which a counter is not."""
         is_average = isinstance(self.codec, Average)
