@@ -351,6 +351,9 @@ def test_modules_around_everything_may_be_missing_in_one_tree():
     variables, expected = flax_side("scan at axis 1")
     name = "stack of functions"
     assert_ports(variables, expected, name, wrapped=True)
+    like, _ = haiku_side("loop", wrapped=True)
+    said = proposed(variables, like)
+    assert_ports(variables, expected, "loop", wrapped=True, **said)
     inside = {"params": {"lm": {"decoder": variables["params"]}}}
     assert_ports(inside, expected, name)
     with pytest.raises(ValueError, match=r'rename={"lm/decoder": "lm/~forward"}'):

@@ -190,27 +190,34 @@ def _holes(family: Family) -> str:
 def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
     """Renamings for what is left over: to the one of its size that is most like it."""
     done = [name for (kind, name) in theirs if (kind, name) in ours]
+    rest = {key: _size(family) for key, family in ours.items() if key not in theirs}
     rules: dict[str, str] = {}
-    taken: list[Key] = []
     for key in [key for key in theirs if key not in ours]:
-        sized = (
-            k for k in ours if k not in theirs and _size(ours[k]) == _size(theirs[key])
-        )
-        after = {k: _common_end(key, k) for k in sized}
-        most = max(after.values(), default=0)
-        found = [k for k, count in after.items() if count == most > 0]
-        # What has a namesake stays where it is.
-        lengths = (
-            n
-            for n in range(most, 0, -1)
-            if not any(name[: len(key[1]) - n] == key[1][:-n] for name in done)
-        )
-        if len(found) == 1 and (count := next(lengths, 0)):
-            taken += found
-            rule = _written(theirs[key], ours[found[0]], count - 1)
-            if rule and taken.count(found[0]) == 1:
+        sized = [other for other, size in rest.items() if size == _size(theirs[key])]
+        alike = {other: _common_end(key, other) for other in sized}
+        most = max(alike.values(), default=0)
+        found = [other for other, count in alike.items() if count == most > 0]
+        while most and any(_begins(name, key[1][:-most]) for name in done):
+            most -= 1  # What has a namesake stays where it is.
+        if len(found) == 1 and most:
+            del rest[found[0]]
+            ends = _scopes(theirs, key, most), _scopes(ours, found[0], most)
+            if rule := _written(*ends):
                 rules.setdefault(*rule)
     return rules
+
+
+def _begins(name: Path, beginning: Path) -> bool:
+    return name[: len(beginning)] == beginning
+
+
+def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]:
+    """What is around a tree, and inside of that all but the last parts of some names."""
+    family = families[key].values()
+    first = next(iter(family))
+    around = len(_module(first)) + 1 - len(key[1])
+    scopes = [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family]
+    return first.path[:around], scopes
 
 
 def _size(family: Family) -> int:
@@ -224,12 +231,12 @@ def _common_end(one: Key, other: Key) -> int:
     return len(list(found)) if one[0] == other[0] else 0
 
 
-def _written(flax: Family, haiku: Family, after: int) -> tuple[str, str] | None:
-    """A rule for all but the last parts of names, with `*` for layers' numbers."""
-    old, new = (
-        [_names.without_end(leaf.raw[:-1], after) for leaf in family.values()]
-        for family in (flax, haiku)
-    )
+def _written(
+    flax: tuple[Path, list[Path]], haiku: tuple[Path, list[Path]]
+) -> tuple[str, str] | None:
+    """A rule for beginnings of names, with `*` for layers' numbers."""
+    (around, old), (without, new) = flax, haiku
+    new = [(*around, *path[len(without) :]) for path in new]
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.
