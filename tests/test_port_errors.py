@@ -8,8 +8,6 @@ import ast
 import io
 import itertools
 import re
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -121,11 +119,6 @@ MISTAKES = {
         {"linear": linear(3, 4)},
         ("in Flax only (2)", "params/Dense_1/kernel float32[4,4]"),
     ),
-    "more in Haiku": Mistake(
-        {"Dense_0": dense(3, 4)},
-        {"linear": linear(3, 4), "linear_1": linear(4, 4)},
-        ("in Haiku only (2)", "params/linear_1/b float32[4]"),
-    ),
     "more leaves in a module": Mistake(
         {"Dense_0": dense(3, 4)},
         {"linear": linear(3, 4, bias=False)},
@@ -133,14 +126,6 @@ MISTAKES = {
     ),
     "nothing in Haiku": Mistake(
         {"Dense_0": dense(3, 4)}, {}, ("params/Dense_0/kernel float32[3,4]",)
-    ),
-    "nothing in Flax": Mistake(
-        {"params": {}}, {"linear": linear(3, 4)}, ("params/linear/w float32[3,4]",)
-    ),
-    "none where a leaf is wanted": Mistake(
-        {"Dense_0": {"kernel": None}},
-        {"linear": linear(3, 4, bias=False)},
-        ("in Haiku only (1)", "params/linear/w float32[3,4]"),
     ),
     "two of one name": Mistake(
         {"Dense_0": dense(3, 3), "DenseGeneral_0": dense(3, 3)},
@@ -167,16 +152,6 @@ MISTAKES = {
         NORM,
         (HAIKU_NORM, statistics()),
         ("in Haiku only (2)", "state/batch_norm/~/mean_ema/{", "float32[1,4]"),
-    ),
-    "no place for statistics": Mistake(
-        {"params": NORM, "batch_stats": MEAN_AND_VAR},
-        HAIKU_NORM,
-        ("in Flax only (2)", "batch_stats/BatchNorm_0/var float32[4]"),
-    ),
-    "statistics among parameters": Mistake(
-        {"params": {"BatchNorm_0": {**NORM["BatchNorm_0"], "mean": new(4)}}},
-        (HAIKU_NORM, statistics()),
-        ("params/BatchNorm_0/mean float32[4]", "state/batch_norm/~/mean_ema/{"),
     ),
     "another collection": Mistake(
         {"params": {"Dense_0": dense(3, 4)}, "cache": {"Dense_0": {"index": new(2)}}},
@@ -235,11 +210,6 @@ MISTAKES = {
     "query and key": Mistake(
         {"query": dense(4, 4)}, {"key": linear(4, 4)}, ("params/query/kernel",)
     ),
-    "two stacks swapped for others": Mistake(
-        {n: {"layers": {"Dense_0": dense(3, 4, 5)}} for n in ("encoder", "decoder")},
-        {f"{n}/layers/linear": linear(3, 4, 5) for n in ("front", "back")},
-        ("params/encoder/layers/Dense_0/bias float32[3,5]", "params/front/layers"),
-    ),
     # Shapes
     "other size": Mistake(
         {"Dense_0": dense(3, 4)},
@@ -256,19 +226,6 @@ MISTAKES = {
         (
             "params/Dense_0/kernel float32[3,4] -> params/linear/w float32[4,3]",
             "axis 0 is 3, not 4; axis 1 is 4, not 3",
-        ),
-    ),
-    "other heads": Mistake(
-        {"query": dense(6, 2, 4, bias=False)},
-        {"query": linear(6, 9, bias=False)},
-        ("params/query/kernel float32[6,2,4] -> params/query/w float32[6,9]",),
-    ),
-    "other rank": Mistake(
-        {"mixer": {"alpha": new(3, 4)}},
-        {"mixer": {"alpha": new(12)}},
-        (
-            "params/mixer/alpha float32[3,4] -> params/mixer/alpha float32[12]",
-            "shape [3, 4] in Flax, [12] in Haiku",
         ),
     ),
     "convolution of another direction": Mistake(
@@ -330,25 +287,11 @@ MISTAKES = {
         ),
         {"cast": True},
     ),
-    "no integer in one layer": Mistake(
-        {
-            **layers(dense, 3, 4, numbers=[0, 2, 3]),
-            **layers(dense, 3, 4, numbers=[1], dtype=np.int32),
-        },
-        {"block": linear(4, 3, 4)},
-        ("params/block_0/kernel", "int32"),
-        {"cast": True},
-    ),
     # Layers
     "a layer is missing": Mistake(
         layers(dense, 3, 4, numbers=[0, 1, 3]),
         {"block": linear(4, 3, 4)},
-        ("params/block_0/kernel float32[3,4]", "block_2/kernel", "missing"),
-    ),
-    "a layer is missing in a loop": Mistake(
-        layers(dense, 3, 4, numbers=[0, 1, 3]),
-        {f"block_{i}" if i else "block": linear(3, 4) for i in range(4)},
-        ("params/block_2/w float32[3,4]",),
+        ("params/block_0/kernel float32[3,4]", "has the numbers 0, 1, 3, not 2"),
     ),
     "a module of a layer is missing": Mistake(
         {
@@ -359,7 +302,7 @@ MISTAKES = {
             for i in range(4)
         },
         {"block/linear": linear(4, 3, 4), "block/linear_1": linear(4, 4, 3)},
-        ("params/block_0/Dense_1/kernel", "block_2/Dense_1/kernel"),
+        ("params/block_0/Dense_1/kernel", "block_*/Dense_1/kernel has the numbers"),
     ),
     "fewer layers": Mistake(
         {"layers": {"Dense_0": dense(4, 3, 5)}},
@@ -368,11 +311,6 @@ MISTAKES = {
             "params/layers/Dense_0/kernel float32[4,3,5] -> params/layers/linear/w",
             "axis 0 is 4, not 6",
         ),
-    ),
-    "fewer layers in a loop": Mistake(
-        layers(dense, 3, 5),
-        {"layers": linear(6, 3, 5)},
-        ("params/block_0/kernel float32[3,5]", "params/layers/w float32[6,3,5]"),
     ),
     "more layers in a loop": Mistake(
         layers(dense, 3, 5, numbers=range(5)),
@@ -389,18 +327,9 @@ MISTAKES = {
         {"layers/linear": linear(4, 4, 4)},
         (
             "params/layers/Dense_0/kernel float32[4,4,4]",
-            "axis 1",
-            'layer_axis={"layers/Dense_0": ',
+            'layer_axis={"layers/Dense_0": (0,)}; or layer_axis={"layers/Dense_0": (1',
             'variable_axes={"params": ',
         ),
-    ),
-    "layers on another axis in one of two stacks": Mistake(
-        {
-            "encoder": {"Dense_0": dense(4, 4, 6)},
-            "decoder": {"Dense_0": dense(4, 4, 4)},
-        },
-        {"encoder/linear": linear(4, 4, 6), "decoder/linear": linear(4, 4, 4)},
-        ("params/decoder/Dense_0/kernel", 'layer_axis={"decoder/Dense_0": '),
     ),
     "layers on an axis that there is not": Mistake(
         {"layers": {"Dense_0": dense(4, 3, 5, bias=False)}},
@@ -436,11 +365,6 @@ MISTAKES = {
         {"layers/inner": linear(2, 3, 4, 5)},
         ("params/layers/inner_0/kernel", "params/layers/inner/w"),
     ),
-    "stacks nested otherwise": Mistake(
-        {"layers": {"inner": {"Dense_0": dense(3, 2, 4, 5)}}},
-        {"layers/inner/linear": linear(2, 3, 4, 5)},
-        ("params/layers/inner/Dense_0/kernel", "params/layers/inner/linear/w"),
-    ),
     "blocks nested otherwise": Mistake(
         {"layers": layers(dense, 3, 3, 3, bias=False, numbers=range(2))},
         {"layers/inner": linear(2, 3, 3, 3, bias=False)},
@@ -452,14 +376,8 @@ MISTAKES = {
         },
     ),
     # Recurrent cells
-    "input biases of an LSTM": Mistake(
-        lstm(biases="ih"), HAIKU_LSTM, ("LSTMCell_0/ii/bias float32[4]",)
-    ),
     "a norm in an LSTM": Mistake(
         lstm(ln={"scale": new(4)}), HAIKU_LSTM, ("LSTMCell_0/ln/scale float32[4]",)
-    ),
-    "a leaf in an LSTM": Mistake(
-        lstm(peephole=new(4)), HAIKU_LSTM, ("LSTMCell_0/peephole float32[4]",)
     ),
     "an LSTM without a bias": Mistake(
         lstm(hf=dense(4, 4, bias=False)),
@@ -479,29 +397,14 @@ MISTAKES = {
         {"lstm/linear": {"w": new(8, 20), "b": new(20)}},
         ("LSTMCell_0", "params/lstm/linear/w float32[8,20]", "axis 0 is 7, not 8"),
     ),
-    "input bias of a fused LSTM": Mistake(
-        {"lstm": {"dense_i": dense(3, 16), "dense_h": dense(4, 16)}},
-        HAIKU_LSTM,
-        ("lstm/dense_i/bias float32[16]",),
-    ),
     "a GRU of Haiku": Mistake(
         gru(), HAIKU_GRU, ("GRUCell_0", "params/gru/b float32[12]", "hk_stack.port.GRU")
-    ),
-    "a fused GRU to one of Haiku": Mistake(
-        {"gru": {"dense_i": dense(3, 12), "dense_h": dense(4, 12, bias=False)}},
-        HAIKU_GRU,
-        ("params/gru/dense_i/bias float32[12]", "hk_stack.port.GRU"),
     ),
     # Moving averages
     "a moving average of two shapes": Mistake(
         {"params": NORM, "batch_stats": MEAN_AND_VAR},
         (HAIKU_NORM, statistics(hidden=new(1, 5))),
         ("state/batch_norm/~/mean_ema", "float32[1,5]"),
-    ),
-    "a moving average of two dtypes": Mistake(
-        {"params": NORM, "batch_stats": MEAN_AND_VAR},
-        (HAIKU_NORM, statistics(hidden=new(1, 4, dtype=np.float16))),
-        ("state/batch_norm/~/mean_ema", "float16"),
     ),
     "a moving average with more in it": Mistake(
         {"params": NORM, "batch_stats": MEAN_AND_VAR},
@@ -553,59 +456,45 @@ every_mistake = pytest.mark.parametrize("name", MISTAKES)
 
 
 @every_mistake
-def test_a_mistake_is_an_error_that_names_the_leaves(name):
+def test_a_mistake(name):
+    """Errors both ways and a plan say so; with `strict=False` the rest is ported."""
     flax, haiku = MISTAKES[name].trees()
     texts, rules = MISTAKES[name].texts, MISTAKES[name].rules
-    with pytest.raises(ValueError) as to_haiku:
-        hk_stack.flax_to_haiku(flax, types(haiku), **rules)
-    with pytest.raises(ValueError) as to_flax:
-        hk_stack.haiku_to_flax(haiku, types(flax), **rules)
+    calls = [
+        lambda **more: hk_stack.flax_to_haiku(flax, types(haiku), **rules, **more),
+        lambda **more: hk_stack.haiku_to_flax(haiku, types(flax), **rules, **more),
+    ]
+    said = []
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        said.append(str(error.value))
+        if " for nothing" in name or "stars" in name:
+            with pytest.raises(ValueError):
+                call(strict=False)
+    if "stars" not in name:
+        found = port.plan(flax, types(haiku), **rules)
+        said.append(str(found))
+        assert not found.ok
     for text in texts:
-        assert text in str(to_haiku.value)
-        assert text in str(to_flax.value)
+        assert all(text in message for message in said)
+    if not (" for nothing" in name or "stars" in name):
+        assert_rest_is_ported(flax, haiku, rules)
 
 
-@every_mistake
-def test_a_plan_shows_the_same_mistakes(name):
-    """Without an error, but for rules that cannot be read."""
-    mistake = MISTAKES[name]
-    flax, haiku = mistake.trees()
-    if "stars" in name:
-        return
-    found = port.plan(flax, types(haiku), **mistake.rules)
-    assert not found.ok
-    for text in mistake.texts:
-        assert text in str(found)
-
-
-@every_mistake
-def test_what_is_no_mistake_is_ported_nevertheless(name):
-    """With `strict=False`: each leaf is new or as it was, and the rest is listed."""
-    mistake = MISTAKES[name]
-    flax, haiku = mistake.trees()
-    if " for nothing" in name or "stars" in name:
-        with pytest.raises(ValueError):
-            hk_stack.flax_to_haiku(flax, haiku, strict=False, **mistake.rules)
-        return
-    flax["params"]["good"] = dense(2, 2)
-    haiku[0]["good"] = linear(2, 2)
-    try:
-        ported, rows = hk_stack.flax_to_haiku(
-            flax, haiku, strict=False, **mistake.rules
-        )
-        back, same = hk_stack.haiku_to_flax(haiku, flax, strict=False, **mistake.rules)
-        np.testing.assert_array_equal(
-            ported[0]["good"]["w"], flax["params"]["good"]["kernel"]
-        )
-        np.testing.assert_array_equal(
-            back["params"]["good"]["bias"], haiku[0]["good"]["b"]
-        )
-        assert rows and same == rows
-        assert all(row.status not in ("ok", "ignored") for row in rows)
-        assert_untouched_or_listed(ported, haiku, [row.haiku for row in rows])
-        assert_untouched_or_listed(back, flax, [row.flax for row in rows])
-    finally:
-        del flax["params"]["good"], haiku[0]["good"]
+def assert_rest_is_ported(flax, haiku, rules):
+    """Each leaf is new or as it was, and the rest is listed."""
+    flax = {**flax, "params": {**flax["params"], "good": dense(2, 2)}}
+    haiku = {**haiku[0], "good": linear(2, 2)}, haiku[1]
+    ported, rows = hk_stack.flax_to_haiku(flax, haiku, strict=False, **rules)
+    back, same = hk_stack.haiku_to_flax(haiku, flax, strict=False, **rules)
+    good = flax["params"]["good"]
+    np.testing.assert_array_equal(ported[0]["good"]["w"], good["kernel"])
+    np.testing.assert_array_equal(back["params"]["good"]["bias"], haiku[0]["good"]["b"])
+    assert rows and same == rows
+    assert all(row.status not in ("ok", "ignored") for row in rows)
+    assert_untouched_or_listed(ported, haiku, [row.haiku for row in rows])
+    assert_untouched_or_listed(back, flax, [row.flax for row in rows])
 
 
 def assert_untouched_or_listed(found, like, listed):
@@ -809,22 +698,6 @@ def test_a_plan_prints_in_colour():
     assert f"{red}unused" in text and f"{red}ok" not in text
 
 
-def test_flax_is_not_needed():
-    program = """
-import sys
-sys.modules["flax"] = None  # An import of it fails.
-import numpy as np, hk_stack
-flax = {"params": {"Dense_0": {"kernel": np.ones([3, 4], np.float32)}}}
-like = {"linear": {"w": np.zeros([3, 4], np.float32)}}, {}
-ported = hk_stack.flax_to_haiku(flax, like)
-print(hk_stack.haiku_to_flax(ported, flax)["params"]["Dense_0"]["kernel"].sum())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "12.0", done.stderr
-
-
 # Right or refused: what could be read in another way
 
 
@@ -1025,8 +898,8 @@ def riddles():
         "convolutions of another name in nested scans",
         {"layers": {"inner": inner}},
         {
-            "layers/taps": {"w": kernel.reshape(4, 4, 4, 4)},
-            "layers/norm": {
+            "layers/inner/taps": {"w": kernel.reshape(4, 4, 4, 4)},
+            "layers/inner/norm": {
                 "scale": scale.reshape(4, 2, 3),
                 "offset": bias.reshape(4, 2, 3),
             },
@@ -1135,22 +1008,10 @@ def test_norms_of_nested_scans_go_as_is_said():
     """`[2, 2, 2, 3]` of two scans to `[4, 2, 3]` of one stack."""
     scale = new(2, 2, 2, 3)
     flax = {"params": {"layers": {"inner": {"norm": {"scale": scale}}}}}
-    haiku = {"layers/norm": {"scale": scale.reshape(4, 2, 3)}}, {}
+    haiku = {"layers/inner/norm": {"scale": scale.reshape(4, 2, 3)}}, {}
     assert not port.plan(flax, haiku).ok
     said = {"layer_axis": {"layers/inner/norm": (0, 1)}}
     assert right_or_refused(flax, haiku, **said)
-
-
-def test_convolutions_in_nested_scans_are_refused_alone():
-    """Layers of taps are no taps of layers, with `strict=False` either."""
-    riddle = RIDDLES["convolutions of another name in nested scans"]
-    said = {"leaf": {"layers/inner/taps": port.SAME}}
-    params = {"params": riddle.flax}
-    found, rows = hk_stack.flax_to_haiku(
-        params, (types(riddle.haiku), {}), strict=False, **said
-    )
-    assert "params/layers/inner/taps/kernel float32[2,2,4,4,4]" in str(rows)
-    assert isinstance(found[0]["layers/taps"]["w"], jax.ShapeDtypeStruct)
 
 
 # A rule that is given is used, or an error
@@ -1216,14 +1077,22 @@ def rest_of_layers(numbers, apart, name):
     return {"params": flax}, (haiku, {})
 
 
-@pytest.mark.parametrize("name", ["rest", "rest_*"])
 @pytest.mark.parametrize("is_reversed", [False, True])
-def test_the_first_layer_apart(name, is_reversed):
-    """`*` counts from the first number that no closer rule takes."""
+def test_the_first_layer_apart(is_reversed):
+    """The closest rule stands, and a stack begins where the numbers do."""
     rename = {"block_0": "first", "block_*": "rest_*"}
     rename = dict(reversed(rename.items())) if is_reversed else rename
-    trees = rest_of_layers([1, 2, 3], {"first": 0}, name)
+    trees = rest_of_layers([1, 2, 3], {"first": 0}, "rest")
     assert right_or_refused(*trees, rename=rename)
+
+
+def test_a_loop_that_counts_from_another_number():
+    trees = rest_of_layers([1, 2, 3], {"first": 0}, "rest_*")
+    rename = {"block_0": "first", "block_*": "rest_*"}
+    with pytest.raises(ValueError, match="give both the same numbers"):
+        hk_stack.flax_to_haiku(*trees, rename=rename)
+    rename = {"block_0": "first", "block_1": "rest", "block_2": "rest_1"}
+    assert right_or_refused(*trees, rename={**rename, "block_3": "rest_2"})
 
 
 def test_the_first_and_the_last_layer_apart():
@@ -1243,7 +1112,9 @@ def test_numbers_that_both_trees_have_are_not_counted_anew():
 def test_a_layer_from_the_middle_leaves_a_hole():
     rename = {"block_1": "first", "block_*": "rest_*"}
     flax, haiku = rest_of_layers([0, 2, 3], {"first": 1}, "rest")
-    with pytest.raises(ValueError, match=r"layers are missing: block_1"):
+    with pytest.raises(
+        ValueError, match=r"block_\*/kernel has the numbers 0, 2, 3, not 1"
+    ):
         hk_stack.flax_to_haiku(flax, haiku, rename=rename)
 
 
