@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import string
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -180,7 +181,7 @@ def _of_safetensors(path: str) -> Leaves:
 
 def _dtype(name: str) -> str:
     """`BF16` is `bfloat16`."""
-    kind, bits = re.fullmatch("([A-Z]+)([0-9]*)", name).groups()
+    kind, bits = name.rstrip("0123456789"), name.lstrip(string.ascii_uppercase)
     kinds = {"BF": "bfloat", "C": "complex", "F": "float", "I": "int", "U": "uint"}
     return kinds.get(kind, kind.lower()) + bits
 

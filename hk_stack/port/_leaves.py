@@ -173,8 +173,10 @@ def _flax_leaf(
         else part
         for i, part in enumerate(path)
     ]
-    new, count = renamed(rename, collection, path)
     siblings = inside[collection, path[:-1]]
+    is_offset = path[-1] == "bias" and "kernel" not in siblings
+    found[-1] = "offset" if is_offset else _names.leaf(path[-1])
+    new, count = renamed(rename, collection, path)
     pieces = (siblings[path[-1]],)
     whole = (*new, *found[count:])
     return Leaf(collection, path, whole, pieces, has_kernel="kernel" in siblings)

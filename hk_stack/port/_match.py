@@ -212,7 +212,7 @@ def _begins(name: Path, beginning: Path) -> bool:
 
 
 def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]:
-    """What is around a tree, and inside of that all but the last parts of some names."""
+    """What is left out around a tree, and all but the last parts of some names."""
     family = families[key].values()
     first = next(iter(family))
     around = len(_module(first)) + 1 - len(key[1])

@@ -12,7 +12,6 @@ import numpy as np
 
 from hk_stack import _table
 from hk_stack._table import Shown, Table
-from hk_stack.port import _names
 from hk_stack.port._cells import Gates
 from hk_stack.port._layers import Reading, Side
 from hk_stack.port._leaves import Leaf
@@ -223,20 +222,16 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
     if twins:
         return (
             f"{', '.join(map(str, twins))} would have its name in Haiku too, "
-            f"{_in_haiku(leaf)}; rename one of them"
+            f"{'/'.join(leaf.path)}; rename one of them"
         )
     if leaf.path[-1] == "b_i" and isinstance(leaf.codec, Gates):
         return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
     size = math.prod(leaf.shape)
     alike = [x for x in others if math.prod(x.shape) == size] or others
-    by_path = {_in_haiku(x): x for x in alike[:_MOST_COMPARED]}
-    near = difflib.get_close_matches(_in_haiku(leaf), by_path, n=2, cutoff=0.25)
+    by_path = {"/".join(x.path): x for x in alike[:_MOST_COMPARED]}
+    near = difflib.get_close_matches("/".join(leaf.path), by_path, n=2, cutoff=0.25)
     close = [str(by_path[path]) for path in near]
     return f"nearest are {' and '.join(close)}" if close else ""
-
-
-def _in_haiku(leaf: Leaf) -> str:
-    return "/".join((*leaf.path[:-1], _names.leaf(leaf.path[-1])))
 
 
 def _to_ignore(
