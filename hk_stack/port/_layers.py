@@ -55,9 +55,19 @@ class Side(NamedTuple):
         return [piece for leaf in self.leaves for piece in leaf.pieces]
 
     @property
+    def shape(self) -> Shape:
+        """Of all leaves as one array."""
+        return (len(self.leaves), *self.leaves[0].pieces[-1].shape)
+
+    @property
+    def order(self) -> list[int]:
+        """The axes of that array, those of layers first."""
+        rest = (i for i in range(len(self.shape)) if i not in self.axes)
+        return [*self.axes, *rest]
+
+    @property
     def sizes(self) -> Shape:
-        shape = (len(self.leaves), *self.leaves[0].pieces[0].shape)
-        return tuple(shape[axis] for axis in self.axes)
+        return tuple(self.shape[axis] for axis in self.axes)
 
     @property
     def num_layers(self) -> int:
@@ -120,31 +130,16 @@ class Reading(NamedTuple):
 
     @property
     def effect(self) -> Hashable:
-        """What tells apart readings that give other values.
-
-        A reading turns axes and reshapes: so what it does is known from where it takes
-        the numbers along each axis of the leaf in Haiku.
-        """
+        """What tells apart readings that give other values: the order of axes."""
         # A function of the user's sees one layer, whichever that is.
         if self.change.label == _RULE or len(self.flax.leaves[0].pieces) > 1:
             return self.where
-        (old, order), (new, others) = map(_ordered, self.sides)
+        old, new = self.flax.order, self.haiku.order
         if self.change.to_haiku is swapped:
-            order = [*order[:-2], order[-1], order[-2]]
-        turned = [old[i] for i in order]
-        stride, taken = 1, {}
-        for axis in reversed(others):
-            places = np.unravel_index(np.arange(new[axis]) * stride, turned)
-            back = [places[order.index(i)] for i in range(len(order))]
-            taken[axis] = np.ravel_multi_index(back, old).tobytes()
-            stride *= new[axis]
-        return self.is_alike, tuple(sorted(taken.items()))
-
-
-def _ordered(side: Side) -> tuple[Shape, list[int]]:
-    """The shape of all leaves as one array, and its axes, those of layers first."""
-    shape = (len(side.leaves), *side.leaves[0].pieces[-1].shape)
-    return shape, [*side.axes, *(i for i in range(len(shape)) if i not in side.axes)]
+            old = [*old[:-2], old[-1], old[-2]]
+        flax, haiku = self.flax.shape, self.haiku.shape
+        turned = [i for i in old if flax[i] != 1], [i for i in new if haiku[i] != 1]
+        return self.is_alike, *map(tuple, turned)
 
 
 class Refusal(NamedTuple):
