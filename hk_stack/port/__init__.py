@@ -48,7 +48,8 @@ def flax_to_haiku(
         haiku[haiku_leaf] = change(variables[flax_leaf])
     ```
 
-    import jax, numpy as np = {"params": {"Dense_0": {"kernel": np.ones([3, 4])}}}
+    >>> import jax, numpy as np
+    >>> variables = {"params": {"Dense_0": {"kernel": np.ones([3, 4])}}}
     >>> like = {"linear": {"w": jax.ShapeDtypeStruct([3, 4], np.float32)}}, {}
     >>> params, state = flax_to_haiku(variables, like, cast=True)
     >>> params["linear"]["w"].shape
@@ -62,8 +63,9 @@ def flax_to_haiku(
         or what `jax.eval_shape` gives for it. `state` is `{}` for a model without.
       rename: Beginnings of paths in Flax (without the collection, or with it), and what
         they are in Haiku. `*` stands for any text in one part of a path, and is copied:
-        `{"encoder/layers_*": "encoder/block_*"}`. It counts from the first number that
-        no closer rule takes: `{"block_0": "first", "block_*": "rest_*"}`.
+        `{"encoder/layers_*": "encoder/block_*"}`. The closest rule stands:
+        `{"block_0": "first", "block_*": "rest_*"}`, after which a stack `rest` holds
+        the layers from `block_1` on.
       leaf: Beginnings of paths in Flax, and two functions: from Flax's array of one
         layer to Haiku's, and back; `SAME` and `TRANSPOSED` are two such pairs.
       ignore: Beginnings of paths in Flax or Haiku that may be left over.

@@ -299,12 +299,16 @@ def _other_rules(group: Group, said: Said) -> str:
     for rules in (said.leaf, said.layer_axis):
         closest = [rules.closest(leaf.paths) for leaf in group.flax]
         if len({found and found[0] for found in closest}) > 1:
-            names = ", ".join("/".join(leaf.raw) for leaf in group.flax[:3])
             return (
-                f"the rules in {rules.argument}= are not the same for all layers "
-                f"({names}, ...); write one, with * for the number"
+                f"the rules in {rules.argument}= are not the same for all layers; "
+                f'write one, with * for the number: "{_scope(group)}"'
             )
     return ""
+
+
+def _scope(group: Group) -> str:
+    """Its module in Flax as a rule says it, with `*` for numbers."""
+    return _names.starred([leaf.raw[:-1] or leaf.raw for leaf in group.flax])
 
 
 def _by_effect(fits: Sequence[Reading]) -> list[Reading]:
@@ -427,30 +431,27 @@ _MEANING = {
 def _unclear(group: Group, found: Sequence[Reading]) -> str:
     """What to say where several readings fit, or one that nothing says."""
     alike = [one for one in found if one.is_alike]
-    open_: set[str] = set()
-    if any(one.change is _UNSAID for one in found):
-        open_.add("leaf")
-    if len({one.flax.own_axes for one in found}) > 1:
-        open_.add("layer_axis")
-    if len({one.interleaved for one in alike}) > 1:
-        open_.add("interleave")
-    texts = [text for argument, text in _MEANING.items() if argument in open_]
-    nested = [one for one in found if not one.is_alike]
-    for one in nested[:1]:
+    differ = {
+        "leaf": any(one.change is _UNSAID for one in found),
+        "layer_axis": len({one.flax.own_axes for one in found}) > 1,
+        "interleave": len({one.interleaved for one in alike}) > 1,
+    }
+    arguments = {argument for argument, is_open in differ.items() if is_open}
+    texts = [_MEANING[argument] for argument in differ if argument in arguments]
+    for one in [one for one in found if not one.is_alike][:1]:
         texts.append(
             f"its layers may be nested as {one.flax.sizes} in Flax, and as "
             f"{one.haiku.sizes} in Haiku, which are not ported into one another: if "
             "so, port into a tree that is nested alike"
         )
-    rules = dict.fromkeys(_rule(group, one, open_) for one in alike)
+    rules = dict.fromkeys(_rule(group, one, arguments) for one in alike)
     what = f". Say {'; or '.join(rules)}" if any(rules) else ""
     return f"{difference(group)}: {'; '.join(texts)}{what}"
 
 
 def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
     """What to write for one reading: its values of these arguments."""
-    scope = _names.starred([leaf.raw[:-1] or leaf.raw for leaf in group.flax])
-    texts = []
+    scope, texts = _scope(group), []
     if "layer_axis" in arguments:
         texts.append(f'layer_axis={{"{scope}": {one.flax.own_axes}}}')
     if "interleave" in arguments and one.interleaved is not None:

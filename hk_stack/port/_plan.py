@@ -16,7 +16,6 @@ from hk_stack.port._cells import Gates
 from hk_stack.port._layers import Reading, Side
 from hk_stack.port._leaves import Leaf
 from hk_stack.port._match import Matched
-from hk_stack.port._names import Path
 from hk_stack.port._rules import Said
 
 
@@ -145,8 +144,8 @@ def made(
         is_ignored = all(said.ignore.closest(leaf.paths) for leaf in every)
         status, why = ("ignored", "") if is_ignored else ("differs", why)
         rows.append(Row(_all(group.flax), _all(group.haiku), "", "", status, why))
-    for i, leaf in enumerate((*found.flax, *found.haiku)):
-        rows.append(_left_over(i, leaf, i < len(found.flax), found, said))
+    rows += _left_over(found.flax, found.haiku, said, "unused")
+    rows += _left_over(found.haiku, found.flax, said, "missing")
     rename = {**said.rename.rules, **found.renames} if found.renames else {}
     return Plan(
         tuple(rows),
@@ -199,18 +198,16 @@ def _all(several: Sequence[Leaf]) -> str:
     return f"{several[0]}{more}"
 
 
-def _left_over(i: int, leaf: Leaf, is_flax: bool, found: Matched, said: Said) -> Row:
-    side, others = found.flax, found.haiku
-    if not is_flax:
-        side, others = others, side
-    sides, status = (
-        ((str(leaf), ""), "unused") if is_flax else (("", str(leaf)), "missing")
-    )
-    if said.ignore.closest(leaf.paths):
-        return Row(*sides, "", "", "ignored")
-    # To compare each with each takes long, and nobody reads that much.
-    why = _why_left(leaf, side, others) if i < _MOST_COMPARED else ""
-    return Row(*sides, "", "", status, why)
+def _left_over(
+    side: Sequence[Leaf], others: Sequence[Leaf], said: Said, status: str
+) -> Iterator[Row]:
+    for i, leaf in enumerate(side):
+        sides = (str(leaf), "") if status == "unused" else ("", str(leaf))
+        if said.ignore.closest(leaf.paths):
+            yield Row(*sides, "", "", "ignored")
+        else:  # To compare each with each takes long, and nobody reads that much.
+            why = _why_left(leaf, side, others) if i < _MOST_COMPARED else ""
+            yield Row(*sides, "", "", status, why)
 
 
 _MOST_COMPARED = 48
@@ -241,19 +238,19 @@ def _to_ignore(
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    is_ignored = {id(x) for x in everything if said.ignore.closest(x.paths)}
-    places = {id(x) for x in left}
+    ignored = [leaf for leaf in everything if said.ignore.closest(leaf.paths)]
+    unused = {id(leaf) for leaf in (*left, *ignored)}
     used = {
-        path[:i]
-        for path in (_whole(x) for x in everything if id(x) not in places | is_ignored)
-        for i in range(len(path) + 1)
+        beginning
+        for leaf in everything
+        if id(leaf) not in unused
+        for beginning in itertools.accumulate(leaf.paths[1].split("/"), "{}/{}".format)
     }
     found: dict[str, None] = {}
-    for path in (_whole(x) for x in left if id(x) not in is_ignored):
-        free = (path[:i] for i in range(2, len(path)) if path[:i] not in used)
-        found["/".join(next(free, path))] = None
+    for leaf in left:
+        if leaf not in ignored:
+            parts = leaf.paths[1].split("/")
+            begun = list(itertools.accumulate(parts, "{}/{}".format))
+            free = (path for path in begun[1:] if path not in used)
+            found[next(free, begun[-1])] = None
     return (*said.ignore.rules, *found) if found else ()
-
-
-def _whole(leaf: Leaf) -> Path:
-    return tuple(leaf.paths[1].split("/"))
