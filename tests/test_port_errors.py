@@ -35,18 +35,55 @@ def layers(make, *shape, names="block_{}", numbers=range(4), **options):
     return {names.format(i): make(*shape, **options) for i in numbers}
 
 
-# Mistakes
+# Mistakes: two trees that are not the same, what the user says, and what errors say.
+# A tree is written as paths and shapes; a module alone is a kernel and a bias.
+
+_LEAF = "kernel bias scale offset alpha mean var index peephole w b"
+
+
+def tree(text, dtype=np.float32):
+    """Leaves by their paths: `"a/{0,1} 3,4; norm/scale 4"`."""
+    found = {}
+    for entry in filter(None, text.split("; ")):
+        path, _, sizes = entry.partition(" ")
+        shape = tuple(map(int, sizes.split(",")))
+        before, _, rest = path.partition("{")
+        numbers, _, after = rest.partition("}")
+        for number in numbers.split(","):
+            name = before + number + after
+            if name.split("/")[-1] in _LEAF.split():
+                found[name] = new(*shape, dtype=dtype)
+            else:
+                found[f"{name}/kernel"] = new(*shape, dtype=dtype)
+                found[f"{name}/bias"] = new(*shape[:-2], shape[-1], dtype=dtype)
+    return found
+
+
+def flax(text, **options):
+    """`params` as nested dicts."""
+    nested = {}
+    for path, leaf in tree(text, **options).items():
+        *modules, name = path.split("/")
+        node = nested
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[name] = leaf
+    return nested
+
+
+def haiku(text, **options):
+    """Parameters by module, in Haiku's names of leaves; number 0 is left out."""
+    modules = {}
+    for path, leaf in tree(text, **options).items():
+        module, _, name = path.rpartition("/")
+        module = "/".join(part.removesuffix("_0") for part in module.split("/"))
+        name = {"kernel": "w", "bias": "b"}.get(name, name)
+        modules.setdefault(module, {})[name] = leaf
+    return modules
 
 
 class Mistake(NamedTuple):
-    """Two trees that are not the same, and what the error says of them.
-
-    Attributes:
-      flax: Parameters, or all variables if these are among them.
-      haiku: Parameters, or the pair of parameters and state.
-      texts: Parts of the message.
-      rules: What the user says.
-    """
+    """Parameters, or all variables; parameters, or a pair; parts of messages; rules."""
 
     flax: Any
     haiku: Any
@@ -54,41 +91,20 @@ class Mistake(NamedTuple):
     rules: dict[str, Any] = {}  # noqa: RUF012, never changed
 
     def trees(self):
-        has_collections = "params" in self.flax
-        flax = self.flax if has_collections else {"params": self.flax}
-        is_pair = isinstance(self.haiku, tuple)
-        return flax, self.haiku if is_pair else (self.haiku, {})
+        given = flax(self.flax) if isinstance(self.flax, str) else self.flax
+        other = haiku(self.haiku) if isinstance(self.haiku, str) else self.haiku
+        given = given if "params" in given else {"params": given}
+        return given, other if isinstance(other, tuple) else (other, {})
 
 
-def lstm(biases="h", **more):
-    cell = {f"i{g}": dense(3, 4, bias="i" in biases) for g in "ifgo"}
-    cell |= {f"h{g}": dense(4, 4, bias="h" in biases) for g in "ifgo"}
-    return {"LSTMCell_0": cell | more}
-
-
-def gru(biases=("ir", "iz", "in", "hn"), **more):
-    sides = {"i": 3, "h": 4}
-    names = [side + gate for side in sides for gate in "rzn"]
-    cell = {n: dense(sides[n[0]], 4, bias=n in biases) for n in names}
-    return {"GRUCell_0": cell | more}
-
-
-HAIKU_LSTM = {"lstm/linear": {"w": new(7, 16), "b": new(16)}}
+LSTM = "LSTMCell_0/i{i,f,g,o}/kernel 3,4; LSTMCell_0/h{i,f,g,o} 4,4"
+HAIKU_LSTM = "lstm/linear 7,16"
+GRU = "GRUCell_0/i{r,z,n} 3,4; GRUCell_0/h{r,z}/kernel 4,4; GRUCell_0/hn 4,4"
 HAIKU_GRU = {"gru": {"w_i": new(3, 12), "w_h": new(4, 12), "b": new(12)}}
-
-
-def scanned_gates():
-    """All gates, of other widths than one another."""
-    cell = lstm()["LSTMCell_0"]
-    return {
-        "LSTMCell_0": {
-            **cell,
-            "ig": dense(3, 5, bias=False),
-            "hg": dense(4, 5),
-            "io": dense(3, 3, bias=False),
-            "ho": dense(4, 3),
-        }
-    }
+NORM = flax("BatchNorm_0/{scale,bias} 4")
+HAIKU_NORM = haiku("batch_norm/{scale,offset} 1,4")
+MEAN_AND_VAR = flax("BatchNorm_0/{mean,var} 4")
+STATISTICS = {"params": NORM, "batch_stats": MEAN_AND_VAR}
 
 
 def statistics(shape=(4,), **more):
@@ -97,15 +113,11 @@ def statistics(shape=(4,), **more):
     return {f"batch_norm/~/{m}_ema": {**average, **more} for m in ("mean", "var")}
 
 
-NORM = {"BatchNorm_0": {"scale": new(4), "bias": new(4)}}
-HAIKU_NORM = {"batch_norm": {"scale": new(1, 4), "offset": new(1, 4)}}
-MEAN_AND_VAR = {"BatchNorm_0": {"mean": new(4), "var": new(4)}}
-
 MISTAKES = {
     # Names
     "other names": Mistake(
-        {"Dense_0": dense(3, 4), "head": dense(5, 6)},
-        {"linear": linear(3, 4), "logits": linear(5, 6)},
+        "Dense_0 3,4; head 5,6",
+        "linear 3,4; logits 5,6",
         (
             "in Flax only (2)",
             "params/head/kernel float32[5,6]: nearest are params/logits/w float32[5,6]",
@@ -115,36 +127,29 @@ MISTAKES = {
         ),
     ),
     "more in Flax": Mistake(
-        {"Dense_0": dense(3, 4), "Dense_1": dense(4, 4)},
-        {"linear": linear(3, 4)},
-        ("in Flax only (2)", "params/Dense_1/kernel float32[4,4]"),
+        "Dense_{0,1} 3,4", "linear 3,4", ("in Flax only (2)", "params/Dense_1/kernel")
     ),
     "more leaves in a module": Mistake(
-        {"Dense_0": dense(3, 4)},
-        {"linear": linear(3, 4, bias=False)},
-        ("in Flax only (1)", "params/Dense_0/bias float32[4]"),
+        "Dense_0 3,4", "linear/w 3,4", ("in Flax only (1)", "params/Dense_0/bias")
     ),
-    "nothing in Haiku": Mistake(
-        {"Dense_0": dense(3, 4)}, {}, ("params/Dense_0/kernel float32[3,4]",)
-    ),
+    "nothing in Haiku": Mistake("Dense_0 3,4", "", ("params/Dense_0/kernel",)),
     "two of one name": Mistake(
-        {"Dense_0": dense(3, 3), "DenseGeneral_0": dense(3, 3)},
-        {"linear": linear(3, 3), "linear_1": linear(3, 3)},
+        "Dense_0 3,3; DenseGeneral_0 3,3",
+        "linear_{0,1} 3,3",
         (
             "params/Dense_0/kernel float32[3,3]: params/DenseGeneral_0/kernel",
-            "linear/w",
-            "rename one of them",
+            "would have its name in Haiku too, linear/w; rename one of them",
             "params/linear_1/w float32[3,3]",
         ),
     ),
     "two of one name by renaming": Mistake(
-        {"Dense_0": dense(3, 3), "Dense_1": dense(3, 3)},
-        {"linear": linear(3, 3), "linear_1": linear(3, 3)},
+        "Dense_{0,1} 3,3",
+        "linear_{0,1} 3,3",
         ("params/Dense_0/kernel", "params/Dense_1/kernel", "rename one of them"),
         {"rename": {"Dense_0": "linear_1"}},
     ),
     "statistics twice": Mistake(
-        {"params": NORM, "batch_stats": MEAN_AND_VAR, "averages": MEAN_AND_VAR},
+        {**STATISTICS, "averages": MEAN_AND_VAR},
         (HAIKU_NORM, statistics()),
         ("batch_stats/BatchNorm_0/mean float32[4]: averages/BatchNorm_0/mean",),
     ),
@@ -154,44 +159,24 @@ MISTAKES = {
         ("in Haiku only (2)", "state/batch_norm/~/mean_ema/{", "float32[1,4]"),
     ),
     "another collection": Mistake(
-        {"params": {"Dense_0": dense(3, 4)}, "cache": {"Dense_0": {"index": new(2)}}},
-        {"linear": linear(3, 4)},
+        {"params": flax("Dense_0 3,4"), "cache": flax("Dense_0/index 2")},
+        "linear 3,4",
         ("in Flax only (1)", "cache/Dense_0/index float32[2]"),
     ),
     # The same names, with something else in them
     "bias of another norm": Mistake(
-        {
-            "LayerNorm_0": {"scale": new(4), "bias": new(4)},
-            "LayerNorm_1": {"scale": new(4)},
-        },
-        {
-            "layer_norm": {"scale": new(4)},
-            "layer_norm_1": {"scale": new(4), "offset": new(4)},
-        },
+        "LayerNorm_{0,1}/scale 4; LayerNorm_0/bias 4",
+        "layer_norm_{0,1}/scale 4; layer_norm_1/offset 4",
         ("params/LayerNorm_0/bias float32[4]", "params/layer_norm_1/offset float32[4]"),
     ),
     "bias of another layer": Mistake(
-        {f"Dense_{i}": dense(4, 4, bias=i < 2) for i in range(3)},
-        {
-            f"linear{'' if not i else f'_{i}'}": linear(4, 4, bias=i != 1)
-            for i in range(3)
-        },
+        "Dense_{0,1,2}/kernel 4,4; Dense_{0,1}/bias 4",
+        "linear_{0,1,2}/w 4,4; linear_{0,2}/b 4",
         ("in Flax only", "params/Dense_1/bias", "in Haiku only", "params/linear_2/b"),
     ),
     "layers in another alternation": Mistake(
-        {
-            f"block_{i}": {
-                "attention": dense(4, 4),
-                "moe" if i % 2 else "mlp": dense(4, 5),
-            }
-            for i in range(4)
-        },
-        {
-            name: linear(4, 4 if kind == "attention" else 5)
-            for i in range(4)
-            for kind in ("attention", "moe" if i > 1 else "mlp")
-            for name in [f"block_{i}/{kind}" if i else f"block/{kind}"]
-        },
+        "block_{0,1,2,3}/attention 4,4; block_{0,2}/mlp 4,5; block_{1,3}/moe 4,5",
+        "block_{0,1,2,3}/attention 4,4; block_{0,1}/mlp 4,5; block_{2,3}/moe 4,5",
         (
             "params/block_2/mlp/kernel float32[4,5]",
             "params/block_1/moe/bias float32[5]",
@@ -200,20 +185,15 @@ MISTAKES = {
         ),
     ),
     "another model beside the same": Mistake(
-        {n: {"layers": {"Dense_0": dense(3, 4, 5)}} for n in ("generator", "critic")},
-        {f"{n}/layers/linear": linear(3, 4, 5) for n in ("generator", "ema_generator")},
-        (
-            "params/critic/layers/Dense_0/kernel float32[3,4,5]",
-            "params/ema_generator/layers/linear/w float32[3,4,5]",
-        ),
+        "{generator,critic}/layers/Dense_0 3,4,5",
+        "{generator,ema_generator}/layers/linear 3,4,5",
+        ("params/critic/layers/Dense_0/kernel", "params/ema_generator/layers/linear/w"),
     ),
-    "query and key": Mistake(
-        {"query": dense(4, 4)}, {"key": linear(4, 4)}, ("params/query/kernel",)
-    ),
+    "query and key": Mistake("query 4,4", "key 4,4", ("params/query/kernel",)),
     # Shapes
     "other size": Mistake(
-        {"Dense_0": dense(3, 4)},
-        {"linear": linear(3, 5)},
+        "Dense_0 3,4",
+        "linear 3,5",
         (
             "params/Dense_0/kernel float32[3,4] -> params/linear/w float32[3,5]",
             "shape [3, 4] in Flax, [3, 5] in Haiku; axis 1 is 4, not 5",
@@ -221,46 +201,38 @@ MISTAKES = {
         ),
     ),
     "transposed": Mistake(
-        {"Dense_0": dense(3, 4, bias=False)},
-        {"linear": linear(4, 3, bias=False)},
-        (
-            "params/Dense_0/kernel float32[3,4] -> params/linear/w float32[4,3]",
-            "axis 0 is 3, not 4; axis 1 is 4, not 3",
-        ),
+        "Dense_0/kernel 3,4",
+        "linear/w 4,3",
+        ("axis 0 is 3, not 4; axis 1 is 4, not 3",),
     ),
     "convolution of another direction": Mistake(
-        {"Conv_0": dense(3, 4, 5)},
-        {"conv1_d": {"w": new(3, 5, 4), "b": new(5)}},
-        (
-            "params/Conv_0/kernel float32[3,4,5] -> params/conv1_d/w float32[3,5,4]",
-            "axis 1 is 4, not 5; axis 2 is 5, not 4",
-        ),
+        "Conv_0 3,4,5", "conv1_d/w 3,5,4; conv1_d/b 5", ("axis 1 is 4, not 5",)
     ),
     "transposed convolution of another name": Mistake(
-        {"up": dense(3, 3, 4, 5, bias=False)},
-        {"up": linear(3, 3, 5, 4, bias=False)},
-        (
-            "params/up/kernel float32[3,3,4,5] -> params/up/w float32[3,3,5,4]",
-            'leaf={"up/kernel": hk_stack.port.TRANSPOSED}',
-        ),
+        "up/kernel 3,3,4,5",
+        "up/w 3,3,5,4",
+        ("params/up/kernel", 'leaf={"up/kernel": hk_stack.port.TRANSPOSED}'),
     ),
     **{
-        f"convolution or not, {name} of rank {len(shape)}": Mistake(
-            {name: {"kernel": new(*shape), "bias": new(4)}},
-            {name: {"w": new(*shape), "b": new(4)}},
+        f"convolution or not, {name} {shape}": Mistake(
+            f"{name}/kernel {shape}; {name}/bias 4",
+            f"{name}/w {shape}; {name}/b 4",
             (
                 f"params/{name}/kernel",
                 f'leaf={{"{name}/kernel": hk_stack.port.SAME}}',
                 "hk_stack.port.TRANSPOSED",
             ),
         )
-        for name in ("up", "conv_up", "upconv")
-        for shape in ((3, 4, 4), (3, 3, 4, 4), (2, 2, 2, 4, 4))
+        for name, shape in (
+            ("up", "3,4,4"),
+            ("conv_up", "3,3,4,4"),
+            ("upconv", "3,4,4"),
+        )
     },
     # Dtypes
     "other dtype": Mistake(
-        {"Dense_0": dense(3, 4, dtype=np.float64)},
-        {"linear": linear(3, 4)},
+        flax("Dense_0 3,4", dtype=np.float64),
+        "linear 3,4",
         (
             "params/Dense_0/kernel float64[3,4] -> params/linear/w float32[3,4]",
             "float64 in Flax, float32 in Haiku",
@@ -268,106 +240,85 @@ MISTAKES = {
         ),
     ),
     "other dtype in one layer": Mistake(
-        {
-            **layers(dense, 3, 4, numbers=[0, 2, 3]),
-            **layers(dense, 3, 4, numbers=[1], dtype=np.float64),
-        },
-        {"block": linear(4, 3, 4)},
+        {**flax("block_{0,2,3} 3,4"), **flax("block_1 3,4", dtype=np.float64)},
+        "block 4,3,4",
         ("params/block_0/kernel", "params/block/w float32[4,3,4]", "float64"),
     ),
-    "other dtype in one gate": Mistake(
-        lstm(hg=dense(4, 4, dtype=np.float16)), HAIKU_LSTM, ("LSTMCell_0", "float16")
-    ),
     "no integers": Mistake(
-        {"Dense_0": dense(3, 4)},
-        {"linear": linear(3, 4, dtype=np.int32)},
-        (
-            "params/Dense_0/kernel float32[3,4] -> params/linear/w int32[3,4]",
-            "float32 in Flax, int32 in Haiku",
-        ),
+        "Dense_0 3,4",
+        haiku("linear 3,4", dtype=np.int32),
+        ("params/linear/w int32[3,4]", "float32 in Flax, int32 in Haiku"),
         {"cast": True},
     ),
     # Layers
     "a layer is missing": Mistake(
-        layers(dense, 3, 4, numbers=[0, 1, 3]),
-        {"block": linear(4, 3, 4)},
+        "block_{0,1,3} 3,4",
+        "block 4,3,4",
         ("params/block_0/kernel float32[3,4]", "has the numbers 0, 1, 3, not 2"),
     ),
     "a module of a layer is missing": Mistake(
-        {
-            f"block_{i}": {
-                "Dense_0": dense(3, 4),
-                **({"Dense_1": dense(4, 3)} if i != 2 else {}),
-            }
-            for i in range(4)
-        },
-        {"block/linear": linear(4, 3, 4), "block/linear_1": linear(4, 4, 3)},
+        "block_{0,1,2,3}/Dense_0 3,4; block_{0,1,3}/Dense_1 4,3",
+        "block/linear 4,3,4; block/linear_1 4,4,3",
         ("params/block_0/Dense_1/kernel", "block_*/Dense_1/kernel has the numbers"),
     ),
     "fewer layers": Mistake(
-        {"layers": {"Dense_0": dense(4, 3, 5)}},
-        {"layers/linear": linear(6, 3, 5)},
-        (
-            "params/layers/Dense_0/kernel float32[4,3,5] -> params/layers/linear/w",
-            "axis 0 is 4, not 6",
-        ),
+        "layers/Dense_0 4,3,5", "layers/linear 6,3,5", ("axis 0 is 4, not 6",)
     ),
     "more layers in a loop": Mistake(
-        layers(dense, 3, 5, numbers=range(5)),
-        {f"block_{i}" if i else "block": linear(3, 5) for i in range(4)},
+        "block_{0,1,2,3,4} 3,5",
+        "block_{0,1,2,3} 3,5",
         ("in Flax only (2)", "params/block_4/kernel float32[3,5]"),
     ),
     "one layer is larger": Mistake(
-        {**layers(dense, 3, 4), "block_2": dense(3, 5)},
-        {"block": linear(4, 3, 4)},
+        "block_{0,1,3} 3,4; block_2 3,5",
+        "block 4,3,4",
         ("params/block_0/kernel float32[3,4]", "params/block/w float32[4,3,4]"),
     ),
     "layers on which axis": Mistake(
-        {"layers": {"Dense_0": dense(4, 4, 4)}},
-        {"layers/linear": linear(4, 4, 4)},
+        "layers/Dense_0 4,4,4",
+        "layers/linear 4,4,4",
         (
-            "params/layers/Dense_0/kernel float32[4,4,4]",
             'layer_axis={"layers/Dense_0": (0,)}; or layer_axis={"layers/Dense_0": (1',
             'variable_axes={"params": ',
         ),
     ),
     "layers on an axis that there is not": Mistake(
-        {"layers": {"Dense_0": dense(4, 3, 5, bias=False)}},
-        {"layers/linear": linear(3, 4, 5, bias=False)},
+        "layers/Dense_0/kernel 4,3,5",
+        "layers/linear/w 3,4,5",
         ("params/layers/Dense_0/kernel float32[4,3,5]", "params/layers/linear/w"),
         {"layer_axis": {"layers": 2}},
     ),
     "layers both numbered and on an axis": Mistake(
-        {"layers": layers(dense, 2, 3, 4, names="Block_{}", numbers=range(2))},
-        {"layers/block": linear(4, 3, 4)},
+        "layers/Block_{0,1} 2,3,4",
+        "layers/block 4,3,4",
         ("params/layers/Block_0/kernel float32[2,3,4]", "interleave=True", "False"),
     ),
     **{
         f"scan over blocks, loop over stacks, {said}": Mistake(
-            {"layers": layers(dense, 2, 3, 4, names="Block_{}", numbers=range(2))},
-            {f"layers{n}/block": linear(2, 3, 4) for n in ("", "_1")},
+            "layers/Block_{0,1} 2,3,4",
+            "layers_{0,1}/block 2,3,4",
             ("params/layers/Block_0/kernel", "params/layers/block/w"),
-            {} if said is None else {"interleave": said},
+            said,
         )
-        for said in (None, True, False)
+        for said in ({}, {"interleave": True}, {"interleave": False})
     },
     **{
         f"scan in a scan, scan over blocks, {said}": Mistake(
-            {"layers": {"inner": {"Dense_0": dense(3, 2, 4, 5)}}},
-            {f"layers/block{n}/linear": linear(2, 4, 5) for n in ("", "_1", "_2")},
+            "layers/inner/Dense_0 3,2,4,5",
+            "layers/block_{0,1,2}/linear 2,4,5",
             ("params/layers/inner/Dense_0/kernel", "params/layers/block/linear/w"),
             said,
         )
-        for said in ({}, {"interleave": True}, {"interleave": True, "layer_axis": 0})
+        for said in ({}, {"interleave": True, "layer_axis": 0})
     },
-    "blocks of layers into nested stacks": Mistake(
-        {"layers": layers(dense, 3, 4, 5, names="inner_{}", numbers=range(2))},
-        {"layers/inner": linear(2, 3, 4, 5)},
-        ("params/layers/inner_0/kernel", "params/layers/inner/w"),
+    "stacks nested otherwise": Mistake(
+        "layers/inner/Dense_0 3,2,4,5",
+        "layers/inner/linear 2,3,4,5",
+        ("params/layers/inner/Dense_0/kernel", "params/layers/inner/linear/w"),
     ),
     "blocks nested otherwise": Mistake(
-        {"layers": layers(dense, 3, 3, 3, bias=False, numbers=range(2))},
-        {"layers/inner": linear(2, 3, 3, 3, bias=False)},
+        "layers/block_{0,1}/kernel 3,3,3",
+        "layers/inner/w 2,3,3,3",
         ("params/layers/block_0/kernel", "params/layers/inner/w"),
         {
             "interleave": True,
@@ -377,45 +328,48 @@ MISTAKES = {
     ),
     # Recurrent cells
     "a norm in an LSTM": Mistake(
-        lstm(ln={"scale": new(4)}), HAIKU_LSTM, ("LSTMCell_0/ln/scale float32[4]",)
+        f"{LSTM}; LSTMCell_0/ln/scale 4", HAIKU_LSTM, ("LSTMCell_0/ln/scale",)
     ),
     "an LSTM without a bias": Mistake(
-        lstm(hf=dense(4, 4, bias=False)),
+        "LSTMCell_0/i{i,f,g,o}/kernel 3,4; LSTMCell_0/h{i,g,o} 4,4; "
+        "LSTMCell_0/hf/kernel 4,4",
         HAIKU_LSTM,
         ("LSTMCell_0", "hi/bias float32[4]", "params/lstm/linear/b float32[16]"),
     ),
     "an LSTM without a gate": Mistake(
-        {"LSTMCell_0": {k: v for k, v in lstm()["LSTMCell_0"].items() if k != "ig"}},
+        "LSTMCell_0/i{i,f,o}/kernel 3,4; LSTMCell_0/h{i,f,g,o} 4,4",
         HAIKU_LSTM,
         ("LSTMCell_0/hg/kernel float32[4,4]", "params/lstm/linear/w float32[7,16]"),
     ),
     "an LSTM with gates of other widths": Mistake(
-        scanned_gates(), HAIKU_LSTM, ("LSTMCell_0", "float32[3,5]")
+        "LSTMCell_0/i{i,f}/kernel 3,4; LSTMCell_0/ig/kernel 3,5; "
+        "LSTMCell_0/io/kernel 3,3; LSTMCell_0/h{i,f} 4,4; LSTMCell_0/hg 4,5; "
+        "LSTMCell_0/ho 4,3",
+        HAIKU_LSTM,
+        ("LSTMCell_0", "float32[3,5]"),
     ),
     "an LSTM of another width": Mistake(
-        lstm(),
-        {"lstm/linear": {"w": new(8, 20), "b": new(20)}},
-        ("LSTMCell_0", "params/lstm/linear/w float32[8,20]", "axis 0 is 7, not 8"),
+        LSTM, "lstm/linear 8,20", ("LSTMCell_0", "axis 0 is 7, not 8")
     ),
     "a GRU of Haiku": Mistake(
-        gru(), HAIKU_GRU, ("GRUCell_0", "params/gru/b float32[12]", "hk_stack.port.GRU")
+        GRU, HAIKU_GRU, ("GRUCell_0", "params/gru/b float32[12]", "hk_stack.port.GRU")
     ),
     # Moving averages
     "a moving average of two shapes": Mistake(
-        {"params": NORM, "batch_stats": MEAN_AND_VAR},
+        STATISTICS,
         (HAIKU_NORM, statistics(hidden=new(1, 5))),
         ("state/batch_norm/~/mean_ema", "float32[1,5]"),
     ),
     "a moving average with more in it": Mistake(
-        {"params": NORM, "batch_stats": MEAN_AND_VAR},
+        STATISTICS,
         (HAIKU_NORM, statistics(median=new(1, 4))),
         ("state/batch_norm/~/mean_ema/median float32[1,4]",),
     ),
     # Rules
     **{
         f"{argument} for nothing": Mistake(
-            {"encoder": dense(3, 4)},
-            {"encoder": linear(3, 4)},
+            "encoder 3,4",
+            "encoder 3,4",
             (argument, f"'{typo}'", "no leaf", "encoder/"),
             {argument: {typo: value} if value is not None else [typo]},
         )
@@ -426,29 +380,32 @@ MISTAKES = {
             ("layer_axis", "encodder", 1),
         ]
     },
-    "more stars in Flax": Mistake(
-        {"block_0": dense(3, 4)},
-        {"layer": linear(3, 4)},
-        ("'layer'", "'*'", "0", "1"),
-        {"rename": {"block_*": "layer"}},
-    ),
-    "more stars in Haiku": Mistake(
-        {"block_0": dense(3, 4)},
-        {"layer": linear(3, 4)},
-        ("'layer_*'", "'*'", "0", "1"),
-        {"rename": {"block_0": "layer_*"}},
-    ),
+    **{
+        f"stars in {old} only": Mistake(
+            "block_0 3,4",
+            "layer 3,4",
+            (f"'{new_}'", "'*'", "0", "1"),
+            {"rename": {old: new_}},
+        )
+        for old, new_ in (("block_*", "layer"), ("block_0", "layer_*"))
+    },
     "a leaf rule with a wrong shape": Mistake(
-        {"up": dense(3, 4, bias=False)},
-        {"up": linear(3, 4, bias=False)},
+        "up/kernel 3,4",
+        "up/w 3,4",
         ("params/up/kernel float32[3,4] -> params/up/w", "leaf=", "[2, 4]"),
         {"leaf": {"up": (lambda x: x[:2], lambda x: x)}},
     ),
     "a leaf rule that raises": Mistake(
-        {"up": dense(3, 4, bias=False)},
-        {"up": linear(3, 4, bias=False)},
+        "up/kernel 3,4",
+        "up/w 3,4",
         ("params/up/kernel float32[3,4]", "leaf=", "no such thing"),
         {"leaf": {"up": (lambda x: {}["no such thing"], lambda x: x)}},
+    ),
+    "rules for some layers only": Mistake(
+        "block_{0,1,2} 3,3",
+        "block 3,3,3",
+        ("layer_axis= are not the same for all layers", '"block_*"'),
+        {"layer_axis": {"block_0": ()}},
     ),
 }
 
@@ -458,11 +415,11 @@ every_mistake = pytest.mark.parametrize("name", MISTAKES)
 @every_mistake
 def test_a_mistake(name):
     """Errors both ways and a plan say so; with `strict=False` the rest is ported."""
-    flax, haiku = MISTAKES[name].trees()
+    theirs, ours = MISTAKES[name].trees()
     texts, rules = MISTAKES[name].texts, MISTAKES[name].rules
     calls = [
-        lambda **more: hk_stack.flax_to_haiku(flax, types(haiku), **rules, **more),
-        lambda **more: hk_stack.haiku_to_flax(haiku, types(flax), **rules, **more),
+        lambda **more: hk_stack.flax_to_haiku(theirs, types(ours), **rules, **more),
+        lambda **more: hk_stack.haiku_to_flax(ours, types(theirs), **rules, **more),
     ]
     said = []
     for call in calls:
@@ -473,13 +430,13 @@ def test_a_mistake(name):
             with pytest.raises(ValueError):
                 call(strict=False)
     if "stars" not in name:
-        found = port.plan(flax, types(haiku), **rules)
+        found = port.plan(theirs, types(ours), **rules)
         said.append(str(found))
         assert not found.ok
     for text in texts:
         assert all(text in message for message in said)
     if not (" for nothing" in name or "stars" in name):
-        assert_rest_is_ported(flax, haiku, rules)
+        assert_rest_is_ported(theirs, ours, rules)
 
 
 def assert_rest_is_ported(flax, haiku, rules):

@@ -109,14 +109,13 @@ def inspected(tree: Tree) -> str:
 
 
 def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
-    *module, name = leaves[0].path
-    scopes = [
-        f"{part.base}_{part.number}" if part.number and len(leaves) == 1 else part.base
-        for part in _names.parts(module)
-    ]
-    path = "/".join((*scopes, name))
+    *path, name = leaves[0].path
+    module = _names.parts(path)
+    if len(leaves) > 1:
+        module = tuple(part._replace(number=0) for part in module)
+    in_haiku = "/".join(filter(None, (_names.written(module), name)))
     size = _size([piece for leaf in leaves for piece in leaf.pieces])
-    return [str(leaves[0]), path, str(len(leaves)), size]
+    return [str(leaves[0]), in_haiku, str(len(leaves)), size]
 
 
 def _size(pieces: list[_leaves.Piece]) -> str:

@@ -68,6 +68,11 @@ def parts(path: Iterable[str], literal: bool = False) -> Module:
     return tuple(found)
 
 
+def written(module: Module) -> str:
+    """As Haiku writes it."""
+    return "/".join(f"{base}_{n}" if n else base for base, n in module)
+
+
 @functools.cache
 def _part(name: str, literal: bool) -> Part:
     if name.isdecimal():

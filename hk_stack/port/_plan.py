@@ -12,6 +12,7 @@ import numpy as np
 
 from hk_stack import _table
 from hk_stack._table import Shown, Table
+from hk_stack.port import _names
 from hk_stack.port._cells import Gates
 from hk_stack.port._layers import Reading, Side
 from hk_stack.port._leaves import Leaf
@@ -217,9 +218,10 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
     """Which leaves have the same name, or look most like it, of those left over."""
     twins = [x for x in side if x is not leaf and x.name == leaf.name]
     if twins:
+        module = _names.written(_names.parts(leaf.path[:-1]))
         return (
             f"{', '.join(map(str, twins))} would have its name in Haiku too, "
-            f"{'/'.join(leaf.path)}; rename one of them"
+            f"{module}/{leaf.path[-1]}; rename one of them"
         )
     if leaf.path[-1] == "b_i" and isinstance(leaf.codec, Gates):
         return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
