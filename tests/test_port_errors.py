@@ -156,7 +156,12 @@ MISTAKES = {
     "no statistics": Mistake(
         NORM,
         (HAIKU_NORM, statistics()),
-        ("in Haiku only (2)", "state/batch_norm/~/mean_ema/{", "float32[1,4]"),
+        ("in Haiku only (2)", "state/batch_norm/~/mean_ema/{", "parameters only"),
+    ),
+    "no place for statistics": Mistake(
+        STATISTICS,
+        HAIKU_NORM,
+        ("in Flax only (2)", "batch_stats/BatchNorm_0/var", "give (params, state)"),
     ),
     "another collection": Mistake(
         {"params": flax("Dense_0 3,4"), "cache": flax("Dense_0/index 2")},

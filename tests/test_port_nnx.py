@@ -63,21 +63,6 @@ MODULES = {
         lambda layer, x: layer(x).reshape(*x.shape[:-1], 6),
         lambda x: hk.Linear(6, name="layer")(x),
     ),
-    "linear general over two axes": (
-        lambda rngs: nnx.LinearGeneral((T, D), 4, axis=(-2, -1), rngs=rngs),
-        called,
-        lambda x: hk.Linear(4, name="layer")(x.reshape(*x.shape[:-2], -1)),
-    ),
-    "conv": (
-        lambda rngs: nnx.Conv(D, 4, (3,), rngs=rngs),
-        called,
-        lambda x: hk.Conv1D(4, 3, name="layer")(x),
-    ),
-    "layer norm": (
-        lambda rngs: nnx.LayerNorm(D, epsilon=1e-5, rngs=rngs),
-        called,
-        lambda x: hk.LayerNorm(-1, True, True, name="layer")(x),
-    ),
     "batch norm": (
         lambda rngs: nnx.BatchNorm(D, use_running_average=True, rngs=rngs),
         called,

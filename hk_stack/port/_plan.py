@@ -125,9 +125,15 @@ class Plan(Shown):
         if rename:
             yield f"To match more, if these are the same: {call}rename={{{rename}}})"
         else:
-            yield "No rename= of a path would pair them with one another."
+            yield "No rename= pairs them for certain: look at what is nearest."
         ignore = ", ".join(f'"{path}"' for path in self.ignore)
         yield f"To leave these as they are: {call}ignore=[{ignore}])"
+        flax = {row.flax.partition("/")[0] for row in self.rows if row.flax}
+        has_state = any(row.haiku.startswith("state/") for row in self.rows)
+        if has_state and flax == {"params"}:
+            yield 'The variables hold parameters only, no "batch_stats".'
+        if not has_state and "batch_stats" in flax:
+            yield "There is no state in Haiku's tree: give (params, state)."
 
 
 def made(
@@ -221,7 +227,7 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
         module = _names.written(_names.parts(leaf.path[:-1]))
         return (
             f"{', '.join(map(str, twins))} would have its name in Haiku too, "
-            f"{module}/{leaf.path[-1]}; rename one of them"
+            f"{module}/{leaf.path[-1]}; rename one of them, or to a name as it is here"
         )
     if leaf.path[-1] == "b_i" and isinstance(leaf.codec, Gates):
         return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
