@@ -393,7 +393,7 @@ def test_random_models_are_right_or_refused():
     check()
     print_outcomes(outcomes)
     right = sum(outcomes[key] for key in outcomes if key[1])
-    assert right > sum(outcomes.values()) / 4
+    assert right > sum(outcomes.values()) / 3
 
 
 def print_outcomes(outcomes):
@@ -462,8 +462,8 @@ def test_random_models_that_differ_are_refused():
         alike = [path for path, other in leaves_of(pair) if other == size]
         second = random.choice(alike or [path for path, _ in leaves_of(pair)])
         smaller = without(variables, first), without(pair, second)
-        if smaller[0]["params"].keys() != variables["params"].keys():
-            return
+        if port.plan(*types(smaller), **said).unused_rules:
+            return  # A stack is gone, and rules speak of it.
         # It may have been the same leaf.
         outcomes[right_or_refused(*smaller, **said)] += 1
         assert not port.plan(variables, types(smaller[1]), **said).ok
