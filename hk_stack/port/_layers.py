@@ -130,16 +130,18 @@ class Reading(NamedTuple):
 
     @property
     def effect(self) -> Hashable:
-        """What tells apart readings that give other values: the order of axes."""
+        """What tells apart readings that give other values: which axes become which."""
         # A function of the user's sees one layer, whichever that is.
         if self.change.label == _RULE or len(self.flax.leaves[0].pieces) > 1:
             return self.where
         old, new = self.flax.order, self.haiku.order
         if self.change.to_haiku is swapped:
             old = [*old[:-2], old[-1], old[-2]]
-        flax, haiku = self.flax.shape, self.haiku.shape
-        turned = [i for i in old if flax[i] != 1], [i for i in new if haiku[i] != 1]
-        return self.is_alike, *map(tuple, turned)
+        flax = [(i, n) for i in old if (n := self.flax.shape[i]) != 1]
+        haiku = [(i, n) for i in new if (n := self.haiku.shape[i]) != 1]
+        if [n for _, n in flax] == [n for _, n in haiku]:
+            return self.is_alike, frozenset(zip(flax, haiku, strict=True))
+        return self.is_alike, (*flax, *haiku)  # Some axes are one in the other tree.
 
 
 class Refusal(NamedTuple):
