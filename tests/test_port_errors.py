@@ -481,62 +481,51 @@ def test_the_source_has_values():
         hk_stack.haiku_to_flax(types(haiku), flax)
 
 
+GOOD = {"params": flax("Dense_0 3,4")}, (haiku("linear 3,4"), {})
+WRONG_RULES = [
+    ("rename", ["Dense_0"]),
+    ("rename", {"Dense_0": 1}),
+    ("rename", {1: "linear"}),
+    ("leaf", {"Dense_0": lambda x: x}),
+    ("leaf", {"Dense_0": ("a", "b")}),
+    ("ignore", "Dense_0"),
+    ("ignore", [1]),
+    ("layer_axis", "1"),
+    ("layer_axis", {"Dense_0": "1"}),
+    ("layer_axis", True),
+    ("layer_axis", 1.0),
+    ("interleave", "yes"),
+]
+
+
+def wrong_types():
+    for pair in (GOOD[1][0], 1, None, ({},), ({}, {}, {})):
+        yield GOOD[0], pair, {}, r"pair \(params, state\).*\(params, {}\)"
+    for tree in (1, "text", None, np.ones(3), [np.ones(3)]):
+        yield tree, GOOD[1], {}, "expected a dict"
+        yield GOOD[0], (tree, {}), {}, "expected a dict"
+    for leaf in ("text", 1.0, object()):
+        kind = type(leaf).__name__
+        variables = {"params": {"Dense_0": {"kernel": leaf}}}
+        yield variables, GOOD[1], {}, f"params/Dense_0/kernel is a {kind}"
+        like = {"linear": {"w": leaf}}, {}
+        yield GOOD[0], like, {}, f"params/linear/w is a {kind}"
+    for argument, value in WRONG_RULES:
+        yield *GOOD, {argument: value}, argument
+
+
 @pytest.mark.parametrize(
-    "pair", [{"linear": linear(3, 4)}, 1, None, ({},), ({}, {}, {})]
+    ("variables", "like", "rules", "message"),
+    [pytest.param(*given, id=f"{i}") for i, given in enumerate(wrong_types())],
 )
-def test_haiku_is_a_pair(pair):
-    flax = {"params": {"Dense_0": dense(3, 4)}}
-    for port_it in (
-        lambda: hk_stack.flax_to_haiku(flax, pair),
-        lambda: hk_stack.haiku_to_flax(pair, flax),
-        lambda: port.plan(flax, pair),
+def test_wrong_types(variables, like, rules, message):
+    for call, *trees in (
+        (hk_stack.flax_to_haiku, variables, like),
+        (hk_stack.haiku_to_flax, like, variables),
+        (port.plan, variables, like),
     ):
-        with pytest.raises(TypeError, match=r"pair \(params, state\).*\(params, {}\)"):
-            port_it()
-
-
-@pytest.mark.parametrize(
-    "leaf", ["text", 1.0, object()], ids=["text", "float", "other"]
-)
-def test_leaves_are_arrays(leaf):
-    flax, haiku = {"params": {"Dense_0": {"kernel": leaf}}}, {"linear": {"w": leaf}}
-    good = {"Dense_0": dense(3, 4, bias=False)}, {"linear": linear(3, 4, bias=False)}
-    kind = type(leaf).__name__
-    with pytest.raises(TypeError, match=f"params/Dense_0/kernel is a {kind}"):
-        hk_stack.flax_to_haiku(flax, (good[1], {}))
-    with pytest.raises(TypeError, match=f"params/linear/w is a {kind}"):
-        hk_stack.flax_to_haiku({"params": good[0]}, (haiku, {}))
-
-
-@pytest.mark.parametrize("tree", [1, "text", None, np.ones(3), [np.ones(3)]])
-def test_trees_are_dicts(tree):
-    with pytest.raises(TypeError, match="expected a dict"):
-        hk_stack.flax_to_haiku(tree, ({"linear": linear(3, 4)}, {}))
-    with pytest.raises(TypeError, match="expected a dict"):
-        hk_stack.flax_to_haiku({"params": {"Dense_0": dense(3, 4)}}, (tree, {}))
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("rename", ["Dense_0"]),
-        ("rename", {"Dense_0": 1}),
-        ("rename", {1: "linear"}),
-        ("leaf", {"Dense_0": lambda x: x}),
-        ("leaf", {"Dense_0": ("a", "b")}),
-        ("ignore", "Dense_0"),
-        ("ignore", [1]),
-        ("layer_axis", "1"),
-        ("layer_axis", {"Dense_0": "1"}),
-        ("layer_axis", True),
-        ("layer_axis", 1.0),
-        ("interleave", "yes"),
-    ],
-)
-def test_rules_of_a_wrong_type(argument, value):
-    flax, haiku = {"params": {"Dense_0": dense(3, 4)}}, ({"linear": linear(3, 4)}, {})
-    with pytest.raises(TypeError, match=argument):
-        hk_stack.flax_to_haiku(flax, haiku, **{argument: value})
+        with pytest.raises(TypeError, match=message):
+            call(*trees, **rules)
 
 
 def test_a_rule_that_gives_a_wrong_shape_on_the_way_back():
@@ -728,16 +717,6 @@ def stacked(flax, name="block_{}"):
     return np.stack([flax[name.format(i)]["kernel"] for i in numbers])
 
 
-def dense_stack(axis, scope="layers"):
-    """`nn.scan(Dense(8))` of four layers on four features, in a model with a head."""
-    flax, haiku = same("head", kernel=new(8, 3))
-    kernel = new(4, 4, 8)
-    flax = {"model": {**flax, scope: {"kernel": kernel}}}
-    haiku = {"model/head": haiku["head"], f"model/{scope}": {"w": None}}
-    haiku[f"model/{scope}"]["w"] = np.moveaxis(kernel, axis, 0)
-    return flax, haiku
-
-
 def members_in_layers(axis, interleave):
     """`nn.vmap` on an axis, in as many numbered layers as there are members."""
     layers = {f"layer_{i}": {"kernel": new(3, 3, 3)} for i in range(3)}
@@ -752,12 +731,6 @@ def members_in_layers(axis, interleave):
 
 
 def riddles():
-    for axis in range(2):
-        yield (
-            f"one module on axis {axis}, beside a head",
-            *dense_stack(axis),
-            {"layer_axis": {"model/layers": axis}},
-        )
     for axis, interleave in itertools.product(range(2), (True, False)):
         yield (
             f"members on axis {axis} of layers, interleave={interleave}",
@@ -844,13 +817,6 @@ def riddles():
     )
     loop = layers(dense, 3, 3, numbers=range(12), bias=False)
     yield "twelve layers", loop, {"block": {"w": stacked(loop)}}, {}
-    loop = layers(dense, 3, 3, numbers=range(12), bias=False, names="block_{:02}")
-    yield (
-        "twelve layers, 00 to 11",
-        loop,
-        {"block": {"w": stacked(loop, "block_{:02}")}},
-        {},
-    )
     stages = {
         f"stage_{i}": layers(dense, 2, 2, numbers=range(2), bias=False)
         for i in range(2)

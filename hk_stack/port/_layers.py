@@ -201,7 +201,7 @@ class _Reader:
     def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
         if not self.fits:
-            return Refusal(self._why or difference(self.group), False)
+            return Refusal(self._why or _difference(self.group), False)
         fits = [found for found in self.fits if found.where in where] or self.fits
         found = _by_effect(fits)
         if len(found) == 1 and found[0].is_sure:
@@ -382,7 +382,7 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 # What does not fit, and what to write
 
 
-def difference(group: Group) -> str:
+def _difference(group: Group) -> str:
     """Why the leaves of a group are not the same."""
     old, new = group.flax[0].shape, group.haiku[0].shape
     numbered = [
@@ -409,7 +409,7 @@ def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> s
     rules = [_rule(group, one, {"layer_axis"}) for one in others if one.is_sure]
     fitting = f"; this fits: {'; or '.join(rules[:4])}" if rules else ""
     text = f"its layers are not on axis {said}, as layer_axis= says"
-    return f"{text}: {difference(group)}{fitting}"
+    return f"{text}: {_difference(group)}{fitting}"
 
 
 _MEANING = {
@@ -448,7 +448,7 @@ def _unclear(group: Group, found: Sequence[Reading]) -> str:
         )
     rules = dict.fromkeys(_rule(group, one, arguments) for one in alike)
     what = f". Say {'; or '.join(rules)}" if any(rules) else ""
-    return f"{difference(group)}: {'; '.join(texts)}{what}"
+    return f"{_difference(group)}: {'; '.join(texts)}{what}"
 
 
 def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
