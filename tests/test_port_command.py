@@ -131,6 +131,11 @@ def run(capsys):
     return call
 
 
+def test_numbers_in_a_checkpoint_are_leaves(tmp_path):
+    found = read(str(as_msgpack(tmp_path / "a", {"step": 3, "a.b": np.ones(2)})))
+    assert found["step"].shape == () and found["a.b"].shape == (2,)
+
+
 def test_a_checkpoint_is_shown(variables, tmp_path, run):
     code, text, _ = run(as_npz(tmp_path / "checkpoint", variables))
     assert code == 0

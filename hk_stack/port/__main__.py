@@ -157,23 +157,27 @@ def read(path: str) -> Tree:
 
 
 def _nested(leaves: Leaves) -> Tree:
-    """Nested dicts of types; names have slashes, or dots where none has a slash."""
+    """Nested dicts of types."""
     tree: Tree = {}
     for name, leaf in leaves.items():
-        *path, last = re.split("/" if "/" in name else r"\.", name)
+        *path, last = name.split("/")
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-        node[last] = _of(leaf.shape, leaf.dtype)
+        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        node[last] = _of(array.shape, array.dtype)
     return tree
 
 
 def _of_safetensors(path: str) -> Leaves:
+    """Names have slashes, or dots instead."""
     library = _library("safetensors", "checkpoint")
     with library.safe_open(path, "numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: _of(part.get_shape(), _dtype(part.get_dtype()))
+            name if "/" in name else name.replace(".", "/"): _of(
+                part.get_shape(), _dtype(part.get_dtype())
+            )
             for name, part in slices.items()
         }
 
@@ -201,9 +205,10 @@ def _of_folder(path: str) -> Leaves:
     orbax = _library("orbax.checkpoint", "checkpoint")
     if os.path.isdir(os.path.join(path, "about")):
         return dict(checkpoint.metadata(path).leaves)
-    inside = os.path.join(os.path.abspath(path), "default")
+    folder = os.path.abspath(path)
+    inside = os.path.join(folder, "default")
     with orbax.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.metadata(inside if os.path.isdir(inside) else path)
+        found = checkpointer.metadata(inside if os.path.isdir(inside) else folder)
     found = getattr(found, "item_metadata", found)
     return _named(getattr(found, "tree", found))
 

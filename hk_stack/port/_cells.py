@@ -1,7 +1,7 @@
 """Recurrent cells: their gates are apart in Flax, and side by side in Haiku."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,11 +91,6 @@ class Row(NamedTuple):
     codec: Codec
 
 
-class _Shaped(Protocol):
-    @property
-    def shape(self) -> Shape: ...
-
-
 def _named(sides: str, gates: Sequence[str], name: str) -> list[str]:
     return [f"{gate.format(side)}/{name}" for side in sides for gate in gates]
 
@@ -130,11 +125,11 @@ _CELLS = [
 ]
 
 
-def leaves_of(found: Mapping[str, _Shaped]) -> list[Row]:
+def leaves_of(found: Mapping[str, Shape]) -> list[Row]:
     """The leaves of a recurrent cell, if a module is one by what is inside of it."""
     for needed, rows, in_piece in _CELLS:
         if all(name in found for name in needed):
-            kernels = [found[n].shape for n in needed if n.endswith("kernel")]
+            kernels = [found[n] for n in needed if n.endswith("kernel")]
             half = len(kernels) // 2
             sides = set(kernels[:half]), set(kernels[half:])
             is_even = all(len(s) > 1 and s[-1] % in_piece == 0 for s in kernels)

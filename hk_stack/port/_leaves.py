@@ -149,7 +149,9 @@ def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
             inside[collection, inner[:i]][name] = piece
     leaves: list[Leaf] = []
     for (collection, module), found in inside.items():
-        for path, names, codec in _cells.leaves_of(found):
+        for path, names, codec in _cells.leaves_of(
+            {n: p.shape for n, p in found.items()}
+        ):
             pieces = tuple(found.pop(name) for name in names)
             new, count = renamed(rename, collection, module)
             whole = (*new, *module[count:], *path)

@@ -246,19 +246,20 @@ def _to_ignore(
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    ignored = [leaf for leaf in everything if said.ignore.closest(leaf.paths)]
-    unused = {id(leaf) for leaf in (*left, *ignored)}
-    used = {
-        beginning
-        for leaf in everything
-        if id(leaf) not in unused
-        for beginning in itertools.accumulate(leaf.paths[1].split("/"), "{}/{}".format)
-    }
-    found: dict[str, None] = {}
-    for leaf in left:
-        if leaf not in ignored:
-            parts = leaf.paths[1].split("/")
-            begun = list(itertools.accumulate(parts, "{}/{}".format))
-            free = (path for path in begun[1:] if path not in used)
-            found[next(free, begun[-1])] = None
+    ignored = {id(leaf) for leaf in everything if said.ignore.closest(leaf.paths)}
+    rest = [leaf for leaf in left if id(leaf) not in ignored]
+    free = ignored | {id(leaf) for leaf in rest}
+    busy = (leaf for leaf in everything if id(leaf) not in free)
+    used = {path for leaf in busy for path in _beginnings(leaf)}
+    found = dict.fromkeys(
+        next(
+            (path for path in _beginnings(leaf)[1:] if path not in used), leaf.paths[1]
+        )
+        for leaf in rest
+    )
     return (*said.ignore.rules, *found) if found else ()
+
+
+def _beginnings(leaf: Leaf) -> list[str]:
+    """Of its path, the shortest first."""
+    return list(itertools.accumulate(leaf.paths[1].split("/"), "{}/{}".format))
