@@ -686,6 +686,20 @@ def beside(riddle, flax, haiku):
     return {**riddle[0], **flax}, {**riddle[1], **haiku}
 
 
+def cells(axis, width=3):
+    """Two LSTMs on an axis: of kernels and biases, where these have it."""
+    gates = {f"{side}{gate}": new(2, width, 4) for side in "ih" for gate in "ifgo"}
+    biases = {f"h{gate}": new(2, 4) for gate in "igfo"}
+    gates |= {name: new(2, 4, 4) for name in biases}
+    flax = {n: {"kernel": np.moveaxis(x, 0, axis)} for n, x in gates.items()}
+    for name, bias in biases.items():
+        flax[name]["bias"] = np.moveaxis(bias, 0, axis)
+    rows = [np.concatenate([gates[s + g] for g in "igfo"], -1) for s in "ih"]
+    b = np.concatenate([bias - (name == "hf") for name, bias in biases.items()], -1)
+    w = np.concatenate(rows, 1)
+    return {"layers": {"LSTMCell_0": flax}}, {"layers/lstm/linear": {"w": w, "b": b}}
+
+
 def same(name, **leaves):
     """A module that is the same in both trees, outside of all stacks."""
     translated = (
@@ -731,6 +745,12 @@ def members_in_layers(axis, interleave):
 
 
 def riddles():
+    for axis, width in itertools.product(range(2), (2, 3)):
+        yield (
+            f"cells on axis {axis}, of width {width}",
+            *cells(axis, width),
+            {"layer_axis": {"layers": axis}},
+        )
     for axis, interleave in itertools.product(range(2), (True, False)):
         yield (
             f"members on axis {axis} of layers, interleave={interleave}",

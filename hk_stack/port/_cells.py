@@ -16,11 +16,11 @@ class Codec:
 
     Attributes:
       label: What a plan calls it.
-      rank: How many axes the pieces of one layer have at the least.
+      rank: How many axes the pieces of one layer have, if that is known.
     """
 
     label = ""
-    rank = 0
+    rank: int | None = None
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """The leaf's shape, from those of its pieces."""
@@ -49,7 +49,7 @@ class Gates(Codec):
 
     def __init__(self, order: Sequence[int], inputs: int, offsets: Sequence[int] = ()):
         self.order = tuple(order)
-        self.rank = min(2, inputs + 1)
+        self.rank: int = min(2, inputs + 1)
         self.inputs = max(1, inputs)
         self.offsets = (tuple(offsets) or (0,) * len(self.order)) * self.inputs
 

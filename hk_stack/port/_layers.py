@@ -281,7 +281,7 @@ def _one_layer(leaves: tuple[Leaf, ...], axes: Axes) -> Shape | None:
         shapes = [piece.shape for piece in leaf.pieces]
         rest = [tuple(n for i, n in enumerate(x, 1) if i not in axes) for x in shapes]
         sizes |= {tuple(shape[i - 1 : i] for i in axes) for shape in shapes}
-        if min(map(len, rest)) < leaf.codec.rank:
+        if leaf.codec.rank not in (None, min(map(len, rest))):
             return None
         found.add(leaf.codec.shape(rest))
     is_one = len(found) == len(sizes) == 1 and len(set(axes)) == len(axes)

@@ -152,7 +152,7 @@ def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
         for path, names, codec in _cells.leaves_of(
             {n: p.shape for n, p in found.items()}
         ):
-            pieces = tuple(found.pop(name) for name in names)
+            pieces = tuple(found[name] for name in names)
             new, count = renamed(rename, collection, module)
             whole = (*new, *module[count:], *path)
             leaves.append(Leaf(collection, (*module, *path), whole, pieces, codec))
