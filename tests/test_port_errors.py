@@ -98,6 +98,7 @@ class Mistake(NamedTuple):
 
 
 LSTM = "LSTMCell_0/i{i,f,g,o}/kernel 3,4; LSTMCell_0/h{i,f,g,o} 4,4"
+HALF = {"kernel": new(4, 4, dtype=np.float16), "bias": new(4, dtype=np.float16)}
 HAIKU_LSTM = "lstm/linear 7,16"
 GRU = "GRUCell_0/i{r,z,n} 3,4; GRUCell_0/h{r,z}/kernel 4,4; GRUCell_0/hn 4,4"
 HAIKU_GRU = {"gru": {"w_i": new(3, 12), "w_h": new(4, 12), "b": new(12)}}
@@ -133,6 +134,10 @@ MISTAKES = {
         "Dense_0 3,4", "linear/w 3,4", ("in Flax only (1)", "params/Dense_0/bias")
     ),
     "nothing in Haiku": Mistake("Dense_0 3,4", "", ("params/Dense_0/kernel",)),
+    "nothing in Flax": Mistake("", "linear 3,4", ("params/linear/w float32[3,4]",)),
+    "none where a leaf is wanted": Mistake(
+        {"Dense_0": {"kernel": None}}, "linear/w 3,4", ("in Haiku only (1)",)
+    ),
     "two of one name": Mistake(
         "Dense_0 3,3; DenseGeneral_0 3,3",
         "linear_{0,1} 3,3",
@@ -162,6 +167,11 @@ MISTAKES = {
         STATISTICS,
         HAIKU_NORM,
         ("in Flax only (2)", "batch_stats/BatchNorm_0/var", "give (params, state)"),
+    ),
+    "statistics among parameters": Mistake(
+        "BatchNorm_0/{scale,bias,mean} 4",
+        (HAIKU_NORM, statistics()),
+        ("params/BatchNorm_0/mean float32[4]", "state/batch_norm/~/mean_ema/{"),
     ),
     "another collection": Mistake(
         {"params": flax("Dense_0 3,4"), "cache": flax("Dense_0/index 2")},
@@ -210,6 +220,12 @@ MISTAKES = {
         "linear/w 4,3",
         ("axis 0 is 3, not 4; axis 1 is 4, not 3",),
     ),
+    "other heads": Mistake(
+        "query/kernel 6,2,4", "query/w 6,9", ("float32[6,2,4] -> params/query/w",)
+    ),
+    "other rank": Mistake(
+        "mixer/alpha 3,4", "mixer/alpha 12", ("shape [3, 4] in Flax, [12] in Haiku",)
+    ),
     "convolution of another direction": Mistake(
         "Conv_0 3,4,5", "conv1_d/w 3,5,4; conv1_d/b 5", ("axis 1 is 4, not 5",)
     ),
@@ -249,6 +265,17 @@ MISTAKES = {
         "block 4,3,4",
         ("params/block_0/kernel", "params/block/w float32[4,3,4]", "float64"),
     ),
+    "other dtype in one gate": Mistake(
+        {"LSTMCell_0": {**flax(LSTM)["LSTMCell_0"], "hg": HALF}},
+        HAIKU_LSTM,
+        ("LSTMCell_0", "float16"),
+    ),
+    "no integer in one layer": Mistake(
+        {**flax("block_{0,2,3} 3,4"), **flax("block_1 3,4", dtype=np.int32)},
+        "block 4,3,4",
+        ("params/block_0/kernel", "int32"),
+        {"cast": True},
+    ),
     "no integers": Mistake(
         "Dense_0 3,4",
         haiku("linear 3,4", dtype=np.int32),
@@ -261,6 +288,9 @@ MISTAKES = {
         "block 4,3,4",
         ("params/block_0/kernel float32[3,4]", "has the numbers 0, 1, 3, not 2"),
     ),
+    "a layer is missing in a loop": Mistake(
+        "block_{0,1,3} 3,4", "block_{0,1,2,3} 3,4", ("params/block_2/w float32[3,4]",)
+    ),
     "a module of a layer is missing": Mistake(
         "block_{0,1,2,3}/Dense_0 3,4; block_{0,1,3}/Dense_1 4,3",
         "block/linear 4,3,4; block/linear_1 4,4,3",
@@ -268,6 +298,9 @@ MISTAKES = {
     ),
     "fewer layers": Mistake(
         "layers/Dense_0 4,3,5", "layers/linear 6,3,5", ("axis 0 is 4, not 6",)
+    ),
+    "fewer layers in a loop": Mistake(
+        "block_{0,1,2,3} 3,5", "block 6,3,5", ("4 numbered leaves in Flax",)
     ),
     "more layers in a loop": Mistake(
         "block_{0,1,2,3,4} 3,5",
@@ -335,6 +368,14 @@ MISTAKES = {
     "a norm in an LSTM": Mistake(
         f"{LSTM}; LSTMCell_0/ln/scale 4", HAIKU_LSTM, ("LSTMCell_0/ln/scale",)
     ),
+    "input biases of an LSTM": Mistake(
+        f"{LSTM}; LSTMCell_0/i{{i,f,g,o}}/bias 4", HAIKU_LSTM, ("LSTMCell_0/ii/bias",)
+    ),
+    "a fused GRU to one of Haiku": Mistake(
+        "gru/dense_i 3,12; gru/dense_h/kernel 4,12",
+        HAIKU_GRU,
+        ("params/gru/dense_i/bias float32[12]", "hk_stack.port.GRU"),
+    ),
     "an LSTM without a bias": Mistake(
         "LSTMCell_0/i{i,f,g,o}/kernel 3,4; LSTMCell_0/h{i,g,o} 4,4; "
         "LSTMCell_0/hf/kernel 4,4",
@@ -364,6 +405,11 @@ MISTAKES = {
         STATISTICS,
         (HAIKU_NORM, statistics(hidden=new(1, 5))),
         ("state/batch_norm/~/mean_ema", "float32[1,5]"),
+    ),
+    "a moving average of two dtypes": Mistake(
+        STATISTICS,
+        (HAIKU_NORM, statistics(hidden=new(1, 4, dtype=np.float16))),
+        ("state/batch_norm/~/mean_ema", "float16"),
     ),
     "a moving average with more in it": Mistake(
         STATISTICS,
