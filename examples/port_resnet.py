@@ -24,62 +24,37 @@ Needs pip install 'hk_stack[checkpoint,examples,flax]'.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
 
+import common
+import example_data
 import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from port_transformer import (
-    Batch,
-    Case,
-    Training,
-    define_flags,
-    parsed,
-    walk_through,
-)
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import port_walk_through
+from common import flag
+from example_data import Batch
+from port_walk_through import Case, walk_through
 
 import hk_stack
 
 NUM_CLASSES = 10
-NUM_TEST = 360
 DECAY = 0.9  # of the running statistics
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(Training):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(port_walk_through.Config):
     """How to train which ResNet."""
 
-    steps: int = 60
-    batch_size: int = 64
-    learning_rate: float = 5e-4
-    groups: int = 3
-    blocks: int = 2
-    width: int = 16
-
-
-# Data
-
-
-def digits(batch_size: int, seed: int) -> tuple[Any, Batch]:
-    """`step -> batch` of random digits, and the held-out digits."""
-    images, labels = load_digits(return_X_y=True)
-    x = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    x, x_test, y, y_test = train_test_split(
-        x, labels, test_size=NUM_TEST, stratify=labels, random_state=0
+    groups: int = flag(
+        "Groups of blocks; each but the first halves the image.", default=3, below=5
     )
+    blocks: int = flag("Equal blocks of each group.", default=2)
+    width: int = flag("Channels of the first group; they double in each.", default=16)
 
-    def batch(step: int) -> Batch:
-        rng = np.random.default_rng([seed, step])
-        chosen = rng.choice(len(y), size=batch_size, replace=False)
-        return Batch(x[chosen], y[chosen])
 
-    return batch, Batch(x_test, y_test)
+DEFAULT = Config(steps=60, batch_size=64, learning_rate=5e-4, out="out/port_resnet")
 
 
 # The model in Flax
@@ -188,36 +163,26 @@ def haiku_norm() -> hk.BatchNorm:
     return hk.BatchNorm(True, True, decay_rate=DECAY)
 
 
-def resnet(config: Config) -> Case:
-    """The ResNet in both frameworks, and the digits."""
-    batch, test = digits(config.batch_size, config.seed)
-    return Case(
+def as_images(data: Batch) -> Batch:
+    """Digits as images `[N, 8, 8, 1]`."""
+    return data._replace(x=(data.x / 16).astype(np.float32).reshape(-1, 8, 8, 1))
+
+
+def main(config: Config) -> None:
+    """Takes the walk-through with the ResNet that the flags ask for."""
+    data, test = map(as_images, example_data.digits())
+    case = Case(
         title="A ResNet on handwritten digits: trained in Flax, then in Haiku",
         flax=FlaxModel(config),
         haiku=haiku_model(config),
         rules={"rename": {"Dense_0": "logits"}},
-        batch=batch,
+        batch=functools.partial(example_data.shuffled, data, config),
         test=test,
         modes=(False, True),
         yscale="log",
     )
-
-
-def main(argv: Sequence[str]) -> None:
-    """Runs the walk-through with the ResNet that the flags ask for."""
-    config, out = parsed(Config, argv)
-    walk_through(resnet(config), config, out)
+    walk_through(case, config)
 
 
 if __name__ == "__main__":
-    define_flags(
-        Config(),
-        "out/port_resnet",
-        groups="Groups of blocks; each but the first halves the image.",
-        blocks="Equal blocks of each group.",
-        width="Channels of the first group; they double in each.",
-    )
-    flags.register_validator(
-        "groups", lambda groups: groups <= 4, "must be at most 4: images are 8x8"
-    )
-    app.run(main)
+    common.run(main, DEFAULT)

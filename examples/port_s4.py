@@ -23,61 +23,35 @@ Needs pip install 'hk_stack[checkpoint,examples,flax]'.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
-import flax.linen as nn
+import common
+import example_data
 import haiku as hk
 import jax
-from absl import app
-from port_transformer import (
-    NUM_CHARACTERS,
-    Case,
-    Training,
-    define_flags,
-    parsed,
-    text_batches,
-    walk_through,
-)
+import port_walk_through
+import s4_model
+from common import flag
+from example_data import NUM_CHARACTERS
+from port_walk_through import Case, walk_through
 
-import hk_stack
 from hk_stack.compare import in_haiku, in_linen
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(Training):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(s4_model.Config, port_walk_through.Config):
     """How to train which S4 model."""
 
-    steps: int = 400
-    batch_size: int = 16
-    learning_rate: float = 1e-2
-    layers: int = 4
-    width: int = 64
-    state_size: int = 16
-    length: int = 64
-    dropout: float = 0.05
+    length: int = flag("Characters read at once.", default=64, below=513)
 
 
-def flax_model(config: Config) -> nn.Module:
-    """S4 in Flax, on `nn.scan`."""
-    block = functools.partial(
-        in_linen.S4Block, state_size=config.state_size, dropout_rate=config.dropout
-    )
-    layers = in_linen.ScanStack(block, config.layers)
-    return in_linen.NextToken(layers, config.width, NUM_CHARACTERS)
+DEFAULT = Config(batch_size=16, out="out/port_s4")
 
 
 def haiku_model(config: Config) -> hk.TransformedWithState:
     """S4 in Haiku, on `hk_stack.layer_stack`."""
 
     def model(tokens: jax.Array, is_training: bool) -> jax.Array:
-        layers = functools.partial(
-            in_haiku.s4_stack,
-            layer_stack=hk_stack.layer_stack,
-            num_layers=config.layers,
-            state_size=config.state_size,
-            dropout_rate=config.dropout,
-            is_training=is_training,
-        )
+        layers = s4_model.haiku_layers(config, is_training)
         return in_haiku.next_token(
             tokens, layers, width=config.width, num_tokens=NUM_CHARACTERS
         )
@@ -85,26 +59,20 @@ def haiku_model(config: Config) -> hk.TransformedWithState:
     return hk.transform_with_state(model)
 
 
-def s4(config: Config) -> Case:
-    """S4 in both frameworks, and Python's manual."""
-    batch, test = text_batches(config.length, config.batch_size, config.seed)
-    return Case(
+def main(config: Config) -> None:
+    """Takes the walk-through with the S4 model that the flags ask for."""
+    layers = s4_model.linen_layers(config)
+    case = Case(
         title="S4 on Python's manual: trained in Flax, then in Haiku",
-        flax=flax_model(config),
+        flax=in_linen.NextToken(layers, config.width, NUM_CHARACTERS),
         haiku=haiku_model(config),
         rules={},  # All names are the same in both.
-        batch=batch,
-        test=test,
+        batch=functools.partial(example_data.text_batch, config.length, config),
+        test=example_data.test_text(config.length),
         double=True,
     )
-
-
-def main(argv: Sequence[str]) -> None:
-    """Runs the walk-through with the S4 model that the flags ask for."""
-    config, out = parsed(Config, argv)
-    walk_through(s4(config), config, out)
+    walk_through(case, config)
 
 
 if __name__ == "__main__":
-    define_flags(Config(), "out/port_s4", state_size="States of each feature.")
-    app.run(main)
+    common.run(main, DEFAULT)

@@ -6,12 +6,12 @@ In the Flax thread "Scan with split parameters" someone has layers whose `setup`
 and whose call is cheap, and would like the setup batched while the calls are scanned.
 `layer` below is such a layer. Before:
 
-    hk.layer_stack(LAYERS)(layer)(x)
+    hk.layer_stack(32)(layer)(x)
 
 computes `slow_kernel` inside the loop over layers: 32 times 1024 steps, one after the
 other. After:
 
-    hk_stack.layer_stack(LAYERS)(layer)(x)
+    hk_stack.layer_stack(32)(layer)(x)
 
 it runs before the loop, for all layers at once: 1024 steps on arrays with a layer axis.
 Nothing else changes, neither parameters nor results.
@@ -22,139 +22,83 @@ the processor busy already, such as large matrix products, gain little or nothin
 CPU by being batched. Neither does a model whose time goes into its calls.
 """
 
+import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
+import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
+from common import flag
 
 import hk_stack
 
-LAYERS, STATES, STEPS = 32, 32, 1024
-# A rotation, so that no state grows or dies out.
-A = np.linalg.qr(np.random.default_rng(0).normal(size=(STATES, STATES)))[0]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes."""
+
+    layers: int = flag("Number of layers.", default=32)
+    states: int = flag("States of a layer's system.", default=32)
+    steps: int = flag("Small steps of a setup, one after the other.", default=1024)
 
 
-def slow_kernel(b: jax.Array) -> jax.Array:
-    """Where a system goes from `b` `[STATES]` in `STEPS` steps: `[STEPS]`."""
+DEFAULT = Config()
+
+
+def slow_kernel(b: jax.Array, steps: int) -> jax.Array:
+    """Where a system goes from `b` `[STATES]` in as many steps: `[steps]`."""
+    # A rotation, so that no state grows or dies out.
+    a, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(len(b), len(b))))
 
     def step(h: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        h = jnp.asarray(A, h.dtype) @ h
+        h = jnp.asarray(a, h.dtype) @ h
         return h / jnp.linalg.norm(h), jnp.sum(h)
 
-    return jax.lax.scan(step, b, length=STEPS)[1]
+    return jax.lax.scan(step, b, length=steps)[1]
 
 
-def layer(x: jax.Array) -> jax.Array:
-    """A slow setup and a cheap call, `[STEPS] -> [STEPS]`."""
-    b = hk.get_parameter("b", [STATES], init=hk.initializers.RandomNormal())
-    kernel = slow_kernel(b)
-    return x + jnp.tanh(kernel * x)
+def transform(config: Config, layer_stack: Callable[..., Any]) -> hk.Transformed:
+    """The stack of all layers: the two versions differ in `layer_stack` only."""
+
+    def layer(x: jax.Array) -> jax.Array:
+        """A slow setup and a cheap call, `[steps] -> [steps]`."""
+        init = hk.initializers.RandomNormal()
+        b = hk.get_parameter("b", [config.states], init=init)
+        kernel = slow_kernel(b, config.steps)
+        return x + jnp.tanh(kernel * x)
+
+    stack = layer_stack(config.layers, name="layers")
+    return hk.without_apply_rng(hk.transform(lambda x: stack(layer)(x)))
 
 
-class Measured(NamedTuple):
-    """What one stack does.
-
-    Attributes:
-      apply: The stack as a function of parameters and `x`.
-      gradient: Its compiled gradient.
-      inside: How many equations of `slow_kernel` are inside the loop over layers.
-      compile_seconds: Time to trace and compile the gradient.
-    """
-
-    apply: Callable[..., jax.Array]
-    gradient: Callable[..., Any]
-    inside: int
-    compile_seconds: float
-
-
-def transform(layer_stack: Callable[..., Any]) -> hk.Transformed:
-    """The stack of all layers: the only place where the two versions differ."""
-    return hk.without_apply_rng(
-        hk.transform(lambda x: layer_stack(LAYERS, name="layers")(layer)(x))
-    )
-
-
-def measure(layer_stack: Callable[..., Any], params: Any, x: jax.Array) -> Measured:
-    """Traces the stack, and compiles its gradient."""
-    apply = transform(layer_stack).apply
-
-    def loss(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.mean(apply(params, x) ** 2)
-
+def compiled(apply: Callable[..., jax.Array], *args: Any) -> tuple[Any, float]:
+    """The gradient of a stack as a program, and the seconds to trace and compile it."""
     start = time.perf_counter()
-    gradient = jax.jit(jax.grad(loss)).lower(params, x).compile()
-    seconds = time.perf_counter() - start
-    inside = slow_equations_inside(jax.make_jaxpr(apply)(params, x).jaxpr)
-    return Measured(jax.jit(apply), gradient, inside, seconds)
+    loss = lambda *args: jnp.mean(apply(*args) ** 2)  # noqa: E731
+    program = jax.jit(jax.grad(loss)).lower(*args).compile()
+    return functools.partial(program, *args), time.perf_counter() - start
 
 
-def slow_equations_inside(jaxpr: jex.Jaxpr) -> int:
-    """Counts the equations of `slow_kernel`'s steps inside the loop over layers."""
-    return sum(
-        len(list(equations(slow_loop)))
-        for layer_loop in loops(jaxpr, LAYERS)
-        for slow_loop in loops(layer_loop, STEPS)
-    )
-
-
-def loops(jaxpr: jex.Jaxpr, length: int) -> Iterator[jex.Jaxpr]:
-    """The bodies of all `lax.scan`s of that length."""
-    for eqn in equations(jaxpr):
-        if eqn.primitive.name == "scan" and eqn.params["length"] == length:
-            yield eqn.params["jaxpr"].jaxpr
-
-
-def equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
-    """All equations, those inside of loops and of compiled functions included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values())):
-            body = getattr(value, "jaxpr", value)
-            if isinstance(body, jex.Jaxpr):
-                yield from equations(body)
-
-
-def run_times(functions: list[Callable[[], Any]], repeats: int = 20) -> list[float]:
-    """The shortest run of each function in seconds, the functions taking turns."""
-    seconds = np.zeros([repeats, len(functions)])
-    for repeat in range(repeats):
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[repeat, i] = time.perf_counter() - start
-    return seconds.min(axis=0).tolist()
-
-
-def difference(value: Any, reference: Any) -> float:
-    """The largest difference between two pytrees, relative to the largest value."""
-    pairs = zip(jax.tree.leaves(value), jax.tree.leaves(reference), strict=True)
-    return max(float(jnp.max(abs(v - r)) / jnp.max(abs(r))) for v, r in pairs)
-
-
-def main() -> None:
+def main(config: Config) -> None:
     """Prints both stacks side by side."""
-    x = jnp.sin(jnp.arange(STEPS, dtype=jnp.float32))
-    params = transform(hk_stack.layer_stack).init(jax.random.key(0), x)
-    before = measure(hk.layer_stack, params, x)
-    after = measure(hk_stack.layer_stack, params, x)
-    seconds = run_times(
-        [lambda: before.gradient(params, x), lambda: after.gradient(params, x)]
+    before, after = (transform(config, x.layer_stack) for x in (hk, hk_stack))
+    x = jnp.sin(jnp.arange(config.steps, dtype=jnp.float32))
+    params = after.init(jax.random.key(0), x)
+    programs, seconds = zip(
+        *(compiled(stack.apply, params, x) for stack in (before, after)), strict=True
     )
-    outputs = difference(after.apply(params, x), before.apply(params, x))
-    gradients = difference(after.gradient(params, x), before.gradient(params, x))
+    runs = 1e3 * common.run_times(programs, rounds=20).min(axis=1)
+    outputs = common.difference(after.apply(params, x), before.apply(params, x))
+    gradients = common.difference(programs[1](), programs[0]())
 
-    print(f"{'':38}{'hk.layer_stack':>16}{'hk_stack.layer_stack':>24}")
-    row = "{:38}{:16.{digits}f}{:24.{digits}f}".format
-    inside = before.inside, after.inside
-    print(row("slow_kernel's equations in the loop", *inside, digits=0))
-    compiling = before.compile_seconds, after.compile_seconds
-    print(row("gradient: trace and compile, s", *compiling, digits=2))
-    print(row("gradient: run, ms", *(1e3 * s for s in seconds), digits=1))
+    print(f"{'':34}{'hk.layer_stack':>16}{'hk_stack.layer_stack':>24}")
+    print("{:34}{:16.2f}{:24.2f}".format("gradient: trace and compile, s", *seconds))
+    print("{:34}{:16.1f}{:24.1f}".format("gradient: run, ms", *runs))
     # In float32, 1024 steps add up to rounding errors of this size.
     equal = "equal" if max(outputs, gradients) < 1e-3 else "DIFFERENT"
     print(
@@ -164,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, DEFAULT)

@@ -1,14 +1,15 @@
 """Deep stacks of Haiku layers: initialised and set up all at once, then scanned."""
 
 from hk_stack._accumulate import accumulate
-from hk_stack._cut import hoist
-from hk_stack._frames import layer_index, tap
-from hk_stack._layout import NumberedLayers, stack_params, unstack_params
+from hk_stack._frames import layer_index
+from hk_stack._hoist import hoist
+from hk_stack._layout import stack_params, unstack_params
 from hk_stack._loop import use_loop
+from hk_stack._naming import NumberedLayers
 from hk_stack._partition import Partition, partition
 from hk_stack._stack import layer_stack
 from hk_stack._summary import summary
-from hk_stack._taps import collect
+from hk_stack._taps import collect, tap
 from hk_stack.port import flax_to_haiku, haiku_to_flax
 
 __all__ = (

@@ -1,19 +1,19 @@
 """Gradients over microbatches with one setup."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hk_stack import _checks, _layout
-from hk_stack._partition import partition
+from hk_stack._partition import partition, while_tracing
+from hk_stack._types import Tree
 
 
 def accumulate(
-    loss: Callable[..., Any], params: Any, *microbatches: Any, has_aux: bool = False
-) -> tuple[Any, Any]:
+    loss: Callable[..., Tree], params: Tree, *microbatches: Tree, has_aux: bool = False
+) -> tuple[Tree, Tree]:
     """The mean loss over `M` microbatches and its gradient, with one setup.
 
     Equal to this loop, up to the order of floating-point operations:
@@ -28,8 +28,8 @@ def accumulate(
 
     but what `loss` computes from `params` alone is computed once, and its gradient is
     pulled back once (see `partition`). The microbatches run one after the other, so
-    that memory is that of one of them. Call it inside `jit`: outside, it compiles anew
-    at each call.
+    that memory is that of one of them. Use it inside `jit`: outside, it compiles anew
+    each time.
 
     >>> import jax, jax.numpy as jnp, hk_stack
     >>> def loss(params, x, y):
@@ -59,63 +59,131 @@ def accumulate(
       TypeError: If there are no microbatches, or `loss` does not return what it should.
       ValueError: If leading axes differ or are empty.
     """
-    where = _checks.microbatches(loss, params, microbatches)
-    num = jax.tree.leaves(microbatches)[0].shape[0]
+    where = _check_microbatches(loss, params, microbatches)
     one = _layout.drop_layers(microbatches)
-    with _checks.while_tracing(where):
+    with while_tracing(where):
         result = jax.eval_shape(loss, params, *one)
-    _checks.scalar_loss(result, has_aux, where)
+    _check_result(result, has_aux, where)
     split = partition(loss, params, *one)
     moving, fixed = _separate(params)
 
-    def setup(moving: list[Any]) -> tuple[list[Any], list[Any]]:
-        return _separate(split.setup(_join(params, moving, fixed)))
+    def setup(moving: Tree) -> tuple[Tree, Tree]:
+        return _separate(split.setup(_join(moving, fixed)))
 
     derived, pull_back, others = jax.vjp(setup, moving, has_aux=True)
-    shapes = jax.eval_shape(split.setup, params)
 
-    def call(derived: list[Any], microbatch: Any) -> tuple[Any, Any]:
-        result = split.call(_join(shapes, derived, others), *microbatch)
+    def call(derived: Tree, microbatch: tuple[Tree, ...]) -> tuple[jax.Array, Tree]:
+        result = split.call(_join(derived, others), *microbatch)
         return result if has_aux else (result, None)
 
-    def step(sums: list[Any], microbatch: Any) -> tuple[list[Any], Any]:
-        run = jax.value_and_grad(call, has_aux=True)
-        result, grads = run(derived, microbatch)
-        return [s + g.astype(s.dtype) for s, g in zip(sums, grads, strict=True)], result
-
-    sums, (values, aux) = jax.lax.scan(step, list(map(_zeros, derived)), microbatches)
-    grads = [(s / num).astype(v.dtype) for s, v in zip(sums, derived, strict=True)]
-    gradients = _join(params, pull_back(grads)[0], map(_no_gradient, fixed))
+    (values, aux), grads = _over_all(call, derived, microbatches)
+    gradients = _join(pull_back(grads)[0], jax.tree.map(_no_gradient, fixed))
     mean = jnp.mean(values)
     return ((mean, aux) if has_aux else mean), gradients
 
 
-def _is_moving(leaf: Any) -> bool:
+def _over_all(
+    loss: Callable[..., Tree], params: Tree, microbatches: tuple[Tree, ...]
+) -> tuple[Tree, Tree]:
+    """Results of `loss`, `[M, ...]`, and the mean of its gradients."""
+    run = jax.value_and_grad(loss, has_aux=True)
+
+    def step(sums: Tree, microbatch: tuple[Tree, ...]) -> tuple[Tree, Tree]:
+        result, grads = run(params, microbatch)
+        return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), result
+
+    start = jax.tree.map(_zeros, params)
+    sums, results = jax.lax.scan(step, start, microbatches)
+    num = jax.tree.leaves(microbatches)[0].shape[0]
+    return results, jax.tree.map(lambda s, v: (s / num).astype(v.dtype), sums, params)
+
+
+def _separate(tree: Tree) -> tuple[Tree, Tree]:
+    """The leaves of `tree` that have gradients, and the others; None for the rest."""
+    tree = jax.tree.map(jnp.asarray, tree)
+    moving = jax.tree.map(lambda leaf: leaf if _is_moving(leaf) else None, tree)
+    return moving, jax.tree.map(lambda leaf: None if _is_moving(leaf) else leaf, tree)
+
+
+def _is_moving(leaf: jax.Array) -> bool:
     """Whether a leaf has a gradient."""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
-def _separate(tree: Any) -> tuple[list[Any], list[Any]]:
-    """The leaves of `tree` that have gradients, and those that have none."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    moving = [leaf for leaf in leaves if _is_moving(leaf)]
-    return moving, [leaf for leaf in leaves if not _is_moving(leaf)]
-
-
-def _join(like: Any, moving: Any, fixed: Any) -> Any:
+def _join(one: Tree, other: Tree) -> Tree:
     """The inverse of `_separate`."""
-    moving, fixed = iter(moving), iter(fixed)
+    return jax.tree.map(
+        lambda leaf, instead: instead if leaf is None else leaf,
+        one,
+        other,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
-    def pick(leaf: Any) -> Any:
-        return next(moving if _is_moving(jax.typeof(leaf)) else fixed)
 
-    return jax.tree.map(pick, like)
-
-
-def _zeros(leaf: Any) -> jax.Array:
+def _zeros(leaf: jax.Array) -> jax.Array:
     """Where to sum values such as `leaf`: low precision adds up in float32."""
     return jnp.zeros_like(leaf, leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.float32)
 
 
-def _no_gradient(leaf: Any) -> np.ndarray:
+def _no_gradient(leaf: jax.Array) -> np.ndarray:
     return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def _check_microbatches(
+    loss: Callable[..., Tree], params: Tree, trees: tuple[Tree, ...]
+) -> str:
+    """Checks what `accumulate` is given; returns how errors name it."""
+    _checks.function(loss, "accumulate")
+    where = f"accumulate of {_checks.name_of(loss)!r}"
+    first, *names = _checks.argument_names(loss, len(trees) + 1)
+    _checks.arrays(params, f"{where}: argument `{first}`")
+    lengths: dict[str, int] = {}
+    for name, tree in zip(names, trees, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            at = f"`{name}`" + (f" (at {_checks.path_name(path)})" if path else "")
+            lengths[at] = _length(leaf, f"{where}: microbatches {at}")
+    if not lengths:
+        raise TypeError(
+            f"{where}: no microbatches. Write accumulate(loss, params, x, y) with "
+            "arrays [M, ...]."
+        )
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        found = ", ".join(f"{length} in {at}" for at, length in lengths.items())
+        raise ValueError(
+            f"{where}: expected one leading axis M, at least 1, in all microbatches; "
+            f"found {found}."
+        )
+    return where
+
+
+def _length(leaf: Tree, what: str) -> int:
+    """How many microbatches a leaf holds."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) or not getattr(leaf, "shape", ()):
+        raise TypeError(
+            f"{what} is a {type(leaf).__name__} without axes; expected an array "
+            "[M, ...]. Close over what all microbatches share."
+        )
+    return int(leaf.shape[0])
+
+
+def _check_result(result: Tree, has_aux: bool, where: str) -> None:
+    """Checks what a loss returns."""
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"{where}: has_aux=True, the loss must return a pair (loss, aux). "
+                "Return (loss, None), or leave has_aux out."
+            )
+        result = result[0]
+    elif isinstance(result, tuple):
+        raise TypeError(
+            f"{where}: the loss returned a tuple of {len(result)}; expected a scalar. "
+            "Pass has_aux=True if it is a pair (loss, aux)."
+        )
+    shape = getattr(result, "shape", None)
+    if shape != () or not jnp.issubdtype(result.dtype, jnp.floating):
+        found = type(result).__name__ if shape is None else jax.typeof(result)
+        raise TypeError(
+            f"{where}: the loss must return one floating-point number, not {found}. "
+            "Take the mean."
+        )

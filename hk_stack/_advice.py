@@ -4,6 +4,7 @@ Errors of JAX and Python stay as they are, but know nothing of stacks; this says
 they mean in one.
 """
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,28 +13,54 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hk_stack._options import Options
+from hk_stack._types import Tree
+
 
 class Situation(NamedTuple):
-    """What is known of the layer function that failed.
+    """What a stack is made of, and what it is given.
 
     Attributes:
+      options: Of the stack.
       f: The layer function.
       arguments: What the stack was given by position, by name.
       kwargs: The keyword arguments of the layer function.
-      num_layers: `L`.
-      with_per_layer_inputs: See `layer_stack`, as the next.
-      pass_reverse: Whether it is given `reverse`.
     """
 
+    options: Options
     f: Callable[..., Any]
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Tree]
     kwargs: Mapping[str, Any]
-    num_layers: int
-    with_per_layer_inputs: bool
-    pass_reverse: bool
 
 
-def on(error: Exception, situation: Situation) -> Iterator[str]:
+@contextlib.contextmanager
+def in_layer(
+    where: str, index: int | None, doing: str, situation: Situation
+) -> Iterator[None]:
+    """Says in which stack an error came up, in which layer, and what to write."""
+    try:
+        yield
+    except Exception as error:
+        is_innermost = not any(n.startswith(_HERE) for n in _notes(error))
+        advice = list(_on(error, situation)) if is_innermost else []
+        if index is not None:
+            error.add_note(f"{_HERE} layer {index} of {where}.")
+        elif where not in str(error):
+            error.add_note(f"{_HERE} {where}, {doing}.")
+        for text in advice:
+            if text not in _notes(error):
+                error.add_note(text)
+        raise
+
+
+_HERE = "This was in"
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _on(error: Exception, situation: Situation) -> Iterator[str]:
     """What to write, as far as the error tells."""
     is_ours = "layer_stack '" in str(error)
     if not is_ours:
@@ -73,6 +100,11 @@ def _python_values(error: Exception, situation: Situation) -> Iterator[str]:
     if kind is None:
         return
     yield f"{_VALUES[kind]}. {_TRACED}"
+    yield from _static(situation)
+
+
+def _static(situation: Situation) -> Iterator[str]:
+    """Which arguments are traced, and would not have to be."""
     for name, value in situation.arguments.items():
         if isinstance(value, (bool, int, np.bool_)):
             yield (
@@ -127,18 +159,18 @@ def _signature(error: Exception, situation: Situation) -> Iterator[str]:
             f"({', '.join(given)}): {reason}."
         )
         takes = signature.parameters
-        if situation.pass_reverse and "reverse" not in takes:
+        if situation.options.pass_reverse and "reverse" not in takes:
             yield "Let it take `reverse`, or leave pass_reverse_to_layer_fn out."
-        elif "reverse" in takes and not situation.pass_reverse:
+        elif "reverse" in takes and not situation.options.pass_reverse:
             yield "pass_reverse_to_layer_fn=True gives it `reverse`."
-        elif situation.with_per_layer_inputs and len(arguments) == 1:
+        elif situation.options.with_per_layer_inputs and len(arguments) == 1:
             yield "Per-layer inputs come after x: stack(f)(x, y), y of [L, ...]."
 
 
 def _per_layer(situation: Situation) -> Iterator[str]:
     """Where an argument looks as if it had one entry for each layer."""
-    num_layers = situation.num_layers
-    if situation.with_per_layer_inputs:
+    num_layers = situation.options.num_layers
+    if situation.options.with_per_layer_inputs:
         return
     is_like = [_has_axis(v, num_layers) for v in situation.arguments.values()]
     if is_like[:1] == [True]:
@@ -152,6 +184,6 @@ def _per_layer(situation: Situation) -> Iterator[str]:
         )
 
 
-def _has_axis(tree: Any, num_layers: int) -> bool:
+def _has_axis(tree: Tree, num_layers: int) -> bool:
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and all(np.shape(leaf)[:1] == (num_layers,) for leaf in leaves)

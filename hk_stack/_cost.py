@@ -1,6 +1,5 @@
 """What equations cost: whether they are worth hoisting, their bytes and operations."""
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 from jax.extend import core as jex
 
 from hk_stack import _equations
-from hk_stack._equations import Atom
+from hk_stack._equations import Atom, Aval
 
 
 def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
@@ -62,9 +61,8 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
 
 def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
     """Whether a batch would compute in 32 bits what `jaxpr` computes in 64."""
-    values = (v for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars))
-    bodies = (body for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    return any(map(_is_wide, values)) or any(map(is_narrowed, bodies))
+    eqns = _equations.with_inner(jaxpr.eqns)
+    return any(_is_wide(v) for eqn in eqns for v in (*eqn.invars, *eqn.outvars))
 
 
 def _is_wide(atom: Atom) -> bool:
@@ -94,39 +92,41 @@ def _is_other_key(atom: Atom) -> bool:
 
 def gathers(jaxpr: jex.Jaxpr) -> bool:
     """Whether `jaxpr` gathers values that several devices hold a share of."""
-    return any(map(_gathers, jaxpr.eqns))
+    return _gather(jaxpr.eqns)
 
 
-def _gathers(eqn: jex.JaxprEqn) -> bool:
-    inside = any(map(gathers, _equations.bodies(eqn)))
-    return inside or _equations.gathers_from(eqn) > 1
+def _gather(eqns: Iterable[jex.JaxprEqn]) -> bool:
+    return any(_equations.gathers_from(e) > 1 for e in _equations.with_inner(eqns))
 
 
 def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
     """Which outputs are made of gathered values, so that each device may hold all."""
     found: set[Any] = set()
     for eqn in jaxpr.eqns:
-        if _gathers(eqn) or not found.isdisjoint(_equations.variables(eqn.invars)):
+        if _gather([eqn]) or not found.isdisjoint(_equations.variables(eqn.invars)):
             found.update(eqn.outvars)
     return [not found.isdisjoint(_equations.variables([v])) for v in jaxpr.outvars]
 
 
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
-    bodies = (body for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    inner = map(largest_value, bodies)
-    own = (nbytes([v]) for eqn in jaxpr.eqns for v in eqn.outvars)
-    return max(itertools.chain(inner, own), default=0)
+    eqns = _equations.with_inner(jaxpr.eqns)
+    return max((nbytes([v]) for eqn in eqns for v in eqn.outvars), default=0)
 
 
 def size(atom: Atom) -> int:
     """Number of elements."""
-    return atom.aval.size
+    return int(atom.aval.size)
 
 
 def nbytes(variables: Iterable[Atom]) -> int:
-    """Bytes of arrays."""
-    return sum(size(v) * v.aval.dtype.itemsize for v in variables)
+    """Bytes of the values of variables."""
+    return sum(bytes_of(v.aval) for v in variables)
+
+
+def bytes_of(array: Aval | jax.Array) -> int:
+    """Bytes of an array, given it or its type."""
+    return int(array.size * array.dtype.itemsize)
 
 
 def flops(eqn: jex.JaxprEqn) -> float:
@@ -138,25 +138,25 @@ def flops(eqn: jex.JaxprEqn) -> float:
     one turn, a `cond` as its longest branch.
     """
     name, params = eqn.primitive.name, eqn.params
-    most = max(map(size, eqn.outvars), default=0)
+    most: float = max(map(size, eqn.outvars), default=0)
     inner = [sum(map(flops, body.eqns)) for body in _equations.bodies(eqn)]
     operands: list[Any] = [atom.aval for atom in eqn.invars]
     if name == "scan":
-        return params["length"] * sum(inner)
+        return int(params["length"]) * sum(inner)
     if inner:
         return max(inner) if name == "cond" else sum(inner)
     if name == "dot_general":
         contracted = params["dimension_numbers"][0][0]
         shape = operands[0].shape
-        return 2 * most * math.prod(shape[axis] for axis in contracted)
+        return 2 * most * math.prod(int(shape[axis]) for axis in contracted)
     if name == "conv_general_dilated":
         kernel = operands[1]
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * most * kernel.size / max(1, features)
+        return 2 * most * int(kernel.size) / max(1, int(features))
     if name == "fft":
         return 5 * most * math.log2(max(2, math.prod(params["fft_lengths"])))
     if name in _FACTORISATIONS:
-        return most * operands[0].shape[-1]
+        return most * int(operands[0].shape[-1])
     if name in _LAYOUT or name == "name":
         return 0
     return max(most, *map(size, eqn.invars)) if name in _REDUCTIONS else most

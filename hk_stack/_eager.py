@@ -1,49 +1,54 @@
-"""Compiled programs that are kept between eager calls.
+"""Compiled programs that are kept between runs outside of `jit`.
 
-Outside of `jit` every call of a stack traces its layer function anew, and JAX would
+There every invocation of a stack traces its layer function anew, and JAX would
 compile the result each time: it knows a program by its identity only. Here programs
-are known by what they compute, so an eager call compiles once.
+are known by what they compute, so each compiles once.
 """
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import _equations
+from hk_stack._equations import Atom
 
+T = TypeVar("T")
 Structure = Callable[[jex.ClosedJaxpr], Hashable]
 
 
-def call(
-    run: Callable[[list[Any]], Any],
+def run(
+    function: Callable[[list[Any]], T],
     values: list[Any],
     key: Callable[[Structure], Hashable],
-) -> Any:
-    """`run(values)`, compiled outside of `jit`, also where a gradient is taken of it.
+) -> T:
+    """`function(values)`, compiled outside of `jit`, also where it is differentiated.
 
     Args:
-      run: A pure function of a list of arrays, which closes over no arrays.
+      function: A pure function of a list of arrays, which closes over no arrays.
       values: The arrays.
-      key: Gives all that `run` depends on, given what makes a hashable value of a
-        closed jaxpr without constants; runs with equal keys are interchangeable.
+      key: Gives all that `function` depends on, given what makes a hashable value of a
+        closed jaxpr without constants; those with equal keys are interchangeable.
 
     Returns:
-      What `run` returns.
+      What `function` returns.
     """
     is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
     # Inside `jit` all is traced; under gradients only what depends on their values.
     if is_traced and isinstance(jnp.zeros([]), jax.core.Tracer):
-        return run(values)
+        return function(values)
     structure = functools.partial(_structure, derivatives=3 if is_traced else 0)
     try:
-        compiled = _compiled(_Program(run, key(lambda closed: structure(closed.jaxpr))))
+        compiled = _compiled(
+            _Program(function, key(lambda closed: structure(closed.jaxpr)))
+        )
     except Exception:  # Some parameter cannot be hashed, or some rule cannot be traced.
-        return run(values)
-    return compiled(values)
+        return function(values)
+    result: T = compiled(values)
+    return result
 
 
 class _Program:
@@ -69,7 +74,7 @@ def _structure(jaxpr: jex.Jaxpr, derivatives: int) -> Hashable:
     """What a jaxpr and so many derivatives of it compute, as a hashable value."""
     numbers: dict[jex.Var, int] = {}
 
-    def atom(a: Any) -> Hashable:
+    def atom(a: Atom) -> Hashable:
         if isinstance(a, jex.Literal):
             return (a.aval, _value(a.val, 0))
         return numbers.setdefault(a, len(numbers))

@@ -8,18 +8,35 @@ small equation of that kind, traced.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
 Atom = Any  # a jex.Var or a jex.Literal; jax.extend.core has no public name for both
+Aval = Any  # the type of an array, of a key, ...
+Body = Any  # a jex.Jaxpr or a jex.ClosedJaxpr
 
 # Names that versions of JAX have given to these equations.
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
 CUSTOM_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
+
+
+Traced = TypeVar("Traced", jex.Jaxpr, jex.JaxprEqn)
+
+
+def run(program: jex.ClosedJaxpr, *values: Any) -> list[jax.Array]:
+    """What `program` makes of `values`."""
+    results: list[jax.Array] = jex.jaxpr_as_fun(program)(*values)
+    return results
+
+
+def replace(traced: Traced, **changes: Any) -> Traced:
+    """`traced` with some attributes changed."""
+    changed: Traced = traced.replace(**changes)
+    return changed
 
 
 def fresh(v: Atom) -> jex.Var:
@@ -38,7 +55,7 @@ def closed_bodies(eqn: jex.JaxprEqn) -> Iterator[Any]:
         yield from _held(param)
 
 
-def _held(param: Any) -> Iterator[Any]:
+def _held(param: object) -> Iterator[Any]:
     if isinstance(param, _JAXPRS):
         yield param
     elif isinstance(param, (tuple, list)):
@@ -51,11 +68,23 @@ _JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
 
 def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
     """The jaxprs that `eqn` runs, of whatever kind it is."""
-    for body in closed_bodies(eqn):
-        yield body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
+    return map(_opened, closed_bodies(eqn))
 
 
-def constants(body: Any) -> Sequence[Any]:
+def with_inner(eqns: Iterable[jex.JaxprEqn]) -> Iterator[jex.JaxprEqn]:
+    """`eqns`, and the equations that they run."""
+    for eqn in eqns:
+        yield eqn
+        for body in bodies(eqn):
+            yield from with_inner(body.eqns)
+
+
+def _opened(body: Body) -> jex.Jaxpr:
+    jaxpr: jex.Jaxpr = body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
+    return jaxpr
+
+
+def constants(body: Body) -> Sequence[Any]:
     """The values that a body brings along."""
     return getattr(body, "consts", ())
 
@@ -63,7 +92,7 @@ def constants(body: Any) -> Sequence[Any]:
 def with_bodies(eqn: jex.JaxprEqn, change: Callable[[Any], Any]) -> jex.JaxprEqn:
     """`eqn` with `change` of each jaxpr that it runs."""
 
-    def changed(param: Any) -> Any:
+    def changed(param: object) -> Any:
         if isinstance(param, _JAXPRS):
             return change(param)
         if not isinstance(param, (tuple, list)):
@@ -74,19 +103,18 @@ def with_bodies(eqn: jex.JaxprEqn, change: Callable[[Any], Any]) -> jex.JaxprEqn
         kind: Any = type(param)
         return kind(*entries) if hasattr(param, "_fields") else kind(entries)
 
-    return eqn.replace(params={k: changed(p) for k, p in eqn.params.items()})
+    return replace(eqn, params={k: changed(p) for k, p in eqn.params.items()})
 
 
-def body_of_call(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
-    """What a `jit` or remat equation runs; None where opening it would lose meaning."""
+def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+    """What may stand in place of a `jit` or remat equation; None if nothing may."""
     if eqn.primitive.name not in (*REMAT, *JIT):
         return None
-    body = eqn.params["jaxpr"]
-    params = eqn.params
+    params, body = eqn.params, eqn.params["jaxpr"]
     placed = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
     if any(isinstance(s, jax.sharding.Sharding) for s in placed) or constants(body):
         return None
-    return body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
+    return _opened(body)
 
 
 def with_remat_body(
@@ -99,8 +127,8 @@ def with_remat_body(
         known = dict(_of_variables(eqn.invars, flags))
         params["prevent_cse"] = tuple(known.get(v, any(flags)) for v in invars)
     outvars: list[Any] = jaxpr.outvars
-    return eqn.replace(
-        invars=invars, outvars=outvars, params=params, effects=jaxpr.effects
+    return replace(
+        eqn, invars=invars, outvars=outvars, params=params, effects=jaxpr.effects
     )
 
 
@@ -113,10 +141,11 @@ def _of_variables(atoms: Sequence[Atom], values: Sequence[Any]) -> Iterator[Any]
 def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """`eqn` as a program of its own, which takes all its inputs, literals too."""
     taken: list[Any] = list(map(fresh, eqn.invars))
-    jaxpr = _nothing().replace(
+    jaxpr = replace(
+        _nothing(),
         invars=taken,
         outvars=list(eqn.outvars),
-        eqns=[eqn.replace(invars=taken)],
+        eqns=[replace(eqn, invars=taken)],
         effects=eqn.effects,
     )
     return jex.ClosedJaxpr(jaxpr, [])
@@ -124,7 +153,7 @@ def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
 
 @functools.cache
 def _nothing() -> jex.Jaxpr:
-    return jax.make_jaxpr(lambda: ())().jaxpr
+    return _opened(jax.make_jaxpr(lambda: ())())
 
 
 def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
@@ -138,7 +167,7 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
         raise ValueError("a rule with symbolic zeros")
     run = jex.jaxpr_as_fun(alone(eqn))
 
-    def traced(*values: Any) -> Any:
+    def traced(*values: jax.Array) -> Any:
         moving = {i: v for i, v in enumerate(values) if _is_inexact(v)}
 
         def of_moving(moving: dict[int, Any]) -> list[Any]:
@@ -153,7 +182,7 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars))
 
 
-def _is_inexact(value: Any) -> bool:
+def _is_inexact(value: jax.Array) -> bool:
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
@@ -178,7 +207,7 @@ def gathers_from(eqn: jex.JaxprEqn) -> int:
     return int(sharding.mesh.size) // _shards(sharding)
 
 
-def _shards(sharding: Any) -> int:
+def _shards(sharding: object) -> int:
     """Over how many devices a value is spread, not counting copies."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return 1
@@ -209,7 +238,7 @@ def with_scan_body(
         params["num_consts"] = num_consts
     if "linear" in params:  # Before JAX 0.10.
         params["linear"] = (False,) * len(invars)
-    return eqn.replace(invars=invars, params=params)
+    return replace(eqn, invars=invars, params=params)
 
 
 @functools.cache
@@ -231,30 +260,30 @@ def _layout_of_scan(num_consts: int, num_carry: int, num_rows: int) -> Any:
     return eqn.params["ft_in"]
 
 
-def names_an_input(effect: Any) -> bool:
+def names_an_input(effect: object) -> bool:
     """Whether an effect is on one input, such as reading a mutable reference."""
     return hasattr(effect, "input_index") or hasattr(effect, "input")
 
 
-def varying(aval: Any) -> frozenset[Any]:
+def varying(aval: Aval) -> frozenset[Any]:
     """The manual axes of a mesh over which values of this type differ."""
     kind = getattr(aval, "manual_axis_type", None)
     return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
 
 
-def vary_as(value: jax.Array, aval: Any) -> jax.Array:
+def vary_as(value: jax.Array, aval: Aval) -> jax.Array:
     """`value`, typed as differing over the manual axes over which `aval` does."""
     missing = varying(aval) - varying(jax.typeof(value))
     return jax.lax.pcast(value, tuple(missing), to="varying") if missing else value
 
 
-def explicit(aval: Any) -> Any:
+def explicit(aval: Aval) -> Any:
     """The sharding that is part of a type, on a mesh with explicit axes; or None."""
     sharding = getattr(aval, "sharding", None)
     return sharding if any(getattr(sharding, "spec", ())) else None
 
 
-def zeros(aval: Any) -> jax.Array:
+def zeros(aval: Aval) -> jax.Array:
     """Zeros of a type, its sharding and its manual axes included."""
     made = jnp.zeros(aval.shape, aval.dtype, out_sharding=explicit(aval))
     return vary_as(made, aval)

@@ -1,8 +1,7 @@
 """How the layers of a stack run: in a compiled loop, or one by one in Python."""
 
-import functools
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -11,90 +10,83 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from hk_stack import (
-    _checks,
+    _carry,
     _cut,
     _eager,
+    _equations,
     _finite,
-    _frames,
-    _initialize,
+    _layer,
     _layout,
     _loop,
-    _scopes,
+    _marks,
+    _parts,
+    _summary,
     _taps,
 )
-from hk_stack._layer import Call, Given, as_array, promote, run_one
+from hk_stack._layer import Given, Invocation, Layer, Result
+from hk_stack._parts import Input, Parts
+from hk_stack._types import Carry, State, Tree
 
 
 def compiled(
-    call: Call, layer: _initialize.Layer, given: Given
-) -> tuple[Any, Any, Any]:
+    invocation: Invocation, layer: Layer, given: Given
+) -> tuple[Carry, Tree, State]:
     """Runs setup for all layers, then the loop; returns carry, outputs and state."""
-    options, where = call.options, call.where
-    closed, given, shapes = _trace(call, layer, given)
-    constants = closed.consts
-    marks: list[_frames.Mark] = []
-    if call.checked or _frames.collecting.value is not None:
-        closed, constants, marks = _taps.expose(closed)
-    inputs = _inputs(constants, given, call.arguments)
-    parts = _cut.cut(closed, inputs, options.setup, where)
-    call.record(given.params, parts)
-    num_carry = len(jax.tree.leaves(given.carry))
-    start = len(constants) + len(jax.tree.leaves(given[:3]))
+    options = invocation.options
+    closed, given, shapes = _trace(invocation, layer, given)
+    closed, constants, marks = _marks.expose(closed)
+    described = _layer.describe(given, invocation.arguments)
+    inputs = (*map(_closed_over(), constants), *described)
+    parts = _cut.cut(closed, inputs, options.setup, invocation.where)
+    _summary.record(invocation, given.params, parts)
     plan = _Plan(
         parts,
-        tuple(i.layered for i in inputs),
-        range(start, start + num_carry),
+        inputs,
         options.num_layers,
-        call.loop == "unrolled",
+        invocation.loop == "unrolled",
         options.unroll,
-        call.reverse,
+        invocation.reverse,
         options.remat,
         options.setup_batch_size,
         options.setup_remat,
     )
-    values = [*constants, *jax.tree.leaves(given)]
-    leaves = _eager.call(plan.run, values, plan.key)
+    leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
-    results = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    (carry, outputs), state = _pass_on(call, marks, leaves[count:], results)
+    result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
+    told = _pass_on(invocation, marks, leaves[count:], result[:3])
+    carry, outputs, state = told
     return carry, outputs, state
 
 
 def _pass_on(
-    call: Call, marks: list[_frames.Mark], values: list[Any], results: Any
+    invocation: Invocation,
+    marks: Sequence[_marks.Mark],
+    values: Sequence[Any],
+    results: Tree,
 ) -> Any:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
     Returns:
       The stack's results, computed only together with what is told.
     """
-    kept, items, codes = [], [], []
-    for mark, value in zip(marks, values, strict=True):
-        if mark.is_tap:
-            kept.append(_frames.mark_tap(value, mark.label))
-        else:
-            label = mark.label.partition(":")[2]
-            items.append((label, call.checked[mark.label]))
-            codes.append(value)
+    found = list(zip(marks, values, strict=True))
+    kept = [_taps.say(v, m.label) for m, v in found if m.kind == _marks.TAP]
     # Where a gradient is taken of a function under `jit`, JAX drops what nobody reads.
-    results = _frames.tied(results, kept)
-    if not codes:
-        return results
-    num_layers = call.options.num_layers
-    checked = _finite.Checked(call.where, num_layers, call.reverse, tuple(items))
-    code = _frames.Code(call.where, checked.encode(codes), checked)
-    return _frames.say_codes([code], results)
+    results = _marks.tied(results, kept)
+    checks = [(m, v) for m, v in found if m.kind == _marks.FINITE]
+    num_layers = invocation.options.num_layers
+    stack = _finite.Check(invocation.where, num_layers, invocation.reverse)
+    return _finite.say_layers(stack, checks, results)
 
 
 class _Plan(NamedTuple):
     """How a stack runs, once its layer is cut.
 
     Attributes:
-      parts: Setup and call of one layer.
-      layered: For each input of the layer, whether it has a layer axis.
-      carry: Which inputs are the carry. The outputs begin with the next carry.
+      parts: Setup and call of one layer, whose outputs begin with the next carry.
+      inputs: What the inputs of a layer are.
       num_layers: `L`.
-      unrolled: See `loop.run`, as the next three.
+      unrolled: See `_loop.run`, as the next three.
       unroll: How many layers one step holds.
       reverse: Whether the last layer runs first.
       remat: What the backward pass computes again.
@@ -102,9 +94,8 @@ class _Plan(NamedTuple):
       setup_remat: See `layer_stack`.
     """
 
-    parts: _cut.Cut
-    layered: tuple[bool, ...]
-    carry: range
+    parts: Parts
+    inputs: tuple[Input, ...]
     num_layers: int
     unrolled: bool
     unroll: int
@@ -117,35 +108,37 @@ class _Plan(NamedTuple):
         """All that `run` depends on."""
         shared, setup, call, *positions = self.parts
         programs = tuple(map(structure, (shared, setup, call)))
-        return programs, tuple(positions), self[1:]
+        kinds = tuple(i._replace(label="") for i in self.inputs)
+        return programs, tuple(positions), kinds, self[2:]
 
     def run(self, values: list[Any]) -> list[Any]:
         """Runs setup for all layers, then the loop over calls."""
         parts = self.parts
-        shared, own = _cut.derive(
+        shared, own = _parts.derive(
             parts,
             values,
-            self.layered,
+            self.inputs,
             self.num_layers,
             batch_size=self.setup_batch_size,
             remat=self.setup_remat,
         )
         shared, own = (list(map(_derived, made)) for made in (shared, own))
-        inputs = {i: values[i] for i in parts.call_inputs}
-        layered = [i for i in inputs if self.layered[i]]
-        carried = [i for i in inputs if i in self.carry]
+        carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
+        given = {i: values[i] for i in parts.call_inputs}
+        layered = [i for i in given if self.inputs[i].layered]
 
         def step(carry: list[Any], mapped: Any) -> tuple[list[Any], list[Any]]:
-            own, given = mapped
-            now = {i: carry[self.carry.index(i)] for i in carried}
-            read = inputs | now | dict(zip(layered, given, strict=True))
-            results = jex.jaxpr_as_fun(parts.call)(*shared, *own, *read.values())
+            own, rows = mapped
+            now = dict(zip(carried, carry, strict=True))
+            now |= zip(layered, rows, strict=True)
+            read = (now.get(i, value) for i, value in given.items())
+            results = _equations.run(parts.call, *shared, *own, *read)
             return results[: len(carry)], results[len(carry) :]
 
         carry, rest = _loop.run(
             step,
-            [values[i] for i in self.carry],
-            (own, [inputs[i] for i in layered]),
+            [values[i] for i in carried],
+            (own, [given[i] for i in layered]),
             num_layers=self.num_layers,
             unrolled=self.unrolled,
             unroll=self.unroll,
@@ -155,107 +148,83 @@ class _Plan(NamedTuple):
         return [*carry, *rest]
 
 
-def _derived(value: Any) -> Any:
+def _derived(value: jax.Array) -> Any:
     """Names a derived value for policies of `jax.checkpoint` around the stack."""
-    return checkpoint_name(value, "hk_stack.derived")
+    return checkpoint_name(value, _marks.DERIVED)
 
 
 def _trace(
-    call: Call, layer: _initialize.Layer, given: Given
+    invocation: Invocation, layer: Layer, given: Given
 ) -> tuple[jex.ClosedJaxpr, Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
-    params, state, key, _, own = _layout.drop_layers(given._replace(carry=None))
-    trace = jax.make_jaxpr(functools.partial(run_one, call, layer), return_shape=True)
-    doing = f'tracing {call.all_layers}; loop="python" runs them one by one'
+    one = _layout.drop_layers(given._replace(carry=None))
+
+    def run(given: Given) -> Result:
+        return _layer.run_one(invocation, layer, given)
+
+    trace = jax.make_jaxpr(run, return_shape=True)
+    doing = f'tracing {invocation.all_layers}; loop="python" runs them one by one'
     while True:
         carry = given.carry
-        with call.explained(doing):
-            closed, shapes = trace(params, state, key, carry, own)
+        with invocation.explained(doing):
+            closed, shapes = trace(one._replace(carry=carry))
         outs = jax.tree.unflatten(
             jax.tree.structure(carry), closed.out_avals[: len(jax.tree.leaves(carry))]
         )
-        promoted = jax.tree.map(promote, carry, outs)
+        promoted = jax.tree.map(_carry.promote, carry, outs)
         if all(map(operator.is_, jax.tree.leaves(carry), jax.tree.leaves(promoted))):
             return closed, given, shapes
         given = given._replace(carry=promoted)
 
 
-def _inputs(constants: list[Any], given: Given, names: list[str]) -> list[_cut.Input]:
-    """Describes the inputs of a traced layer for the cut."""
-
-    def own(tree: Any, label: str, known: bool = False) -> list[_cut.Input]:
-        return [
-            _cut.Input(f"{label}{name}", known=known, fixed=known, layered=True)
-            for name in _checks.leaf_names(tree)
-        ]
-
-    num_carry = len(given.carry)
-    index = _cut.Input("the layer's index", known=True, fixed=True, layered=True)
-    carry = [
-        _cut.Input(f"argument `{name}{leaf}`", False, False, False)
-        for name, tree in zip(names[:num_carry], given.carry, strict=True)
-        for leaf in _checks.leaf_names(tree)
-    ]
-    per_layer = [
-        entry
-        for name, tree in zip(names[num_carry:], given.own.inputs, strict=True)
-        for entry in own(tree, f"per-layer input `{name}`")
-    ]
-    return [
-        *_closed_over(constants),
-        *own(given.params, "parameter ", known=True),
-        *own(given.state, "state "),
-        *own(given.keys, "a random key"),
-        *carry,
-        index,
-        *own(given.own.added, "what is added to the tap "),
-        *per_layer,
-    ]
-
-
-def _closed_over(constants: list[Any]) -> list[_cut.Input]:
+def _closed_over() -> Any:
     """Describes what a layer closes over: it may be an activation, or be known."""
     leaves = jax.tree.leaves(hk.experimental.get_params())
     parameters = {id(leaf): leaf for leaf in leaves}  # Kept, so that ids stay theirs.
 
-    def is_known(value: Any) -> bool:
-        if not isinstance(value, jax.Array) or value.ndim == 0:
-            return True
-        return id(value) in parameters
+    def describe(value: object) -> Input:
+        is_number = not isinstance(value, jax.Array) or value.ndim == 0
+        is_known = is_number or id(value) in parameters
+        return Input("an array closed over", known=is_known, fixed=True)
 
-    return [
-        _cut.Input("an array closed over", is_known(value), True, False)
-        for value in constants
-    ]
+    return describe
 
 
-def python(call: Call, layer: _initialize.Layer, given: Given) -> tuple[Any, Any, Any]:
+def python(
+    invocation: Invocation, layer: Layer, given: Given
+) -> tuple[Carry, Tree, State]:
     """Runs the layer function itself, layer by layer."""
-    num_layers, where = call.options.num_layers, call.where
-    call.record(given.params, None)
-    call.scopes = _scopes.of_layers(call.options.name, num_layers)
+    num_layers, where = invocation.options.num_layers, invocation.where
+    _summary.record(invocation, given.params, None)
     structure: Any = None
+    found: dict[int, list[tuple[_marks.Mark, jax.Array]]] = {}
 
-    def step(carry: Any, per_layer: Any) -> tuple[Any, Any]:
-        nonlocal structure
-        params, state, key, own = per_layer
-        with call.explained(index=own.index):
-            (after, output), state = run_one(
-                call, layer, params, state, key, carry, own
+    def step(carry: Tree, own: Given) -> tuple[Any, tuple[Any, Any]]:
+        nonlocal structure, layer
+        with invocation.explained(index=own.index):
+            given = own._replace(carry=carry)
+            result, found[own.index] = _taps.heard(
+                _layer.run_one, invocation, layer, given
             )
-            output = jax.tree.map(as_array, output)
-            found = jax.tree.structure(output)
-            _checks.same_outputs(structure, found, where)
-            structure = found
-        return after, (output, state)
+            output = jax.tree.map(_carry.as_array, result.output)
+            after = jax.tree.structure(output)
+            _carry.same_outputs(structure, after, where)
+        if structure is None and not result.found.were_odd:
+            # Watching slows a Python loop down, and one of its layers tells enough.
+            layer = _layer.pure_layer(invocation, is_watched=False)
+        structure = after
+        return result.carry, (output, result.state)
 
-    own = given.own._replace(index=range(num_layers))
+    rows = given._replace(carry=None, index=range(num_layers))
     carry, (outputs, state) = _loop.run(
         step,
         given.carry,
-        (given.params, given.state, given.keys, own),
+        rows,
         num_layers=num_layers,
         unrolled=True,
-        reverse=call.reverse,
+        reverse=invocation.reverse,
     )
-    return carry, outputs, state
+    return _taps.say_layers(found, (carry, outputs, state))
+
+
+RUN = {"scan": compiled, "unrolled": compiled, "python": python}

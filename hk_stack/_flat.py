@@ -7,6 +7,7 @@ back together, each inside the rematerialised regions that it came from.
 
 import functools
 import itertools
+import operator
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -104,62 +105,85 @@ def flatten(
     """
     jaxpr = without_constants(closed.jaxpr)
     reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
-    effect = 1 << len(jaxpr.invars)
     flat = Flat(jaxpr, [], [], reads)
+    flattening = _Flattening(flat, opens, expose, frozenset(effects))
+    outputs = flattening.visit(jaxpr, jaxpr.invars, _Place())
+    return flat._replace(outputs=outputs)
+
+
+class _Place(NamedTuple):
+    """Where in the traced function equations are.
+
+    Attributes:
+      regions: The rematerialised regions around them, outermost first.
+      caller: The user's equation that runs them, if they are those of a library.
+      is_exposed: Whether they were made of one that was exposed.
+    """
+
+    regions: tuple[Region, ...] = ()
+    caller: jex.JaxprEqn | None = None
+    is_exposed: bool = False
+
+
+class _Flattening(NamedTuple):
+    """The walk through a traced function; its attributes are those of `flatten`."""
+
+    flat: Flat
+    opens: Callable[[jex.Jaxpr, int], bool]
+    expose: Expose
+    effects: frozenset[str]
 
     def visit(
-        jaxpr: jex.Jaxpr,
-        args: Sequence[Atom],
-        regions: Any,
-        caller: Any = None,
-        *,
-        is_exposed: bool = False,
+        self, jaxpr: jex.Jaxpr, args: Sequence[Atom], place: _Place
     ) -> list[Atom]:
+        """Adds the equations of `jaxpr`, run on `args`; returns its results."""
         env = dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom: Atom) -> Atom:
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
         for eqn in jaxpr.eqns:
-            outvars = eqn.outvars
-            if caller:
-                eqn = eqn.replace(source_info=caller.source_info)
-            eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
-            masks = [flat.dependencies(a) for a in eqn.invars]
-            inner = _equations.body_of_call(eqn)
-            if inner is not None and opens(inner, _union(masks)):
-                is_remat = eqn.primitive.name in _equations.REMAT
-                inside = (*regions, Region(eqn)) if is_remat else regions
-                by = eqn if _is_of_a_library(inner) else None
-                outs = visit(inner, eqn.invars, inside, by, is_exposed=is_exposed)
-                env.update(zip(outvars, outs, strict=True))
-                continue
-            # What an exposed equation became is not exposed again.
-            if not is_exposed and (exposed := expose(eqn, masks)):
-                before = exposed.before.jaxpr
-                made = visit(before, eqn.invars, regions, is_exposed=True)
-                eqn = exposed.after(made)
-            env.update(zip(outvars, note(eqn, regions), strict=True))
-        return [read(a) for a in jaxpr.outvars]
+            now = _equations.replace(eqn, invars=list(map(read, eqn.invars)))
+            if place.caller:
+                now = now.replace(source_info=place.caller.source_info)
+            env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
+        return list(map(read, jaxpr.outvars))
 
-    def note(eqn: jex.JaxprEqn, regions: Any) -> list[jex.Var]:
+    def _enter(self, eqn: jex.JaxprEqn, place: _Place) -> list[Atom]:
+        """Adds an equation, or those it stands for; returns their results."""
+        masks = list(map(self.flat.dependencies, eqn.invars))
+        body = _equations.body_in_place(eqn)
+        if body is not None and self.opens(body, _union(masks)):
+            regions = place.regions
+            if eqn.primitive.name in _equations.REMAT:
+                regions = (*regions, Region(eqn))
+            caller = eqn if _is_of_a_library(body) else None
+            inside = _Place(regions, caller, place.is_exposed)
+            return self.visit(body, eqn.invars, inside)
+        # What an exposed equation became is not exposed again.
+        if not place.is_exposed and (exposed := self.expose(eqn, masks)):
+            before = _Place(place.regions, is_exposed=True)
+            made = self.visit(exposed.before.jaxpr, eqn.invars, before)
+            eqn = exposed.after(made)
+        return self._add(eqn, place.regions)
+
+    def _add(self, eqn: jex.JaxprEqn, regions: tuple[Region, ...]) -> list[Atom]:
+        """Adds an equation as it is, with what it depends on."""
+        reads = self.flat.reads
         # Bodies are shared, and so are variables by bodies made from one another.
-        outvars = [fresh(v) if v in reads else v for v in eqn.outvars]
-        mask = _union(flat.dependencies(a) for a in eqn.invars)
-        if eqn.effects or eqn.primitive.name in effects:
-            mask |= effect
+        outvars: list[Atom] = [fresh(v) if v in reads else v for v in eqn.outvars]
+        mask = _union(map(self.flat.dependencies, eqn.invars))
+        if eqn.effects or eqn.primitive.name in self.effects:
+            mask |= 1 << len(self.flat.jaxpr.invars)
         reads.update((v, mask) for v in outvars)
-        flat.nodes.append(Node(eqn.replace(outvars=outvars), regions, mask))
+        self.flat.nodes.append(
+            Node(_equations.replace(eqn, outvars=outvars), regions, mask)
+        )
         return outvars
-
-    return flat._replace(outputs=visit(jaxpr, jaxpr.invars, ()))
 
 
 def _union(masks: Iterable[int]) -> int:
-    union = 0
-    for mask in masks:
-        union |= mask
-    return union
+    return functools.reduce(operator.or_, masks, 0)
 
 
 def program(
@@ -186,7 +210,8 @@ def program(
     reads = variables(outputs) | {v: None for e in eqns for v in variables(e.invars)}
     inputs = flat.jaxpr.invars
     positions = tuple(i for i, v in enumerate(inputs) if v in reads and v not in given)
-    jaxpr = flat.jaxpr.replace(
+    jaxpr = _equations.replace(
+        flat.jaxpr,
         invars=[*given, *(inputs[i] for i in positions)],
         outvars=list(outputs),
         eqns=eqns,
@@ -212,7 +237,7 @@ def needed(
             continue
         # One output of an equation may come in from outside while another is needed.
         outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
-        kept.append(node._replace(eqn=eqn.replace(outvars=outvars)))
+        kept.append(node._replace(eqn=_equations.replace(eqn, outvars=outvars)))
         live |= set(variables(eqn.invars)) - outside
     return kept[::-1]
 
@@ -247,18 +272,24 @@ def _remat(
     made = {v for e in body for v in e.outvars}
     reads = {v: None for e in body for v in variables(e.invars) if v not in made}
     invars: list[Atom] = list(reads)
-    jaxpr = eqn.params["jaxpr"].replace(
-        invars=invars, outvars=outvars, eqns=body, effects=_effects(body)
+    jaxpr = _equations.replace(
+        eqn.params["jaxpr"],
+        invars=invars,
+        outvars=outvars,
+        eqns=body,
+        effects=_effects(body),
     )
     return _equations.with_remat_body(eqn, invars, jaxpr)
 
 
 def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """`jaxpr` with its constants as its first inputs."""
-    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    return _equations.replace(
+        jaxpr, constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]
+    )
 
 
-def _effects(eqns: Iterable[jex.JaxprEqn]) -> set:
+def _effects(eqns: Iterable[jex.JaxprEqn]) -> set[Any]:
     return set().union(*(eqn.effects for eqn in eqns))
 
 

@@ -16,33 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import _cost, _eager, _flat, _layout, _loop
-
-METHODS = ("auto", "vmap", "map", "scan")
-
-
-class Layer(NamedTuple):
-    """One layer as pure functions.
-
-    Attributes:
-      init: `(key, carry, per_layer) -> (params, state)`, before any call.
-      apply: `(params, state, key, carry, per_layer) -> ((carry, output), state)`.
-    """
-
-    init: Callable[..., Any]
-    apply: Callable[..., Any]
+from hk_stack import _batches, _checks, _cost, _eager, _equations, _flat, _layout, _loop
+from hk_stack._layer import Given, Layer
+from hk_stack._types import Params, State
 
 
 def initialize(
-    layer: Layer,
-    num_layers: int,
-    key: jax.Array | None,
-    carry: Any,
-    per_layer: Any,
-    *,
-    method: str,
-    where: str,
-) -> tuple[Any, Any]:
+    layer: Layer, num_layers: int, given: Given, *, method: str, where: str
+) -> tuple[Params, State]:
     """Initial parameters and state of a stack.
 
     Equal to this loop, with the results stacked; the `apply` calls matter, and are
@@ -51,16 +32,15 @@ def initialize(
     ```
     for i in range(num_layers):
         init_key, key, apply_key = jax.random.split(key, 3)
-        params[i], state[i] = layer.init(init_key, carry, per_layer[i])
-        (carry, _), _ = layer.apply(params[i], state[i], apply_key, carry, per_layer[i])
+        params[i], state[i] = layer.init(init_key, carry, own[i])
+        carry = layer.apply(params[i], state[i], apply_key, carry, own[i])
     ```
 
     Args:
       layer: The layer.
       num_layers: `L`.
-      key: A random key, or None if the initialisers need none.
-      carry: What the first layer is given.
-      per_layer: A pytree of arrays `[L, ...]`.
+      given: What the layers are given, without parameters and state; its `keys` are one
+        random key, or None if the initialisers need none.
       method: "vmap" runs the initialisers batched, "map" one layer after another,
         "scan" the loop above. "auto" is "vmap", but "map" inside `jit`, and where a
         batch would compute other values (random bits of all keys but threefry's), and
@@ -74,19 +54,19 @@ def initialize(
       ValueError: If "vmap" or "map" is asked for and an initial value depends on the
         activations; it names the value.
     """
-    if method != "scan":
-        traced = _trace(layer, key, carry, per_layer)
-        if not traced.dependent:
-            own = jax.tree.leaves((key, carry, per_layer))
-            return _run_initialisers(traced, num_layers, own, key is not None, method)
-        if method != "auto":
-            raise ValueError(
-                f'{where}: init="{method}" runs the initialisers without the layers, '
-                f"but the initial value of {', '.join(traced.dependent)} depends on "
-                'the activations. Use init="scan", or init="auto", which finds this '
-                "out."
-            )
-    return _one_after_another(layer, num_layers, key, carry, per_layer)
+    if method == "scan":
+        return _one_after_another(layer, num_layers, given)
+    traced = _trace(layer, given)
+    if not traced.dependent:
+        return _run_initialisers(traced, num_layers, given, method)
+    if method == "auto":
+        return _one_after_another(layer, num_layers, given)
+    raise ValueError(
+        f'{where}: init="{method}" runs the initialisers without the layers, '
+        f"but the initial value of {', '.join(traced.dependent)} depends on "
+        'the activations. Use init="scan", or init="auto", which finds this '
+        "out."
+    )
 
 
 class _Traced(NamedTuple):
@@ -105,12 +85,13 @@ class _Traced(NamedTuple):
     tree: Any
 
 
-def _trace(layer: Layer, key: Any, carry: Any, per_layer: Any) -> _Traced:
+def _trace(layer: Layer, given: Given) -> _Traced:
     """Traces `layer.init`, and finds out what depends on the activations."""
+    own = _layout.drop_layers(given._replace(keys=None, carry=None))
     trace = jax.make_jaxpr(layer.init, return_shape=True)
-    closed, shapes = trace(key, carry, _layout.drop_layers(per_layer))
-    start = len(closed.consts) + len(jax.tree.leaves(key))
-    activations = _flat.bits([False] * start + [True] * len(jax.tree.leaves(carry)))
+    closed, shapes = trace(own._replace(keys=given.keys, carry=given.carry))
+    is_carry = [path[0].name == "carry" for path, _ in jax.tree.leaves_with_path(given)]
+    activations = _flat.bits([False] * len(closed.consts) + is_carry)
     flattened = _flat.flatten(closed, lambda _, reads: bool(reads & activations))
     paths, tree = jax.tree.flatten_with_path(shapes)
     dependent = [
@@ -121,123 +102,132 @@ def _trace(layer: Layer, key: Any, carry: Any, per_layer: Any) -> _Traced:
     return _Traced(flattened, closed.consts, dependent, tree)
 
 
-def _run_initialisers(
-    traced: _Traced, num_layers: int, own: list[Any], has_key: bool, method: str
-) -> tuple[Any, Any]:
-    """Runs the initialisers of all layers; a key is the first of their `own` inputs."""
-    initialisers, reads = _flat.program(traced.flattened, traced.flattened.outputs)
-    inputs = [*traced.constants, *own]
-    values = [inputs[i] for i in reads]
-    start = len(traced.constants)
-    shared = sum(i < start for i in reads)
-    key = inputs[start] if has_key and start in reads else None
-    in_jit = any(isinstance(value, jax.core.Tracer) for value in values)
-    size = 1
-    if (method == "vmap" and not _cost.is_narrowed(initialisers.jaxpr)) or (
-        method == "auto" and not in_jit and _cost.can_batch(initialisers.jaxpr)
-    ):
-        size = _loop.batch_size(num_layers, _cost.largest_value(initialisers.jaxpr))
-    # JAX's cache does not know what kind of key an array of integers is.
-    kind = None if key is None else str(jax.random.key_impl(key))
-    leaves = _eager.call(
-        functools.partial(_run, initialisers, num_layers, shared, kind, size),
-        values,
-        lambda structure: (structure(initialisers), num_layers, shared, kind, size),
-    )
-    return jax.tree.unflatten(traced.tree, leaves)
+class _Initialisers(NamedTuple):
+    """The initialisers of a layer, and what they are given.
 
-
-def _run(
-    initialisers: jex.ClosedJaxpr,
-    num_layers: int,
-    shared: int,
-    kind: str | None,
-    size: int,
-    values: list[Any],
-) -> list[jax.Array]:
-    """Runs the initialisers, `size` layers at a time.
-
-    The first `shared` of `values` are the same for all layers. Then there may be a key
-    of this `kind`; the rest are `[L, ...]`.
+    Attributes:
+      program: Takes the values that all layers share, a key, then a layer's own values.
+      num_layers: `L`.
+      num_shared: How many values all layers share.
+      kind: Of the key; None if there is no key.
+      size: How many layers run at once.
     """
-    given, own = values[:shared], values[shared:]
 
-    def one(own: list[Any]) -> list[jax.Array]:
-        return jex.jaxpr_as_fun(initialisers)(*given, *own)
+    program: jex.ClosedJaxpr
+    num_layers: int
+    num_shared: int
+    kind: str | None
+    size: int
 
-    if size == 1:
-        return _in_turn(one, num_layers, kind, own)
-    if kind:
-        own = [_init_keys(own[0], num_layers), *own[1:]]
-    # The layer's number is mapped over too, as nothing else may be. A transform of its
-    # own keeps all this pure, so that it can be compiled.
-    run = hk.transform(
-        functools.partial(
-            _loop.in_batches,
-            lambda numbered: one(numbered[1:]),
-            size=size,
-            remat=False,
-            vmap=functools.partial(hk.vmap, split_rng=False),
+    def key(self, structure: _eager.Structure) -> Any:
+        """All that `run` depends on."""
+        return structure(self.program), self[1:]
+
+    def run(self, values: list[Any]) -> list[jax.Array]:
+        """Initial values `[L, ...]`, from the shared values, the key and `[L, ...]`."""
+        shared, own = values[: self.num_shared], values[self.num_shared :]
+
+        def one(own: list[Any]) -> list[jax.Array]:
+            return _equations.run(self.program, *shared, *own)
+
+        if self.size == 1:
+            return _in_turn(one, self.num_layers, bool(self.kind), own)
+        if self.kind:
+            own = [_init_keys(own[0], self.num_layers), *own[1:]]
+        # The layer's number is mapped over too, as nothing else may be. A transform of
+        # its own keeps all this pure, so that it can be compiled.
+        batches = hk.transform(
+            functools.partial(
+                _batches.in_batches,
+                lambda numbered: one(numbered[1:]),
+                size=self.size,
+                remat=False,
+                vmap=functools.partial(hk.vmap, split_rng=False),
+            )
         )
+        numbered = [jnp.arange(self.num_layers), *own]
+        return list(batches.apply({}, None, numbered))
+
+
+def _run_initialisers(
+    traced: _Traced, num_layers: int, given: Given, method: str
+) -> tuple[Params, State]:
+    """Runs the initialisers of all layers."""
+    program, reads = _flat.program(traced.flattened, traced.flattened.outputs)
+    num_constants = len(traced.constants)
+    # Of `given` come first the key, then the carry, which nothing reads.
+    inputs = [*traced.constants, *jax.tree.leaves(given)]
+    values = [inputs[i] for i in reads]
+    has_key = given.keys is not None and num_constants in reads
+    initialisers = _Initialisers(
+        program,
+        num_layers,
+        sum(i < num_constants for i in reads),
+        # JAX's cache does not know what kind of key an array of integers is.
+        str(jax.random.key_impl(given.keys)) if has_key else None,
+        _size(program.jaxpr, num_layers, method, values),
     )
-    return run.apply({}, None, [jnp.arange(num_layers), *own])
+    leaves = _eager.run(initialisers.run, values, initialisers.key)
+    params, state = jax.tree.unflatten(traced.tree, leaves)
+    return params, state
+
+
+def _size(program: jex.Jaxpr, num_layers: int, method: str, values: list[Any]) -> int:
+    """How many layers' initialisers run at once."""
+    is_in_jit = any(isinstance(value, jax.core.Tracer) for value in values)
+    if method == "vmap":
+        is_batched = not _cost.is_narrowed(program)
+    else:
+        is_batched = method == "auto" and not is_in_jit and _cost.can_batch(program)
+    if not is_batched:
+        return 1
+    return _batches.batch_size(num_layers, _cost.largest_value(program))
 
 
 def _in_turn(
     one: Callable[[list[Any]], list[jax.Array]],
     num_layers: int,
-    kind: str | None,
+    has_key: bool,
     own: list[Any],
 ) -> list[jax.Array]:
     """Runs the initialisers layer after layer, with keys that are made on the way."""
 
     def step(key: Any, own: list[Any]) -> tuple[Any, list[jax.Array]]:
-        if not kind:
+        if not has_key:
             return key, one(own)
         init_key, key, _ = jax.random.split(key, 3)
         return key, one([init_key, *own])
 
-    key, rows = (own[0], own[1:]) if kind else (None, own)
-    return _loop.run(step, key, rows, num_layers=num_layers)[1]
-
-
-def _one_after_another(
-    layer: Layer, num_layers: int, key: jax.Array | None, carry: Any, per_layer: Any
-) -> tuple[Any, Any]:
-    """Initialises each layer on the activations that the one before it left."""
-
-    def step(before: tuple[Any, Any], own: Any) -> tuple[tuple[Any, Any], Any]:
-        carry, key = before
-        init_key, key, apply_key = _three_keys(key)
-        params, state = layer.init(init_key, carry, own)
-        (carry, _), _ = layer.apply(params, state, apply_key, carry, own)
-        return (carry, key), (params, state)
-
-    return _loop.run(step, (carry, key), per_layer, num_layers=num_layers)[1]
-
-
-def _three_keys(key: jax.Array | None) -> Any:
-    return (None, None, None) if key is None else jax.random.split(key, 3)
+    key, rows = (own[0], own[1:]) if has_key else (None, own)
+    return list(_loop.run(step, key, rows, num_layers=num_layers)[1])
 
 
 def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
-    """The key that each layer is initialised with, `[L, ...]`.
+    """The key that each layer is initialised with, `[L, ...]`."""
+    return _in_turn(lambda own: own, num_layers, True, [key])[0]
 
-    ```
-    for i in range(num_layers):
-        keys[i], key, _ = jax.random.split(key, 3)
-    ```
-    """
 
-    def step(key: jax.Array, own: None) -> tuple[jax.Array, jax.Array]:
-        del own
-        init_key, key, _ = jax.random.split(key, 3)
-        return key, init_key
+def _one_after_another(
+    layer: Layer, num_layers: int, given: Given
+) -> tuple[Params, State]:
+    """Initialises each layer on the activations that the one before it left."""
 
-    return _loop.run(step, key, None, num_layers=num_layers)[1]
+    def step(before: tuple[Any, Any], own: Given) -> tuple[tuple[Any, Any], Any]:
+        carry, key = before
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        init_key, key, apply_key = keys
+        own = own._replace(carry=carry)
+        params, state = layer.init(own._replace(keys=init_key))
+        after = layer.apply(own._replace(params=params, state=state, keys=apply_key))
+        return (after.carry, key), (params, state)
+
+    own = given._replace(carry=None, keys=None)
+    start = given.carry, given.keys
+    params, state = _loop.run(step, start, own, num_layers=num_layers)[1]
+    return params, state
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:
     """`linear/w` for the path of a leaf in `(params, state)`."""
     kind = ("parameter", "state")[path[0].idx]
-    return f"{kind} {jax.tree_util.keystr(path[1:], simple=True, separator='/')}"
+    return f"{kind} {_checks.path_name(path[1:])}"

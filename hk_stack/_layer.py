@@ -1,158 +1,161 @@
-"""One call of a stack: what is known of it, and its layer as pure functions."""
+"""One use of a stack, its invocation, and its layer as pure functions."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 
 from hk_stack import (
     _advice,
+    _carry,
     _checks,
-    _cut,
-    _equations,
     _finite,
     _frames,
-    _initialize,
     _loop,
+    _parameters,
     _scopes,
+    _taps,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What `layer_stack` was given, checked."""
-
-    num_layers: int
-    with_per_layer_inputs: bool
-    unroll: int
-    pass_reverse: bool
-    naming_map: hk.LayerStackTransparencyMapping | None
-    name: str
-    setup: str
-    setup_batch_size: int | None
-    setup_remat: bool | None
-    init: str
-    loop: str
-    remat: _loop.Remat | None
-    carry_dtype: Any
-    check_finite: bool
-
-
-class Own(NamedTuple):
-    """What each layer gets of its own, besides parameters, state and key.
-
-    Attributes:
-      index: Its index, `[L]`.
-      added: What to add at its taps, by path.
-      inputs: The per-layer inputs.
-    """
-
-    index: Any
-    added: dict[str, Any]
-    inputs: tuple[Any, ...]
+from hk_stack._options import Options
+from hk_stack._parts import Input
+from hk_stack._types import Carry, Tree
 
 
 class Given(NamedTuple):
-    """What a stack is given, in the order in which a layer's `apply` takes it."""
+    """What layers are given: one layer, or all, with leading axes `[L, ...]`.
+
+    The carry has no such axis: it is what the first layer is given.
+
+    Attributes:
+      params: Parameters; None while they are being made.
+      state: State, likewise.
+      keys: A random key for each layer, or None.
+      carry: What goes from layer to layer, a tuple.
+      index: Of the layer.
+      added: What to add at its taps, by path.
+      inputs: The per-layer inputs.
+    """
 
     params: Any
     state: Any
     keys: Any
     carry: Any
-    own: Own
+    index: Any
+    added: Any
+    inputs: Any
 
 
-class Call:
-    """One call of a stack.
+def describe(given: Given, names: Sequence[str]) -> list[Input]:
+    """What the cut must know of each leaf of `given`.
+
+    Args:
+      given: What a layer is given.
+      names: Of the arguments of the layer function: the carry, then per-layer inputs.
+    """
+    start = {"carry": 0, "inputs": len(given.carry)}
+
+    def one(path: tuple[Any, ...]) -> Input:
+        kind, rest = _KINDS[path[0].name], path[1:]
+        if path[0].name in start:  # These are named, not numbered.
+            name = names[start[path[0].name] + rest[0].idx]
+            rest = (jax.tree_util.DictKey(name), *rest[1:])
+        return kind._replace(label=kind.label.format(_checks.path_name(rest)))
+
+    return [one(path) for path, _ in jax.tree.leaves_with_path(given)]
+
+
+_KINDS = {
+    "params": Input("parameter {}", known=True, fixed=True, layered=True),
+    "state": Input("state {}", layered=True),
+    "keys": Input("a random key", layered=True),
+    "carry": Input("argument `{}`", carried=True),
+    "index": Input("the layer's index", known=True, fixed=True, layered=True),
+    "added": Input("what is added to the tap {}", layered=True),
+    "inputs": Input("per-layer input `{}`", layered=True),
+}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What running a layer function tells, besides values.
 
     Attributes:
-      options: Of the stack.
-      f: The layer function.
-      args: What the stack was given by position.
-      kwargs: The keyword arguments of the layer function.
+      were_odd: Whether the layer uses modules that have to be told their names.
+    """
+
+    were_odd: bool
+
+
+class Result(NamedTuple):
+    """What a layer returns; leaves in this order.
+
+    Attributes:
+      carry: What the next layer is given.
+      output: The layer's own output, or None.
+      state: State after the layer.
+      found: What else there is to know.
+    """
+
+    carry: Any
+    output: Any
+    state: Any
+    found: Found
+
+
+class Layer(NamedTuple):
+    """One layer as pure functions.
+
+    Attributes:
+      init: Parameters and state, before the layer runs.
+      apply: The layer.
+    """
+
+    init: Callable[[Given], tuple[hk.Params, hk.State]]
+    apply: Callable[[Given], Result]
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """One use of a stack.
+
+    Attributes:
+      situation: The stack, its layer function, and what it was given.
       where: Names the stack in errors.
       path: Of the stack, from the outermost one.
-      arguments: Names of the arguments of the layer function.
       reverse: Whether the last layer runs first.
-      module: Plain name of the module around a transparent stack, or "".
       loop: What runs the layers.
       is_init: Whether the model is being initialised.
       check_finite: Whether values are checked, in this stack or for one around it.
-      checked: The stacks inside that check values, by label.
+      module: Plain name of the module around a transparent stack, or "".
       outside: Parameters of the transform around, which no layer may share, by plain
         names.
       scopes: Of the layers, if a Python loop runs them.
-      are_odd: Whether the layers of a Python loop use modules that have to be told
-        their names; True until one has run.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        f: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        where: str,
-        path: str,
-        arguments: list[str],
-        reverse: bool,
-    ):
-        self.options = options
-        self.f = f
-        self.args = args
-        self.kwargs = kwargs
-        self.where = where
-        self.path = path
-        self.arguments = arguments
-        self.reverse = reverse
-        self.module = _scopes.plain(_scopes.around()) if options.naming_map else ""
-        self.loop = _loop.in_force(options.loop)
-        self.is_init = hk.running_init() or _frames.is_init()
-        self.check_finite = options.check_finite or _frames.is_checked()
-        self.checked: dict[str, _finite.Checked | None] = {}
-        outside = {} if options.naming_map else hk.experimental.get_params()
-        self.outside = _scopes.plain_tree(outside)
-        self.scopes: list[_scopes.Scope] = []
-        self.are_odd = True
+    situation: _advice.Situation
+    where: str
+    path: str
+    reverse: bool
+    loop: _loop.Loop
+    is_init: bool
+    check_finite: bool
+    module: str
+    outside: Mapping[str, Mapping[str, Any]]
+    scopes: Sequence[_scopes.Scope]
 
     @property
-    def is_python(self) -> bool:
-        """Whether a Python loop runs the layers."""
-        return self.loop == "python"
+    def options(self) -> Options:
+        """Of the stack."""
+        return self.situation.options
 
-    def record(self, params: Any, parts: _cut.Cut | None) -> None:
-        """Tells `summary`, if it listens."""
-        recorder = _frames.recording.value
-        if recorder is None:
-            return
-        if hk.running_init():
-            raise ValueError(
-                "hk_stack.summary: expected the apply of a transform, not its init, "
-                "as a summary is of parameters that are there. Shapes are enough: "
-                "params = jax.eval_shape(model.init, rng, x), then "
-                "summary(model.apply, params, rng, x)."
-            )
-        stored = hk.experimental.get_params()
-        # Only types, as traced values must not outlive what is traced.
-        params, stored = jax.tree.map(jax.typeof, (params, stored))
-        remat = None if self.is_python else self.options.remat
-        record = _frames.Record(
-            self.path,
-            _checks.name_of(self.f),
-            self.options.num_layers,
-            params,
-            stored,
-            parts,
-            self.loop,
-            _loop.describe(remat),
-            bool(_frames.frames()),
-        )
-        types = tuple((v.shape, v.dtype) for v in jax.tree.leaves(params))
-        recorder.records[self.path, record.function, types] = record
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the arguments of the layer function: the carry, then its inputs."""
+        return list(self.situation.arguments)
 
     @property
     def all_layers(self) -> str:
@@ -167,176 +170,156 @@ class Call:
         self, doing: str = "", index: int | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """What says of errors where they came up, and what to write."""
-        return _checks.in_layer(self.where, index, doing, self._advice)
+        return _advice.in_layer(self.where, index, doing, self.situation)
 
-    def _advice(self, error: Exception) -> Iterator[str]:
-        options = self.options
-        arguments = dict(zip(self.arguments, self.args, strict=True))
-        return _advice.on(
-            error,
-            _advice.Situation(
-                self.f,
-                arguments,
-                self.kwargs,
-                options.num_layers,
-                options.with_per_layer_inputs,
-                options.pass_reverse,
-            ),
-        )
-
-    def keeps_carry(self, before: Any, after: Any) -> Any:
-        """Checks that a layer returns the carry that it is given; `after`, as arrays.
-
-        What is weakly typed may take on another type.
-        """
-        if _are_alike(before, after):
-            return after
-        names, where = self.arguments, self.where
-        with_outputs = self.options.with_per_layer_inputs
-        _checks.same_structure(before, after, names, where, with_outputs)
-        after = jax.tree.map(as_array, after)
-        promoted = jax.tree.map(promote, before, after)
-        _checks.same_carry(promoted, after, names, where)
-        return after
-
-    @contextlib.contextmanager
-    def around(self, names: _scopes.Names) -> Iterator[None]:
-        """What is around the layer function: its scope, and a watch on modules."""
-        captured: set[str] = set()
-        with self.scopes[names.frame.index].context if names.own else _NOTHING:
-            # Watching slows a Python loop down, and one of its layers tells enough.
-            if names.own and not self.are_odd:
-                yield
-                return
-            shared = _checks.nothing_shared(
-                self.outside, captured, _scopes.plain, self.where
-            )
-            with names.watched(captured), shared:
-                yield
-            if names.own:
-                self.are_odd = names.were_odd
-
-    def frame(self, own: Own, *, is_init: bool) -> _frames.Frame:
+    def frame(self, given: Given, *, is_init: bool) -> _frames.Frame:
         """What is around one layer."""
-        is_python = isinstance(own.index, int)
+        is_python = isinstance(given.index, int)
         is_init = is_init or self.is_init
         return _frames.Frame(
             self.path,
             self.where,
-            own.index,
+            given.index,
             self.options.num_layers,
-            self.scopes[own.index].name if is_python else "",
+            self.scopes[given.index].name if is_python else "",
             self.check_finite and not is_init,
             is_init,
-            own.added,
-            self.checked,
+            given.added,
+            is_heard=self.check_finite or _taps.are_heard(),
         )
 
 
-_NOTHING = contextlib.nullcontext()
-
-
-def pure_layer(call: Call) -> _initialize.Layer:
-    """The layer function as pure functions of its parameters, state and key."""
-    options, where = call.options, call.where
-
-    def run(names: _scopes.Names, carry: Any, own: Own) -> tuple[Any, Any]:
-        with call.around(names):
-            result = call.f(*carry, *own.inputs, **call.kwargs)
-        _checks.result(result, where)
-        output = None
-        if options.with_per_layer_inputs:
-            _checks.is_pair(result, where)
-            result, output = result
-        if len(carry) == 1:
-            result = (result,)
-        return cast(result, options.carry_dtype), output
-
-    transformed = hk.transform_with_state(run)
-
-    def init(key: Any, carry: Any, own: Own) -> tuple[hk.Params, hk.State]:
-        with _frames.layer(call.frame(own, is_init=True)):
-            return transformed.init(key, call.names(), carry, own)
-
-    def apply(params: Any, state: Any, key: Any, carry: Any, own: Own) -> Any:
-        frame = call.frame(own, is_init=False)
-        with _frames.layer(frame, (params, carry)):
-            if frame.check_finite:
-                carry = _check_inputs(call, params, state, carry, own)
-            names = call.names()
-            names.given = given = names.added(params)
-            (result, output), after = transformed.apply(
-                given, names.added(state), key, names, carry, own
-            )
-            carry = call.keeps_carry(carry, result)
-            if frame.check_finite:
-                named = dict(zip(call.arguments, carry, strict=False))
-                checked = {"result ": named, "output per layer ": output}
-                carry, output = _frames.say_finite(checked, (carry, output))
-        return (carry, output), names.dropped(after, state)
-
-    return _initialize.Layer(init, apply)
-
-
-def _check_inputs(call: Call, params: Any, state: Any, carry: Any, own: Own) -> Any:
-    """Checks what a layer is given; returns its carry, as `say_finite` does."""
-    named = dict(zip(call.arguments, (*carry, *own.inputs), strict=True))
-    checked = {"parameter ": params, "state ": state, "argument ": named}
-    return _frames.say_finite(checked, carry)
-
-
-def run_one(
-    call: Call, layer: _initialize.Layer, params: Any, state: Any, key: Any, *rest: Any
-) -> Any:
-    """Runs one layer; if it fails, looks for parameters that do not fit."""
-    try:
-        return layer.apply(params, state, key, *rest)
-    except ValueError as error:
-        if not hk.running_init():
-            stored = _scopes.plain_tree(hk.experimental.get_params())
-            spec = (jax.random.key(0) if key is None else key, *rest)
-            naming_map, where = call.options.naming_map, call.where
-            _checks.has_params(
-                layer.init, spec, params, stored, naming_map, where, error
-            )
-        raise
-
-
-def as_array(leaf: Any) -> jax.Array:
-    """`leaf`, or an array of it."""
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def cast(carry: Any, dtype: Any) -> Any:
-    """`carry` with its real floating-point leaves in `dtype`, unless that is None."""
-
-    def cast(leaf: Any) -> Any:
-        leaf = as_array(leaf)
-        is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(dtype) if is_real else leaf
-
-    return carry if dtype is None else jax.tree.map(cast, carry)
-
-
-def _are_alike(before: Any, after: Any) -> bool:
-    """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
-    old, tree = jax.tree.flatten(before)
-    new, new_tree = jax.tree.flatten(after)
-    return bool(tree == new_tree) and all(  # type: ignore[operator]
-        isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
-        for x, y in zip(old, new, strict=True)
+def invoke(
+    situation: _advice.Situation, where: str, path: str, reverse: bool
+) -> Invocation:
+    """What is known of a stack where it is used."""
+    options = situation.options
+    is_transparent = options.naming_map is not None
+    loop, num_layers = _loop.in_force(options.loop), options.num_layers
+    outside = {} if is_transparent else hk.experimental.get_params()
+    return Invocation(
+        situation,
+        where,
+        path,
+        reverse,
+        loop,
+        is_init=hk.running_init() or _frames.is_init(),
+        check_finite=bool(options.check_finite or _frames.is_checked()),
+        module=_scopes.plain(_scopes.around()) if is_transparent else "",
+        outside=_scopes.plain_tree(outside),
+        scopes=_scopes.of_layers(options.name, num_layers) if loop == "python" else (),
     )
 
 
-def promote(leaf: jax.Array, after: Any) -> jax.Array:
-    """A carry takes on what the first layer makes of its type, where it may.
+def pure_layer(invocation: Invocation, *, is_watched: bool = True) -> Layer:
+    """The layer function as pure functions.
 
-    So does a weakly typed one, and one that is the same on all devices of a manual mesh
-    axis, if the layer makes it differ.
+    Args:
+      invocation: Of the stack.
+      is_watched: Whether modules that have to be told their names are looked for.
     """
-    leaf = _equations.vary_as(leaf, after)
-    if not getattr(leaf, "weak_type", False) or after.shape != leaf.shape:
-        return leaf
-    if after.weak_type and after.dtype == leaf.dtype:
-        return leaf
-    return jax.lax.convert_element_type(leaf, after.dtype)
+    transformed = hk.transform_with_state(_in_transform(invocation, is_watched))
+
+    def init(given: Given) -> tuple[hk.Params, hk.State]:
+        with _frames.layer(invocation.frame(given, is_init=True)):
+            return transformed.init(given.keys, invocation.names(), given)
+
+    def apply(given: Given) -> Result:
+        frame = invocation.frame(given, is_init=False)
+        with _frames.layer(frame, (given.params, given.carry)):
+            if frame.check_finite:
+                given = given._replace(carry=_check_given(invocation, given))
+            names = invocation.names()
+            names.given = params = names.added(given.params)
+            (carry, output), after = transformed.apply(
+                params, names.added(given.state), given.keys, names, given
+            )
+            carry = _kept(invocation, given.carry, carry)
+            if frame.check_finite:
+                carry, output = _check_result(invocation, carry, output)
+        state = names.dropped(after, given.state)
+        return Result(carry, output, state, Found(names.were_odd))
+
+    return Layer(init, apply)
+
+
+def _in_transform(
+    invocation: Invocation, is_watched: bool
+) -> Callable[[_scopes.Names, Given], tuple[Any, Any]]:
+    """The layer function, which takes and returns the carry as a tuple."""
+    options, where = invocation.options, invocation.where
+    f, kwargs = invocation.situation.f, invocation.situation.kwargs
+
+    def run(names: _scopes.Names, given: Given) -> tuple[Any, Any]:
+        with _around(invocation, names, is_watched):
+            result = f(*given.carry, *given.inputs, **kwargs)
+        _carry.result(result, where)
+        output = None
+        if options.with_per_layer_inputs:
+            _carry.pair(result, where)
+            result, output = result
+        if len(given.carry) == 1:
+            result = (result,)
+        return _carry.cast(result, options.carry_dtype), output
+
+    return run
+
+
+@contextlib.contextmanager
+def _around(
+    invocation: Invocation, names: _scopes.Names, is_watched: bool
+) -> Iterator[None]:
+    """What is around the layer function: its scope, and a watch on modules."""
+    with contextlib.ExitStack() as stack:
+        if names.own:
+            index: Any = names.frame.index  # A number, as a Python loop runs it.
+            stack.enter_context(invocation.scopes[index].context)
+        if is_watched or not names.own:
+            captured: set[str] = set()
+            stack.enter_context(names.watched(captured))
+            stack.enter_context(
+                _parameters.not_shared(invocation.outside, captured, invocation.where)
+            )
+        yield
+
+
+def _kept(invocation: Invocation, before: Carry, after: Tree) -> Any:
+    is_pair = invocation.options.with_per_layer_inputs
+    return _carry.kept(before, after, invocation.arguments, invocation.where, is_pair)
+
+
+def _check_given(invocation: Invocation, given: Given) -> Any:
+    """Checks what a layer is given; returns its carry, as `say_finite` does."""
+    arguments = *given.carry, *given.inputs
+    named = dict(zip(invocation.arguments, arguments, strict=True))
+    checked = {"parameter ": given.params, "state ": given.state, "argument ": named}
+    return _finite.say_finite(checked, given.carry)
+
+
+def _check_result(
+    invocation: Invocation, carry: Carry, output: Tree
+) -> tuple[Any, Any]:
+    named = dict(zip(invocation.arguments, carry, strict=False))
+    checked = {"result ": named, "output per layer ": output}
+    return _finite.say_finite(checked, (carry, output))
+
+
+def run_one(invocation: Invocation, layer: Layer, given: Given) -> Result:
+    """Runs one layer; if it fails, looks for parameters that do not fit."""
+    try:
+        return layer.apply(given)
+    except ValueError as error:
+        if hk.running_init():
+            raise
+        key = jax.random.key(0) if given.keys is None else given.keys
+        stored = _scopes.plain_tree(hk.experimental.get_params())
+        _parameters.fit(
+            layer.init,
+            given._replace(keys=key),
+            given.params,
+            stored,
+            invocation.options.naming_map,
+            invocation.where,
+            error,
+        )
+        raise

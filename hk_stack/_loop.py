@@ -5,20 +5,22 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from hk_stack import _checks
+from hk_stack._types import Tree
 
-LOOPS = ("scan", "unrolled", "python")
+Loop = Literal["scan", "unrolled", "python"]
+LOOPS: tuple[Loop, ...] = get_args(Loop)
 
 # JAX's caches know the value, so what was traced for one loop is not used in another.
 _override: Any = jax.make_user_context(None)
 
 
-def use_loop(loop: str) -> contextlib.AbstractContextManager[None]:
+def use_loop(loop: Loop) -> contextlib.AbstractContextManager[None]:
     """Runs every stack that is called in a `with` block by one executor.
 
     The environment variable `HK_STACK_LOOP` does the same for a whole program. A block
@@ -44,17 +46,17 @@ def use_loop(loop: str) -> contextlib.AbstractContextManager[None]:
     Raises:
       ValueError: If there is no such executor.
     """
-    return _override(_checks.one_of(loop, LOOPS, "loop", "use_loop"))
+    _checks.one_of(loop, LOOPS, "loop", "use_loop")
+    context: contextlib.AbstractContextManager[None] = _override(loop)
+    return context
 
 
-def in_force(loop: str) -> str:
+def in_force(loop: Loop) -> Loop:
     """The executor that runs a stack which asks for `loop`."""
-    if _override.value is not None:
-        return _override.value
-    of_program = os.environ.get("HK_STACK_LOOP")
-    if not of_program:
-        return loop
-    return _checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+    of_program: Any = os.environ.get("HK_STACK_LOOP")
+    if of_program and _override.value is None:
+        _checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+    return _override.value or of_program or loop
 
 
 class Remat(NamedTuple):
@@ -89,8 +91,8 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 def run(
     layer: Step,
-    carry: Any,
-    per_layer: Any,
+    carry: Tree,
+    per_layer: Tree,
     *,
     num_layers: int,
     unrolled: bool = False,
@@ -141,7 +143,7 @@ def run(
         return group(num_layers)(carry, per_layer)
     groups, rest = divmod(num_layers, every)
 
-    def whole_groups(carry: Any, own: Any) -> tuple[Any, Any]:
+    def whole_groups(carry: Tree, own: Tree) -> tuple[Any, Any]:
         own = jax.tree.map(lambda leaf: _fold(leaf, groups, every), own)
         step = again(group(every), groups, 1)
         carry, outputs = loop(step, carry, own, groups, 1)
@@ -154,7 +156,7 @@ def run(
 
 
 def _in_two(
-    first: Step, last: Step, carry: Any, per_layer: Any, rest: int, reverse: bool
+    first: Step, last: Step, carry: Tree, per_layer: Tree, rest: int, reverse: bool
 ) -> tuple[Any, Any]:
     """Runs the layers but for the last `rest` of them in `first`, these in `last`."""
     own = jax.tree.map(lambda leaf: leaf[:-rest], per_layer)
@@ -168,18 +170,18 @@ def _in_two(
     return carry, jax.tree.map(lambda *ends: jnp.concatenate(ends), start, end)
 
 
-def _fold(leaf: Any, *shape: int) -> Any:
+def _fold(leaf: jax.Array, *shape: int) -> Any:
     """`leaf` with its first axis in the place of several."""
     return leaf.reshape(*shape, *leaf.shape[1:])
 
 
-def _unfold(leaf: Any) -> Any:
+def _unfold(leaf: jax.Array) -> Any:
     """`leaf` with its first two axes as one."""
     return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 
 def _scan(
-    layer: Step, carry: Any, per_layer: Any, count: int, unroll: int, *, reverse: bool
+    layer: Step, carry: Tree, per_layer: Tree, count: int, unroll: int, *, reverse: bool
 ) -> tuple[Any, Any]:
     return jax.lax.scan(
         layer, carry, per_layer, length=count, unroll=unroll, reverse=reverse
@@ -187,7 +189,7 @@ def _scan(
 
 
 def _one_by_one(
-    layer: Step, carry: Any, per_layer: Any, count: int, unroll: int, *, reverse: bool
+    layer: Step, carry: Tree, per_layer: Tree, count: int, unroll: int, *, reverse: bool
 ) -> tuple[Any, Any]:
     """A loop in Python, which may see true values."""
     del unroll
@@ -225,90 +227,3 @@ def square_root(num_layers: int) -> int:
     most = math.isqrt(num_layers)
     divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
     return divisor if 2 * divisor > most else most
-
-
-def in_batches(
-    run: Callable[[list[Any]], list[Any]],
-    values: list[Any],
-    *,
-    size: int,
-    remat: bool | None = None,
-    vmap: Callable[..., Any] = jax.vmap,
-) -> list[Any]:
-    """Runs all layers independently of one another, `size` of them at a time.
-
-    Equal to this loop, with the results stacked:
-
-    ```
-    for i in range(L):
-        results[i] = run([value[i] for value in values])
-    ```
-
-    Args:
-      run: One layer.
-      values: Arrays `[L, ...]`.
-      size: Layers in a batch; the last batch may be smaller. A batch of one layer is no
-        batch: `run` is not transformed. Nor is it where there is no batch of it: some
-        primitives have none, or not of all their uses.
-      remat: Whether the backward pass runs each batch again instead of keeping what it
-        computed on the way, which may be large; by default, if there is more than one.
-      vmap: What makes a batch of `run`.
-
-    Returns:
-      Arrays `[L, ...]`.
-    """
-    num_layers = values[0].shape[0]
-    if size > 1 and num_layers > 1:
-        with contextlib.suppress(Exception):  # Of any kind: the primitive's author's.
-            return _in_batches(vmap(run), values, size, remat)
-    return _in_batches(run, values, 1, remat)
-
-
-def _in_batches(
-    batch: Callable[[list[Any]], list[Any]],
-    values: list[Any],
-    size: int,
-    remat: bool | None,
-) -> list[Any]:
-    num_layers = values[0].shape[0]
-    if size < num_layers if remat is None else remat:
-        # In the loop over batches nothing can be merged with the backward pass; outside
-        # of one XLA would undo the rematerialisation.
-        batch = jax.checkpoint(batch, prevent_cse=size >= num_layers)
-    if num_layers == 1:
-        return [result[None] for result in batch([v[0] for v in values])]
-    if size == 1:
-        return jax.lax.map(batch, values)
-    if size >= num_layers:
-        return batch(values)
-    whole = num_layers - num_layers % size
-    split = [v[:whole].reshape(-1, size, *v.shape[1:]) for v in values]
-    results = jax.lax.map(batch, split)
-    results = [r.reshape(whole, *r.shape[2:]) for r in results]
-    if whole == num_layers:
-        return results
-    rest = batch([v[whole:] for v in values])
-    return [jnp.concatenate(pair) for pair in zip(results, rest, strict=True)]
-
-
-def batch_size(num_layers: int, nbytes: int) -> int:
-    """How many layers to run at once, if the largest value of each takes `nbytes`.
-
-    Batching is for work made of many small steps. Past `BATCH_BYTES` it saves nothing
-    and costs cache and memory: the more so, the larger the values are.
-
-    >>> batch_size(12, 2**10)
-    12
-    >>> batch_size(12, 2**21)
-    4
-    >>> batch_size(13, 2**21)  # 3 batches of 4, and one more layer
-    4
-    """
-    most = max(1, min(num_layers, BATCH_BYTES // max(1, nbytes)))
-    # A divisor spares the program a second copy of the layer, for the last batch.
-    divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
-    return divisor if 2 * divisor > most else most
-
-
-# Measured on a CPU, for S4 kernels and for random initial values.
-BATCH_BYTES = 8 * 2**20

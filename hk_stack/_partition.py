@@ -1,84 +1,87 @@
 """`partition`: a function cut into setup and call, to set up once and call often."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-from jax.extend import core as jex
+import jax.numpy as jnp
+import numpy as np
 
-from hk_stack import _checks, _cut
+from hk_stack import _checks, _cut, _equations
+from hk_stack._naming import unique
+from hk_stack._parts import Input, Parts
 from hk_stack._report import Report, hoisted_names, report
-
-Derived = dict[str, dict[str, jax.Array]]
+from hk_stack._table import Shown, Table
+from hk_stack._types import Derived, Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Parts:
+class _Program:
     """Setup and call as functions of pytrees.
 
     Attributes:
       parts: The cut function, whose inputs are constants, known leaves, then the rest.
-      hoisted: Names of the values that setup computes.
-      num_constants: How many constants there are.
-      leaves: Names of the known leaves.
+      kept: Where the known inputs are that the call reads, sorted by name.
+      derived: The types of the derived values.
       names: Names of the arguments.
-      avals: The types of the arguments.
+      arguments: Their types.
       result: The structure of what the function returns.
       where: Names the function in errors.
     """
 
-    parts: _cut.Cut
-    hoisted: list[str]
-    num_constants: int
-    leaves: list[str]
+    parts: Parts
+    kept: list[int]
+    derived: Derived
     names: list[str]
-    avals: tuple[Any, ...]
+    arguments: tuple[Tree, ...]
     result: Any
     where: str
 
-    def setup(self, constants: list[Any], known: Any) -> Derived:
+    def setup(self, constants: list[jax.Array], known: Tree) -> Derived:
         what = f"{self.where}, setup: argument `{self.names[0]}`"
-        _checks.same_leaves(known, self.avals[0], what)
+        _same_leaves(known, self.arguments[0], what)
         inputs = [*constants, *jax.tree.leaves(known)]
-        run = jex.jaxpr_as_fun(self.parts.shared)
-        made = run(*(inputs[i] for i in self.parts.shared_inputs))
-        kept = {self._name(i): inputs[i] for i in self.kept()}
-        return {"hoisted": dict(zip(self.hoisted, made, strict=True)), "kept": kept}
+        read = (inputs[i] for i in self.parts.shared_inputs)
+        made = _equations.run(self.parts.shared, *read)
+        leaves = [*made, *(inputs[i] for i in self.kept)]
+        derived: Derived = jax.tree.unflatten(jax.tree.structure(self.derived), leaves)
+        return derived
 
-    def call(self, constants: list[Any], derived: Derived, *rest: Any) -> Any:
+    def call(self, constants: list[jax.Array], derived: Derived, *rest: Tree) -> Tree:
         self.check(derived)
-        _checks.same_count(rest, self.names[1:], self.where)
-        for name, tree, aval in zip(self.names[1:], rest, self.avals[1:], strict=True):
-            _checks.same_leaves(tree, aval, f"{self.where}, call: argument `{name}`")
+        names = self.names[1:]
+        if len(rest) != len(names):
+            raise TypeError(
+                f"{self.where}, call: takes derived, {', '.join(names)}; was given "
+                f"{len(rest)} arguments after `derived`."
+            )
+        for name, tree, types in zip(names, rest, self.arguments[1:], strict=True):
+            _same_leaves(tree, types, f"{self.where}, call: argument `{name}`")
+        start = len(constants) + len(jax.tree.leaves(self.arguments[0]))
+        made, kept = map(jax.tree.leaves, (derived["hoisted"], derived["kept"]))
         inputs = dict(enumerate(constants))
-        inputs |= {i: derived["kept"][self._name(i)] for i in self.kept()}
-        start = self.num_constants + len(self.leaves)
-        inputs |= dict(enumerate(jax.tree.leaves(rest), start))
-        made = [derived["hoisted"][name] for name in self.hoisted]
-        run = jex.jaxpr_as_fun(self.parts.call)
-        outputs = run(*made, *(inputs[i] for i in self.parts.call_inputs))
+        inputs |= zip(self.kept, kept, strict=True)
+        inputs |= enumerate(jax.tree.leaves(rest), start)
+        read = (inputs[i] for i in self.parts.call_inputs)
+        outputs = _equations.run(self.parts.call, *made, *read)
         return jax.tree.unflatten(self.result, outputs)
 
-    def check(self, derived: Any) -> None:
+    def check(self, derived: Derived) -> None:
         """Checks that derived values are of the right types."""
-        made = zip(self.hoisted, self.parts.shared.out_avals, strict=True)
-        known = jax.tree.leaves(self.avals[0])
-        kept = {self._name(i): known[i - self.num_constants] for i in self.kept()}
-        expected = {"hoisted": dict(made), "kept": kept}
-        _checks.derived_values(derived, expected, self.where)
-
-    def kept(self) -> list[int]:
-        """The known inputs that the call reads."""
-        known = range(self.num_constants, self.num_constants + len(self.leaves))
-        return [i for i in self.parts.call_inputs if i in known]
-
-    def _name(self, i: int) -> str:
-        return self.leaves[i - self.num_constants]
+        try:
+            _same_leaves(derived, self.derived, f"{self.where}, call: `derived`")
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{error} The first argument of call is what setup returns: "
+                "split.call(split.setup(params), ...); values that were made before fn "
+                "or its shapes changed do not fit."
+            ) from None
 
 
-class Partition:
+class Partition(Shown):
     """A function in two parts; made by `partition`.
 
     Its `str` is a report of what `setup` computes, and of what stays in `call` and why;
@@ -88,14 +91,16 @@ class Partition:
       report: What `str` shows, as data.
     """
 
-    def __init__(self, parts: _Parts, constants: list[Any], report: Report):
+    def __init__(
+        self, program: _Program, constants: list[jax.Array], report: Report
+    ) -> None:
         self.report = report
-        self._parts = parts
+        self._program = program
         # Compiled functions take constants as arguments, or they would hold copies.
-        self._setup = functools.partial(jax.jit(parts.setup), constants)
-        self._call = functools.partial(jax.jit(parts.call), constants)
+        self._setup = functools.partial(jax.jit(program.setup), constants)
+        self._call = functools.partial(jax.jit(program.call), constants)
 
-    def setup(self, known: Any, /) -> Derived:
+    def setup(self, known: Tree, /) -> Derived:
         """Computes the derived values.
 
         Args:
@@ -110,9 +115,10 @@ class Partition:
           TypeError: If `known` has another structure than the example.
           ValueError: If a leaf has another shape or dtype.
         """
-        return self._setup(known)
+        derived: Derived = self._setup(known)
+        return derived
 
-    def call(self, derived: Derived, /, *rest: Any) -> Any:
+    def call(self, derived: Derived, /, *rest: Tree) -> Any:
         """Computes the result from derived values and the other arguments.
 
         Args:
@@ -127,7 +133,7 @@ class Partition:
         """
         return self._call(derived, *rest)
 
-    def check(self, known: Any, derived: Derived, /) -> None:
+    def check(self, known: Tree, derived: Derived, /) -> None:
         """Checks that `derived` is the setup of `known`, for tests and debugging.
 
         It runs setup again and compares, up to rounding: outside of `jit` only, and at
@@ -141,22 +147,16 @@ class Partition:
           TypeError: If either has another structure than the example.
           ValueError: If a value is not what `setup(known)` returns; it names which.
         """
-        self._parts.check(derived)
-        _checks.not_stale(self.setup(known), derived, self.report.where)
+        self._program.check(derived)
+        _not_stale(self.setup(known), derived, self.report.where)
 
-    def __str__(self) -> str:
-        return str(self.report)
+    def _parts(self) -> Iterable[str | Table]:
+        return self.report._parts()
 
-    __repr__ = __str__
-
-    def __rich__(self) -> Any:
-        return self.report.__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
+    __repr__ = Shown.__str__
 
 
-def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
+def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
     """Cuts `fn` into what depends on its first argument alone, and the rest.
 
     For all arguments of the shapes and dtypes of `example_args`,
@@ -209,44 +209,127 @@ def partition(fn: Callable[..., Any], *example_args: Any) -> Partition:
       TypeError: If `fn` is not callable, or an argument is no array.
       ValueError: If a value marked with `hoist` depends on another argument.
     """
-    where = _checks.partitioned(fn, example_args)
+    where = _named(fn, example_args)
     names = _checks.argument_names(fn, len(example_args))
-    with _checks.while_tracing(where):
+    with while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
         closed, result = trace(*example_args)
-    known = _checks.leaf_names(example_args[0])
-    leaves = _unique([name or names[0] for name in known])  # It may be one array.
-    inputs = [
-        *(_cut.Input("a constant", True, True, False) for _ in closed.consts),
-        *(_cut.Input(leaf, True, True, False) for leaf in leaves),
-        *(
-            _cut.Input(f"argument `{name}`", False, False, False)
-            for name, tree in zip(names[1:], example_args[1:], strict=True)
-            for _ in jax.tree.leaves(tree)
-        ),
-    ]
-    separate = _cut.cut(closed, inputs, "auto", where, reuse=True)
-    avals = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
-    parts = _Parts(
-        separate,
-        hoisted_names(separate.shared.jaxpr),
-        len(closed.consts),
-        leaves,
-        names,
-        avals,
-        jax.tree.structure(result),
-        where,
+    constant = Input("a constant", known=True, fixed=True, constant=True)
+    first = len(closed.consts)
+    inputs = [*[constant] * first, *_described(names, example_args)]
+    parts = _cut.cut(closed, inputs, "auto", where, reuse=True)
+    known = [i for i in parts.call_inputs if inputs[i].known and i >= first]
+    kept = sorted(known, key=lambda i: inputs[i].label)
+    made = hoisted_names(parts.shared.jaxpr)
+    derived = {
+        "hoisted": dict(zip(made, parts.shared.out_avals, strict=True)),
+        "kept": {inputs[i].label: closed.in_avals[i - first] for i in kept},
+    }
+    arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
+    structure = jax.tree.structure(result)
+    program = _Program(parts, kept, derived, names, arguments, structure, where)
+    described = report(parts, inputs, list(derived["kept"].values()), where)
+    return Partition(program, closed.consts, described)
+
+
+def _described(names: list[str], arguments: tuple[Tree, ...]) -> Iterator[Input]:
+    """What the cut must know of each leaf of the arguments: the first is known."""
+    leaves = _checks.leaf_names(arguments[0])
+    for label in unique([name or names[0] for name in leaves]):  # It may be one array.
+        yield Input(label, known=True, fixed=True)
+    for name, tree in zip(names[1:], arguments[1:], strict=True):
+        yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
+
+
+def _named(fn: Callable[..., Any], example_args: tuple[Tree, ...]) -> str:
+    """Checks what `partition` is given; returns how errors name it."""
+    _checks.function(fn, "partition")
+    where = f"partition of {_checks.name_of(fn)!r}"
+    if not example_args:
+        raise TypeError(
+            f"{where}: no example arguments. Write partition(fn, params, *rest), with "
+            "arrays or jax.ShapeDtypeStructs of what fn takes."
+        )
+    names = _checks.argument_names(fn, len(example_args))
+    for name, tree in zip(names, example_args, strict=True):
+        _checks.arrays(tree, f"{where}: example argument `{name}`")
+    return where
+
+
+@contextlib.contextmanager
+def while_tracing(where: str) -> Iterator[None]:
+    """Says what to do where a function fails on traced arguments."""
+    try:
+        yield
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        error.add_note(
+            f"{where}: this happened while tracing it on the arguments given, all of "
+            "which are traced. Bind static ones before, as in "
+            "functools.partial(fn, is_training=True)."
+        )
+        raise
+
+
+def _same_leaves(given: Tree, example: Tree, what: str) -> None:
+    """Checks that `given` has the structure and types of `example`, a tree of avals."""
+    old: Any = jax.tree.structure(example)
+    new: Any = jax.tree.structure(given)
+    if old != new:
+        expected, found = (
+            {*_checks.leaf_names(tree)} - {""} for tree in (example, given)
+        )
+        raise TypeError(
+            f"{what} is of another structure than the example it was partitioned for:"
+            f"{_some(' lacks', expected - found)}"
+            f"{_some(' has also', found - expected)} expected {old}, found "
+            f"{new}. Partition again for other arguments."
+        )
+    leaves = jax.tree.leaves_with_path(given)
+    for (path, leaf), aval in zip(leaves, jax.tree.leaves(example), strict=True):
+        kind = jax.typeof(leaf)
+        if (kind.shape, kind.dtype) != (aval.shape, aval.dtype):
+            at = f" (at {_checks.path_name(path)})" if path else ""
+            raise ValueError(
+                f"{what}{at} is {kind.str_short()}; it was partitioned for "
+                f"{aval.str_short()}. Partition again for other shapes or dtypes."
+            )
+
+
+def _some(what: str, names: set[str]) -> str:
+    first = sorted(names)[:4]
+    listed = ", ".join(first) + (", ..." if len(names) > 4 else "")
+    return f"{what} {listed};" if names else ""
+
+
+# Of values of one setup, compiled alone or as part of a larger program.
+_ROUNDING = 1e-5
+
+
+def _not_stale(expected: Derived, derived: Derived, where: str) -> None:
+    """Checks that derived values are those of the parameters at hand."""
+    found = []
+    pairs = zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(derived), strict=True
     )
-    kept = [closed.in_avals[i - len(closed.consts)] for i in parts.kept()]
-    described = report(separate, [i.known for i in inputs], kept, where)
-    return Partition(parts, closed.consts, described)
+    for (path, new), old in pairs:
+        new, old = map(_numbers, (new, old))
+        largest = np.max(np.abs(new), initial=0, where=np.isfinite(new))
+        tolerance = _ROUNDING * largest
+        apart = ~np.isclose(new, old, rtol=0, atol=tolerance, equal_nan=True)
+        if apart.any():
+            most = np.max(np.abs(new[apart] - old[apart]))
+            found.append(f"{_checks.path_name(path)} by up to {most:.3g}")
+    if found:
+        raise ValueError(
+            f"{where}: derived values are not those of these parameters; they differ "
+            f"in {', '.join(found[:4])}. Run setup again whenever the parameters "
+            "change: derived = split.setup(params)."
+        )
 
 
-def _unique(names: list[str]) -> list[str]:
-    """`names`, with a number after those that were there before."""
-    seen: dict[str, int] = {}
-    for i, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            names[i] = f"{name}#{seen[name]}"
-    return names
+def _numbers(leaf: jax.Array) -> np.ndarray:
+    """`leaf` as numbers that can be subtracted."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    kind = np.complex128 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else float
+    return np.asarray(leaf).astype(kind)

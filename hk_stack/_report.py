@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _cut, _equations, _flat
+from hk_stack import _cost, _equations, _flat
+from hk_stack._equations import Atom
+from hk_stack._parts import Input, Parts
 from hk_stack._table import Shown, Table, si
 
 
@@ -64,35 +66,38 @@ class Report(Shown):
         yield self._headline()
         if self.hoisted:
             titles = "hoisted|primitive|derived values|bytes|FLOPs".split("|")
-            yield Table(titles, list(map(_cells, self.hoisted)), titles[-2:])
+            yield Table(titles, list(map(cells, self.hoisted)), titles[-2:])
         if self.stayed:
             yield Table(["stays in the call", "primitive", "why"], self.stayed)
 
     def _headline(self) -> str:
-        nbytes = sum(group.nbytes for group in self.hoisted)
-        flops = sum(group.flops for group in self.hoisted)
-        if not self.hoisted:
-            hoisted = "nothing to hoist"
-        else:
-            hoisted = f"hoisted {si(nbytes)}B from {si(flops)}FLOP"
+        nbytes = si(sum(group.nbytes for group in self.hoisted))
+        flops = si(sum(group.flops for group in self.hoisted))
+        some = f"hoisted {nbytes}B from {flops}FLOP"
+        hoisted = some if self.hoisted else "nothing to hoist"
         kept = f"{self.kept} arrays ({si(self.kept_nbytes)}B) kept as they are"
         return f"{self.where}: {hoisted}; {kept}"
 
 
 def report(
-    parts: _cut.Cut, known: Sequence[bool], kept: Sequence[Any], where: str
+    parts: Parts,
+    inputs: Sequence[Input],
+    kept: Sequence[Any],
+    where: str,
 ) -> Report:
     """Describes a cut.
 
     Args:
       parts: A cut without layers.
-      known: Which inputs of the cut function are known.
+      inputs: What the inputs of the cut function are.
       kept: The arrays among the derived values that setup does not compute.
       where: Names the function.
     """
-    flags = [True] * len(parts.shared.out_avals) + [known[i] for i in parts.call_inputs]
+    read = [inputs[i] for i in parts.call_inputs]
+    known = [None if i.constant else i.known for i in read]
+    flags = [True] * len(parts.shared.out_avals) + known
     stayed = dict.fromkeys(_stayed(parts.call.jaxpr, flags))
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+    nbytes = sum(map(_cost.bytes_of, kept))
     hoisted = tuple(groups(parts.shared.jaxpr))
     return Report(where, hoisted, len(kept), nbytes, tuple(stayed))
 
@@ -125,57 +130,54 @@ def groups(setup: jex.Jaxpr) -> Iterator[Group]:
 def _origins(jaxpr: jex.Jaxpr) -> list[tuple[str, str]]:
     """The source line and the primitive that each output comes from."""
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
-    return [
-        (_flat.UNKNOWN, "a constant")
-        if isinstance(value, jex.Literal)
-        else _origin(made, value)
-        for value in jaxpr.outvars
-    ]
+    return [_origin(made, value) for value in jaxpr.outvars]
 
 
 def _origin(
-    made: dict[jex.Var, tuple[jex.JaxprEqn, int]], value: Any
+    made: dict[jex.Var, tuple[jex.JaxprEqn, int]], value: Atom
 ) -> tuple[str, str]:
     """The same for one value, given which equation and output each comes from."""
-    while value in made:
-        eqn, i = made[value]
-        before = list(_equations.variables(eqn.invars))
-        if not (_cost.is_layout(eqn) or eqn.primitive.name == "name"):
-            break
-        if len(before) != 1 or before[0] not in made:
-            break
-        value = before[0]
-    else:
-        return _flat.UNKNOWN, "an input"
-    line, primitive = _flat.source_line(eqn), eqn.primitive.name
+    if isinstance(value, jex.Literal):
+        return _flat.UNKNOWN, _CONSTANT
+    if value not in made:
+        return _flat.UNKNOWN, _INPUT
+    eqn, i = made[value]
+    before = list(_equations.variables(eqn.invars))
+    is_moved = _cost.is_layout(eqn) or eqn.primitive.name == "name"
+    if is_moved and len(before) == 1 and before[0] in made:
+        return _origin(made, before[0])
+    line = _flat.source_line(eqn)
     for body in _equations.bodies(eqn):
         if len(body.outvars) == len(eqn.outvars):
-            inner = _equations.variables([body.outvars[i]])
-            if any(v in e.outvars for e in body.eqns for v in inner):
-                inner_line, primitive = _origins(body)[i]
-                return (line if inner_line == _flat.UNKNOWN else inner_line), primitive
-    return line, primitive
+            inner, primitive = _origins(body)[i]
+            if primitive not in (_CONSTANT, _INPUT):
+                return (line if inner == _flat.UNKNOWN else inner), primitive
+    return line, eqn.primitive.name
+
+
+_CONSTANT, _INPUT = "a constant", "an input"
 
 
 def _stayed(
-    jaxpr: jex.Jaxpr, known: Sequence[bool], caller: str = _flat.UNKNOWN
+    jaxpr: jex.Jaxpr, known: Sequence[bool | None], caller: str = _flat.UNKNOWN
 ) -> Iterator[Stayed]:
     """What a call does with known values, and what in it was left whole.
 
     Args:
       jaxpr: The call, or what one of its equations runs.
-      known: Which inputs are known.
+      known: Which inputs are known; None for constants, of which nobody needs to hear.
       caller: The source line of that equation.
     """
-    values = {v for v, flag in zip(jaxpr.invars, known, strict=True) if flag}
-    rest = set(jaxpr.invars) - values
+    flags = dict(zip(jaxpr.invars, known, strict=True))
+    values = {v for v, flag in flags.items() if flag}
+    rest = {v for v, flag in flags.items() if flag is False}
     for eqn in jaxpr.eqns:
         read = set(_equations.variables(eqn.invars))
         source, name = _flat.source_line(eqn), eqn.primitive.name
         source = caller if source == _flat.UNKNOWN else source
         if read & rest:
             rest |= set(eqn.outvars)
-            yield from _inside(eqn, [a in values for a in _hashable(eqn)], source)
+            yield from _inside(eqn, _known(eqn, values, rest), source)
         elif name in _cost.OPAQUE or eqn.effects:
             rest |= set(eqn.outvars)
             yield Stayed(source, name, "it has side effects or runs foreign code")
@@ -186,17 +188,26 @@ def _stayed(
                 yield Stayed(source, name, why)
 
 
-def _hashable(eqn: jex.JaxprEqn) -> list[Any]:
-    """The inputs of an equation, without literals, which have no hash."""
-    return [None if isinstance(a, jex.Literal) else a for a in eqn.invars]
+def _known(
+    eqn: jex.JaxprEqn, values: set[jex.Var], rest: set[jex.Var]
+) -> list[bool | None]:
+    """Which inputs of `eqn` are known; None for those that come of constants."""
+    return [
+        False
+        if isinstance(atom, jex.Literal) or atom in rest
+        else (True if atom in values else None)
+        for atom in eqn.invars
+    ]
 
 
-def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Stayed]:
+def _inside(
+    eqn: jex.JaxprEqn, known: list[bool | None], source: str
+) -> Iterator[Stayed]:
     """The same for what `eqn` runs."""
     name = eqn.primitive.name
     if name == "scan":
         carry = _equations.carried(eqn)
-        known = [flag and i not in carry for i, flag in enumerate(known)]
+        known = [False if i in carry else flag for i, flag in enumerate(known)]
     for body in _equations.bodies(eqn):
         flags = known[len(known) - len(body.invars) :]
         if len(flags) != len(body.invars) or name == "while":
@@ -212,7 +223,8 @@ def _inside(eqn: jex.JaxprEqn, known: list[bool], source: str) -> Iterator[Staye
 _CUT = ("scan", *_equations.JIT, *_equations.REMAT)
 
 
-def _cells(group: Group) -> list[str]:
+def cells(group: Group) -> list[str]:
+    """A row of a table."""
     shapes = ", ".join(group.shapes).replace(" ", "")
     flops, nbytes = si(group.flops), si(group.nbytes)
     return [group.source, group.primitive, shapes, f"{nbytes}B", flops]

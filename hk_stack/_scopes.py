@@ -6,15 +6,17 @@ made elsewhere, or has forced a name on Haiku, gets such a name while the layer 
 """
 
 import contextlib
+import functools
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 
-from hk_stack import _frames, _layout
+from hk_stack import _frames, _naming
+from hk_stack._types import State, Tree
 
 
 class Scope(NamedTuple):
@@ -43,7 +45,8 @@ def of_layers(stack: str, num_layers: int) -> list[Scope]:
     # The transform keeps names in use out of that in which the stack runs.
     before = hk.experimental.module_auto_repr(False)
     try:
-        return hk.transform(make).apply({}, None)
+        scopes: list[Scope] = hk.transform(make).apply({}, None)
+        return scopes
     finally:
         hk.experimental.module_auto_repr(before)
 
@@ -80,7 +83,7 @@ class Names:
         """Parameters or state by the names of this layer, from those by plain names."""
         return {_below(self.own, module): tree[module] for module in tree}
 
-    def dropped(self, after: Any, before: Any) -> dict[str, Any]:
+    def dropped(self, after: State, before: State) -> dict[str, Any]:
         """The inverse of `added`; of several with one name, what changed."""
         plain: dict[str, dict[str, Any]] = {}
         for module, leaves in after.items():
@@ -102,30 +105,45 @@ class Names:
         here: dict[int, Any] = {}  # Weak, as modules may hold traced values.
 
         def on_method(
-            next_f: Any, args: Any, kwargs: Any, context: hk.MethodContext
-        ) -> Any:
-            module = context.module
-            key = id(module)
+            next_f: Callable[..., Tree],
+            args: tuple[Tree, ...],
+            kwargs: dict[str, Tree],
+            context: hk.MethodContext,
+        ) -> Tree:
+            module, run = context.module, functools.partial(next_f, *args, **kwargs)
             if context.method_name == "__init__":
-                here[key] = weakref.ref(module, lambda _: here.pop(key, None))
-                result = next_f(*args, **kwargs)
-                if not self._owns(module.module_name) and self._are_in_force():
-                    self._rename(module)  # Haiku was forced to take another name.
-                return result
-            if key in here:
-                return self._with_bare(module, next_f(*args, **kwargs))
+                return self._make(module, run, here)
+            if id(module) in here:
+                return self._with_bare(module, run())
             captured.add(self._of_other(module.module_name))
-            if not self._are_in_force():
-                return next_f(*args, **kwargs)
-            with self._lent(module):
-                here[key] = module
-                try:
-                    return self._with_bare(module, next_f(*args, **kwargs))
-                finally:
-                    del here[key]
+            return self._borrow(module, run, here) if self._are_in_force() else run()
 
         with hk.intercept_methods(on_method):
             yield
+
+    def _make(
+        self, module: hk.Module, run: Callable[[], Tree], here: dict[int, Any]
+    ) -> Tree:
+        """Runs the `__init__` of a module, which may force another name on Haiku."""
+        key = id(module)
+        here[key] = weakref.ref(module, lambda _: here.pop(key, None))
+        result = run()
+        if not self._owns(module.module_name) and self._are_in_force():
+            self._rename(module)
+        return result
+
+    def _borrow(
+        self, module: hk.Module, run: Callable[[], Tree], here: dict[int, Any]
+    ) -> Tree:
+        """Runs a method of a module that was made elsewhere, by its name here."""
+        before = self._rename(module)
+        here[id(module)] = module
+        try:
+            return self._with_bare(module, run())
+        finally:
+            del here[id(module)]
+            for attribute, name in before.items():
+                setattr(module, attribute, name)
 
     def _owns(self, module: str) -> bool:
         return not self.own or module.startswith(f"{self.own}/")
@@ -146,15 +164,6 @@ class Names:
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(self.given), strict=False)
         return found.keys() == self.given.keys() and all(a is b for a, b in pairs)
 
-    @contextlib.contextmanager
-    def _lent(self, module: hk.Module) -> Iterator[None]:
-        before = self._rename(module)
-        try:
-            yield
-        finally:
-            for attribute, name in before.items():
-                setattr(module, attribute, name)
-
     def _rename(self, module: hk.Module) -> dict[str, str]:
         """Gives a module the name that it has in this layer; returns the old ones."""
         self.were_odd = True
@@ -172,11 +181,11 @@ class Names:
         the module around the stack on, as it is stored.
         """
         name = _without(self.around, module)
-        if self.naming_map is None or _layout.is_stacked(self.naming_map, name):
+        if self.naming_map is None or _naming.is_stacked(self.naming_map, name):
             return name
         return _without([self.module], name)
 
-    def _with_bare(self, module: hk.Module, result: Any) -> Any:
+    def _with_bare(self, module: hk.Module, result: Tree) -> Tree:
         """What `hk.transparent_lift` finds, with parameters that are of no module.
 
         It looks for them in a module `~` of the scope, where they are of the scope.

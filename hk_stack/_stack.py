@@ -1,30 +1,52 @@
 """`layer_stack`: a stack of layers inside a Haiku transform.
 
-At init the stack makes the parameters of all layers (`initialize`). Each call traces
-the layer function once, cuts it into setup and call (`cut`), runs the setup of
-all layers in batches, and loops over the calls (`loop`).
+At init the stack makes the parameters of all layers (`_initialize`). Each use traces
+the layer function once, cuts it into setup and call (`_cut`), runs the setup of all
+layers in batches (`_parts`), and loops over the calls (`_loop`).
 """
 
-import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import haiku as hk
 import jax
 import numpy as np
 
 from hk_stack import (
+    _carry,
     _checks,
-    _cut,
     _executors,
     _frames,
     _initialize,
+    _layer,
     _layout,
     _loop,
+    _naming,
+    _options,
+    _parameters,
     _scopes,
+    _taps,
 )
-from hk_stack._layer import Call, Given, Options, Own, as_array, cast, pure_layer
+from hk_stack._advice import Situation
+from hk_stack._layer import Given, Invocation
+from hk_stack._options import Init, Options, Setup
+from hk_stack._types import Key, Params, State
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Stack(Protocol[P, R_co]):
+    """A stacked layer function: takes what it takes, and `reverse` by keyword."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+    @overload
+    def __call__(self, *args: Any, reverse: bool, **kwargs: Any) -> R_co: ...
 
 
 def layer_stack(
@@ -33,19 +55,19 @@ def layer_stack(
     unroll: int = 1,
     pass_reverse_to_layer_fn: bool = False,
     transparent: bool = False,
-    transparency_map: hk.LayerStackTransparencyMapping | None = None,
+    transparency_map: _naming.Maps | None = None,
     name: str | None = None,
     *,
-    setup: str = "auto",
+    setup: Setup = "auto",
     setup_batch_size: int | None = None,
     setup_remat: bool | None = None,
-    init: str = "auto",
-    loop: str = "scan",
+    init: Init = "auto",
+    loop: _loop.Loop = "scan",
     remat: bool | Callable[..., Any] = False,
-    remat_every: int | str | None = None,
+    remat_every: int | Literal["sqrt"] | None = None,
     carry_dtype: Any = None,
     check_finite: bool = False,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, R]], Stack[P, R]]:
     """Stacks a layer function; a drop-in for `hk.layer_stack`.
 
     `layer_stack(L)(f)(x)` is equal to this loop, in which each `f` has parameters and
@@ -88,7 +110,8 @@ def layer_stack(
         the stack is called (`stack(f)(x, reverse=True)` runs the last layer first).
       transparent: Whether the parameters are stored per layer, under the names that
         `transparency_map` gives.
-      transparency_map: Names of the layers' modules; used if `transparent`.
+      transparency_map: Names of the layers' modules, of one naming map or a sequence of
+        them; used if `transparent`.
       name: Name of the stack in the parameter tree.
       setup: What leaves the loop. "auto": values marked with `hoist`, and whatever else
         depends on parameters and constants only and is worth it. "marked": only marked
@@ -138,83 +161,41 @@ def layer_stack(
       ValueError: If one has a wrong value, shape or dtype; if parameters are of another
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
-    _checks.stack_name(name)
-    where = f"layer_stack {name!r}" if name else "layer_stack"
-    num_layers = _checks.positive(num_layers, "num_layers", where)
-    with_per_layer_inputs = _checks.flag(
-        with_per_layer_inputs, "with_per_layer_inputs", where
-    )
-    transparent = _checks.flag(transparent, "transparent", where)
-    options = Options(
-        num_layers=num_layers,
-        with_per_layer_inputs=with_per_layer_inputs,
-        unroll=_checks.unroll(unroll, num_layers, where),
-        pass_reverse=_checks.flag(
-            pass_reverse_to_layer_fn, "pass_reverse_to_layer_fn", where
-        ),
-        naming_map=_naming_map(transparency_map, where) if transparent else None,
-        name=name or f"__layer_stack_{_KINDS[with_per_layer_inputs]}",
-        setup=_checks.one_of(setup, _cut.POLICIES, "setup", where),
-        setup_batch_size=(
-            None
-            if setup_batch_size is None
-            else _checks.positive(setup_batch_size, "setup_batch_size", where)
-        ),
-        setup_remat=_checks.true_or_false(setup_remat, "setup_remat", where),
-        init=_checks.one_of(init, _initialize.METHODS, "init", where),
-        loop=_checks.one_of(loop, _loop.LOOPS, "loop", where),
-        remat=_remat(remat, remat_every, num_layers, where),
-        carry_dtype=_checks.floating(carry_dtype, where),
-        check_finite=bool(_checks.true_or_false(check_finite, "check_finite", where)),
+    options = _options.checked(
+        num_layers,
+        with_per_layer_inputs,
+        unroll,
+        pass_reverse_to_layer_fn,
+        transparent,
+        transparency_map,
+        name,
+        setup=setup,
+        setup_batch_size=setup_batch_size,
+        setup_remat=setup_remat,
+        init=init,
+        loop=loop,
+        remat=remat,
+        remat_every=remat_every,
+        carry_dtype=carry_dtype,
+        check_finite=check_finite,
     )
 
     def stack(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        _checks.only_function(args, kwargs, options.name)
-        _checks.layer_function(f, options.name, with_per_layer_inputs)
+        _check_alone(args, kwargs, options.name)
+        _check_function(f, options.name, options.with_per_layer_inputs)
 
         @functools.wraps(f)
         def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
             is_reverse = _checks.flag(reverse, "reverse", where)
-            return _call(options, f, args, kwargs, is_reverse)
+            return _run(options, f, args, kwargs, is_reverse)
 
         return stacked
 
+    where = f"layer_stack {name!r}" if name else "layer_stack"
     return stack
 
 
-def _naming_map(naming_map: Any, where: str) -> hk.LayerStackTransparencyMapping:
-    if naming_map is None:
-        raise ValueError(
-            f"{where}: transparent=True needs a transparency_map, which names the "
-            "module of each layer (see hk.LayerStackTransparencyMapping)."
-        )
-    return _checks.naming_map(naming_map, "transparency_map", where)
-
-
-def _remat(remat: Any, every: Any, num_layers: int, where: str) -> _loop.Remat | None:
-    policy = _checks.policy(remat, where)
-    if not remat:
-        if every is not None:
-            raise ValueError(
-                f"{where}: remat_every={every!r} says how remat groups the layers, but "
-                "remat is off. Write remat=True too, or a policy."
-            )
-        return None
-    if every == "sqrt":
-        every = _loop.square_root(num_layers)
-    elif every is None:
-        every = 1
-    elif isinstance(every, str):
-        raise ValueError(
-            f'{where}: remat_every must be a positive int or "sqrt", not {every!r}.'
-        )
-    return _loop.Remat(policy, _checks.positive(every, "remat_every", where))
-
-
-_KINDS = {False: "no_per_layer", True: "with_per_layer"}
-
-
-def _call(
+def _run(
     options: Options,
     f: Callable[..., Any],
     args: tuple[Any, ...],
@@ -222,53 +203,114 @@ def _call(
     reverse: bool,
 ) -> Any:
     """Runs the stack, inside a Haiku transform."""
-    num_layers = options.num_layers
-    _checks.inside_transform(options.name, f)
-    names = _checks.argument_names(f, len(args))
+    _check_transform(options.name, f)
     if options.pass_reverse:
         kwargs = {**kwargs, "reverse": reverse}
-    carry, inputs = args, ()
-    if options.with_per_layer_inputs:
-        carry, inputs = args[:1], args[1:]
     key = hk.maybe_next_rng_key()
-    # A stack that is not transparent stores its layers in a scope of its own. Haiku
-    # numbers scopes of one name, so only inside is it known what this one is called.
-    is_transparent = options.naming_map is not None
-    with contextlib.nullcontext() if is_transparent else hk.name_scope(options.name):
-        path = _path(options)
-        where = _checks.describe(path, f)
-        _checks.carried(args, names, where)
-        _checks.per_layer_inputs(inputs, num_layers, names[len(carry) :], where)
-        carry, inputs = jax.tree.map(as_array, (carry, inputs))
-        carry = cast(carry, options.carry_dtype)
-        path = _frames.path_below(path)
-        added = _frames.added_below(path, num_layers, where)
-        own = Own(np.arange(num_layers, dtype=np.int32), added, inputs)
-        call = Call(options, f, args, kwargs, where, path, names, reverse)
-        layer = pure_layer(call)
+    run: Callable[..., Any]
+    run = functools.partial(_invoke, options, f, key, reverse, **kwargs)
+    if options.naming_map is None:
+        layer = _checks.name_of(f)
+        run = LayerStack(options.num_layers, layer, run, name=options.name)
+    return run(*args)
 
-        def init(key: jax.Array | None) -> tuple[Any, Any]:
-            with call.explained(f"initialising {call.all_layers}"):
-                params, state = _initialize.initialize(
-                    layer, num_layers, key, carry, own, method=options.init, where=where
-                )
-            return _stored(options, params), _stored(options, state)
 
-        lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
-        params, state = (_stacked(options, tree) for tree in lifted(key))
-    _checks.depth(params, state, num_layers, where)
-    layered = {"parameter": params, "state": state, "per-layer input": inputs}
-    _checks.not_sharded_by_layer(layered, where)
+class LayerStack(hk.Module):
+    """The scope of a stack that is not transparent, and its row in a table of modules.
+
+    Haiku numbers modules of one name, so only inside is it known what this is called.
+    """
+
+    def __init__(
+        self, num_layers: int, layer: str, run: Callable[..., Any], name: str
+    ) -> None:
+        super().__init__(name=name)
+        self.num_layers = num_layers
+        self.layer = layer
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the stack."""
+        return self._run(*args)
+
+    def __repr__(self) -> str:
+        return f"LayerStack(num_layers={self.num_layers}, layer={self.layer!r})"
+
+
+def _invoke(
+    options: Options,
+    f: Callable[..., Any],
+    key: Key,
+    reverse: bool,
+    /,  # All names are free for arguments of the layer function.
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    path = _path(options)
+    where = _checks.describe(path, f)
+    names = _checks.argument_names(f, len(args))
+    situation = Situation(options, f, dict(zip(names, args, strict=True)), kwargs)
+    path = _frames.path_below(path)
+    given = _given(situation, key, path, where)
+    invocation = _layer.invoke(situation, where, path, reverse)
+    params, state, updater = _lifted(invocation, given)
+    carry, outputs, state = _run_layers(invocation, given, params, state)
+    updater.update(_with_method(options, _stored(options, state)))
+    result = carry[0] if len(carry) == 1 else carry
+    return (result, outputs) if options.with_per_layer_inputs else result
+
+
+def _given(situation: Situation, key: Key, path: str, where: str) -> Given:
+    """What the layers are given, but for parameters and state."""
+    options, arguments = situation.options, situation.arguments
+    num_layers = options.num_layers
+    _check_carry(arguments, where)
+    num_carry = 1 if options.with_per_layer_inputs else len(arguments)
+    values = tuple(arguments.values())
+    names = list(arguments)[num_carry:]
+    _check_per_layer_inputs(values[num_carry:], num_layers, names, where)
+    values = jax.tree.map(_carry.as_array, values)
+    carry = _carry.cast(values[:num_carry], options.carry_dtype)
+    added = _taps.added_below(path, num_layers, where)
+    index = np.arange(num_layers, dtype=np.int32)
+    return Given(None, None, key, carry, index, added, values[num_carry:])
+
+
+def _run_layers(
+    invocation: Invocation, given: Given, params: Params, state: State
+) -> tuple[Any, Any, Any]:
+    """Runs the layers; returns the carry, their outputs and state."""
+    num_layers, where = invocation.options.num_layers, invocation.where
+    _parameters.depth(params, state, num_layers, where)
+    layered = {"parameter": params, "state": state, "per-layer input": given.inputs}
+    _parameters.not_sharded_by_layer(layered, where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
+    given = given._replace(params=params, state=state, keys=keys)
+    run = _executors.RUN[invocation.loop]
+    return run(invocation, _layer.pure_layer(invocation), given)
 
-    given = Given(params, state, keys, carry, own)
-    run = _executors.python if call.is_python else _executors.compiled
-    carry, outputs, state = run(call, layer, given)
-    updater.update(_with_method(options, _stored(options, state)))
-    if options.with_per_layer_inputs:
-        return carry[0], outputs
-    return carry[0] if len(args) == 1 else carry
+
+def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
+    """Parameters and state of the stack, made at init, and what updates the state."""
+    options = invocation.options
+
+    def init(given: Given) -> tuple[Any, Any]:
+        with invocation.explained(f"initialising {invocation.all_layers}"):
+            params, state = _initialize.initialize(
+                _layer.pure_layer(invocation),
+                options.num_layers,
+                given,
+                method=options.init,
+                where=invocation.where,
+            )
+        return _stored(options, params), _stored(options, state)
+
+    lifted, updater = hk.transparent_lift_with_state(
+        lambda key: init(given._replace(keys=key)), allow_reuse=True
+    )
+    params, state = (_stacked(options, tree) for tree in lifted(given.keys))
+    return params, state, updater
 
 
 def _path(options: Options) -> str:
@@ -298,3 +340,107 @@ def _stored(options: Options, tree: _layout.Modules) -> Any:
     if options.naming_map is None:
         return tree
     return _layout.unstack_modules(tree, options.naming_map, options.num_layers)
+
+
+def _check_function(f: object, name: str, with_per_layer_inputs: bool) -> None:
+    """Checks that `f` can be stacked."""
+    if not callable(f):
+        raise TypeError(
+            f"layer_stack {name!r}: the layer function must be callable, not "
+            f"{type(f).__name__}. Write layer_stack(num_layers)(layer_function)(x)."
+        )
+    _makes_values(f, name)
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except ValueError:  # Builtins have no signature.
+        return
+    starred = [p.name for p in parameters[:1] if p.kind is p.VAR_POSITIONAL]
+    if starred and not with_per_layer_inputs:
+        where = _checks.describe(name, f)
+        raise ValueError(
+            f"{where}: the layer function takes *{starred[0]}, so it "
+            "cannot be known what it carries from layer to layer. Name its arguments, "
+            f"as in def {_checks.name_of(f)}(x, y), or pass one tuple."
+        )
+
+
+def _makes_values(f: Callable[..., Any], name: str) -> None:
+    """Refuses what makes, once called, something else than arrays."""
+    where, code = _checks.describe(name, f), _innermost(f)
+    if isinstance(code, type):
+        made = f"{code.__name__}(...)"
+        raise TypeError(
+            f"{where}: expected a function, found a class. Make an object of it, in "
+            f"each layer: layer_stack(num_layers)(lambda x: {made}(x))(x)."
+        )
+    for is_kind, kind, instead in (
+        (inspect.iscoroutinefunction, "coroutine function", "def for async def"),
+        (inspect.isasyncgenfunction, "asynchronous generator", "def for async def"),
+        (inspect.isgeneratorfunction, "generator function", "return for yield"),
+    ):
+        if is_kind(code) or is_kind(type(code).__call__):
+            raise TypeError(
+                f"{where}: a {kind} returns no arrays when it is called. Write "
+                f"{instead}."
+            )
+
+
+def _innermost(f: object) -> Any:
+    return _innermost(f.func) if isinstance(f, functools.partial) else f
+
+
+def _check_alone(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> None:
+    """Checks that the second call of `layer_stack` takes the layer function alone."""
+    if args or kwargs:
+        more = [type(a).__name__ for a in args] + [f"{key}=..." for key in kwargs]
+        raise TypeError(
+            f"layer_stack {name!r}: the second call takes the layer function alone, "
+            f"and was given {', '.join(more)} too. Write "
+            "layer_stack(num_layers)(layer_function)(x)."
+        )
+
+
+def _check_transform(name: str, f: Callable[..., Any]) -> None:
+    """Checks that a Haiku transform is running."""
+    try:
+        hk.experimental.current_name()
+    except ValueError:
+        raise ValueError(
+            f"{_checks.describe(name, f)} was called outside of a Haiku transform. "
+            "Call it inside the function that you give to hk.transform or "
+            "hk.transform_with_state."
+        ) from None
+
+
+def _check_per_layer_inputs(
+    per_layer: tuple[Any, ...], num_layers: int, names: Sequence[str], where: str
+) -> None:
+    """Checks that per-layer inputs are arrays `[L, ...]`."""
+    for name, tree in zip(names, per_layer, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            found = f"{where}: per-layer input `{name}`"
+            if path:
+                found += f" (at {_checks.path_name(path)})"
+            if not hasattr(leaf, "shape"):
+                raise TypeError(
+                    f"{found} is a Python {type(leaf).__name__} ({leaf!r}); expected "
+                    f"an array with leading axis {num_layers}. Write "
+                    "jnp.asarray([...]) for a list of numbers; pass what all layers "
+                    "share by keyword."
+                )
+            if leaf.ndim == 0 or leaf.shape[0] != num_layers:
+                raise ValueError(
+                    f"{found} has shape {leaf.shape}; expected a leading axis of "
+                    f"{num_layers}, one entry for each layer. Pass what all layers "
+                    "share by keyword."
+                )
+
+
+def _check_carry(arguments: Mapping[str, Any], where: str) -> None:
+    """Checks that what a stack is given by position are arrays."""
+    for name, tree in arguments.items():
+        by_keyword = (
+            "expected an array. By keyword it stays as it is, and all layers share it: "
+            f"stack(f)(x, {name}=...)."
+        )
+        _checks.arrays(tree, f"{where}: argument `{name}`", by_keyword)

@@ -1,15 +1,21 @@
 """`summary`: what the stacks of a model hold, hoist and keep, as a table."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import haiku as hk
 import jax
+from jax.extend import core as jex
 
-from hk_stack import _checks, _cost, _frames, _taps
-from hk_stack._report import Group, groups
+from hk_stack import _checks, _cost, _frames, _loop, _taps
+from hk_stack._layer import Invocation
+from hk_stack._parts import Parts
+from hk_stack._report import Group, cells, groups
 from hk_stack._table import Shown, Table, si
+from hk_stack._types import Params, Tree
 
 
 class Stack(NamedTuple):
@@ -60,8 +66,12 @@ class Summary(Shown):
     nbytes: int
 
     def _parts(self) -> Iterator[str | Table]:
-        yield Table(_TITLES, self._rows(), _NUMBERS)
-        if hoisted := self._hoisted():
+        yield Table(_TITLES, self._rows(), _TITLES[2:6])
+        if hoisted := [
+            [stack.path, *cells(group)[:-1]]
+            for stack in self.stacks
+            for group in stack.hoisted
+        ]:
             yield from ("", Table(_HOISTED, hoisted))
         for warning in self.warnings:
             yield from ("", warning)
@@ -78,51 +88,56 @@ class Summary(Shown):
         )
 
     def _rows(self) -> list[list[str]]:
-        in_stacks = [s for s in self.stacks if not _around(s.path, self.stacks)]
+        in_stacks = [s for s in self.stacks if not self._around(s)]
         count = self.parameters - sum(s.parameters for s in in_stacks)
         nbytes = self.nbytes - sum(s.nbytes for s in in_stacks)
         return [
             *map(self._row, self.stacks),
-            _padded("outside of stacks", count, nbytes),
-            _padded("total", self.parameters, self.nbytes),
+            ["outside of stacks", "", "", *_numbers(count, nbytes), "", "", ""],
+            ["total", "", "", *_numbers(self.parameters, self.nbytes), "", "", ""],
         ]
 
     def _row(self, stack: Stack) -> list[str]:
-        around = _around(stack.path, self.stacks)
-        name = stack.path
+        name, around = stack.path, self._around(stack)
         if around:
             name = "  " * len(around) + name.removeprefix(f"{around[-1].path}/")
-        return [
-            name,
-            stack.function,
-            str(stack.num_layers),
-            f"{stack.parameters:,}",
-            f"{si(stack.nbytes)}B",
-            f"{si(stack.derived)}B" if stack.derived else "-",
-            stack.loop,
-            stack.remat,
-        ]
+        derived = f"{si(stack.derived)}B" if stack.derived else "-"
+        start = [name, stack.function, str(stack.num_layers)]
+        numbers = _numbers(stack.parameters, stack.nbytes)
+        return [*start, *numbers, derived, stack.loop, stack.remat]
 
-    def _hoisted(self) -> list[list[str]]:
-        return [
-            [
-                stack.path,
-                group.source,
-                group.primitive,
-                ", ".join(group.shapes).replace(" ", ""),
-                f"{si(group.nbytes)}B",
-            ]
-            for stack in self.stacks
-            for group in stack.hoisted
-        ]
+    def _around(self, stack: Stack) -> list[Stack]:
+        """The stacks around one."""
+        return [s for s in self.stacks if stack.path.startswith(f"{s.path}/")]
+
+
+def _numbers(count: int, nbytes: int) -> list[str]:
+    return [f"{count:,}", f"{si(nbytes)}B"]
 
 
 _TITLES = "stack|layer function|layers|parameters|bytes|derived|loop|remat".split("|")
 _HOISTED = "hoisted from|line|primitive|derived values of a layer|bytes".split("|")
-_NUMBERS = ("layers", "parameters", "bytes", "derived")
 
 
-def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Recorder:
+    """What `summary` has heard of; of what has one name and shape, once.
+
+    Attributes:
+      given: What the model is given.
+      stacks: Those that ran, the inner ones before the outer.
+      stored: The parameters of the transforms around them.
+    """
+
+    given: Tree
+    stacks: dict[Hashable, Stack] = dataclasses.field(default_factory=dict)
+    stored: dict[Hashable, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+_recording: Any = jax.make_user_context(None)
+
+
+def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     """What the stacks of a model hold, hoist and keep.
 
     Nothing is computed: `fn` is traced, as by `jax.eval_shape`.
@@ -152,118 +167,121 @@ def summary(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Summary:
       **kwargs: The same.
 
     Returns:
-      The stacks in the order in which they are called, and the number of parameters of
-      the transforms that have stacks. What has the same name and shape is counted once.
+      The stacks in the order in which they run, and the number of parameters of the
+      transforms that have stacks. What has the same name and shape is counted once.
 
     Raises:
       TypeError: If `fn` is no function.
       ValueError: If it is an `init`, which has no parameters yet; if it calls no stack.
     """
-    _checks.summarised(fn)
-    recorder = _frames.Recorder()
-    with _frames.recording(recorder):
+    _checks.function(fn, "hk_stack.summary")
+    recorder = _Recorder((args, kwargs))
+    with _recording(recorder):
         jax.eval_shape(*_taps.on_arrays(fn, args, kwargs))
-    found = list(recorder.records.values())
-    _checks.some_stack(found, fn)
-    records = sorted(found, key=_order([record.path for record in found]))
-    stored = {key: leaf for record in records for key, leaf in _outer(record)}
-    return Summary(
-        tuple(_stack(record, records, (args, kwargs)) for record in records),
-        sum(p.size for p in stored.values()),
-        sum(_nbytes(p) for p in stored.values()),
+    found = list(recorder.stacks.values())
+    if not found:
+        raise ValueError(
+            f"hk_stack.summary: {_checks.name_of(fn)!r} calls no stack, or not with "
+            "these arguments. Those of hk.layer_stack are not seen: write "
+            "hk_stack.layer_stack, which takes the same arguments."
+        )
+    paths = [stack.path for stack in found]
+
+    def begun(stack: Stack) -> list[int]:
+        """Where a stack and those around it are, which are recorded after it."""
+        around = itertools.accumulate(stack.path.split("/"), "{}/{}".format)
+        return [paths.index(path) for path in around if path in paths]
+
+    stacks = tuple(sorted(found, key=begun))
+    return Summary(stacks, *_size(recorder.stored.values()))
+
+
+def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
+    """Tells `summary`, if it listens, how a stack runs.
+
+    Args:
+      invocation: Of the stack.
+      params: The parameters of all layers.
+      parts: How its layer was cut; None if it was not.
+    """
+    recorder: _Recorder | None = _recording.value
+    if recorder is None:
+        return
+    if hk.running_init():
+        raise ValueError(
+            "hk_stack.summary: expected the apply of a transform, not its init, "
+            "as a summary is of parameters that are there. Shapes are enough: "
+            "params = jax.eval_shape(model.init, rng, x), then "
+            "summary(model.apply, params, rng, x)."
+        )
+    # Only types, as traced values must not outlive what is traced.
+    types = jax.tree.map(jax.typeof, params)
+    stack = _stack(invocation, types, parts, recorder.given)
+    key = tuple((v.shape, v.dtype) for v in jax.tree.leaves(types))
+    recorder.stacks[stack.path, stack.function, key] = stack
+    if not _frames.frames():
+        stored = jax.tree.map(jax.typeof, hk.experimental.get_params())
+        for path, leaf in jax.tree.leaves_with_path(stored):
+            recorder.stored[str(path), leaf.shape, leaf.dtype] = leaf
+
+
+def _stack(
+    invocation: Invocation, params: Params, parts: Parts | None, given: Tree
+) -> Stack:
+    num_layers, around = invocation.options.num_layers, _frames.frames()
+    setups = (parts.shared.jaxpr, parts.setup.jaxpr) if parts else ()
+    parameters, nbytes = _size(jax.tree.leaves(params))
+    copies = math.prod(frame.num_layers for frame in around)
+    share = _share(given, around[0].path if around else invocation.path)
+    return Stack(
+        invocation.path,
+        _checks.name_of(invocation.situation.f),
+        num_layers,
+        copies * parameters,
+        copies * nbytes,
+        round(_derived(parts, num_layers, 1.0)),
+        round(share * copies * nbytes),
+        round(_derived(parts, num_layers, share)),
+        tuple(group for jaxpr in setups for group in groups(jaxpr)),
+        invocation.loop,
+        _loop.describe(invocation.options.remat if parts else None),
     )
 
 
-def _order(paths: Sequence[str]) -> Callable[[_frames.Record], list[int]]:
-    """Sorts stacks by when they began: those inside of one are recorded before it."""
-
-    def key(record: _frames.Record) -> list[int]:
-        parts = record.path.split("/")
-        begins = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-        return [paths.index(path) for path in begins if path in paths]
-
-    return key
-
-
-def _outer(record: _frames.Record) -> list[tuple[Any, Any]]:
-    """The parameters of the transform around a stack, by name and type."""
-    if record.is_nested:
-        return []
-    leaves = jax.tree.leaves_with_path(record.stored)
-    return [((str(path), leaf.shape, leaf.dtype), leaf) for path, leaf in leaves]
-
-
-def _share(given: Any, stack: str) -> float:
+def _share(given: Tree, stack: str) -> float:
     """Which part of the parameters of a stack, by its path, is on each device."""
     leaves = [
         leaf
         for path, leaf in jax.tree.leaves_with_path(given)
         if any(str(getattr(k, "key", "")).startswith(f"{stack}/") for k in path)
     ]
-    whole = sum(map(_nbytes, leaves))
-    return sum(_nbytes(leaf) * _part(leaf) for leaf in leaves) / whole if whole else 1.0
+    own = sum(map(_bytes_per_device, leaves))
+    return own / _size(leaves)[1] if own else 1.0
 
 
-def _part(leaf: Any) -> float:
-    """Which part of an array is on each device."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not leaf.size:
-        return 1.0
-    return math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
+def _bytes_per_device(leaf: jax.Array) -> int:
+    sharding: Any = getattr(leaf, "sharding", None)
+    shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
-def _stack(
-    record: _frames.Record, records: Sequence[_frames.Record], given: Any
-) -> Stack:
-    around = _around(record.path, records)
-    copies = math.prod(r.num_layers for r in around)
-    leaves = jax.tree.leaves(record.params)
-    nbytes = copies * sum(map(_nbytes, leaves))
-    share = _share(given, around[0].path if around else record.path)
-    return Stack(
-        record.path,
-        record.function,
-        record.num_layers,
-        copies * sum(leaf.size for leaf in leaves),
-        nbytes,
-        round(_derived(record, 1.0)),
-        round(share * nbytes),
-        round(_derived(record, share)),
-        tuple(_hoisted(record.parts)) if record.parts else (),
-        record.loop,
-        record.remat,
-    )
+def _derived(parts: Parts | None, num_layers: int, share: float) -> float:
+    """Bytes of what the call is handed, if devices have this share of parameters.
 
-
-def _around(path: str, stacks: Sequence[Any]) -> list[Any]:
-    """The stacks around one."""
-    return [other for other in stacks if path.startswith(f"{other.path}/")]
-
-
-def _hoisted(parts: Any) -> Iterator[Group]:
-    yield from groups(parts.shared.jaxpr)
-    yield from groups(parts.setup.jaxpr)
-
-
-def _derived(record: _frames.Record, share: float) -> float:
-    """Bytes of what the call is handed, if devices have this share of parameters."""
-    if not record.parts:
+    What is made of gathered values is whole on each device.
+    """
+    if not parts:
         return 0.0
-    shared, setup = record.parts.shared.jaxpr, record.parts.setup.jaxpr
-    common = sum(_sizes(shared, share)[: record.parts.num_shared])
-    return common + record.num_layers * sum(_sizes(setup, share))
+
+    def sizes(jaxpr: jex.Jaxpr) -> list[float]:
+        made = zip(jaxpr.outvars, _cost.gathered(jaxpr), strict=True)
+        return [_cost.nbytes([v]) * (1.0 if whole else share) for v, whole in made]
+
+    shared, own = sizes(parts.shared.jaxpr), sizes(parts.setup.jaxpr)
+    return sum(shared[: parts.num_shared]) + num_layers * sum(own)
 
 
-def _sizes(jaxpr: Any, share: float) -> list[float]:
-    """Bytes of each output: whole if made of gathered values, else a share of it."""
-    made = zip(jaxpr.outvars, _cost.gathered(jaxpr), strict=True)
-    return [_nbytes(v.aval) * (1.0 if whole else share) for v, whole in made]
-
-
-def _nbytes(leaf: Any) -> int:
-    return leaf.size * leaf.dtype.itemsize
-
-
-def _padded(name: str, count: int, nbytes: int) -> list[str]:
-    row = [name, "", "", f"{count:,}", f"{si(nbytes)}B"]
-    return row + [""] * (len(_TITLES) - len(row))
+def _size(leaves: Iterable[jax.Array]) -> tuple[int, int]:
+    """How many numbers arrays hold, and bytes."""
+    leaves = list(leaves)
+    return sum(leaf.size for leaf in leaves), sum(map(_cost.bytes_of, leaves))

@@ -1,7 +1,8 @@
-"""Tables: one way to show rows as plain text, in colour with rich, and as HTML."""
+"""Tables: one way to show rows as text, in colour with rich, as HTML and Markdown."""
 
 import html
 import importlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,20 @@ def aligned(table: Table) -> list[str]:
     rows = [list(table.titles), *map(list, table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown."""
+    sides = ["---:" if title in table.numbers else "---" for title in table.titles]
+    rows = [map(escaped, table.titles), sides, *(map(escaped, r) for r in table.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown, and the HTML in it, leaves as it is."""
+    # Underscores inside of a word mean nothing in Markdown.
+    special = r"[\\`*{}\[\]<>|#]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, r"\\\g<0>", text)
 
 
 def _coloured(table: Table) -> Any:

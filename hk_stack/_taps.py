@@ -1,24 +1,152 @@
-"""Values out of the middle of a traced program: what is at the marks of `inside`."""
+"""Taps: values out of the middle of a traced program, by name."""
 
+import dataclasses
+import fnmatch
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
-from hk_stack import _checks, _eager, _equations, _flat, _frames
+from hk_stack import _checks, _eager, _equations, _finite, _frames, _marks, _naming
+from hk_stack._types import Tree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collector:
+    """What `collect` wants; part of the key of JAX's caches.
+
+    Attributes:
+      patterns: Globs of the paths to collect.
+      adding: What to add; equal by identity, so that all taps are met again.
+    """
+
+    patterns: tuple[str, ...]
+    adding: "_Adding | None"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Adding:
+    """Values to add to taps, by path; and the paths of all taps that were met."""
+
+    values: Mapping[str, jax.Array]
+    met: set[str] = dataclasses.field(default_factory=set)
+
+
+# JAX's caches know the value, so what was traced under one is not used under another.
+_collecting: Any = jax.make_user_context(None)
+
+
+def are_heard() -> bool:
+    """Whether somebody collects taps."""
+    return _collecting.value is not None
+
+
+def tap(value: T, name: str) -> T:
+    """Lets `collect` read `value` under a name, from the middle of a model.
+
+    The result is `value` itself, and unless somebody collects, the traced program is
+    the same as without the tap. Parameters and names do not change.
+
+    A stack with `check_finite=True` checks the values at its taps.
+
+    Args:
+      value: Any pytree of arrays. Each leaf is tapped, with its path after the name.
+      name: Of the tap. Its path is that of the module that calls it, as in the
+        parameter tree: `layers/attention/scores`.
+
+    Returns:
+      The same pytree. Use it instead of `value` where something is to be added to it or
+      differentiated by it (`collect(..., add=...)`).
+
+    Raises:
+      TypeError: If the name is no text.
+      ValueError: If the name is empty.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"hk_stack.tap: the name must be a str, not {name!r}.")
+    if not name:
+        raise ValueError("hk_stack.tap: the name is empty; name what is tapped.")
+    if _frames.is_init() or not (are_heard() or _frames.is_checked()):
+        return value
+    start = [_frames.path(), name]
+
+    def one(at: tuple[Any, ...], leaf: Tree) -> Tree:
+        path = "/".join(filter(None, [*start, _checks.path_name(at)]))
+        return _tap_leaf(leaf, path)
+
+    tapped: T = jax.tree.map_with_path(one, value)
+    return tapped
+
+
+def _tap_leaf(leaf: Tree, path: str) -> Tree:
+    collector = _collecting.value
+    if collector and collector.adding:
+        collector.adding.met.add(path)
+        if path in (added := _added()):
+            leaf = _add(leaf, added[path], path)
+    if _frames.is_checked():
+        leaf = _finite.say_finite({f"tap {path}": leaf}, leaf)
+    if collector and any(fnmatch.fnmatchcase(path, p) for p in collector.patterns):
+        leaf = say(leaf, path)
+    return leaf
+
+
+def say(value: jax.Array, path: str) -> jax.Array:
+    """Passes a tapped value on to whoever traces this program."""
+    return _marks.Mark(_marks.TAP, path).on(value)
+
+
+def _add(leaf: jax.Array, added: jax.Array, path: str) -> jax.Array:
+    found, expected = jnp.shape(added), jnp.shape(leaf)
+    if found != expected:
+        raise ValueError(
+            f"hk_stack.collect: what is to be added at {path} has shape {found} for "
+            f"each layer; the tapped value has {expected}."
+        )
+    kind, of_added = jnp.asarray(leaf).dtype, jnp.asarray(added).dtype
+    if not jnp.can_cast(of_added, kind, "same_kind"):
+        raise ValueError(
+            f"hk_stack.collect: what is to be added at {path} is {of_added}, the "
+            f"tapped value is {kind}, which cannot hold it. Cast one of them."
+        )
+    return leaf + jnp.asarray(added).astype(kind)
+
+
+def _added() -> Mapping[str, jax.Array]:
+    """What is to be added at the taps of the code that runs, by path."""
+    if around := _frames.frames():
+        return around[-1].added
+    collector = _collecting.value
+    return collector.adding.values if collector and collector.adding else {}
+
+
+def added_below(path: str, num_layers: int, where: str) -> dict[str, jax.Array]:
+    """What is to be added at the taps of a stack: arrays `[L, ...]`, by path."""
+    here = _added()
+    below = {at: value for at, value in here.items() if at.startswith(f"{path}/")}
+    for at, value in below.items():
+        shape = jnp.shape(value)
+        if not shape or shape[0] != num_layers:
+            raise ValueError(
+                f"{where}: what is to be added at {at} has shape {shape}; expected "
+                f"a leading axis of {num_layers}, one entry for each layer."
+            )
+    return below
 
 
 def collect(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     select: str | Sequence[str] = "*",
     *,
     add: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, tuple[R, dict[str, Any]]]:
     """`fn`, returning besides what it returns the values at the taps inside of it.
 
     For a stack `layer_stack(L, name="layers")` of
@@ -78,64 +206,60 @@ def collect(
         a tap is in a conditional, a `while` or a function with its own derivative,
         which no value can leave.
     """
-    patterns = _checks.collected(fn, select)
+    patterns = _patterns(fn, select)
     values = None if add is None else {k: jnp.asarray(v) for k, v in add.items()}
 
     @functools.wraps(fn)
-    def collected(*args: Any, **kwargs: Any) -> Any:
-        run, arrays = on_arrays(fn, args, kwargs)
-        adding = None if values is None else _frames.Adding(values)
-        with _frames.collecting(_frames.Collector(patterns, adding)):
-            closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
-        exposed, constants, marks = expose(closed)
-        found = _unique(list(map(_name, marks)))
-        used = adding.used if adding else set()
-        lost = sorted({*(add or ())} - used)
-        _checks.some_taps(patterns, select, found, lost, lambda: _all_taps(run, arrays))
-        inputs = [*constants, *arrays.values()]
-        results = _run(exposed, inputs)
-        count = len(results) - len(marks)
-        out = jax.tree.unflatten(jax.tree.structure(shapes), results[:count])
-        return out, dict(zip(found, results[count:], strict=True))
+    def collected(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
+        adding = None if values is None else _Adding(values)
+        with _collecting(_Collector(patterns, adding)):
+            marks, run = _traced(fn, args, kwargs)
+        what = None
+        if not marks and patterns != ("*",):
+            what = f"no tap matches {select!r}"
+        elif adding and (lost := sorted({*adding.values} - adding.met)):
+            what = f"nothing was added at {', '.join(lost)}, as there is no such tap"
+        if what:
+            there_are = _there_are(fn, args, kwargs)
+            raise ValueError(f"hk_stack.collect: {what}. {there_are}")
+        result, found = run()
+        names = _naming.unique([mark.label for mark in marks])
+        return result, dict(zip(names, found, strict=True))
 
     return collected
 
 
-def _all_taps(run: Callable[..., Any], arrays: dict[int, Any]) -> list[str]:
-    """The paths of all taps, for an error."""
-    adding = _frames.Adding({})
-    with _frames.collecting(_frames.Collector((), adding)):
-        jax.eval_shape(run, arrays)
-    return sorted(adding.seen)
+def _patterns(fn: object, select: Any) -> tuple[str, ...]:
+    """Checks what `collect` is given; returns the globs."""
+    _checks.function(fn, "hk_stack.collect")
+    is_several = isinstance(select, Sequence) and not isinstance(select, str)
+    patterns = tuple(select) if is_several else (select,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"hk_stack.collect: select must be a glob or several, not {pattern!r}. "
+                "Arguments of the function come after, in parentheses of their own: "
+                "collect(apply)(params, rng, x)."
+            )
+    return patterns
 
 
-def _name(mark: _frames.Mark) -> str:
-    """The path of a tap; with the layer's index if it is not in all layers."""
-    indices = ",".join(str(i) for i, _ in mark.indices)
-    return f"{mark.label}[{indices}]" if indices else mark.label
-
-
-def _unique(paths: Sequence[str]) -> list[str]:
-    """Paths, of which those that are there more than once are numbered."""
-    taken: dict[str, None] = {}
-    for path in paths:
-        numbers = (f"{path}_{i}" if i else path for i in itertools.count())
-        taken[next(name for name in numbers if name not in taken)] = None
-    return list(taken)
-
-
-def _run(program: jex.ClosedJaxpr, inputs: list[Any]) -> list[Any]:
-    """Runs a program, compiled if it has no side effects (checks are such)."""
-    run = jex.jaxpr_as_fun(program)
-    if program.effects:
-        return run(*inputs)
-    return _eager.call(
-        lambda values: run(*values), inputs, lambda structure: structure(program)
-    )
+def _there_are(
+    fn: Callable[..., Tree], args: Sequence[Tree], kwargs: Mapping[str, Tree]
+) -> str:
+    """What an error says of all taps."""
+    adding = _Adding({})
+    with _collecting(_Collector((), adding)):
+        jax.eval_shape(*on_arrays(fn, args, kwargs))
+    taps = sorted(adding.met)
+    if not taps:
+        return "There are no taps in it; hk_stack.tap(value, name) makes one."
+    more = f", and {len(taps) - 20} more" if len(taps) > 20 else ""
+    return f"There are {', '.join(taps[:20])}{more}."
 
 
 def on_arrays(
-    fn: Callable[..., Any], args: Any, kwargs: Any
+    fn: Callable[..., Tree], args: Sequence[Tree], kwargs: Mapping[str, Tree]
 ) -> tuple[Callable[[dict[int, Any]], Any], dict[int, Any]]:
     """`fn` as a function of its arrays alone, and these; all else stays as it is."""
     leaves, tree = jax.tree.flatten((args, kwargs))
@@ -150,201 +274,67 @@ def on_arrays(
     return run, arrays
 
 
-def expose(
-    closed: jex.ClosedJaxpr,
-) -> tuple[jex.ClosedJaxpr, list[Any], list[_frames.Mark]]:
-    """Takes the values at marks out of a traced function.
+def _traced(
+    fn: Callable[..., Tree], args: Sequence[Tree], kwargs: Mapping[str, Tree]
+) -> tuple[list[_marks.Mark], Callable[[], tuple[Any, list[jax.Array]]]]:
+    """The marks in `fn`; and what runs it, returning its result and what is there."""
+    run, arrays = on_arrays(fn, args, kwargs)
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(arrays)
+    program, constants, marks = _marks.expose(closed)
+    inputs = [*constants, *arrays.values()]
+    structure: Any = jax.tree.structure(shapes)
+
+    def evaluate(values: list[jax.Array]) -> list[jax.Array]:
+        return _equations.run(program, *values)
+
+    def compiled() -> tuple[Any, list[jax.Array]]:
+        if program.effects:  # Checks are such.
+            leaves = evaluate(inputs)
+        else:
+            leaves = _eager.run(evaluate, inputs, lambda known: known(program))
+        count = structure.num_leaves
+        return jax.tree.unflatten(structure, leaves[:count]), leaves[count:]
+
+    return marks, compiled
+
+
+def heard(
+    fn: Callable[..., T], *args: Tree
+) -> tuple[T, list[tuple[_marks.Mark, jax.Array]]]:
+    """Runs a layer; returns its result and, if somebody collects, what is at marks."""
+    if not are_heard():
+        return fn(*args), []
+    marks, run = _traced(fn, args, {})
+    result, values = run()
+    return result, list(zip(marks, values, strict=True))
+
+
+def say_layers(
+    found: Mapping[int, Sequence[tuple[_marks.Mark, jax.Array]]], through: T
+) -> T:
+    """Passes on what the layers of a Python loop tap, as one if all of them do.
 
     Args:
-      closed: A traced function.
+      found: What is at marks, by layer.
+      through: What the rest of the program is computed from.
 
     Returns:
-      The same without marks, whose constants are its first inputs, and whose last
-      outputs are the values at the marks; these constants; and what the marks are.
+      `through`, which must be used from here on.
     """
-    jaxpr = _flat.without_constants(closed.jaxpr)
-    if not _has_marks(jaxpr):
-        return jex.ClosedJaxpr(jaxpr, []), closed.consts, []
-    found: list[_frames.Mark] = []
-
-    def run(*args: Any) -> list[Any]:
-        outputs, marked = _evaluate(jaxpr, args)
-        entries = _folded(marked)
-        found[:] = [entry.mark for entry in entries]
-        return [*outputs, *(entry.value for entry in entries)]
-
-    exposed = jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
-    # Functions under `jit` may have had constants of their own.
-    constants = [*exposed.consts, *closed.consts]
-    exposed = jex.ClosedJaxpr(_flat.without_constants(exposed.jaxpr), [])
-    return exposed, constants, found
-
-
-class _Marked(NamedTuple):
-    """A value at a mark."""
-
-    mark: _frames.Mark
-    value: Any
-
-
-def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
-    """Runs `jaxpr`, which has no constants; returns its outputs and what is marked."""
-    env = dict(zip(jaxpr.invars, args, strict=True))
-    found: list[_Marked] = []
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        inputs = list(map(read, eqn.invars))
-        mark = _mark(eqn)
-        if mark is not None:
-            results, more = inputs, [_Marked(mark, inputs[0])]
-        elif any(map(_has_marks, _equations.bodies(eqn))):
-            results, more = _open(eqn, inputs)
+    kept: list[jax.Array] = []
+    taps: dict[tuple[str, int], dict[int, jax.Array]] = {}
+    for i in sorted(found):
+        numbers: dict[str, int] = {}  # Of taps with one path in one layer.
+        for mark, value in found[i]:
+            if mark.kind == _marks.FINITE:
+                kept.append(_marks.unbatched(value, mark))
+                continue
+            number = numbers[mark.label] = numbers.get(mark.label, 0) + 1
+            taps.setdefault((mark.label, number), {})[i] = value
+    for (path, _), values in taps.items():
+        kinds = {(jnp.shape(v), jnp.result_type(v)) for v in values.values()}
+        if len(values) == len(found) and len(kinds) == 1:
+            kept.append(say(jnp.stack(list(values.values())), path))
         else:
-            results, more = _run_one(eqn, inputs), []
-        env.update(zip(eqn.outvars, results, strict=True))
-        found += more
-    return list(map(read, jaxpr.outvars)), found
-
-
-def _mark(eqn: jex.JaxprEqn) -> _frames.Mark | None:
-    if eqn.primitive.name == "name":
-        return _frames.read_mark(eqn.params["name"])
-    if eqn.primitive.name == "custom_vmap_call":  # Around the mark of a check.
-        marks = [_mark(inner) for body in _equations.bodies(eqn) for inner in body.eqns]
-        if len(marks) == 1 and marks[0] and not marks[0].is_tap:
-            return marks[0]
-    return None
-
-
-def _has_marks(jaxpr: jex.Jaxpr) -> bool:
-    return any(
-        _mark(eqn) is not None or any(map(_has_marks, _equations.bodies(eqn)))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Runs an equation as it is."""
-    return jex.jaxpr_as_fun(_equations.alone(eqn))(*inputs)
-
-
-def _open(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> tuple[list[Any], list[_Marked]]:
-    """Runs an equation with marks inside."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in _equations.REMAT:
-        if params["differentiated"]:  # A backward pass computes again what was there.
-            return _run_one(eqn, inputs), []
-        return _open_remat(eqn, params["jaxpr"], inputs)
-    if name in _equations.JIT:
-        closed = params["jaxpr"]
-        body = _flat.without_constants(closed.jaxpr)
-        return _evaluate(body, [*closed.consts, *inputs])
-    if name == "scan":
-        return _open_scan(eqn, inputs)
-    for inner in _equations.bodies(eqn):
-        for mark in _marks(inner):
-            if mark.is_tap:
-                raise ValueError(
-                    f"hk_stack.collect: the tap {mark.label} is inside a "
-                    f"{name}, which no value can leave. Return the value "
-                    "from there and tap it outside, or do not select it."
-                )
-    return _run_one(eqn, inputs), []  # Checks are left out there.
-
-
-def _marks(jaxpr: jex.Jaxpr) -> list[_frames.Mark]:
-    """All marks, those inside equations too."""
-    own = [mark for eqn in jaxpr.eqns if (mark := _mark(eqn))]
-    inner = (_marks(body) for eqn in jaxpr.eqns for body in _equations.bodies(eqn))
-    return [*own, *itertools.chain(*inner)]
-
-
-def _open_remat(
-    eqn: jex.JaxprEqn, body: jex.Jaxpr, inputs: Sequence[Any]
-) -> tuple[list[Any], list[_Marked]]:
-    marks: list[_frames.Mark] = []
-
-    def run(*args: Any) -> tuple[list[Any], list[Any]]:
-        outputs, found = _evaluate(body, args)
-        marks[:] = [entry.mark for entry in found]
-        return outputs, [entry.value for entry in found]
-
-    options = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
-    outputs, values = jax.checkpoint(run, **options)(*inputs)
-    return outputs, list(map(_Marked, marks, values))
-
-
-def _open_scan(
-    eqn: jex.JaxprEqn, inputs: Sequence[Any]
-) -> tuple[list[Any], list[_Marked]]:
-    params, closed = eqn.params, eqn.params["jaxpr"]
-    carried = _equations.carried(eqn)
-    first, count = carried.start, len(carried)
-    body = _flat.without_constants(closed.jaxpr)
-    shared = [*closed.consts, *inputs[:first]]
-    marks: list[_frames.Mark] = []
-
-    def turn(carry: Any, own: Any) -> tuple[Any, Any]:
-        outputs, found = _evaluate(body, [*shared, *carry, *own])
-        entries = _folded(found, in_scan=True)
-        marks[:] = [entry.mark for entry in entries]
-        return outputs[:count], (outputs[count:], [entry.value for entry in entries])
-
-    options = {k: params[k] for k in ("length", "reverse", "unroll")}
-    carry, mapped = inputs[first : first + count], inputs[first + count :]
-    carry, (outputs, values) = jax.lax.scan(turn, carry, mapped, **options)
-    found = [
-        _Marked(mark, value if mark.is_tap else _frames.first_code(value))
-        for mark, value in zip(marks, values, strict=True)
-    ]
-    return [*carry, *outputs], found
-
-
-def _folded(found: Sequence[_Marked], *, in_scan: bool = False) -> list[_Marked]:
-    """Puts together the taps of the layers that a Python loop runs.
-
-    Args:
-      found: What is marked.
-      in_scan: Whether this is in a turn of a scan. Then loops may be around the scan,
-        of which there is one layer only.
-    """
-    groups: dict[Any, dict[Any, Any]] = {}
-    for mark, value in found:
-        number = 0  # Of taps with one path in one layer.
-        while mark.indices in groups.get(_key(mark, number), ()):
-            number += 1
-        groups.setdefault(_key(mark, number), {})[mark.indices] = value
-    return [
-        _Marked(_frames.Mark(is_tap, label, indices), value)
-        for (is_tap, label, _, _), grid in groups.items()
-        for indices, value in _fold(grid, 2 if in_scan else 1).items()
-    ]
-
-
-def _key(mark: _frames.Mark, number: int) -> tuple[bool, str, int, int]:
-    return mark.is_tap, mark.label, len(mark.indices), number
-
-
-def _fold(grid: dict[Any, Any], fewest: int) -> dict[Any, Any]:
-    """Stacks the values of all layers of the innermost loops, as far as they are there.
-
-    Args:
-      grid: Values, by the indices of their layers.
-      fewest: Loops over fewer layers are left as they are.
-    """
-    rows: dict[Any, dict[int, Any]] = {}
-    for indices, value in grid.items():
-        if not indices or indices[-1][1] < fewest:
-            return grid
-        rows.setdefault((indices[:-1], indices[-1][1]), {})[indices[-1][0]] = value
-    kinds = {(jnp.shape(v), jnp.asarray(v).dtype) for v in grid.values()}
-    if len(kinds) > 1 or any(len(row) != n for (_, n), row in rows.items()):
-        return grid
-    stacked = {
-        before: jnp.stack([row[i] for i in range(n)])
-        for (before, n), row in rows.items()
-    }
-    return _fold(stacked, fewest)
+            kept += [say(value, f"{path}[{i}]") for i, value in values.items()]
+    return _marks.tied(through, kept)

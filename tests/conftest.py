@@ -16,7 +16,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Most of the time is compiling, and much of it the same again: each worker remembers.
 _compiled = tempfile.mkdtemp(prefix="hk_stack_")
-jax.config.update("jax_compilation_cache_dir", _compiled)
+if not jax.config.jax_compilation_cache_dir:  # From the environment, for many runs.
+    jax.config.update("jax_compilation_cache_dir", _compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -1,6 +1,7 @@
 """What a traced program holds, for assertions on it."""
 
-from hk_stack._equations import bodies
+from hk_stack._equations import bodies as bodies
+from hk_stack._equations import carried as carried
 
 
 def equations(jaxpr):

@@ -620,13 +620,6 @@ CASES = [
     Case("reverse", always(short), vectors, reverse=True, hoists=True),
     Case("knows_forward", always(knows_direction), vectors, pass_reverse=True),
     Case(
-        "knows_reverse",
-        always(knows_direction),
-        vectors,
-        pass_reverse=True,
-        reverse=True,
-    ),
-    Case(
         "per_layer_reverse",
         always(per_layer_reversed),
         vectors,

@@ -1,11 +1,14 @@
 """Setup and initialisers in batches: only where that is what layer after layer is."""
 
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import FAST, assert_close, assert_equal
+from agreement import assert_close, assert_equal
+from interpreter import computed
 from jax.experimental import sparse
 
 import hk_stack
@@ -149,45 +152,41 @@ DIFFERENTIABLE = {
 }
 
 
-def run(fn, *args):
-    return jax.jit(fn, compiler_options=FAST)(*args)
-
-
 @pytest.mark.parametrize("layer", FORWARD.values(), ids=FORWARD)
 def test_forward(layer):
-    params = model(layer).init(KEY, X)
-    expected = run(model(layer, hk.layer_stack).apply, params, None, X)
+    params = computed(model(layer).init, KEY, X)
+    expected = computed(model(layer, hk.layer_stack).apply, params, None, X)
     ours = model(layer).apply
-    assert_close(run(ours, params, None, X), expected)
+    assert_close(computed(ours, params, None, X), expected)
     split = hk_stack.partition(ours, params, None, X)
-    assert_close(split.call(split.setup(params), None, X), expected)
+    found = computed(lambda p, x: split.call(split.setup(p), None, x), params, X)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("layer", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 def test_gradients(layer):
-    params = model(layer).init(KEY, X)
+    params = computed(model(layer).init, KEY, X)
 
     def loss(layer_stack):
         apply = model(layer, layer_stack).apply
         return lambda params, x: jnp.sum(jnp.sin(apply(params, None, x)))
 
-    expected = run(jax.value_and_grad(loss(hk.layer_stack)), params, X)
-    assert_close(
-        run(jax.value_and_grad(loss(hk_stack.layer_stack)), params, X), expected
-    )
-    found = hk_stack.accumulate(loss(hk_stack.layer_stack), params, X[None])
-    assert_close(found, expected)
+    expected = computed(jax.value_and_grad(loss(hk.layer_stack)), params, X)
+    ours = loss(hk_stack.layer_stack)
+    assert_close(computed(jax.value_and_grad(ours), params, X), expected)
+    accumulate = functools.partial(hk_stack.accumulate, ours)
+    assert_close(computed(accumulate, params, X[None]), expected)
 
 
 def test_a_rule_that_would_not_end_for_another_layer():
     apply = model(of_weight(endless)).apply
-    params = model(of_weight(endless)).init(KEY, X)
+    params = computed(model(of_weight(endless)).init, KEY, X)
     params = jax.tree.map(lambda w: w.at[1].set(0), params)  # Layer 1 does not grow.
 
     def tangent(params):
         return jax.jvp(lambda p: apply(p, None, X), [params], [params])[1]
 
-    assert np.all(np.isfinite(run(tangent, params)))
+    assert np.all(np.isfinite(computed(tangent, params)))
 
 
 def scaled(w):
@@ -206,5 +205,5 @@ def test_initial_values(make, method):
 
         return x @ hk.get_parameter("w", [D, D], init=init)
 
-    expected = model(layer, hk.layer_stack).init(KEY, X)
-    assert_equal(model(layer, init=method).init(KEY, X), expected)
+    expected = computed(model(layer, hk.layer_stack).init, KEY, X)
+    assert_equal(computed(model(layer, init=method).init, KEY, X), expected)

@@ -7,13 +7,14 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import FAST, assert_close, assert_equal
+from agreement import assert_close, assert_equal
+from interpreter import computed
 from jax.experimental import checkify
 from layer_cases import D, by_name, vectors, weight
 from test_layer_stack import KEY, initial
 
 import hk_stack
-from hk_stack import _finite, _frames
+from hk_stack import _finite, _marks
 
 EXECUTORS = ("scan", "unrolled", "python")
 LAST = "of layer_stack 'outer' of layer function 'outer'"
@@ -42,7 +43,7 @@ NOTHING = jnp.zeros(3)
 
 @functools.cache
 def params():
-    return jax.jit(model.init)(KEY, *vectors(), NOTHING)
+    return computed(model.init, KEY, *vectors(), NOTHING)
 
 
 def spoiled(module, leaf, index, value=jnp.nan):
@@ -54,8 +55,7 @@ def spoiled(module, leaf, index, value=jnp.nan):
 
 def found(fn, *args):
     """What checkify says of `fn`."""
-    error, _ = jax.jit(checkify.checkify(fn), compiler_options=FAST)(*args)
-    return error.get()
+    return computed(checkify.checkify(fn), *args)[0].get()
 
 
 def loss(params, x, y, reverse=False):
@@ -222,8 +222,9 @@ def test_checks_in_helpers_and_inner_gradients(loop):
 
     stack = hk_stack.layer_stack(3, name="s", check_finite=True, loop=loop)
     model = hk.transform(stack(layer))
-    params = model.init(KEY, jnp.ones(2))
-    params = {"s/~": {"w": params["s/~"]["w"].at[1].set(-1.0)}}
+    params = jax.eval_shape(model.init, KEY, jnp.ones(2))
+    assert params["s/~"]["w"].shape == (3,)
+    params = {"s/~": {"w": jnp.array([1.0, -1.0, 1.0])}}
     said = found(lambda p: model.apply(p, None, jnp.ones(2)), params)
     assert "tap s/log, in layer 1 of layer_stack 's'" in said
 
@@ -275,11 +276,10 @@ def test_checked_stacks_compute_the_same(name):
     case = by_name[name]
     given = (*initial(name), KEY, *case.given())
     checked = case.model(hk_stack.layer_stack, check_finite=True).apply
-    run = jax.jit(checkify.checkify(checked), compiler_options=FAST)
-    error, out = run(*given)
+    error, out = computed(checkify.checkify(checked), *given)
     assert error.get() is None
     plain = case.model(hk_stack.layer_stack).apply
-    assert_close(out, jax.jit(plain, compiler_options=FAST)(*given))
+    assert_close(out, computed(plain, *given))
 
 
 # Loops around a stack: JAX drops from their gradients what nothing reads.
@@ -370,7 +370,7 @@ def test_loops_around_a_stack(around, loop):
     for name, derive in DERIVATIVES.items():
         derived = checkify.checkify(derive(run))
         for ws, expected in ((fine, None), (fine.at[1].set(-1.0), place)):
-            said = derived(jnp.ones([2, 1]), ws)[0].get()
+            said = computed(derived, jnp.ones([2, 1]), ws)[0].get()
             assert (said is None) == (expected is None), name
             assert expected is None or expected in said, name
 
@@ -445,18 +445,18 @@ def test_a_program_of_many_layers():
 def checked(*names, reverse=()):
     """The checks of stacks of 1000 layers in each other."""
     name, *inner = names
-    more = (("inner", checked(*inner, reverse=reverse)),) if inner else ()
-    return _finite.Checked(name, 1000, name in reverse, (("x", None), *more))
+    more = (checked(*inner, reverse=reverse),) if inner else ()
+    return _finite.Check(name, 1000, name in reverse, (_finite.Check("x"), *more))
 
 
 def code_of(stack, layers=()):
     """Its code, if value x of the layer of these indices is bad; or nothing is."""
     of_value = jnp.ones([1000, 1], jnp.int32)
-    of_stacks = [jnp.tile(code_of(s), (1000, 1)) for _, s in stack.items[1:]]
+    of_stacks = [jnp.tile(code_of(s), (1000, 1)) for s in stack.items[1:]]
     if len(layers) == 1:
         of_value = of_value.at[layers].set(0)
     elif layers:
-        inner = code_of(stack.items[1][1], layers[1:])
+        inner = code_of(stack.items[1], layers[1:])
         of_stacks = [codes.at[layers[0]].set(inner) for codes in of_stacks]
     return stack.encode([of_value, *of_stacks])
 
@@ -483,10 +483,10 @@ def test_codes_of_many_layers(reverse):
         )
         assert tuple(indices.values()) == place
     first = 3 if reverse else 0
-    assert (_frames.first_code(codes[::-1]) == codes[first]).all()
+    assert (_marks.first_code(codes[::-1]) == codes[first]).all()
     fine = code_of(stack)
     assert failed(fine) is None
-    assert (_frames.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
+    assert (_marks.first_code(jnp.stack([fine, codes[1]])) == codes[1]).all()
 
 
 # The type of the carry.
@@ -502,8 +502,8 @@ def test_carry_dtype():
         stack = hk_stack.layer_stack(3, carry_dtype=jnp.bfloat16, loop=loop, name="s")
         model = hk.transform(stack(layer))
         given = (*vectors(), jnp.int32(0), jnp.complex64(1.0))
-        params = model.init(KEY, *given)
-        x, count, z = jax.jit(model.apply)(params, None, *given)
+        params = computed(model.init, KEY, *given)
+        x, count, z = computed(model.apply, params, None, *given)
         expected = vectors()[0].astype(jnp.bfloat16)
         for i in range(3):
             w, b = params["s/linear"]["w"][i], params["s/linear"]["b"][i]

@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,13 @@ from absl.testing import flagsaver
 
 import hk_stack
 from hk_stack.compare import __main__ as command
-from hk_stack.compare import cases, in_haiku, measure, models, results
-from hk_stack.compare.results import Case
+from hk_stack.compare import cases, in_haiku, in_plain, measure, models, results
+from hk_stack.compare.models import Model, Part
 
 ROOT = pathlib.Path(__file__).parents[1]
 FRAMEWORKS = ("haiku", "plain", "hk_stack", "linen", "nnx", "equinox")
-OPTIONS = cases.Options(repeat=2, shortest=0.0)
+OPTIONS = measure.Options(repeat=2, shortest=0.0)
+SIZES = {"dtype": "float32", "batch": 1, "length": 8, "width": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +32,7 @@ def promotion():
 
 
 def case(model="mlp", mode="grad", layers=2, **sizes):
-    return Case(model, mode, layers, **{**SIZES, **sizes})
-
-
-SIZES = {"dtype": "float32", "batch": 2, "length": 8}
+    return results.Case(model, mode, layers, **{**SIZES, **sizes})
 
 
 def run(*arguments):
@@ -44,20 +41,53 @@ def run(*arguments):
         return command.main(flags.FLAGS(["compare", *map(str, arguments)]))
 
 
-def start(module, *arguments):
-    """A command in a process of its own, on the code of this repository."""
-    line = [sys.executable, "-m", module, *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, env=env, capture_output=True, text=True)
-
-
 # Parity
 
 
-def compiled(task):
-    """What a task returns; compiled in a hurry, as that takes most of the time."""
+def _every_part(width):
+    return {
+        "attention": Part("attention", width, 2),
+        "up": Part("spectral", width, 2 * width),
+        "down": Part("spectral", 2 * width, width),
+        "decay": Part("vector", width, 1.0),
+    }
+
+
+def _every_block(parts, x):
+    x = models.spectral_block(parts, x + parts.attention(x))
+    return x * jax.nn.sigmoid(parts.decay)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_collecting():
+    """Collecting garbage before each build takes long in a process of many tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measure.gc, "collect", lambda: 0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def every(monkeypatch):
+    """A model of all kinds of parts that others have not, and small ones of S4."""
+    every = Model("every", 8, _every_part, _every_block)
+    parts = functools.partial(models.s4_parts, state_size=4)
+    for name in ("s4", "s4_terms"):
+        small = models.MODELS[name]._replace(make_parts=parts, state_size=4)
+        monkeypatch.setitem(models.MODELS, name, small)
+    monkeypatch.setitem(models.MODELS, "every", every)
+    few = functools.partial(models.normalised, iterations=1)
+    monkeypatch.setattr(models, "normalised", few)
+
+
+def in_a_hurry(task):
+    """A program to compile, which takes most of the time."""
     fast = {"xla_backend_optimization_level": 0}
-    return task.values(jax.jit(task.program.function, compiler_options=fast))
+    return jax.jit(lambda *args: task.function(*args), compiler_options=fast)
+
+
+def compiled(task):
+    """What a task returns."""
+    return task.values(in_a_hurry(task))
 
 
 @functools.cache
@@ -65,127 +95,187 @@ def expected_of(one):
     return compiled(cases.task(one, "haiku", "layer_stack"))
 
 
-def differences(some, reference, dtype="float32"):
-    smallest = cases.TOLERANCES[dtype]["smallest"]
-    return {
-        name: cases.largest_difference(value, reference[name], smallest)
-        for name, value in some.items()
-    }
+def assert_agree(one, framework, way):
+    task = cases.task(one, framework, way)
+    values = compiled(task)
+    cases.parity(values, cases.finite(expected_of(one)), one.dtype)
+    return True
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("model", models.MODELS)
-def test_losses_and_gradients_are_those_of_haiku(model, framework):
-    one = case(model)
-    expected = expected_of(one)
-    found = 0
-    # To compile takes long; the rest differs in the stack, not in the blocks.
-    few = None if model in ("s4", "mlp") else 1
-    for way in ways_of(framework)[:few]:
-        task = cases.task(one, framework, way)
-        if task is not None:
-            difference = differences(compiled(task), expected)
-            assert difference["output"] < 1e-5, way
-            assert difference["gradient"] < 1e-3, way
-            found += 1
-    assert found
+def test_every_way_has_the_losses_and_gradients_of_haiku(framework):
+    one = case("mlp")
+    able = [way for way in ways_of(framework) if cases.task(one, framework, way)]
+    assert able
+    for way in able:
+        assert_agree(one, framework, way)
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("mode", ["fwd", "decode"])
-def test_outputs_are_those_of_haiku_on_several_devices(mode, framework):
-    one = case("s4", mode)
-    expected = expected_of(one)
-    tasks = {way: cases.task(one, framework, way) for way in ways_of(framework)}
-    found = {way: compiled(task) for way, task in tasks.items() if task is not None}
-    assert found
-    for way, values in found.items():
-        assert differences(values, expected)["output"] < 1e-5, way
+@pytest.mark.parametrize("framework", ["plain", "linen", "nnx", "equinox"])
+def test_every_part_has_the_gradient_of_haiku(framework):
+    # By hand, spectral norms are another block than those without setup.
+    one = case("transformer" if framework == "plain" else "every", layers=1)
+    assert_agree(one, framework, ways_of(framework)[0])
 
 
-def ways_of(framework):
-    return models.framework(framework).WAYS
+@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
+def test_the_gradient_of_s4_is_that_of_haiku(framework):
+    assert_agree(case("s4", layers=1), framework, ways_of(framework)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "framework", "way"),
+    [
+        ("s4", "plain", "reused"),
+        ("s4", "hk_stack", "prepared"),
+        ("s4_terms", "plain", "split"),
+        ("recurrence", "plain", "split"),
+        ("recurrence", "hk_stack", "auto"),
+        ("spectral", "plain", "reused"),
+        ("spectral", "hk_stack", "prepared"),
+    ],
+)
+def test_setup_that_is_done_before_changes_nothing(model, framework, way):
+    assert_agree(case(model, "fwd"), framework, way)
+
+
+@pytest.mark.parametrize(
+    ("framework", "way"),
+    [
+        ("hk_stack", "auto"),
+        ("plain", "split"),
+        ("linen", "nn.scan, cache"),
+        ("nnx", "nnx.scan"),
+        ("equinox", "filter_vmap + scan"),
+    ],
+)
+def test_decoding_is_that_of_haiku(framework, way):
+    assert_agree(case("s4", "decode"), framework, way)
+
+
+@pytest.mark.parametrize(
+    ("mode", "framework", "way"),
+    [
+        ("accumulate", "hk_stack", "accumulate"),
+        ("remat", "plain", "checkpoint, groups"),
+        ("remat", "haiku", "layer_stack + hk.remat"),
+        ("remat", "hk_stack", "remat, sqrt"),
+        ("train", "hk_stack", "auto"),
+    ],
+)
+def test_other_modes(mode, framework, way):
+    assert_agree(case(mode=mode, layers=4 if mode == "remat" else 1), framework, way)
+
+
+@pytest.mark.parametrize("way", ["1 at a time", "2 at a time, remat", "4 at a time"])
+def test_batches_of_setup(way):
+    one = case("recurrence", "setup")
+    if way.startswith("4"):
+        assert cases.task(one, "hk_stack", way) is None  # There are two layers.
+    else:
+        assert_agree(one, "hk_stack", way)
 
 
 def test_decoding_is_the_forward_pass_step_by_step():
     one = case("s4", "fwd", length=3)
-    y = cases.task(one, "haiku", "layer_stack")
-    model, (params, x) = models.MODELS["s4"], y.program.args
-    decoder = models.framework("nnx").decoder("nnx.scan", model, 2, params, x)
-    states, outputs = decoder.states, []
-    for t in range(3):
-        out, states = decoder.step(decoder.known, x[:, t], states)
-        outputs.append(out)
-    expected = y.program.function(params, x)
-    assert jnp.allclose(jnp.stack(outputs, 1), expected, atol=1e-4)
+    task = cases.task(one, "haiku", "layer_stack")
+    model = models.MODELS["s4"]._replace(width=8)
+    decoder = in_plain.decoder("reused", models.Given(model, 2, *task.args))
+    _, (_, outputs) = jax.lax.scan(
+        lambda states, u: (lambda y, s: (s, (s, y)))(
+            *decoder.step(decoder.params, u, states)
+        ),
+        decoder.states,
+        jnp.swapaxes(task.args[1], 0, 1),
+    )
+    expected = expected_of(one)["output"]
+    assert jnp.allclose(jnp.swapaxes(outputs, 0, 1), expected, atol=1e-4)
+
+
+def test_steps_of_time_in_one_program_are_those_one_by_one():
+    one = case("s4", "generate", layers=1)
+    found = compiled(cases.task(one, "plain", "reused"))["output"]
+    step = cases.task(one._replace(mode="decode"), "plain", "reused")
+    assert jnp.allclose(found, jnp.stack(compiled(step)["output"]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_initial_parameters_have_the_shapes_of_haiku(framework):
-    one = case(mode="init")
-    expected = expected_of(one)
-    tasks = {way: cases.task(one, framework, way) for way in ways_of(framework)}
-    found = {way: compiled(task) for way, task in tasks.items() if task is not None}
-    assert bool(found) == (framework != "plain")
-    assert all(shapes == expected for shapes in found.values())
+    one = case(mode="init", layers=1)
+    task = cases.task(one, framework, ways_of(framework)[0])
+    assert (task is None) == (framework == "plain")
+    assert task is None or compiled(task) == expected_of(one)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
-        ways = [("haiku", "layer_stack"), ("linen", "nn.scan"), ("hk_stack", "auto")]
-        found = cases.measured(case(dtype=dtype), ways, OPTIONS)
-    assert not found.failed
-    assert len(found.rows) == 3
-    bound = cases.TOLERANCES[dtype]["output"]
-    assert all(row.parity["output"] <= bound for row in found.rows[1:])
+        assert_agree(case(mode="fwd", dtype=dtype), "linen", "nn.scan")
+
+
+def ways_of(framework):
+    return models.ways(framework, "grad")
 
 
 def test_the_batch_is_split_over_devices():
     task = cases.task(case(batch=4), "haiku", "layer_stack")
-    params, x = task.program.args
+    params, x = task.args
     assert jax.device_count() == 4
     assert len(x.sharding.device_set) == 4
     assert not x.sharding.is_fully_replicated
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    assert_agree(case(mode="fwd", batch=4), "hk_stack", "auto")
 
 
 # Measures
 
 
-def test_every_measure_is_there():
+def test_every_measure_is_there(monkeypatch):
+    monkeypatch.setattr(measure, "_jitted", in_a_hurry)
     ways = [("haiku", "layer_stack"), ("hk_stack", "prepared"), ("plain", "split")]
-    (row,) = cases.measured(case(mode="init"), ways, OPTIONS).rows
+    one = case(mode="init", layers=1)
+    (row,) = measure.measured(one, ways, OPTIONS).rows
     expected = set(results.MEASURES) - {"build_s", "peak_bytes"}  # None on a CPU.
     assert row.measures.keys() == expected
     assert all(x > 0 for build in row.samples("eager_s") for x in build)
     assert row.median("hlo_bytes") > row.median("equations") > 10
 
 
-def test_a_program_is_built_as_often_as_asked():
-    options = OPTIONS._replace(repeat=5, builds=2)
-    (row,) = cases.measured(case(mode="fwd"), [("plain", "scan")], options).rows
-    assert [len(rounds) for rounds in row.samples("run_s")] == [3, 2]
-    assert len(row.samples("build_s")) == 2
+def test_eager_runs_are_not_compiled():
+    ways = cases.all_ways(["haiku", "hk_stack"], "eager")
+    assert ways == [("haiku", "loop"), ("hk_stack", "python")]
+    found = measure.measured(case(mode="eager"), ways, OPTIONS)
+    assert not found.failed
+    assert [row.measures.keys() for row in found.rows] == [
+        {"eager_first_s", "eager_s"}
+    ] * 2
 
 
-def test_what_takes_long_to_compile_is_built_once():
-    options = OPTIONS._replace(builds=2, patience=0.0)
-    (row,) = cases.measured(case(mode="fwd"), [("plain", "scan")], options).rows
-    assert len(row.samples("run_s")) == 2
-    assert len(row.samples("build_s")) == 1
+def test_trees_are_ported_and_held_against_a_copy(monkeypatch):
+    from hk_stack.compare import porting
+
+    for name, size in {"LAYERS": 2, "WIDTH": 16, "TOKENS": 20}.items():
+        monkeypatch.setattr(porting, name, size)
+    cases._port_programs.cache_clear()
+    one = case("transformer", "port", width=16)
+    assert not cases.reason(one) and cases.reason(one._replace(layers=3))
+    ways = cases.all_ways(FRAMEWORKS, "port")
+    found = measure.measured(one, ways, OPTIONS)
+    assert not found.failed and len(found.rows) == len(ways) == 8
+    assert all(row.median("temp_bytes") >= 0 for row in found.rows)
 
 
 def test_builds_in_a_fresh_process():
     options = OPTIONS._replace(repeat=1, fresh=True)
-    found = cases.measured(case(mode="fwd"), [("plain", "scan")], options)
+    found = measure.measured(case(mode="fwd"), [("plain", "scan")], options)
     assert not found.failed
     assert found.rows[0].median("build_s") > 0
 
 
 def equations(framework, way, layers):
     task = cases.task(case(layers=layers), framework, way)
-    return measure.build(task.program).sizes["equations"]
+    jaxpr = jax.make_jaxpr(task.function)(*task.args)
+    return measure.number_of_equations(jaxpr.jaxpr)
 
 
 def test_only_programs_of_loops_grow_with_depth():
@@ -194,131 +284,151 @@ def test_only_programs_of_loops_grow_with_depth():
 
 
 def test_with_batches_of_one_a_stack_holds_no_more_than_its_derived_values():
-    one = case("s4", "fwd", layers=16, length=32)
-    params, x = cases.task(one, "haiku", "layer_stack").program.args
-    model, temp = models.MODELS["s4"], {}
-    for name, layers in {
-        "scan": hk_stack.layer_stack(16, name="layers", setup="inline"),
-        "auto": hk_stack.layer_stack(16, name="layers", setup_batch_size=1),
+    one = case("s4", "fwd", layers=8, length=64)
+    params, x = cases.task(one, "haiku", "layer_stack").args
+    model, temp = models.MODELS["s4"]._replace(width=8), {}
+    for name, options in {
+        "scan": {"setup": "inline"},
+        "auto": {"setup_batch_size": 1},
     }.items():
+        layers = hk_stack.layer_stack(8, name="layers", **options)
         apply = in_haiku.applied(in_haiku.network(model, layers))
-        program = measure.Program(name, apply, (params, x))
-        temp[name] = measure.build(program).sizes["temp_bytes"]
-    spectra = 16 * model.width * (one.length + 1) * 8  # [L, D, T + 1], complex64
-    assert temp["auto"] <= 1.02 * (temp["scan"] + spectra)
+        task = cases.Task(apply, (params, x), lambda run: {})
+        temp[name] = measure.build(task).sizes["temp_bytes"]
+    spectra = 8 * model.width * (one.length + 1) * 8  # [L, D, T + 1], complex64
+    assert temp["auto"] <= 1.02 * (temp["scan"] + spectra) + 4096
 
 
-# What fails
+# What fails: made-up ways
 
 
 @pytest.fixture
 def odd(monkeypatch):
-    """A framework with ways that fail, if there is more than one layer."""
+    """A framework with ways that fail, some only if there is more than one layer."""
+    runs = []
 
-    def interrupted(params, x):
+    def interrupted(x):
         raise KeyboardInterrupt
 
-    def broken(params, x):
+    def broken(x):
         raise RuntimeError("no such kernel\nand more lines")
 
-    def wrong(way, model, num_layers, params, x):
-        net = real("plain").stack("scan", model, num_layers, params, x)
-        way = "right" if num_layers == 1 else way
-        return net._replace(
-            apply={
-                "doubled": lambda params, x: 2 * net.apply(params, x),
-                "broken": broken,
-                "interrupted": interrupted,
-                "infinite": lambda params, x: jnp.inf * net.apply(params, x),
-                "right": net.apply,
-            }[way]
-        )
+    def interrupted_later():
+        runs.append(None)
+        if len(runs) > 8:  # To compare, the first, two to see how long, four rounds.
+            raise KeyboardInterrupt
+        return jnp.ones(2)
 
-    module = types.SimpleNamespace(
-        WAYS=("doubled", "broken", "interrupted", "infinite", "right"), stack=wrong
-    )
-    real = models.framework
-    monkeypatch.setattr(
-        models, "framework", lambda name: module if name == "odd" else real(name)
-    )
+    functions = {
+        "right": lambda x: x + 1,
+        "again": lambda x: 1 + x,
+        "doubled": lambda x: 2 * (x + 1),
+        "broken": broken,
+        "interrupted": interrupted,
+        "infinite": lambda x: x / 0,
+        "later": lambda x: interrupted_later(),
+    }
+
+    def task(one, framework, way):
+        function = functions["right" if one.layers == 1 else way]
+        args = (jnp.ones(2),)
+        values = lambda run: {"output": run(*args)}  # noqa: E731
+        return cases.Task(function, args, values, is_compiled=way != "later")
+
+    monkeypatch.setattr(cases, "task", task)
+
+
+def made_up(ways, layers=2, **options):
+    pairs = [("odd", way) for way in ways]
+    return measure.measured(case(layers=layers), pairs, OPTIONS._replace(**options))
 
 
 def test_what_fails_is_left_out_and_the_rest_is_measured(odd):
-    ways = [("haiku", "layer_stack"), ("odd", "doubled"), ("odd", "broken")]
-    found = cases.measured(case(), [*ways, ("odd", "right")], OPTIONS)
-    assert [row.way for row in found.rows] == ["haiku layer_stack", "odd right"]
-    assert "differs from that of the first way by" in found.failed["odd doubled"]
-    assert found.failed["odd broken"] == "RuntimeError: no such kernel"
+    found = made_up(["right", "doubled", "broken", "again"])
+    assert [row.way for row in found.rows] == ["odd right", "odd again"]
+    errors = {failure.way: failure.error for failure in found.failed}
+    assert "differs from that of the first way by" in errors["odd doubled"]
+    assert errors["odd broken"] == "RuntimeError: no such kernel"
+    assert found.failed[0].case == case()
 
 
 def test_values_that_are_not_finite_are_no_reference(odd):
-    ways = [("odd", "infinite"), ("haiku", "layer_stack")]
-    found = cases.measured(case(mode="fwd"), ways, OPTIONS)
-    assert [row.way for row in found.rows] == ["haiku layer_stack"]
-    assert "its output is not finite" in found.failed["odd infinite"]
+    found = made_up(["infinite", "right"])
+    assert [row.way for row in found.rows] == ["odd right"]
+    assert "its output is not finite" in found.failed[0].error
 
 
 def test_what_has_other_names_or_shapes_is_no_parity():
     for other in ({"b": jnp.ones(2)}, {"a": jnp.ones((2, 1))}):
         with pytest.raises(ValueError, match="not of the same names and shapes"):
             cases.largest_difference({"a": jnp.ones(2)}, other, 1e-3)
+    with pytest.raises(ValueError, match="initial parameters are not those"):
+        cases.parity({"shapes": {"a": (2,)}}, {"shapes": {"a": (3,)}}, "float32")
 
 
-def test_rounds_that_are_interrupted_are_kept():
-    calls = []
-
-    def interrupted():
-        calls.append(None)
-        if len(calls) > 4:  # Two to see how long it takes, two rounds.
-            raise KeyboardInterrupt
-        return jnp.ones(2)
-
-    added = []
-    one = types.SimpleNamespace(run=interrupted)
-    one.add = lambda name, value: added.append((name, len(value)))
-    with pytest.raises(KeyboardInterrupt):
-        cases.rounds({"way": one}, {}, lambda one: one.run, "run_s", 9, 0.0)
-    assert added == [("run_s", 2)]
+def test_rounds_that_are_interrupted_are_kept(odd):
+    found = made_up(["later"], repeat=9)
+    assert found.is_stopped and not found.failed
+    assert [len(rounds) for rounds in found.rows[0].samples("eager_s")] == [4]
 
 
-def test_what_fails_while_it_runs_is_left_out():
-    def failing():
-        raise RuntimeError("out of memory")
+def test_what_fails_while_it_runs_is_left_out(odd, monkeypatch):
+    build, runs = measure.build, []
 
-    good = types.SimpleNamespace(run=lambda: jnp.ones(2), samples=[])
-    good.add = lambda name, value: good.samples.append((name, len(value)))
-    built = {"good": good, "bad": types.SimpleNamespace(run=failing)}
-    failed = {}
-    cases.rounds(built, failed, lambda one: one.run, "run_s", 3, 0.0)
-    assert failed == {"bad": "RuntimeError: out of memory"}
-    assert good.samples == [("run_s", 3)]
+    def failing(task):
+        built = build(task)
+
+        def run(x):
+            runs.append(None)
+            if len(runs) == 4:  # Not the first, nor to compare.
+                raise RuntimeError("out of memory")
+            return built.run(x)
+
+        return built._replace(run=run if not runs else built.run)
+
+    monkeypatch.setattr(measure, "build", failing)
+    found = made_up(["right", "again"], repeat=3)
+    assert found.failed == [(case(), "odd right", "RuntimeError: out of memory")]
+    (row,) = found.rows
+    assert row.way == "odd again" and len(row.samples("run_s")[0]) == 3
+
+
+def test_a_program_is_built_as_often_as_asked(odd):
+    (row,) = made_up(["right"], repeat=5, builds=2).rows
+    assert [len(rounds) for rounds in row.samples("run_s")] == [3, 2]
+    assert len(row.samples("build_s")) == 2
+
+
+def test_what_takes_long_to_compile_is_built_once(odd):
+    (row,) = made_up(["right"], builds=2, patience=0.0).rows
+    assert len(row.samples("run_s")) == 2
+    assert len(row.samples("build_s")) == 1
 
 
 def test_ctrl_c_keeps_what_was_measured(odd, monkeypatch, tmp_path, capsys):
-    ways = [("haiku", "layer_stack"), ("odd", "interrupted")]
-    monkeypatch.setattr(
-        command, "_ways", lambda skipped, say: (ways, "haiku layer_stack")
-    )
-    sizes = ["--model=mlp", "--mode=fwd", "--length=4", "--repeat=1"]
+    ways = [("odd", "right"), ("odd", "interrupted")]
+    monkeypatch.setattr(command, "_ways", lambda frameworks, mode: ways)
     out = tmp_path / "out"
-    assert run(*sizes, "--layers=1,2,3", f"--out={out}") == 130
+    arguments = ["--model=mlp", "--mode=fwd", "--layers=1,2,3", f"--out={out}"]
+    assert run(*arguments, "--repeat=1") == 130
     assert "stopped; what was measured is kept" in capsys.readouterr().out
     rows = results.load(out / "results.json").rows
     assert [(row.case.layers, row.way) for row in rows] == [
-        (1, "haiku layer_stack"),
+        (1, "odd right"),
         (1, "odd interrupted"),
     ]
     assert (out / "report.html").exists()
 
 
-def test_a_framework_that_is_not_installed_is_skipped(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "equinox", None)
-    monkeypatch.delitem(sys.modules, "hk_stack.compare.in_equinox", raising=False)
-    sizes = ["--model=mlp", "--mode=fwd", "--layers=1", "--length=4", "--repeat=1"]
-    assert run(*sizes, "--frameworks=plain,equinox") == 0
-    assert "without equinox: " in (printed := capsys.readouterr().out)
-    assert "pip install equinox" in printed
-    assert "plain scan" in printed
+def test_what_would_take_too_long_to_build_is_left_out(odd, monkeypatch, capsys):
+    ways = [("odd", "right"), ("odd", "again")]
+    monkeypatch.setattr(command, "_ways", lambda frameworks, mode: ways)
+    sizes = ["--model=mlp", "--mode=fwd", "--layers=1,2", "--repeat=1"]
+    assert run(*sizes, "--patience=0") == 0
+    printed = capsys.readouterr().out
+    assert "2 layers, float32, batch 4, length 128, width 64: odd again" in printed
+    assert "would take about" in printed
+    assert printed.count("odd right") == 4  # The baseline is always measured.
 
 
 @pytest.mark.parametrize(
@@ -335,13 +445,23 @@ def test_a_framework_that_is_not_installed_is_skipped(monkeypatch, tmp_path, cap
             ["--baseline=haiku scan"],
             "'haiku scan' not among equinox filter_vmap + scan, haiku",
         ),
-        (["--model=mlp", "--mode=decode"], "mlp does not decode; s4 does"),
+        (["--model=mlp", "--mode=decode"], "mlp does not decode; s4, s4_terms does"),
+        (["--mode=port"], "port moves one tree: --model=transformer --layers=24"),
+        (
+            [
+                "--mode=port",
+                "--model=transformer",
+                "--layers=24",
+                "--width=512",
+                "--frameworks=nnx",
+            ],
+            "nnx has no mode port",
+        ),
         (["--model=s4", "--dtype=bfloat16"], "s4 runs in float32 or float64"),
         (["--mode=init", "--dtype=float64"], "init makes parameters in float32"),
         (["--out=/dev/null/x"], "--out: cannot write to the folder /dev/null/x"),
         (["--against=/no/such.json"], "/no/such.json is no result of"),
         (["/no/such.json"], "/no/such.json is no result of"),
-        (["a", "b"], "one results.json at most"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -351,7 +471,9 @@ def test_mistakes(arguments, message):
 
 
 def test_a_flag_of_the_wrong_kind_is_a_line_not_a_traceback():
-    done = start("hk_stack.compare", "--repeat=0")
+    line = [sys.executable, "-m", "hk_stack.compare", "--repeat=0"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
     assert done.returncode != 0
     assert "repeat" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -360,91 +482,80 @@ def test_a_flag_of_the_wrong_kind_is_a_line_not_a_traceback():
 # The command as a whole
 
 
-def test_the_command(tmp_path):
-    out = tmp_path / "new"
-    sizes = ["--layers=2", "--length=8", "--repeat=2", "--mode=fwd,train"]
-    done = start("hk_stack.compare", "--model=mlp", *sizes, f"--out={out}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ways = [f"{name} {way}" for name, way in cases.all_ways(sorted(FRAMEWORKS))]
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder that the command wrote, of all ways but those of Equinox."""
+    out = tmp_path_factory.mktemp("compare")
+    hidden = pytest.MonkeyPatch()
+    hidden.setitem(sys.modules, "equinox", None)
+    hidden.delitem(sys.modules, "hk_stack.compare.in_equinox", raising=False)
+    hidden.setattr(measure, "_jitted", in_a_hurry)
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        sizes = ["--model=mlp", "--mode=fwd", "--length=4", "--width=8", "--batch=1"]
+        assert run(*sizes, "--layers=1", "--repeat=4", f"--out={out}") == 0
+    hidden.undo()
+    return out
+
+
+def test_the_command(written):
+    result = results.load(written / "results.json")
+    found = [name for name in FRAMEWORKS if name != "equinox"]
+    ways = [f"{name} {way}" for name, way in cases.all_ways(sorted(found), "fwd")]
     ways.sort(key=lambda way: way != "haiku layer_stack")  # The baseline is first.
-    result = results.load(out / "results.json")
     # A model without setup, and no decoding.
-    odd = ("plain split", "plain reused", "linen nn.scan, cache")
-    assert list(result.of(result.cases()[0])) == [x for x in ways if x not in odd]
-    assert all(row.way in done.stdout for row in result.rows)
-    assert not result.failed and not result.skipped
-    assert [one.mode for one in result.cases()] == ["fwd", "train"]
+    none = ("plain split", "plain reused", "linen nn.scan, cache")
+    assert list(result.of(result.cases()[0])) == [x for x in ways if x not in none]
+    assert not result.failed
+    (skipped,) = result.skipped
+    assert skipped["what"] == "equinox" and "pip install equinox" in skipped["why"]
     assert result.environment["versions"]["jax"] == jax.__version__
-    assert "--layers=2" in result.environment["command"]
-    assert "<svg" in (out / "report.html").read_text()
-    assert "| haiku layer_stack" in (out / "table.md").read_text()
-    assert len(list((out / "plots").glob("*.png"))) >= 4
+    assert result.environment["device"] == "cpu"
+    assert "--layers=1" in result.environment["command"]
+    assert "<svg" in (written / "report.html").read_text()
+    assert "| haiku layer_stack" in (written / "table.md").read_text()
+    assert len(list((written / "plots").glob("*.png"))) == 2
+    assert len((written / "results.json").read_text().splitlines()) < 30
+    assert jax.config.jax_enable_compilation_cache  # Measuring leaves it as it was.
 
 
-def test_what_would_take_too_long_to_build_is_left_out(tmp_path, capsys):
-    sizes = ["--model=mlp", "--mode=fwd", "--length=4", "--repeat=1", "--layers=1,2"]
-    out = tmp_path / "out"
-    assert run(*sizes, "--frameworks=haiku", "--patience=0", f"--out={out}") == 0
-    assert "haiku loop would take about" in capsys.readouterr().out
-    result = results.load(out / "results.json")
-    assert [row.way for row in result.of(result.cases()[1]).values()] == [
-        "haiku layer_stack"  # The baseline is always measured.
-    ]
-    assert "2 layers" in result.skipped[0]["what"]
-
-
-def test_results_are_held_against_older_ones(tmp_path, capsys):
-    sizes = ["--model=mlp", "--mode=fwd", "--layers=1", "--length=4", "--repeat=4"]
-    out = tmp_path / "new"
-    assert run(*sizes, "--frameworks=haiku,hk_stack", f"--out={out}") == 0
-    new = out / "results.json"
+def test_results_are_held_against_older_ones(written, tmp_path, capsys):
+    new = written / "results.json"
     assert run(new, f"--against={new}") == 0
+    printed = capsys.readouterr().out
+    assert "nnx nnx.scan" in printed and "0 ratios are worse" in printed
     document = json.loads(new.read_text())
     for row in document["rows"]:
         if row["way"] == "hk_stack auto":
-            row["measures"]["run_s"] = [[x / 9 for x in row["measures"]["run_s"][0]]]
+            row["measures"]["run_s"] = [[x / 99 for x in row["measures"]["run_s"][0]]]
     old = tmp_path / "old.json"
     old.write_text(json.dumps(document))
-    capsys.readouterr()
     assert run(new, f"--against={old}") == 1
     assert "hk_stack auto" in capsys.readouterr().out
+    with pytest.raises(app.UsageError, match="none of its cases would be measured"):
+        run("--model=mlp", "--layers=3", f"--against={old}")
+
+
+def test_several_results_become_one(written, tmp_path, capsys):
+    one = written / "results.json"
+    with pytest.raises(app.UsageError, match="have no row in common"):
+        run(one, one)
+    document = json.loads(one.read_text())
+    for row in document["rows"]:
+        row["case"][2] += 10
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    assert run(one, other) == 0
+    assert "mlp, fwd, 11 layers" in capsys.readouterr().out
+    other.write_text(json.dumps(document).replace('"device": "cpu"', '"device": "x"'))
+    with pytest.raises(app.UsageError, match="of one device each: found cpu, x"):
+        run(one, other)
 
 
 def test_a_file_of_another_schema_is_refused(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(app.UsageError, match="it has schema 99, expected 1"):
+    with pytest.raises(app.UsageError, match="it has schema 99, expected 2"):
         run(path)
-
-
-# The tables of the library's own options
-
-
-def test_a_table(tmp_path):
-    out = tmp_path / "result.json"
-    tables = ["--tables=recurrence", "--repeat=2", f"--out={out}"]
-    done = start("hk_stack.compare.tables", *tables)
-    assert done.returncode == 0, done.stderr
-    assert "recurrence, gradient" in done.stdout
-    result = json.loads(out.read_text())
-    assert result["environment"]["versions"]["jax"]
-    row = result["tables"]["recurrence, forward"]["hk_stack auto"]
-    assert len(row["run_s"]) == 2 and min(row["run_s"]) > 0
-    assert row.keys() == {"run_s", "temp_bytes", "trace_s", "compile_s"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tables=s5"], "s5"),
-        (["--repeat=0"], "--repeat"),
-        (["--tables=recurrence", "--out=/no/such/folder/x.json"], "cannot write"),
-        (["s4"], "unrecognized arguments"),
-    ],
-)
-def test_mistakes_in_tables(arguments, message, capsys):
-    from hk_stack.compare import tables
-
-    with pytest.raises(SystemExit):
-        tables.main(arguments)
-    assert message in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import html
 import html.parser
-import io
 import itertools
 import json
 import re
@@ -12,6 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from hk_stack import _table
 from hk_stack.compare import against, draw, page, results, show
 
 pytest.importorskip("matplotlib")
@@ -27,7 +27,7 @@ def row(way, layers=4, mode="grad", factor=1.0, speed=None, **measures):
     rng = np.random.default_rng([layers, *way.encode()])
     speed = layers * (SPEED.get(way, 1.0) if speed is None else speed)
     noise = 1 + 0.01 * rng.random((3, 5))
-    case = results.Case("s4", mode, layers, "float32", 4, 256)
+    case = results.Case("s4", mode, layers, "float32", 4, 256, 64)
     found = {
         "trace_s": [0.2] * 3,
         "lower_s": [0.1] * 3,
@@ -57,59 +57,51 @@ def result(rows=None, failed=(), skipped=(), **environment):
 
 
 def failure(found, error="ValueError: broken"):
-    return {**found.case._asdict(), "way": found.way, "error": error}
+    return results.Failure(found.case, found.way, error)
 
 
-# In the terminal
+# Tables
 
 
-def printed(table, width=100):
-    import rich.console
-
-    file = io.StringIO()
-    rich.console.Console(file=file, width=width).print(table)
-    return file.getvalue()
+def shown(found, case=0):
+    """The table of a case, as lines."""
+    return _table.aligned(show.table(found, found.cases()[case]))
 
 
 def test_table_has_times_ratios_and_stars():
-    found = result()
-    lines = printed(show.table(found, found.cases()[0])).splitlines()
-    base, loop, ours, _ = (next(x for x in lines if x.startswith(w)) for w in WAYS)
-    assert lines[0].strip() == found.cases()[0].title
-    assert re.search(r"4\.0\d  \(4\.0\d-4\.0\d\) +baseline", base)
+    titles, *rows = shown(result())
+    base, loop, ours, _ = rows
+    assert re.split("  +", titles.strip()) == [
+        *("way", "run, ms", "ratio [95 %]", "build, s", "ratio", "temp, MB"),
+        *("ratio", "parity"),
+    ]
+    assert re.search(r"^  haiku layer_stack +4\.0\d +1 .* 2e-07", base)
     assert re.search(r"(2\.0|1\.9)\d \[1\.9", loop) and "*" not in loop
-    assert re.search(r"2\.0\d\*", ours) and "0.50 [0." in ours
-    assert "haiku layer_stack" in lines[-2]
-
-
-@pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_table_never_cuts_a_way(width):
-    rows = [row(way, eager_s=[[1.0, 1.1]]) for way in [*WAYS, "linen scan with remat"]]
-    text = printed(show.table(result(rows), rows[0].case), width)
-    assert all(re.search(f"^{r.way} ", text, re.MULTILINE) for r in rows)
-    assert max(map(len, text.splitlines())) <= width
+    assert re.search(r"2\.0\d +0\.50 \[0\.\d+, 0\.\d+\]\*", ours)
+    text = show.caption(result(), result().cases()[0])
+    assert text == f"{result().cases()[0].title}; ratios are to haiku layer_stack"
 
 
 def test_table_fits_100_columns():
-    called = [row(way, eager_s=[[1.0, 1.1]] * 3) for way in WAYS]
-    for rows in ([row(way) for way in WAYS], called):
-        text = printed(show.table(result(rows), rows[0].case))
-        assert len(re.findall(r"^(?:haiku|hk_stack|linen) .*\d", text, re.M)) == 4
-        assert "eager" in text or rows[0].measures.get("eager_s") is None
-        assert len(text.splitlines()) == 9  # Nothing had to be wrapped.
+    rows = [row(way) for way in [*WAYS, "equinox filter_vmap + scan"]]
+    assert max(map(len, shown(result(rows)))) <= 100
 
 
 def test_table_names_failures():
     rows = [row(way) for way in WAYS]
     found = result(rows, [failure(row("nnx scan"), "ValueError: broken\n  at line 3")])
-    text = printed(show.table(found, rows[0].case))
-    assert "Failed: nnx scan: ValueError: broken" in text and "line 3" not in text
+    assert shown(found)[-1].strip() == "nnx scan           failed: ValueError: broken"
 
 
 def test_table_of_ways_that_lack_measures():
     rows = [row(WAYS[0]), row(WAYS[1])._replace(measures={"run_s": [[0.004]]})]
-    text = printed(show.table(result(rows), rows[0].case))
-    assert re.search(r"haiku loop +4\.00\*? .* - +- ", text)
+    assert re.search(r"haiku loop +4\.00 .* - +- ", "\n".join(shown(result(rows))))
+
+
+def test_eager_runs_have_columns_of_their_own():
+    rows = [row(way)._replace(measures={"eager_s": [[1.0, 1.1]]}) for way in WAYS]
+    titles, first, *_ = shown(result(rows))
+    assert "eager, ms" in titles and "run, ms" not in titles and "1,050" in first
 
 
 def test_all_that_noise_cannot_tell_apart_are_best():
@@ -120,26 +112,23 @@ def test_all_that_noise_cannot_tell_apart_are_best():
     assert not any(x.best for x in show.lines(alike, rows[0].case))
 
 
-# Markdown
+def test_the_deepest_cases_are_shown_beside_one_another():
+    rows = [row(way, n) for n in (4, 16) for way in WAYS]
+    table = show.glance(result(rows[:-1], [failure(rows[-1])]))
+    assert list(table.titles) == ["deepest case", *WAYS]
+    ((title, base, *_, last),) = table.rows
+    assert title == "s4, grad, 16 layers" and (base, last) == ("1", "failed")
 
 
-def test_markdown_has_a_table_for_each_mode():
+def test_markdown_has_a_table_for_each_case():
     rows = [row(way, n, m) for m in ("fwd", "grad") for n in (4, 16) for way in WAYS]
-    text = show.markdown(result(rows, [failure(row("nnx | scan"))]))
-    assert text.count("| way | 4 layers | 16 layers |") == 2
-    assert "### s4, fwd" in text and "### s4, grad" in text
-    ours = next(x for x in text.splitlines() if x.startswith("| **hk_stack auto** |"))
-    assert ours.count("**0.50 [0.") == 2
-    assert "baseline: 4.0" in text and "jax 0.10.2" in text
-    assert r"nnx \| scan: ValueError: broken" in text
+    text = show.markdown(result(rows, [failure(rows[0]._replace(way="nnx | _scan"))]))
+    assert text.count("| way | run, ms | ratio \\[95 %\\] |") == 4
+    assert "### s4, fwd, 4 layers" in text and "### s4, grad, 16 layers" in text
+    assert "jax 0.10.2" in text
+    assert r"| nnx \| \_scan | failed: ValueError: broken |" in text
     tables = [x for x in text.splitlines() if x.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", x)) == 4 for x in tables)
-
-
-def test_markdown_tells_cases_apart_by_what_differs():
-    rows = [row(way)._replace() for way in WAYS]
-    longer = [r._replace(case=r.case._replace(length=512)) for r in rows]
-    assert "| length 256 | length 512 |" in show.markdown(result(rows + longer))
+    assert all(len(re.findall(r"(?<!\\)\|", x)) == 9 for x in tables)
 
 
 # Pictures
@@ -148,21 +137,18 @@ def test_markdown_tells_cases_apart_by_what_differs():
 def test_pictures_are_written(tmp_path):
     import matplotlib.image
 
-    files = draw.write(result(), tmp_path / "new")
-    names = [file.name for file in files]
-    kinds = ("scaling", "phases", "memory")
-    expected = [
-        f"{k}_s4_grad_float32_b4_t256.{e}" for k in kinds for e in ("png", "svg")
-    ]
-    assert names == expected
-    for file in files[::2]:
-        image = matplotlib.image.imread(file)
+    draw.write(result(), tmp_path / "new")
+    names = [f"{kind}_s4_grad_float32_b4_t256_d64" for kind in KINDS]
+    files = sorted(file.name for file in (tmp_path / "new").iterdir())
+    assert files == sorted(f"{n}.{end}" for n in names for end in ("png", "svg"))
+    for name in names:
+        image = matplotlib.image.imread(tmp_path / "new" / f"{name}.png")
         assert image[..., 3].min() == 0 and image[..., 3].max() == 1
-    for file in files[1::2]:
-        assert (
-            file.read_text().startswith("<svg")
-            and ">hk_stack auto<" in file.read_text()
-        )
+        drawn = (tmp_path / "new" / f"{name}.svg").read_text()
+        assert drawn.startswith("<svg") and ">hk_stack auto<" in drawn
+
+
+KINDS = ("scaling", "phases", "memory")
 
 
 def test_pictures_are_the_same_each_time():
@@ -180,36 +166,24 @@ def test_without_memory_no_picture_of_it():
     assert list(draw.pictures(result(rows))) == []
     rows += [r._replace(case=r.case._replace(layers=9)) for r in rows]
     (picture,) = draw.pictures(result(rows))
-    assert "eager call, ms" in draw.svg(picture)
+    assert "eager, ms" in draw.svg(picture)
 
 
 def test_far_longer_bars_go_on():
     rows = [row(way, compile_s=[100.0 if way == "haiku loop" else 1.0]) for way in WAYS]
     rows = [r._replace(measures=r.measures | {"trace_s": [0.1]}) for r in rows]
-    axes = draw.phases(result(rows), rows[0].case).axes[0]
+    figure = draw.bars(result(rows), rows[0].case, draw.PHASES, "s", 1.0)
+    axes = figure.axes[0]
     assert axes.get_xlim()[1] < 5
     assert "→ 100" in [text.get_text() for text in axes.texts]
 
 
-def test_labels_of_13_lines_keep_apart():
-    import matplotlib.text
-
+def test_13_lines_can_be_told_apart():
     ways = [f"nnx {i}" for i in range(13)]
-    rows = [
-        row(way, n, speed=1 + i / 100) for n in (4, 16) for i, way in enumerate(ways)
-    ]
-    found = result(rows)
-    figure = draw.scaling(found, found.cases())
-    figure.draw_without_rendering()
-    for axes in figure.axes:
-        # Of the text, without the line to it.
-        boxes = [matplotlib.text.Text.get_window_extent(text) for text in axes.texts]
-        boxes.sort(key=lambda box: box.y0)
-        assert len(boxes) == 13
-        gaps = [b.y0 - a.y1 for a, b in itertools.pairwise(boxes)]
-        assert min(gaps) > -2  # Of which some is room for accents.
-    markers = {line.get_marker() for line in figure.axes[0].lines}
-    assert len(markers) == 13
+    found = result([row(way, n) for n in (4, 16) for way in ways])
+    axes, _ = draw.scaling(found, found.cases()).axes
+    assert len({line.get_marker() for line in axes.lines}) == 13
+    assert [line.get_label() for line in axes.lines] == ways
 
 
 # The page
@@ -264,9 +238,9 @@ def test_page_can_be_read_aloud(whole):
     parsed = Parsed(whole)
     assert parsed.tags.count("table") == parsed.tags.count("caption")
     assert all("scope" in a for tag, a in parsed.attributes if tag == "th")
-    pictures = [a for tag, a in parsed.attributes if tag == "svg"]
-    assert len(pictures) == 6
-    assert all(a["role"] == "img" and "s4" in a["aria-label"] for a in pictures)
+    pictures = [a for _, a in parsed.attributes if a.get("role") == "img"]
+    assert len(pictures) == parsed.tags.count("svg") == 6
+    assert all("s4" in a["aria-label"] for a in pictures)
     headings = [int(tag[1]) for tag in parsed.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1 and headings.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(headings))

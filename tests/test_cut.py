@@ -7,6 +7,7 @@ import jaxprs
 import numpy as np
 import pytest
 from agreement import assert_close
+from interpreter import computed
 from jax.experimental import io_callback
 from layer_cases import B, D, L, drop, layer_loop, normal, slow, vectors, weight
 
@@ -36,16 +37,16 @@ def per_layer_shapes(jaxpr):
     return [shape[1:] for shape in shapes if shape[:1] == (L,)]
 
 
-def assert_same_results(layer, *args):
-    """Between all policies and the loop, compiled or not."""
+def assert_same_results(layer, *args, run=computed):
+    """Between all policies and the loop."""
     args = args or vectors()
     loop = hk.transform_with_state(layer_loop(L)(layer))
-    params, state = jax.jit(loop.init)(KEY, *args)
-    expected = loop.apply(params, state, KEY, *args)
+    given = (*run(loop.init, KEY, *args), KEY, *args)
+    expected = run(loop.apply, *given)
     for setup in ("auto", "marked", "inline"):
         stack = hk_stack.layer_stack(L, setup=setup, name="__layer_stack_no_per_layer")
         apply = hk.transform_with_state(stack(layer)).apply
-        assert_close(jax.jit(apply)(params, state, KEY, *args), expected)
+        assert_close(run(apply, *given), expected)
 
 
 class TestHoist:
@@ -422,15 +423,14 @@ class TestLargeSetup:
 
         def run(setup):
             model = hk.transform(hk_stack.layer_stack(6, setup=setup)(layer))
-            params = model.init(KEY, *vectors())
+            params = computed(model.init, KEY, *vectors())
 
             def total(params, x):
                 y = model.apply(params, None, x)
                 return jnp.sum(jnp.cos(y)), y
 
-            return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
-                params, *vectors()
-            )
+            gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
+            return computed(gradient, params, *vectors())
 
         assert_close(run("auto"), run("inline"), 1e-4)
 
@@ -521,7 +521,7 @@ class TestWhatStays:
             total[...] += x.sum()
             return jnp.tanh(x * total[...])
 
-        assert_same_results(layer)
+        assert_same_results(layer, run=lambda fn, *args: jax.jit(fn)(*args))
 
     def test_a_branch_that_only_some_layers_take(self):
         """In a batch both branches would run, and this one might not end."""
@@ -581,9 +581,9 @@ class TestOutputs:
             stacked = stack(L, True, name="stack")(layer)
             return hk.transform(lambda x: stacked(x, jnp.ones([L])))
 
-        params = run(hk_stack.layer_stack).init(KEY, *vectors())
+        params = computed(run(hk_stack.layer_stack).init, KEY, *vectors())
         found, expected = (
-            run(stack).apply(params, None, *vectors())
+            computed(run(stack).apply, params, None, *vectors())
             for stack in (hk_stack.layer_stack, layer_loop)
         )
         assert_close(found, expected)

@@ -9,8 +9,8 @@ import jaxprs
 import numpy as np
 import pytest
 from agreement import FAST, assert_close, assert_equal
+from interpreter import computed
 from layer_cases import (
-    CASES,
     D,
     L,
     attention,
@@ -21,47 +21,21 @@ from layer_cases import (
     vectors,
     weight,
 )
-from test_layer_stack import KEY, WAYS, initial, results
+from test_layer_stack import KEY, WAYS, initial
 
 import hk_stack
 
 P = jax.checkpoint_policies
-
-# Between them, each executor and each kind of rematerialisation.
-EXECUTORS = {
-    "python": {"loop": "python"},
-    "remat": {"remat": True, "remat_every": 2},
-    "unrolled": {
-        "loop": "unrolled",
-        "remat": P.dots_saveable,
-        "remat_every": 2,
-    },
-}
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_all_executors_agree(case, executor):
-    found = results(case, hk_stack.layer_stack, **EXECUTORS[executor])
-    assert_close(found, WAYS["auto"](case))
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_one_parameter_tree(case):
-    def init(**options):
-        model = case.model(hk_stack.layer_stack, **options)
-        return jax.eval_shape(model.init, KEY, *case.given())
-
-    assert init(loop="python") == init(loop="unrolled", remat=True) == init()
+EXECUTORS = {name: WAYS[name] for name in ("python", "remat", "unrolled")}
 
 
 @pytest.mark.parametrize("name", ["dropout", "counter", "nested_thrice", "per_layer"])
 def test_python_loop_outside_of_jit(name):
     case = by_name[name]
     apply = case.model(hk_stack.layer_stack, loop="python").apply
-    scanned = jax.jit(case.model(hk_stack.layer_stack).apply, compiler_options=FAST)
     given = (*initial(name), KEY, *case.given())
-    assert_close(apply(*given), scanned(*given))
+    scanned = computed(case.model(hk_stack.layer_stack).apply, *given)
+    assert_close(apply(*given), scanned)
 
 
 def noise(x):
@@ -76,7 +50,7 @@ def noise(x):
 def test_random_draws_are_the_same_bits(executor):
     def outputs(**options):
         stack = hk_stack.layer_stack(5, True, name="s", **options)
-        return jax.jit(hk.transform(stack(noise)).apply)({}, KEY, *vectors())[1]
+        return computed(hk.transform(stack(noise)).apply, {}, KEY, *vectors())[1]
 
     assert_equal(outputs(**EXECUTORS[executor]), outputs())
 
@@ -105,7 +79,7 @@ def test_options_that_are_off_leave_the_program_alone():
 
 def model_of(layer, **options):
     model = hk.transform(hk_stack.layer_stack(L, name="stack", **options)(layer))
-    return model, jax.jit(model.init)(KEY, *vectors())
+    return model, computed(model.init, KEY, *vectors())
 
 
 def plain(x):
@@ -269,12 +243,11 @@ def test_modules_of_an_outer_layer_in_an_inner_stack(outer, inner):
             hk_stack.layer_stack(L, name="stack", loop=loop)(layer)
         )
 
-    params, state = jax.jit(model("scan").init)(KEY, *vectors())
+    given = (*computed(model("scan").init, KEY, *vectors()), None, *vectors())
     with hk_stack.use_loop("scan"):
-        expected = model("scan").apply(params, state, None, *vectors())
-    assert_close(model(outer).apply(params, state, None, *vectors()), expected)
-    jitted = jax.jit(model(inner).apply)
-    assert_close(jitted(params, state, None, *vectors()), expected)
+        expected = computed(model("scan").apply, *given)
+    assert_close(model(outer).apply(*given), expected)
+    assert_close(computed(model(inner).apply, *given), expected)
 
 
 def test_modules_with_names_of_a_layer():
@@ -296,18 +269,13 @@ def test_modules_with_names_of_a_layer():
 def as_in_the_compiled_loop(run):
     """Checks that a program with Python loops gives what it gives without them."""
     model = hk.transform_with_state(run)
-
-    def jitted(f):
-        return jax.jit(f, compiler_options=FAST)
-
     with hk_stack.use_loop("scan"):
-        params, state = jitted(model.init)(KEY, *vectors())
-        expected = jitted(model.apply)(params, state, KEY, *vectors())
+        params, state = computed(model.init, KEY, *vectors())
+        expected = computed(model.apply, params, state, KEY, *vectors())
     assert jax.eval_shape(model.init, KEY, *vectors()) == jax.eval_shape(
         lambda: (params, state)
     )
-    found = jitted(model.apply)(params, state, KEY, *vectors())
-    assert_close(found, expected)
+    assert_close(computed(model.apply, params, state, KEY, *vectors()), expected)
 
 
 def one_or_two_deep(layer, inner):
@@ -448,7 +416,7 @@ def test_state_that_a_call_creates():
 
     def apply(loop):
         stack = hk_stack.layer_stack(3, name="s", loop=loop)(layer)
-        return hk.transform_with_state(stack).apply({}, {}, None, *vectors())
+        return computed(hk.transform_with_state(stack).apply, {}, {}, None, *vectors())
 
     assert_close(apply("python"), apply("scan"))
 
@@ -464,11 +432,11 @@ def test_captured_modules(jit):
         return hk_stack.layer_stack(L, name="stack")(layer)(x)
 
     model = hk.transform_with_state(run)
-    params, state = model.init(KEY, *vectors())
-    expected = model.apply(params, state, None, *vectors())
-    apply = jax.jit(model.apply) if jit else model.apply
+    given = (*computed(model.init, KEY, *vectors()), None, *vectors())
+    expected = computed(model.apply, *given)
     with hk_stack.use_loop("python"):
-        assert_close(apply(params, state, None, *vectors()), expected)
+        found = computed(model.apply, *given) if jit else model.apply(*given)
+    assert_close(found, expected)
     assert_equal(expected[1]["stack/counting"]["calls"], jnp.full([L], 2.0))
 
 
@@ -556,8 +524,8 @@ def trained():
         y = model(**options).apply(params, KEY, x)
         return jnp.mean((y - jnp.flip(x, 1)) ** 2)
 
-    params = jax.jit(model().init)(KEY, x)
-    step = jax.jit(jax.value_and_grad(loss))
+    params = computed(model().init, KEY, x)
+    step = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)
     losses = []
     for _ in range(10):
         value, grads = step(params)
@@ -576,10 +544,7 @@ def test_a_trained_model_goes_on_in_any_way(trained, way, tmp_path):
     path = tmp_path / "trained.safetensors"
     checkpoint.save(path, params)
     restored = checkpoint.load(path, like=params)
-    run = jax.jit(
-        jax.value_and_grad(functools.partial(loss, **WAYS_TO_GO_ON[way])),
-        compiler_options=FAST,
-    )
-    found, gradients = run(restored)
+    run = jax.value_and_grad(functools.partial(loss, **WAYS_TO_GO_ON[way]))
+    found, gradients = computed(run, restored)
     np.testing.assert_allclose(found, value, rtol=1e-6)
     assert_close(gradients, grads)

@@ -10,7 +10,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import FAST, assert_close, assert_equal
+from agreement import assert_close, assert_equal
+from interpreter import computed
 from jax import export
 from layer_cases import D, counter, drop, layer_loop, normal, slow, vectors
 
@@ -67,7 +68,7 @@ def run(make, layer_stack, *args, state=None):
         params, initial = model.init(KEY, *args)
         return params, initial, model.apply(params, state or initial, KEY, *args)
 
-    return jax.jit(everything, compiler_options=FAST)(*args)
+    return computed(everything, *args)
 
 
 # Several stacks, and several calls of one.
@@ -101,36 +102,26 @@ def one_stack_called_twice(stack):
     return model
 
 
-@program
-def stacks_in_methods(stack):
-    class Net(hk.Module):
-        def __call__(self, x):
-            return stack(2, name="s")(dense)(stack(2)(plain)(x))
+def stacks_in_methods(first, second):
+    def make(stack):
+        class Net(hk.Module):
+            def __call__(self, x):
+                return stack(2, name="s")(second)(stack(2)(first)(x))
 
-        def other(self, x):
-            return stack(2, name="s")(dense)(stack(2)(plain)(x))
+            def other(self, x):
+                return stack(2, name="s")(second)(stack(2)(first)(x))
 
-    def model(x):
-        net = Net()
-        return net(net(x)) + net.other(x)
+        def model(x):
+            net = Net()
+            return net(net(x)) + net.other(x)
 
-    return model
+        return model
+
+    return make
 
 
-@stateful
-def stateful_stacks_in_methods(stack):
-    class Net(hk.Module):
-        def __call__(self, x):
-            return stack(2)(counter)(stack(2, name="s")(counter)(x))
-
-        def other(self, x):
-            return stack(2)(counter)(x)
-
-    def model(x):
-        net = Net()
-        return net(net(x)) + net.other(x)
-
-    return model
+PROGRAMS["stacks_in_methods"] = stacks_in_methods(plain, dense)
+WITH_STATE["stacks_in_methods"] = stacks_in_methods(counter, counter)
 
 
 @program
@@ -561,15 +552,16 @@ def test_multi_transform():
 
     ours, theirs = make(hk_stack.layer_stack), make(hk.layer_stack)
     (x,) = vectors()
-    params = ours.init(KEY, x)
-    assert_equal(params, theirs.init(KEY, x))
-    for i in range(2):
-        assert_close(ours.apply[i](params, None, x), theirs.apply[i](params, None, x))
+    params = computed(ours.init, KEY, x)
+    assert_equal(params, computed(theirs.init, KEY, x))
+    for one, other in zip(ours.apply, theirs.apply, strict=True):
+        expected = computed(other, params, None, x)
+        assert_close(computed(one, params, None, x), expected)
 
 
 def small(layer=dense, **options):
     model = hk.transform_with_state(hk_stack.layer_stack(2, name="s", **options)(layer))
-    return model, model.init(KEY, *vectors())
+    return model, computed(model.init, KEY, *vectors())
 
 
 @pytest.fixture

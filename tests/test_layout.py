@@ -122,14 +122,6 @@ def scopes(layers):
     return model
 
 
-def unnamed_scope(layers):
-    return layers(L, block("block"), lambda i: block(f"block_{i}"), None)
-
-
-def suffixes(layers):
-    return layers(L, block(), lambda i: block())
-
-
 def suffixes_of_functions(layers):
     return layers(L, plain, lambda i: plain)
 
@@ -170,40 +162,9 @@ def pattern(layers):
     return model
 
 
-def made_in_init(layers):
-    class Net(hk.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = hk.Linear(D, name="embed")
-            self.blocks = []
-            if layers is in_loop:
-                self.blocks = [Block(name=f"block_{i}") for i in range(L)]
-
-        def __call__(self, x):
-            return layers(L, block("block"), lambda i: self.blocks[i])(self.embed(x))
-
-    return lambda x: Net()(x)
-
-
-def encoder_and_decoder(layers):
-    class Half(hk.Module):
-        def __init__(self, depth, name):
-            super().__init__(name)
-            self.depth = depth
-
-        def __call__(self, x):
-            return layers(self.depth, block("block"), lambda i: block(f"block_{i}"))(x)
-
-    return lambda x: Half(3, "decoder")(Half(2, "encoder")(x))
-
-
 # fmt: off
 ROWS = {
     "scopes": Row((BLOCKS,), scopes),
-    "unnamed_scope": Row(
-        (NumberedLayers("block_{}", "__layer_stack_no_per_layer/block"),),
-        unnamed_scope),
-    "suffixes": Row((NumberedLayers("block", "layers/block"),), suffixes),
     "suffixes_of_functions": Row(
         (NumberedLayers("linear", ["layers/linear", "layers/linear_1"]),
          NumberedLayers("layer_norm", "layers/layer_norm")),
@@ -216,14 +177,8 @@ ROWS = {
         (NumberedLayers(
             "block_{}", ["layers/first", "layers/second", "layers/third"], 2),),
         pattern),
-    "made_in_init": Row(
-        (NumberedLayers("net/~/block_{}", "net/layers/block"),), made_in_init),
-    "encoder_and_decoder": Row(
-        (NumberedLayers("*/block_{}", "*/layers/block"),), encoder_and_decoder),
 }
 # fmt: on
-
-every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
 def initial(model):
@@ -235,56 +190,41 @@ def initial(model):
     return jax.tree.unflatten(tree, map(jnp.asarray, drawn))
 
 
-def everything(model):
-    """Output, new state and gradient."""
-
-    def run(params, state):
-        def loss(params):
-            y, after = model.apply(params, state, None, X)
-            weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype))
-            return jnp.sum(weights * y.ravel()), (y, after)
-
-        gradient, (y, after) = jax.grad(loss, has_aux=True)(params)
-        return y, after, gradient
-
-    return jit(run)
+def run(model):
+    """Output and new state."""
+    return jit(lambda params, state: model.apply(params, state, None, X))
 
 
-@every_row
-def test_a_loop_runs_as_a_stack_and_back(row):
-    loop, stack = row.transformed(in_loop), row.transformed(in_stack)
-    tree = initial(loop)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_the_tree_of_a_loop_is_that_of_a_stack_and_back(row):
+    tree = initial(row.transformed(in_loop))
     stacked = stacked_by(row.maps, tree)
-    assert types(stacked) == types(jax.eval_shape(stack.init, KEY, X))
+    for layer_stack in (hk_stack.layer_stack, hk.layer_stack):
+        layers = functools.partial(in_stack, layer_stack=layer_stack)
+        shapes = jax.eval_shape(row.transformed(layers).init, KEY, X)
+        assert types(stacked) == types(shapes)
     assert_same(unstacked_by(row.maps, stacked), tree)
 
-    y, state, gradient = everything(stack)(*stacked)
-    per_layer = (y, *unstacked_by(row.maps, (state, gradient)))
-    assert_close(per_layer, everything(loop)(*tree), 1e-4)
 
-
-@pytest.mark.parametrize("name", ["scopes", "nested", "pattern"])
-def test_checkpoints_of_haikus_own_stacks(name):
-    row = ROWS[name]
-    layers = functools.partial(in_stack, layer_stack=hk.layer_stack)
-    shapes = jax.eval_shape(row.transformed(layers).init, KEY, X)
-    of_loop = jax.eval_shape(row.transformed(in_loop).init, KEY, X)
-    assert types(unstacked_by(row.maps, shapes)) == types(of_loop)
-
-
-def test_gradients_of_a_loop_through_a_stack():
-    row = ROWS["scopes"]
+def test_a_loop_and_its_gradients_run_through_a_stack():
+    """Of a pattern of blocks, where their order tells."""
+    row = ROWS["pattern"]
     loop, stack = row.transformed(in_loop), row.transformed(in_stack)
     params, state = initial(loop)
 
     def through_stack(params):
-        tree = stack_params((params, state), BLOCKS)
-        return jnp.cos(stack.apply(*tree, None, X)[0]).sum()
+        y, after = stack.apply(*stacked_by(row.maps, (params, state)), None, X)
+        return jnp.cos(y).sum(), unstacked_by(row.maps, after)
 
-    def loss(params):
-        return jnp.cos(loop.apply(params, state, None, X)[0]).sum()
+    def of_loop(params):
+        y, after = loop.apply(params, state, None, X)
+        return jnp.cos(y).sum(), after
 
-    assert_close(jit(jax.grad(through_stack))(params), jit(jax.grad(loss))(params))
+    found, expected = (
+        jit(jax.value_and_grad(f, has_aux=True))(params)
+        for f in (through_stack, of_loop)
+    )
+    assert_close(found, expected, 1e-4)
 
 
 # Transparent stacks
@@ -313,6 +253,17 @@ class Net(hk.Module):
         return hk.Linear(D, name="after")(x)
 
 
+class Normed(hk.Module):
+    """A block that repeats its number in the name of a module."""
+
+    def __init__(self, name, norm):
+        super().__init__(name)
+        self.norm = norm
+
+    def __call__(self, x):
+        return x + hk.Linear(D)(hk.LayerNorm(-1, True, True, name=self.norm)(x))
+
+
 def local_and_global(*names):
     def layer(x):
         return Global(name=names[1])(Block(name=names[0])(x))
@@ -332,6 +283,11 @@ TRANSPARENT = {
         local_and_global("local", "global"),
         lambda i: local_and_global(f"block_{2 * i}", f"block_{2 * i + 1}"),
     ),
+    "several": (
+        [NumberedLayers("h_{:02}/h_{:02}_norm"), NumberedLayers("h_{:02}", "h")],
+        lambda x: Normed("h", "h_norm")(x),
+        lambda i: lambda x: Normed(f"h_{i:02}", f"h_{i:02}_norm")(x),
+    ),
 }
 
 
@@ -345,12 +301,12 @@ def test_transparent_stacks_have_the_tree_of_the_loop(name):
 
     loop, stack, haiku = map(model, (None, hk_stack.layer_stack, hk.layer_stack))
     tree = initial(loop)
-    expected = everything(loop)(*tree)
     assert types(jax.eval_shape(stack.init, KEY, X)) == types(tree)
-    assert_close(everything(stack)(*tree), expected, 1e-4)
-    # Haiku's stores the new state under the names of the stack, so not that.
-    assert types(jax.eval_shape(haiku.init, KEY, X)[0]) == types(tree[0])
-    assert_close(jit(haiku.apply)(*tree, None, X)[0], expected[0], 1e-4)
+    if name != "several":
+        # Haiku's stores the new state under the names of the stack, so not that.
+        assert types(jax.eval_shape(haiku.init, KEY, X)[0]) == types(tree[0])
+    if name in ("pattern", "several"):
+        assert_close(run(stack)(*tree), run(loop)(*tree), 1e-4)
 
 
 def made_blocks():
@@ -381,12 +337,13 @@ class Outside(hk.Module):
 OUTSIDE = {"__call__": "block_{}", "init": "~/block_{}", "method": "block_{}"}
 
 
-@pytest.mark.parametrize("loop", ["scan", "python"])
-@pytest.mark.parametrize("where", OUTSIDE)
+@pytest.mark.parametrize(
+    ("where", "loop"), [("__call__", "scan"), ("init", "python"), ("method", "scan")]
+)
 def test_transparent_stacks_of_modules_made_outside(where, loop):
-    def model(run):
+    def model(blocks):
         def net(x):
-            return hk.Linear(D, name="after")(getattr(Outside(run), where)(x))
+            return hk.Linear(D, name="after")(getattr(Outside(blocks), where)(x))
 
         # In another Python loop, names have a scope before that of the module.
         return hk.transform_with_state(hk_stack.layer_stack(2, name="around")(net))
@@ -397,11 +354,10 @@ def test_transparent_stacks_of_modules_made_outside(where, loop):
 
     loop_of_blocks = model(functools.partial(in_loop, L))
     tree = initial(loop_of_blocks)
-    expected = everything(loop_of_blocks)(*tree)
     in_stacks = model(stack)
     assert types(jax.eval_shape(in_stacks.init, KEY, X)) == types(tree)
     with hk_stack.use_loop(loop):
-        assert_close(everything(in_stacks)(*tree), expected, 1e-4)
+        assert_close(run(in_stacks)(*tree), run(loop_of_blocks)(*tree), 1e-4)
 
 
 def test_transparent_stacks_have_haikus_names_of_modules_made_outside():
@@ -464,8 +420,6 @@ OPTIMISERS = {
         optax.scale_by_schedule(optax.cosine_decay_schedule(1e-2, 8)),
         optax.scale(-1.0),
     ),
-    "lion": optax.lion(1e-3),
-    "masked": optax.chain(optax.masked(optax.trace(0.9), of_weights), optax.sgd(1e-2)),
     "masked_modules": optax.chain(optax.masked(ADAM, of_modules), optax.scale(-1e-2)),
     "partition": optax.partition({**EACH, "b": optax.lion(1e-3)}, by_leaf),
     "frozen": optax.partition(
@@ -475,38 +429,8 @@ OPTIMISERS = {
         learning_rate=optax.linear_schedule(1e-2, 1e-3, 8), weight_decay=1e-3
     ),
     "multi_steps": optax.MultiSteps(ADAM, 2),
-    "ema": optax.chain(ADAM, optax.ema(0.9)),
     "schedule_free": optax.contrib.schedule_free_sgd(1e-2),
 }
-
-
-@functools.cache
-def loss_and_gradient(layers):
-    model = ROWS["scopes"].transformed(layers)
-
-    def loss(params, state, x):
-        y, state = model.apply(params, state, None, x)
-        return jnp.mean(jnp.square(y - 1.0)), state
-
-    return jit(jax.value_and_grad(loss, has_aux=True))
-
-
-def train(layers, optimiser, checkpoint, steps):
-    """Losses, and the checkpoint after some steps."""
-
-    @jit
-    def update(gradient, opt_state, params):
-        with jax.numpy_dtype_promotion("standard"):  # As optax does.
-            updates, opt_state = optimiser.update(gradient, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-    params, state, opt_state = checkpoint
-    losses = []
-    for i in range(steps):
-        (loss, state), gradient = loss_and_gradient(layers)(params, state, X * (1 + i))
-        params, opt_state = update(gradient, opt_state, params)
-        losses.append(loss)
-    return losses, (params, state, opt_state)
 
 
 @pytest.fixture(scope="module")
@@ -515,29 +439,51 @@ def untrained():
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_training_goes_on_in_the_other_layout(name, untrained):
-    optimiser = OPTIMISERS[name]
-    checkpoint = (*untrained, optimiser.init(untrained[0]))
-    _, checkpoint = train(in_loop, optimiser, checkpoint, 3)
+def test_states_are_those_of_the_other_layout(name, untrained):
+    init = OPTIMISERS[name].init
+    params = jax.eval_shape(lambda tree: tree, untrained[0])
+    state = jax.eval_shape(init, params)
+    stacked = stack_params((params, state), BLOCKS)
+    expected = jax.eval_shape(init, stacked[0])
+    assert jax.tree.structure(stacked[1]) == jax.tree.structure(expected)
+    assert types(stacked[1]) == types(expected)
+    assert unstack_params(stacked, BLOCKS) == (params, state)
+    if name == "momentum" or any(leaf.ndim for leaf in jax.tree.leaves(state)):
+        alone = stack_params(state, BLOCKS)
+        assert alone == stacked[1]
+        assert unstack_params(alone, BLOCKS, L) == state
+
+
+def test_training_goes_on_in_the_other_layout(untrained):
+    """One step in a loop, then one in either, with the same losses and results."""
+    optimiser = OPTIMISERS["adamw"]
+
+    def step(layers):
+        model = ROWS["scopes"].transformed(layers)
+
+        def loss(params, state):
+            y, state = model.apply(params, state, None, X)
+            return jnp.mean(jnp.square(y - 1.0)), state
+
+        @jit
+        def update(params, state, opt_state):
+            (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(
+                params, state
+            )
+            with jax.numpy_dtype_promotion("standard"):  # As optax does.
+                updates, opt_state = optimiser.update(gradient, opt_state, params)
+                params = optax.apply_updates(params, updates)
+            return value, (params, state, opt_state)
+
+        return update
+
+    of_loop = step(in_loop)
+    _, checkpoint = of_loop(*untrained, optimiser.init(untrained[0]))
     stacked = stack_params(checkpoint, BLOCKS)
-    expected = jax.eval_shape(optimiser.init, stacked[0])
-    assert jax.tree.structure(stacked[2]) == jax.tree.structure(expected)
-    assert types(stacked[2]) == types(expected)
     assert_same(unstack_params(stacked, BLOCKS), checkpoint)
-
-    losses, stacked = train(in_stack, optimiser, stacked, 3)
-    expected_losses, checkpoint = train(in_loop, optimiser, checkpoint, 3)
-    assert_close(losses, expected_losses)
-    assert_close(unstack_params(stacked, BLOCKS), checkpoint, 1e-3)
-
-
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_states_convert_without_the_parameters(name, untrained):
-    state = OPTIMISERS[name].init(untrained[0])
-    if not any(leaf.ndim for leaf in jax.tree.leaves(state)):
-        pytest.skip("holds no parameters")
-    stacked = stack_params(state, BLOCKS)
-    assert_same(unstack_params(stacked, BLOCKS, L), state)
+    loss, stacked = step(in_stack)(*stacked)
+    expected = of_loop(*checkpoint)
+    assert_close((loss, unstack_params(stacked, BLOCKS)), expected, 1e-3)
 
 
 OTHER_SHAPES = {
@@ -550,18 +496,18 @@ OTHER_SHAPES = {
 
 
 @pytest.mark.parametrize("name", OTHER_SHAPES)
-@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("convert", [stack_params, unstack_params])
-def test_states_of_other_shapes_are_refused(name, alone, convert, untrained):
+def test_states_of_other_shapes_are_refused(name, convert, untrained):
     optimiser, texts = OTHER_SHAPES[name]
-    params, _ = untrained
+    params = jax.eval_shape(lambda tree: tree, untrained[0])
     if convert is unstack_params:
         params = stack_params(params, BLOCKS)
-    state = optimiser.init(params)
-    with pytest.raises(ValueError) as error:
-        convert(state if alone else {"params": params, "optimiser": state}, BLOCKS)
-    for text in [convert.__name__, *texts, "optimiser.init(params)", "has shape"]:
-        assert text in str(error.value)
+    state = jax.eval_shape(optimiser.init, params)
+    for tree in (state, {"params": params, "optimiser": state}):
+        with pytest.raises(ValueError) as error:
+            convert(tree, BLOCKS)
+        for text in [convert.__name__, *texts, "optimiser.init(params)", "has shape"]:
+            assert text in str(error.value)
 
 
 # Leaves
@@ -602,17 +548,9 @@ def test_numpy_stays_numpy(dtype, shape):
         assert np.shares_memory(leaves["w"], weight(stacked)) or not leaves["w"].size
 
 
-def test_memory_mapped_layers_are_views_of_the_file(tmp_path):
-    stacked = np.lib.format.open_memmap(tmp_path / "w.npy", "w+", shape=(L, D, D))
-    stacked[...] = np.arange(L * D * D).reshape(L, D, D)
-    tree = unstack_params({"layers/block/linear": {"w": stacked}}, BLOCKS)
-    for leaves in tree.values():
-        assert np.shares_memory(leaves["w"], stacked)
-    assert_equal(weight(stack_params(tree, BLOCKS)), stacked)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_])
-@pytest.mark.parametrize("shape", [(), (0, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((), jnp.float32), ((0, 2), jnp.bfloat16), ((2, 3), jnp.int8)]
+)
 def test_jax_stays_jax(dtype, shape):
     tree = per_layer(lambda i: jnp.asarray(numbers(shape, dtype, i)))
     stacked = stack_params(tree, BLOCKS)
@@ -628,6 +566,8 @@ def test_float64_of_jax_stays_float64():
     stacked = stack_params(tree, BLOCKS)
     assert weight(stacked).dtype == np.float64
     assert_same(unstack_params(stacked, BLOCKS), tree)
+    mixed = {**tree, "block_1/linear": jax.tree.map(np.asarray, tree["block_1/linear"])}
+    assert_same(stack_params(mixed, BLOCKS), jax.tree.map(np.asarray, stacked))
 
 
 @pytest.mark.parametrize("shape", [(), (2,)])
@@ -641,27 +581,18 @@ def test_random_keys(shape):
 
 
 def test_arrays_stay_on_their_device():
-    device = jax.devices()[1]
-    tree = per_layer(lambda i: jax.device_put(jnp.ones([D]) * i, device))
+    """Or are bound to none: programs on a sharded batch take them then."""
+    tree = per_layer(lambda i: jax.device_put(jnp.ones([D]) * i, jax.devices()[1]))
     stacked = stack_params(tree, BLOCKS)
     for leaf in jax.tree.leaves((stacked, unstack_params(stacked, BLOCKS))):
-        assert leaf.devices() == {device}
-        assert leaf.committed
-
-
-def test_arrays_that_are_bound_to_no_device_stay_so():
-    """Programs on a batch that is sharded take parameters as `init` returns them."""
-    tree = per_layer(lambda i: jnp.ones([D]) * i)
-    stacked = stack_params(tree, BLOCKS)
-    batch = jax.device_put(
-        X, jax.NamedSharding(mesh(jax.sharding.AxisType.Auto), P("x"))
-    )
+        assert (leaf.devices(), leaf.committed) == ({jax.devices()[1]}, True)
+    stacked = stack_params(per_layer(lambda i: jnp.ones([D]) * i), BLOCKS)
     for leaf in jax.tree.leaves((stacked, unstack_params(stacked, BLOCKS))):
-        assert jax.jit(lambda leaf, x: leaf.sum() + x.sum())(leaf, batch).shape == ()
+        assert not leaf.committed
 
 
 @pytest.mark.parametrize("kind", [*jax.sharding.AxisType][:2], ids=str)
-@pytest.mark.parametrize("spec", [(), ("x",), (None, "y"), ("y", "x"), (("x", "y"),)])
+@pytest.mark.parametrize("spec", [(), (None, "y"), (("x", "y"),)])
 def test_sharding_is_kept(kind, spec):
     def on(*spec):
         return jax.NamedSharding(mesh(kind), P(*spec))
@@ -679,7 +610,7 @@ def test_sharding_is_kept(kind, spec):
 
 
 @pytest.mark.parametrize("kind", [*jax.sharding.AxisType][:2], ids=str)
-@pytest.mark.parametrize("spec", [("x",), ("x", None, "y"), (("x", "y"),)])
+@pytest.mark.parametrize("spec", [("x",), ("x", None, "y")])
 def test_stacks_sharded_by_layer(kind, spec):
     sharding = jax.NamedSharding(mesh(kind), P(*spec))
     values = np.arange(4 * 4 * 8.0).reshape(4, 4, 8).astype(np.float32)
@@ -693,37 +624,25 @@ def test_stacks_sharded_by_layer(kind, spec):
             assert leaf.sharding.is_equivalent_to(on, 2)
 
 
-def test_shapes_without_values():
-    tree = per_layer(lambda i: jax.ShapeDtypeStruct((D, 2), jnp.bfloat16))
-    stacked = stack_params(tree, BLOCKS)
-    assert weight(stacked) == jax.ShapeDtypeStruct((L, D, 2), jnp.bfloat16)
-    assert unstack_params(stacked, BLOCKS) == tree
-
-
-def shardings():
+def test_shapes_keep_their_sharding():
     on = mesh(jax.sharding.AxisType.Auto)
     kind = jax.devices()[0].addressable_memories()[-1].kind
-    named = functools.partial(jax.NamedSharding, on)
-    return {
-        "named": (named(P("x")), named(P(None, "x"))),
-        "memory": (
-            named(P("x"), memory_kind=kind),
-            named(P(None, "x"), memory_kind=kind),
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    for of_layer, of_stack in (
+        (None, None),
+        (jax.NamedSharding(on, P("x")), jax.NamedSharding(on, P(None, "x"))),
+        (
+            jax.NamedSharding(on, P("x"), memory_kind=kind),
+            jax.NamedSharding(on, P(None, "x"), memory_kind=kind),
         ),
-        "device": (jax.sharding.SingleDeviceSharding(jax.devices()[1]),) * 2,
-    }
-
-
-@pytest.mark.parametrize("name", ["named", "memory", "device"])
-def test_shapes_keep_their_sharding(name):
-    of_layer, of_stack = shardings()[name]
-    tree = per_layer(
-        lambda i: jax.ShapeDtypeStruct((D, 2), jnp.float32, sharding=of_layer)
-    )
-    stacked = stack_params(tree, BLOCKS)
-    expected = jax.ShapeDtypeStruct((L, D, 2), jnp.float32, sharding=of_stack)
-    assert weight(stacked) == expected
-    assert unstack_params(stacked, BLOCKS) == tree
+        (device, device),
+    ):
+        spec = jax.ShapeDtypeStruct((D, 2), jnp.bfloat16, sharding=of_layer)
+        tree = per_layer(lambda i, spec=spec: spec)
+        stacked = stack_params(tree, BLOCKS)
+        expected = jax.ShapeDtypeStruct((L, D, 2), jnp.bfloat16, sharding=of_stack)
+        assert weight(stacked) == expected
+        assert unstack_params(stacked, BLOCKS) == tree
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -739,8 +658,7 @@ def test_writing_to_numpy_arrays_changes_no_others(order):
         assert (leaf == -1).all()
 
 
-@pytest.mark.parametrize("num_layers", [1, L])
-@pytest.mark.parametrize("size", [1, 2, 1024])
+@pytest.mark.parametrize(("num_layers", "size"), [(1, 1), (1, 1024), (L, 2)])
 def test_donated_arrays_share_nothing_with_converted_ones(num_layers, size):
     donate = jax.jit(
         lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0
@@ -777,22 +695,26 @@ class Names(NamedTuple):
       scope: Of the blocks; `*` is the encoder or the decoder.
       block: Name of a block without its number.
       blocks: Names of the k blocks in the stack.
-      is_habit: Whether blocks are numbered as Haiku does it.
+      number: How blocks are numbered; "" as Haiku does it.
     """
 
     scope: str
     block: str
     blocks: list[str]
-    is_habit: bool
+    number: str
 
     def naming_map(self, num_layers=None):
-        number = "" if self.is_habit else "_{}"
         stacked = [f"{self.scope}{name}" for name in self.blocks]
-        return NumberedLayers(f"{self.scope}{self.block}{number}", stacked, num_layers)
+        per_layer = f"{self.scope}{self.block}{self.number}"
+        return NumberedLayers(per_layer, stacked, num_layers)
 
     def of_loop(self, half, number):
         block = f"{self.scope.replace('*', half)}{self.block}"
-        return block if self.is_habit and not number else f"{block}_{number}"
+        if self.number:
+            return block + self.number.replace("{}", "{0}").replace("{:", "{0:").format(
+                number
+            )
+        return f"{block}_{number}" if number else block
 
     def of_stack(self, half, position):
         return self.scope.replace("*", half) + self.blocks[position]
@@ -808,7 +730,7 @@ def names(draw):
         blocks=draw(
             st.sampled_from([["stack"], ["s/a", "s/a_1"], ["s/local", "s/b", "stack"]])
         ),
-        is_habit=draw(st.booleans()),
+        number=draw(st.sampled_from(["", "_{}", "{:02}", "_{:03}/of_{}_{}"])),
     )
 
 
@@ -871,17 +793,16 @@ def cases(draw):
     return ours.naming_map(depth if left_over else None), of_loop, of_stack
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(cases(), st.sampled_from([np.asarray, jnp.asarray]))
-def test_any_tree_comes_back_bit_for_bit(case, kind):
-    with jax.enable_x64(True):
-        of_loop, of_stack = jax.tree.map(kind, case[1:])
-    found = stack_params(of_loop, case[0])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases())
+def test_any_tree_comes_back_bit_for_bit(case):
+    naming_map, of_loop, of_stack = case
+    found = stack_params(of_loop, naming_map)
     assert_same(found, of_stack)
-    assert_same(unstack_params(found, case[0]), of_loop)
+    assert_same(unstack_params(found, naming_map), of_loop)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     names(),
     st.text("ab_01~", max_size=3),
@@ -901,6 +822,29 @@ def test_names_come_back(ours, half, inside, layer):
 
 
 @pytest.mark.parametrize(
+    ("naming_map", "module", "place"),
+    [
+        (NumberedLayers("block_{}"), "block_0", ("block", 0)),
+        (NumberedLayers("block_{}"), "block_10/linear", ("block/linear", 10)),
+        (NumberedLayers("{}", "h"), "9/a/b", ("h/a/b", 9)),
+        (NumberedLayers("layers/{}"), "layers/1", ("layers", 1)),
+        (NumberedLayers("block.{}"), "block.1", ("block", 1)),
+        (NumberedLayers("*_{}_mesh_*"), "edges_12_mesh_mlp", ("edges_mesh_mlp", 12)),
+        (NumberedLayers("block_{:02}"), "block_07", ("block", 7)),
+        (NumberedLayers("block_{:02}"), "block_100", ("block", 100)),
+        (NumberedLayers("a_{:03}/b_{}"), "a_012/b_12/c", ("a/b/c", 12)),
+        (NumberedLayers("linear"), "linear", ("linear", 0)),
+        (NumberedLayers("linear", ["a", "b"]), "linear_1", ("b", 0)),
+        (NumberedLayers("linear", ["a", "b"], 6), "linear_11", ("b", 5)),
+    ],
+    ids=str,
+)
+def test_numbers_in_names(naming_map, module, place):
+    assert naming_map.flat_to_stacked(module) == place
+    assert naming_map.stacked_to_flat(*place) == module
+
+
+@pytest.mark.parametrize(
     ("naming_map", "module"),
     [
         (NumberedLayers("block_{}"), "block"),
@@ -913,7 +857,11 @@ def test_names_come_back(ours, half, inside, layer):
         (NumberedLayers("block_{}"), "my_block_1"),
         (NumberedLayers("block_{}/linear"), "block_1/linear_1"),
         (NumberedLayers("a.b_{}"), "acb_1"),
+        (NumberedLayers("block_{:02}"), "block_1"),
+        (NumberedLayers("block_{:02}"), "block_001"),
+        (NumberedLayers("block_{:02}/norm_{}"), "block_01/norm_01"),
         (NumberedLayers("linear"), "linear_0"),
+        (NumberedLayers("linear"), "linear_01"),
         (NumberedLayers("linear"), "linear_a"),
         (NumberedLayers("linear"), "linear2"),
         (NumberedLayers("*/block_{}"), "block_1"),
@@ -995,6 +943,34 @@ ERRORS = {
         lambda: stack_params(leaves(*(f"block_{i}" for i in range(5))), OF_PATTERN),
         ValueError, ["layers/global/w has 2 of 3 layers", "missing: block_5/w",
                      "remainder", "num_layers=2"]),
+    "remainder of the first": (
+        lambda: stack_params(leaves("block_0", "block_1", "block_2"), OF_PATTERN),
+        ValueError, ["missing: block_3/w.", "remainder", "num_layers=1."]),
+    "inside of a pattern": (
+        lambda: stack_params(
+            leaves("block_0", "block_1", "block_3", "block_4", "block_5"), OF_PATTERN),
+        ValueError, ["layers/local/w has 2 of 3 layers; missing: block_2/w."]),
+    "maps in another order": (
+        lambda: stack_params(
+            leaves("b_00/b_00_n", "b_01/b_01_n"),
+            [NumberedLayers("b_{:02}"), NumberedLayers("b_{:02}/b_{:02}_n")]),
+        ValueError, ["b/b_00_n/w has 1 of 2", "give first the one for fewer modules"]),
+    "maps of nested stacks": (
+        lambda: stack_params(
+            leaves("a_0/b_0", "a_0/b_1"),
+            [NumberedLayers("a_*/b_{}"), NumberedLayers("a_{}")]),
+        ValueError, ["'a_0/b_0' is a layer of 'a_0/b', and that of 'a/b'",
+                     "level by level", "one map, then with the other"]),
+    "a map of several knows none": (
+        lambda: unstack_params(
+            leaves("a", "c"), [NumberedLayers("a_{}"), NumberedLayers("b_{}")]),
+        ValueError, ["unstack_params with NumberedLayers('b_{}', 'b'): no module"]),
+    "no map": (lambda: stack_params(leaves("a_0"), [BLOCKS, "a_{}"]), TypeError,
+        ["naming_map must be a naming map, not 'a_{}'", "NumberedLayers('a_{}')"]),
+    "no maps": (lambda: stack_params(leaves("a_0"), []), TypeError,
+        ["naming_map must be a naming map, not []", "NumberedLayers(...)"]),
+    "a class": (lambda: stack_params(leaves("a_0"), NumberedLayers), TypeError,
+        ["Write NumberedLayers(...), an instance"]),
     "masked in some layers": (
         lambda: stack_params(
             {"block_0": {"w": optax.MaskedNode()}, "block_1": {"w": W}}, BLOCKS),
@@ -1041,7 +1017,9 @@ ERRORS = {
     "deeper than the map": (
         lambda: unstack_params(
             leaves("layers/local"), NumberedLayers("block_{}", PATTERN, 1)),
-        ValueError, ["holds 2 layers", "num_layers=1", "Give the map num_layers=2"]),
+        ValueError,
+        ["holds 2 layers, more than NumberedLayers('block_{}', ('layers/local', "
+         "'layers/global'), num_layers=1)", "Give the map num_layers=2"]),
     "scalar": (lambda: unstack_params({"layers/block": {"w": W[0, 0]}}, BLOCKS),
         ValueError, ["layers/block/w has shape ()", "a leading axis of layers."]),
     "number": (lambda: unstack_params({"layers/block": {"w": 1.0}}, BLOCKS),
@@ -1062,12 +1040,18 @@ ERRORS = {
                      "optimiser.init(params)"]),
     "no name": (lambda: NumberedLayers(""), TypeError, ["'block_{}'", "''"]),
     "no string": (lambda: NumberedLayers(3), TypeError, ["'block_{}'", "found 3"]),
-    "two numbers": (lambda: NumberedLayers("a_{}/b_{}"), ValueError,
-        ["'a_{}/b_{}' has more than one '{}'", "one map for each level", "'outer_{}'"]),
+    "two numbers": (
+        lambda: stack_params(leaves("a_0/b_0", "a_0/b_1"), NumberedLayers("a_{}/b_{}")),
+        ValueError,
+        ["NumberedLayers('a_{}/b_{}', 'a/b'): 'a_0/b_1' has several numbers",
+         "that of the layer", "one map for each level", "'outer_{}'"]),
     "named number": (lambda: NumberedLayers("block_{i}"), ValueError,
         ["'block_{i}'", "written '{}'"]),
-    "number with zeros": (lambda: NumberedLayers("block_{:02d}"), ValueError,
-        ["'block_{:02d}'", "written '{}'"]),
+    **{f"number as {spec}": (lambda spec=spec: NumberedLayers(spec), ValueError,
+        [repr(spec), "written '{}', or '{:02}' with zeros"])
+       for spec in ["b_{:02d}", "b_{:2}", "b_{:00}", "b_{:x}", "b_{0}", "b_{", "b_}{"]},
+    "two numbers in one": (lambda: NumberedLayers("b_{}{:02}"), ValueError,
+        ["'b_{}{:02}' nothing tells where", "number, ends"]),
     "star for the number": (lambda: NumberedLayers("block_*"), ValueError,
         ["'block_*'", "Write '{}' for the layer's number"]),
     "star beside the number": (lambda: NumberedLayers("block*{}"), ValueError,
@@ -1108,6 +1092,7 @@ def test_errors_say_what_was_found_and_what_to_write(case):
     for text in texts:
         assert text in str(error.value)
     assert len(str(error.value)) < 600
+    assert str(error.value)[-1] in ".?"
 
 
 def test_the_advice_for_a_remainder_works():

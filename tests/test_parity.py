@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from interpreter import computed
 
 import hk_stack
 from hk_stack.compare import in_haiku
@@ -66,8 +67,8 @@ def linen_classifier(model, way, **options):
 @functools.cache
 def scan_variables(model, **options):
     """A classifier's, moved a little so that no scale is one and no bias is zero."""
-    init = jax.jit(linen_classifier(model, "scan", **options).init)
-    variables = init(jax.random.key(0), inputs())
+    init = linen_classifier(model, "scan", **options).init
+    variables = computed(init, jax.random.key(0), inputs())
     rng = np.random.default_rng(0)
 
     def move(leaf):
@@ -165,13 +166,13 @@ def linen_value_and_grads(model, way):
 
 
 def value_and_grads(apply):
-    """Jitted (params, x) -> (loss, output), (gradient of params, gradient of x)."""
+    """(params, x) -> (loss, output), (gradient of params, gradient of x)."""
 
     def loss(params, x):
         y = apply(params, x)
         return jnp.mean(jnp.sin(y)), y
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    return functools.partial(computed, jax.value_and_grad(loss, (0, 1), has_aux=True))
 
 
 # Dropout
@@ -196,13 +197,15 @@ def test_dropout_masks(model, way, layer_stack):
 @functools.cache
 def haiku_training_output(model, layer_stack):
     layers = haiku_layers(model, layer_stack, dropout_rate=0.3, is_training=True)
-    return jax.jit(hk.transform(layers).apply)
+    return functools.partial(computed, hk.transform(layers).apply)
 
 
 @functools.cache
 def linen_training_output(model, way):
     layers = linen_layers(model, way, dropout_rate=0.3)
-    return jax.jit(lambda variables, x, keys: layers.apply(variables, x, True, keys))
+    return lambda variables, x, keys: computed(
+        lambda *given: layers.apply(*given, True, keys), variables, x
+    )
 
 
 def dropout_keys(layer_stack, key):
@@ -215,7 +218,7 @@ def dropout_keys(layer_stack, key):
         stack = LAYER_STACKS[layer_stack](LAYERS, with_per_layer_inputs=True)
         return stack(layer)(x)[1]
 
-    return jax.jit(hk.transform(run).apply)({}, key, inputs())
+    return computed(hk.transform(run).apply, {}, key, inputs())
 
 
 @every_way
@@ -237,9 +240,11 @@ def test_running_statistics(way):
     params, state = to_haiku(variables, "s4", norm="batch")
     haiku = haiku_with_statistics()
     layers = linen_layers("s4", way, norm="batch")
-    linen = jax.jit(
-        functools.partial(layers.apply, mutable="batch_stats"), static_argnums=2
-    )
+
+    def linen(variables, x, is_training):
+        run = functools.partial(layers.apply, mutable="batch_stats")
+        return computed(lambda *given: run(*given, is_training), variables, x)
+
     for step in range(3):
         y, state = haiku(params, state, None, inputs(step), is_training=True)
         expected, statistics = linen(variables, inputs(step), True)
@@ -255,7 +260,11 @@ def test_running_statistics(way):
 @functools.cache
 def haiku_with_statistics():
     model = hk.transform_with_state(haiku_layers("s4", norm="batch"))
-    return jax.jit(model.apply, static_argnames="is_training")
+
+    def run(*args, is_training):
+        return computed(functools.partial(model.apply, is_training=is_training), *args)
+
+    return run
 
 
 def averages(state):
@@ -287,7 +296,7 @@ def test_loss_curves(model):
 
 
 def train(apply, params):
-    """The losses of 50 steps of Adam."""
+    """The losses of 30 steps of Adam."""
     optimiser = optax.adam(3e-3)
     labels = jnp.arange(BATCH)
 
@@ -305,7 +314,7 @@ def train(apply, params):
         return (optax.apply_updates(params, updates), state), value
 
     carry = params, optimiser.init(params)
-    return jax.jit(lambda carry: jax.lax.scan(step, carry, length=50)[1])(carry)
+    return computed(lambda carry: jax.lax.scan(step, carry, length=30)[1], carry)
 
 
 def test_absent_flax_is_named(monkeypatch):

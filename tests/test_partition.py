@@ -9,6 +9,7 @@ import jaxprs
 import numpy as np
 import pytest
 from agreement import FAST, assert_close, assert_equal
+from interpreter import computed
 
 import hk_stack
 
@@ -42,9 +43,12 @@ def names_in_call(split, known, *rest):
 class TestModels:
     def test_transform(self):
         model = hk.transform(stacked)
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply, params, KEY, X)
-        assert_close(through(split)(params, KEY, X), model.apply(params, KEY, X))
+        assert_close(
+            computed(through(split), params, KEY, X),
+            computed(model.apply, params, KEY, X),
+        )
         assert "sort" not in names_in_call(split, params, KEY, X)
 
     def test_transform_with_state_and_dropout(self):
@@ -55,7 +59,7 @@ class TestModels:
                 return hk.dropout(hk.next_rng_key(), 0.5, stacked(x)) + count
 
         model = hk.transform_with_state(model)
-        params, state = model.init(KEY, X)
+        params, state = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply, params, state, KEY, X)
         derived = split.setup(params)
         for key in jax.random.split(KEY, 3):
@@ -74,7 +78,7 @@ class TestModels:
             return init, (lambda x: stacked(encoder(x)), lambda x: decoder(x))
 
         model = hk.multi_transform(both)
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply[0], params, None, X)
         assert_close(through(split)(params, None, X), model.apply[0](params, None, X))
         assert "sort" not in names_in_call(split, params, None, X)
@@ -87,9 +91,11 @@ class TestModels:
         block = functools.partial(in_linen.S4Block, state_size=2)
         model = in_linen.STACKS[stack](block, 2)
         x = jax.random.normal(KEY, (1, 8, 4))
-        variables = model.init(KEY, x)
+        variables = computed(model.init, KEY, x)
         split = hk_stack.partition(model.apply, variables, x)
-        assert_close(through(split)(variables, x), model.apply(variables, x))
+        assert_close(
+            computed(through(split), variables, x), computed(model.apply, variables, x)
+        )
         # The rest of the model divides nothing; the kernel does.
         assert "div" in jaxprs.names(jax.make_jaxpr(model.apply)(variables, x).jaxpr)
         call = names_in_call(split, variables, x)
@@ -145,7 +151,7 @@ class TestDerivedValues:
 
     def test_can_be_sharded_donated_and_saved(self, tmp_path):
         model = hk.transform(stacked)
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply, params, None, X)
         expected = model.apply(params, None, X)
         derived = split.setup(params)
@@ -207,14 +213,17 @@ class TestDerivedValues:
         like = jax.ShapeDtypeStruct(X.shape, X.dtype)
         split = hk_stack.partition(model.apply, spec, None, like)
         for seed in range(2):
-            params = model.init(jax.random.key(seed), X)
-            assert_close(through(split)(params, None, X), model.apply(params, None, X))
+            params = computed(model.init, jax.random.key(seed), X)
+            assert_close(
+                computed(through(split), params, None, X),
+                computed(model.apply, params, None, X),
+            )
 
 
 class TestTransformations:
     def test_gradient_is_that_of_the_whole(self):
         model = hk.transform(stacked)
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply, params, None, X)
 
         def loss(apply, params, x):
@@ -230,7 +239,7 @@ class TestTransformations:
 
     def test_jit_vmap_scan(self):
         model = hk.transform(stacked)
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply, params, None, X[0])
         derived = jax.jit(split.setup)(params)
         expected = model.apply(params, None, X)
@@ -245,7 +254,7 @@ class TestTransformations:
 
     def test_partition_inside_jit_and_of_a_partition(self):
         model = hk.transform(stacked)
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
 
         @jax.jit
         def generate(params, x):
@@ -274,9 +283,12 @@ class TestTransformations:
         model = hk.transform(
             lambda x: hk_stack.layer_stack(2, setup="inline")(layer)(x)
         )
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         split = hk_stack.partition(model.apply, params, None, X)
-        assert_close(through(split)(params, None, X), model.apply(params, None, X))
+        assert_close(
+            computed(through(split), params, None, X),
+            computed(model.apply, params, None, X),
+        )
 
 
 class TestReport:
@@ -412,15 +424,17 @@ def loss(params, x, y):
 
 class TestAccumulate:
     def setup_method(self):
-        self.params = hk.transform(stacked).init(KEY, X)
+        self.params = computed(hk.transform(stacked).init, KEY, X)
         self.xs, self.ys = (
             jax.random.normal(k, (5, 2, 4)) for k in jax.random.split(KEY)
         )
 
     def slowly(self, fn, *microbatches, has_aux=False):
         results = [
-            jax.value_and_grad(fn, has_aux=has_aux)(
-                self.params, *(jax.tree.map(lambda leaf, m=m: leaf[m], microbatches))
+            computed(
+                jax.value_and_grad(fn, has_aux=has_aux),
+                self.params,
+                *(jax.tree.map(lambda leaf, m=m: leaf[m], microbatches)),
             )
             for m in range(5)
         ]
@@ -534,12 +548,12 @@ class TestMemoryOfSetup:
         def run(**options):
             stack = hk_stack.layer_stack(5, name="layers", **options)
             model = hk.transform(lambda x: stack(layer)(x))
-            params = model.init(KEY, X)
+            params = computed(model.init, KEY, X)
 
             def total(params, x):
                 return jnp.sum(jnp.sin(model.apply(params, None, x)))
 
-            return jax.value_and_grad(total, (0, 1))(params, X)
+            return computed(jax.value_and_grad(total, (0, 1)), params, X)
 
         found = run(setup_batch_size=size, setup_remat=remat)
         assert_close(found, run(setup="inline"))
@@ -548,7 +562,7 @@ class TestMemoryOfSetup:
         model = hk.transform(
             lambda x: hk_stack.layer_stack(layers, name="layers", **options)(layer)(x)
         )
-        params = model.init(KEY, X)
+        params = computed(model.init, KEY, X)
         grad = jax.grad(lambda p: model.apply(p, None, X).sum())
         return jax.make_jaxpr(grad)(params).jaxpr
 
@@ -578,9 +592,9 @@ class TestMemoryOfSetup:
 
         def run(outer, **options):
             model = hk.transform(lambda x: outer(3, name="outer", **options)(inner)(x))
-            params = model.init(KEY, X)
+            params = computed(model.init, KEY, X)
             value = jax.value_and_grad(lambda p: model.apply(p, None, X).sum())
-            return value(params)
+            return computed(value, params)
 
         expected = run(hk.layer_stack)
         for size in (None, 1, 2):

@@ -1,57 +1,39 @@
-"""The walk-throughs of porting run, find both models equal, and refuse bad flags."""
+"""The walk-throughs of porting find both models equal, and training goes on."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
-import numpy as np
 import pytest
+from run_example import assert_picture, run
 
 # The extras "checkpoint", "examples" and "flax" may not be installed.
-for module in ("absl", "flax", "matplotlib", "optax", "orbax", "sklearn", "tqdm"):
+for module in ("flax", "matplotlib", "optax", "orbax", "sklearn", "tqdm"):
     pytest.importorskip(module)
 
-ROOT = pathlib.Path(__file__).parents[1]
 TEXT = ["--layers=2", "--length=8", "--dropout=0.1"]
 TINY = {
     "transformer": ["--width=8", "--heads=2", *TEXT],
     "s4": ["--width=4", "--state_size=4", *TEXT],
     "resnet": ["--width=4", "--groups=2"],
 }
-EXAMPLES = pytest.mark.parametrize("name", TINY)
-ONE_EXAMPLE = pytest.mark.parametrize(
+TRAINING = ["--steps=20", "--batch_size=16", "--learning_rate=0.01"]
+
+
+@pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name == "transformer" else pytest.mark.long)
-        for name in TINY
+        "transformer",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("s4", "resnet")),
     ],
 )
-
-
-def run(name, *arguments):
-    """Runs an example in a process of its own, on the code of this repository."""
-    example = ROOT / "examples" / f"port_{name}.py"
-    sizes = [*TINY[name], "--steps=4", "--batch_size=8"]
-    command = [sys.executable, str(example), *sizes, *map(str, arguments)]
-    # Compilation takes most of the time, and sizes are tiny.
-    fast = "--xla_backend_optimization_level=0"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": fast}
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-@ONE_EXAMPLE
-def test_walk_through(name, tmp_path):
-    out = tmp_path / "new" / "folder"
-    done = run(name, f"--out={out}")
-    assert done.returncode == 0, done.stderr
-    for bar in ("Flax", "Haiku"):
-        assert re.search(rf"{bar}: 100%.* 4/4 .*loss \d\.\d+", done.stderr)
-    assert_plan(done.stdout, name)
-    assert_equal_models(done.stdout, name)
-    assert_summary(done.stdout)
-    assert_picture(out / "curves.png")
+def test_walk_through(name, tmp_path, capsys):
+    run(f"port_{name}", *TINY[name], *TRAINING, f"--out={tmp_path}")
+    shown = capsys.readouterr()
+    for bar, steps in (("Flax", "20/20"), ("Haiku", "40/40")):
+        assert re.search(rf"{bar}: 100%.* {steps} .*loss \d\.\d+", shown.err)
+    assert_plan(shown.out, name)
+    assert_equal_models(shown.out, name)
+    assert_summary(shown.out)
+    assert_picture(tmp_path / "curves.png")
 
 
 def assert_plan(text, name):
@@ -83,7 +65,7 @@ def parsed(line):
 
 
 def assert_summary(text):
-    """Porting changes no held-out loss, there or back; training does."""
+    """Porting changes no held-out loss, there or back; training lowers it."""
     number, small = r"(\d+\.\d\d)", r"(\d+e[-+]\d\d)"
     summary = re.fullmatch(
         f"Held-out loss {number} in Flax, {number} ported, {number} after training on "
@@ -91,40 +73,7 @@ def assert_summary(text):
         text.splitlines()[-1],
     )
     in_flax, ported, trained, logits, gradients = map(float, summary.groups())
-    assert in_flax == ported != trained
+    assert in_flax == ported > trained
     assert max(logits, gradients) < 1e-5
     back = re.search(r"Moved back, the held-out loss is (\d+\.\d+) in Flax", text)
     assert float(back[1]) == pytest.approx(trained, abs=0.006)
-
-
-def assert_picture(path):
-    import matplotlib.image
-
-    image = matplotlib.image.imread(path)
-    assert min(image.shape[:2]) >= 400
-    assert np.std(image[..., :3]) > 0.05
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("transformer", ["--heads=3"], "--heads must be a divisor of --width"),
-        ("transformer", ["haiku"], "Unknown arguments: haiku"),
-        ("s4", ["--dropout=1"], "must be at least 0 and less than 1"),
-        ("resnet", ["--groups=5"], "--groups"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_refuses_bad_flags(name, arguments, message, tmp_path):
-    done = run(name, *arguments, f"--out={tmp_path / 'out'}")
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_refuses_an_unwritable_folder(tmp_path):
-    (tmp_path / "file").touch()
-    done = run("transformer", f"--out={tmp_path / 'file' / 'folder'}")
-    assert done.returncode != 0
-    assert re.fullmatch(r"Cannot write to --out=.*Not a directory.*\n", done.stderr)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from agreement import FAST, assert_close
+from interpreter import computed
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layer_cases import D, attention, mlp, normal, shared_setup, slow, weight
@@ -41,7 +42,11 @@ def models(layer):
     return make(hk_stack.layer_stack, layer), make(hk.layer_stack, layer)
 
 
-def both(model, params, x):
+def compiled(run, *args):
+    return jax.jit(run, compiler_options=FAST)(*args)
+
+
+def both(model, params, x, evaluate=compiled):
     """Output and gradients."""
 
     def run(params, x):
@@ -51,7 +56,7 @@ def both(model, params, x):
 
         return jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
 
-    return jax.jit(run, compiler_options=FAST)(params, x)
+    return evaluate(run, params, x)
 
 
 def inputs():
@@ -62,8 +67,8 @@ def inputs():
 def test_shardings_of_parameters_and_batch(mesh, spec):
     ours, theirs = models(short)
     x = inputs()
-    params = ours.init(KEY, x)
-    expected = both(theirs, params, x)
+    params = computed(ours.init, KEY, x)
+    expected = both(theirs, params, x, computed)
     sharded = jax.device_put(params, NamedSharding(mesh, spec))
     batch = jax.device_put(x, NamedSharding(mesh, P("b")))
     assert_close(both(ours, sharded, batch), expected)
@@ -76,7 +81,7 @@ def test_initial_parameters_in_shards(mesh, spec):
     sharding = NamedSharding(mesh, spec)
     params = jax.jit(ours.init, out_shardings=sharding)(KEY, inputs())
     assert params["stack/~"]["w"].sharding == sharding
-    assert_close(params, theirs.init(KEY, inputs()))
+    assert_close(params, computed(theirs.init, KEY, inputs()))
 
 
 def test_constraints_inside_the_layer(mesh):
@@ -117,10 +122,18 @@ def numbered(x):
     return short(x) * (1 + jax.lax.axis_index("b").astype(x.dtype))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("layer", [short, shared_setup, centered, numbered])
+@pytest.mark.parametrize(
+    ("layer", "check_vma"),
+    [
+        (short, True),
+        (shared_setup, False),
+        (centered, True),
+        (centered, False),
+        (numbered, True),
+    ],
+)
 def test_in_shard_map_over_the_batch(mesh, layer, check_vma):
-    params = make(hk_stack.layer_stack, short).init(KEY, inputs())
+    params = computed(make(hk_stack.layer_stack, short).init, KEY, inputs())
 
     def mapped(model):
         apply = jax.shard_map(
@@ -171,7 +184,7 @@ def test_init_in_shard_map(mesh):
         return jax.jit(init)(inputs())
 
     ours, theirs = models(short)
-    assert_close(run(ours), theirs.init(KEY, inputs()))
+    assert_close(run(ours), computed(theirs.init, KEY, inputs()))
 
 
 def test_shard_map_inside_the_layer(mesh):
@@ -269,9 +282,10 @@ class TestReuse:
 
     def setup_method(self):
         self.model, _ = models(short)
-        self.params = self.model.init(KEY, inputs())
+        self.params = computed(self.model.init, KEY, inputs())
         self.batches = normal(1, 3, 8, D)
-        results = [jax.value_and_grad(self.loss)(self.params, x) for x in self.batches]
+        loss = jax.value_and_grad(self.loss)
+        results = [computed(loss, self.params, x) for x in self.batches]
         self.expected = jax.tree.map(lambda *leaves: sum(leaves) / 3, *results)
 
     def loss(self, params, x):
@@ -342,7 +356,8 @@ class TestShardMap:
 
     def params(self, layer):
         model = make(hk_stack.layer_stack, layer)
-        both = [model.init(jax.random.key(i), inputs()) for i in range(2)]
+        keys = map(jax.random.key, range(2))
+        both = [computed(model.init, key, inputs()) for key in keys]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
 
     def sharded(self, run, mesh, x):
@@ -353,20 +368,24 @@ class TestShardMap:
         return jax.jit(jax.shard_map(on_one, mesh=mesh, **specs))
 
     def on_each(self, run, params, batches):
+        """The same on one device: each half of the parameters with its batch."""
         results = [
-            run(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
+            computed(run, jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
             for i, x in enumerate(batches)
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
-    @pytest.mark.parametrize("way", ways)
     @pytest.mark.parametrize(
-        ("layer", "spec"),
+        ("way", "layer", "spec"),
         [
-            ("short", P()),
-            ("short", P("a")),
-            ("a scan", P("a")),  # Whose own carry may not begin to differ.
-            ("a cond", P()),
+            ("scan", "short", P()),
+            ("scan", "a scan", P("a")),  # Whose own carry may not begin to differ.
+            ("scan", "a cond", P()),
+            ("unrolled", "short", P("a")),
+            ("python", "a scan", P("a")),
+            ("python", "a cond", P()),
+            ("remat", "short", P()),
+            ("remat", "a scan", P("a")),
         ],
         ids=str,
     )
@@ -384,10 +403,11 @@ class TestShardMap:
         assert_close(run(params, x), self.on_each(plain, params, batches))
 
         def loss(run):
-            return lambda params: jnp.sum(jnp.sin(run(params)))
+            return lambda params, x: jnp.sum(jnp.sin(run(params, x)))
 
-        found = jax.grad(loss(lambda params: run(params, x)))(params)
-        expected = jax.grad(loss(lambda p: self.on_each(plain, p, batches)))(params)
+        found = jax.grad(loss(run))(params, x)
+        each = self.on_each(jax.grad(loss(plain)), params, batches)
+        expected = jax.tree.map(lambda p, leaf: leaf.reshape(p.shape), params, each)
         assert_close(found, expected)
 
     def test_initial_values(self, grid):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreter import computed
 from layer_cases import D, slow, vectors, weight
 
 import hk_stack
@@ -41,7 +42,7 @@ BLOCK = LINEAR + D * D
 
 @functools.cache
 def params():
-    return model.init(KEY, *vectors())
+    return computed(model.init, KEY, *vectors())
 
 
 @functools.cache
@@ -132,7 +133,7 @@ def test_shared_parameters():
         return twice(twice(x))
 
     shared = hk.transform(run)
-    params = shared.init(KEY, *vectors())
+    params = computed(shared.init, KEY, *vectors())
     found = summary(shared.apply, params, None, *vectors())
     assert [s.path for s in found.stacks] == ["twice/s"]
     assert found.parameters == 2 * BLOCK
@@ -147,7 +148,7 @@ def test_two_models_with_stacks_of_one_name():
     def both(p, q, x):
         return two.apply(p, None, x), three.apply(q, None, x)
 
-    p, q = two.init(KEY, *vectors()), three.init(KEY, *vectors())
+    p, q = (computed(m.init, KEY, *vectors()) for m in (two, three))
     found = summary(both, p, q, *vectors())
     assert [s.num_layers for s in found.stacks] == [2, 3]
     assert found.parameters == 5 * BLOCK
@@ -164,4 +165,5 @@ def test_mistakes():
     with pytest.raises(
         ValueError, match=r"calls no stack.*write hk_stack\.layer_stack"
     ):
-        summary(plain.apply, plain.init(KEY, *vectors()), None, *vectors())
+        params = computed(plain.init, KEY, *vectors())
+        summary(plain.apply, params, None, *vectors())

@@ -9,13 +9,13 @@ With `--out=FOLDER`, every sample goes to `FOLDER/results.json`, beside a report
 (`report.html`), a table for a README (`table.md`) and the plots. Ctrl-C stops, and
 keeps what was measured so far.
 
-To look at a result again, or to compare two, give files:
+To look at results again, to make one of several, or to compare two, give files:
 
-    python -m hk_stack.compare results.json --out=FOLDER
+    python -m hk_stack.compare results.json more.json --out=FOLDER
     python -m hk_stack.compare results.json --against=old.json
 """
 
-import functools
+import contextlib
 import itertools
 import math
 import pathlib
@@ -23,16 +23,16 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 try:
-    import matplotlib  # noqa: F401 (Now, not after hours of measuring.)
     import rich.console
     import rich.progress
     from absl import app, flags
 
-    from hk_stack.compare import cases
+    # Now, not after hours of measuring.
+    from hk_stack.compare import against, cases, draw, measure, page
 except ImportError as error:
     raise SystemExit(
         f"{error}: the comparison needs pip install 'hk_stack[compare]'"
@@ -40,11 +40,11 @@ except ImportError as error:
 
 import jax
 
-from hk_stack.compare import against, draw, models, page, results, show
-from hk_stack.compare.environment import environment
+from hk_stack import _table
+from hk_stack.compare import models, results, show
 from hk_stack.compare.results import Case, Result
 
-_MODEL = flags.DEFINE_list("model", list(models.MODELS), "Models to run.")
+_MODEL = flags.DEFINE_list("model", list(models.DEFAULT), "Models to run.")
 _FRAMEWORKS = flags.DEFINE_list(
     "frameworks", models.framework_names(), "Frameworks to run them in."
 )
@@ -54,8 +54,14 @@ _DTYPE = flags.DEFINE_enum(
 )
 _BATCH = flags.DEFINE_integer("batch", 4, "Sequences in a batch.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 128, "Steps of a sequence.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer(
+    "width", None, "Features; by default as many as the model has.", lower_bound=1
+)
 _MODE = flags.DEFINE_list(
-    "mode", ["fwd", "grad", "decode"], f"What to run: {', '.join(cases.MODES)}."
+    "mode",
+    ["fwd", "grad", "decode"],
+    "What to run: "
+    + "; ".join(f"{name}, {what}" for name, what in cases.MODES.items()),
 )
 _REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each case.", lower_bound=1)
 _BUILDS = flags.DEFINE_integer(
@@ -81,8 +87,13 @@ _OUT = flags.DEFINE_string("out", None, "A folder for the samples and the report
 _AGAINST = flags.DEFINE_string(
     "against", None, "An older results.json; exits with 1 if a ratio got worse."
 )
+# What says how to measure the same again.
+_ASKED: tuple[flags.FlagHolder[Any], ...] = (
+    *(_MODEL, _FRAMEWORKS, _LAYERS, _DTYPE, _BATCH, _LENGTH, _WIDTH, _MODE),
+    *(_REPEAT, _BUILDS, _PATIENCE, _FRESH, _BASELINE),
+)
 
-Say = Callable[[str], None]
+_Ways = list[tuple[str, str]]
 
 
 def main(argv: list[str]) -> int:
@@ -91,32 +102,32 @@ def main(argv: list[str]) -> int:
     Returns:
       0; 1 if a way failed, or a ratio got worse; 130 if it was interrupted.
     """
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=100)
     old = _read(_AGAINST.value) if _AGAINST.value else None
     out = _folder(_OUT.value) if _OUT.value else None
-    if len(argv) > 2:
-        raise app.UsageError(f"one results.json at most, found {argv[1:]}")
-    if len(argv) == 2:
-        result, status = _read(argv[1]), 0
+    if argv[1:]:
+        result, status = _read(*argv[1:]), 0
         for case in result.cases():
-            console.print(show.table(result, case))
+            _show(result, case)
     else:
-        result, status = _measure(console, out, old)
+        with _configured():
+            result, status = _measure(out, old)
     if out is not None and result.rows:
         _write(out, result)
-        console.print(f"Written to {out}: results.json, report.html, table.md, plots")
+        _say(f"Written to {out}: results.json, report.html, table.md, plots")
     if old is not None:
         text, is_worse = _compared(old, result)
-        console.print(text, highlight=False, soft_wrap=True)
+        _say(text)
         status = status or int(is_worse)
     return status
 
 
-def _read(path: str) -> Result:
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _read(*paths: str) -> Result:
     try:
-        return results.load(pathlib.Path(path))
+        return results.merged([results.load(pathlib.Path(path)) for path in paths])
     except ValueError as error:
         raise app.UsageError(str(error)) from None
 
@@ -149,75 +160,78 @@ def _write(out: pathlib.Path, result: Result) -> None:
     draw.write(result, out / "plots")
 
 
-def _measure(
-    console: rich.console.Console, out: pathlib.Path | None, old: Result | None
-) -> tuple[Result, int]:
-    start = time.perf_counter()
-    jax.config.update("jax_enable_x64", _DTYPE.value == "float64")
-    # What was compiled before would be loaded, not compiled.
-    jax.config.update("jax_enable_compilation_cache", False)
+@contextlib.contextmanager
+def _configured() -> Iterator[None]:
+    """JAX as it has to be to measure; what was compiled before would be loaded."""
     if _FRESH.value and jax.default_backend() == "tpu":
         raise app.UsageError("--fresh: a TPU belongs to one process")
-    say = functools.partial(
-        console.print, highlight=False, markup=False, soft_wrap=True
-    )
-    todo = _cases(say)
-    if old is not None and not set(todo) & set(old.cases()):
-        raise app.UsageError(
-            "--against: none of its cases would be measured; ask for the same, "
-            f"{old.environment.get('command')}"
-        )
-    result = Result(environment(), [], [], [])
-    ways, baseline = _ways(result.skipped, say)
-    result.environment.update(_asked(baseline))
-    options = cases.Options(_REPEAT.value, _BUILDS.value, fresh=_FRESH.value)
+    values = {
+        "jax_enable_x64": _DTYPE.value == "float64",
+        "jax_enable_compilation_cache": False,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]:
+    start = time.perf_counter()
+    result = Result(measure.environment(), [], [], [])
+    todo = _planned(result, old)
+    result.environment.update(_asked())
+    options = measure.Options(_REPEAT.value, _BUILDS.value, fresh=_FRESH.value)
     status = 0
     with _progress() as progress:
-        bar = progress.add_task("", total=len(todo) * len(ways))
-        for case in todo:
+        bar = progress.add_task("", total=sum(map(len, todo.values())))
+        for case, ways in todo.items():
 
             def tick(way: str, case: Case = case) -> None:
                 text = f"{case.model} {case.mode}, {case.layers} layers: {way}"
                 progress.update(bar, advance=1, description=text)
 
-            able = _in_time(result, case, ways, say)
-            found = cases.measured(case, able, options, tick)
-            _add(result, case, found)
+            able = _in_time(result, case, ways)
+            found = measure.measured(case, able, options, tick)
+            result.rows.extend(found.rows)
+            result.failed.extend(found.failed)
             result.environment["seconds"] = round(time.perf_counter() - start, 1)
-            _print(console, result, case, found)
+            _show(result, case)
             status = status or int(bool(found.failed))
             if out is not None:
                 results.save(out / "results.json", result)
             if found.is_stopped:
-                console.print("stopped; what was measured is kept")
-                status = 130
-                break
+                _say("stopped; what was measured is kept")
+                return result, 130
     return result, status
 
 
-def _print(
-    console: rich.console.Console, result: Result, case: Case, found: cases.Measured
-) -> None:
+def _planned(result: Result, old: Result | None) -> dict[Case, _Ways]:
+    """What to measure, by what; the baseline first."""
+    todo = _cases()
+    if old is not None and not set(todo) & set(old.cases()):
+        raise app.UsageError(
+            "--against: none of its cases would be measured; ask for the same, "
+            f"{old.environment.get('command')}"
+        )
+    installed = _installed(result)
+    return {case: _ways(installed, case.mode) for case in todo}
+
+
+def _show(result: Result, case: Case) -> None:
     """A table, which also says what failed; or only that."""
-    if found.rows:
-        console.print(show.table(result, case))
+    if not result.of(case):
+        for failure in result.failures(case):
+            _say(f"failed: {case.title}: {failure.way}: {failure.error}")
         return
-    for way, error in found.failed.items():
-        text = f"failed: {case.title}: {way}: {error}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    lines = _table.aligned(show.table(result, case))
+    _say("\n".join([show.caption(result, case), *lines, ""]))
 
 
-def _add(result: Result, case: Case, found: cases.Measured) -> None:
-    result.rows.extend(found.rows)
-    result.failed.extend(
-        {**case._asdict(), "way": way, "error": error}
-        for way, error in found.failed.items()
-    )
-
-
-def _in_time(
-    result: Result, case: Case, ways: Sequence[tuple[str, str]], say: Say
-) -> list[tuple[str, str]]:
+def _in_time(result: Result, case: Case, ways: _Ways) -> _Ways:
     """Leaves out what would take too long to build."""
     found = []
     for pair in ways:
@@ -225,11 +239,15 @@ def _in_time(
         expected = _expected_build(result, case, way)
         if expected > _PATIENCE.value and pair != ways[0]:
             why = f"would take about {expected:.0f} s to build; see --patience"
-            result.skipped.append({"what": f"{case.title}: {way}", "why": why})
-            say(f"left out: {case.title}: {way} {why}")
+            _skip(result, f"{case.title}: {way}", why)
         else:
             found.append(pair)
     return found
+
+
+def _skip(result: Result, what: str, why: str) -> None:
+    result.skipped.append({"what": what, "why": why})
+    _say(f"left out: {what}: {why}")
 
 
 def _expected_build(result: Result, case: Case, way: str) -> float:
@@ -238,17 +256,18 @@ def _expected_build(result: Result, case: Case, way: str) -> float:
     A loop's build grows faster the deeper it is, hence the extra half in the exponent.
     """
     fewer = [
-        (row.case.layers, row.median("build_s") or 0.0)
+        (row.case.layers, seconds)
         for row in result.rows
         if row.way == way
         and row.case.layers < case.layers
         and row.case._replace(layers=case.layers) == case
+        and (seconds := row.median("build_s"))
     ]
     if not fewer:
         return 0.0
     (first, before), (last, seconds) = fewer[-2:] if len(fewer) > 1 else fewer * 2
     power = math.log(seconds / before) / math.log(last / first) if first < last else 0.5
-    return seconds * (case.layers / last) ** (power + 0.5)
+    return float(seconds * (case.layers / last) ** (power + 0.5))
 
 
 def _progress() -> rich.progress.Progress:
@@ -259,34 +278,20 @@ def _progress() -> rich.progress.Progress:
         rich.progress.TextColumn("{task.description}"),
         console=rich.console.Console(stderr=True),
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # A file gets what is printed.
     )
 
 
-def _asked(baseline: str) -> dict[str, Any]:
+def _asked() -> dict[str, Any]:
     """The flags, and how to ask for the same again."""
-    names = (
-        _MODEL,
-        _FRAMEWORKS,
-        _LAYERS,
-        _DTYPE,
-        _BATCH,
-        _LENGTH,
-        _MODE,
-        _REPEAT,
-        _BUILDS,
-        _PATIENCE,
-        _FRESH,
-        _BASELINE,
-    )
-    said = [flags.FLAGS[holder.name].serialize() for holder in names if holder.present]
+    said = [flags.FLAGS[flag.name].serialize() for flag in _ASKED if flag.present]
     return {
-        "flags": {holder.name: holder.value for holder in names}
-        | {"baseline": baseline},
+        "flags": {flag.name: flag.value for flag in _ASKED},
         "command": shlex.join(["python", "-m", "hk_stack.compare", *said]),
     }
 
 
-def _cases(say: Say) -> list[Case]:
+def _cases() -> list[Case]:
     """All cases that were asked for and make sense; says which do not."""
     _known("model", _MODEL.value, list(models.MODELS))
     _known("mode", _MODE.value, list(cases.MODES))
@@ -298,15 +303,16 @@ def _cases(say: Say) -> list[Case]:
         dict.fromkeys(_MODE.value),
         dict.fromkeys(_numbers_of_layers()),
     ):
-        case = Case(model, mode, layers, *sizes)
+        width = _WIDTH.value or models.MODELS[model].width
+        case = Case(model, mode, layers, *sizes, width)
         if reason := cases.reason(case):
             reasons[reason] = None
         else:
             found.append(case)
     if not found:
         raise app.UsageError(f"nothing to measure: {'; '.join(reasons)}")
-    if reasons and (flags.FLAGS["mode"].present or flags.FLAGS["dtype"].present):
-        say(f"not measured: {'; '.join(reasons)}")
+    if reasons and (_MODE.present or _DTYPE.present):
+        _say(f"not measured: {'; '.join(reasons)}")
     return found
 
 
@@ -324,29 +330,33 @@ def _numbers_of_layers() -> list[int]:
     return list(map(int, found))
 
 
-def _ways(skipped: list[dict[str, str]], say: Say) -> tuple[list[tuple[str, str]], str]:
-    """Pairs of a framework and a way; the baseline first, and its name."""
+def _installed(result: Result) -> list[str]:
+    """The frameworks that were asked for; says which are not there, and why."""
     _known("frameworks", _FRAMEWORKS.value, models.framework_names())
     found = []
     for name in dict.fromkeys(_FRAMEWORKS.value):
         try:
-            found += cases.all_ways([name])
+            models.framework(name)
+            found.append(name)
         except Exception as error:  # Whatever an installation does at import.
-            why = f"{type(error).__name__}: {error}"
-            skipped.append({"what": name, "why": why})
-            say(f"without {name}: {why}")
+            _skip(result, name, f"{type(error).__name__}: {error}")
+    if not found:
+        raise app.UsageError(f"nothing to measure: {result.skipped[0]['why']}")
+    return found
+
+
+def _ways(frameworks: Sequence[str], mode: str) -> _Ways:
+    """Pairs of a framework and a way; the baseline first, if the mode has it."""
+    found = cases.all_ways(frameworks, mode)
     names = [" ".join(pair) for pair in found]
     if not found:
-        raise app.UsageError(f"nothing to measure: {skipped[0]['why']}")
-    if _BASELINE.value in names:
-        first = names.index(_BASELINE.value)
-    elif _BASELINE.present:
+        asked = ", ".join(frameworks)
+        raise app.UsageError(f"nothing to measure: {asked} has no mode {mode}")
+    if _BASELINE.present and _BASELINE.value not in names:
         raise app.UsageError(
             f"--baseline: {_BASELINE.value!r} not among {', '.join(names)}"
         )
-    else:
-        first = 0
-    return [found[first], *found[:first], *found[first + 1 :]], names[first]
+    return sorted(found, key=lambda pair: " ".join(pair) != _BASELINE.value)
 
 
 def run() -> None:

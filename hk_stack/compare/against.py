@@ -6,7 +6,7 @@ what is compared.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hk_stack import _table
@@ -41,6 +41,17 @@ class Move(NamedTuple):
         """Whether the new ratio is the greater one."""
         return self.new.value > self.old.value
 
+    @property
+    def factor(self) -> float:
+        """By how much it has grown."""
+        return self.new.value / self.old.value if self.old.value else math.inf
+
+    def cells(self) -> list[str]:
+        """The move as a row of a table."""
+        name = show.SHOWN[self.measure].name
+        ratios = str(self.old), str(self.new)
+        return [self.case.title, self.way, name, *ratios, f"x {self.factor:.2f}"]
+
 
 def moved(old: results.Result, new: results.Result) -> list[Move]:
     """The ratios that differ by more than noise, in rows that both results have.
@@ -55,84 +66,59 @@ def moved(old: results.Result, new: results.Result) -> list[Move]:
     Raises:
       ValueError: If no case is in both, or if the baseline of one differs.
     """
-    return list(_moved(old, new))
-
-
-def _moved(old: results.Result, new: results.Result) -> Iterator[Move]:
-    for case in _common(old, new):
-        before, after = old.of(case), new.of(case)
-        bases = old.baseline(case), new.baseline(case)
-        for way in before:
-            if way == bases[0].way or way not in after:
-                continue
-            rows = before[way], after[way]
-            for measure in show.SHOWN:
-                ratios = _ratios(rows, bases, measure)
-                if ratios and _differ(*ratios, _least(measure, (*rows, *bases))):
-                    yield Move(case, way, measure, *ratios)
-
-
-def _common(old: results.Result, new: results.Result) -> list[results.Case]:
-    """The cases of both, if they can be compared."""
-    others = set(new.cases())
-    found = [case for case in old.cases() if case in others]
-    if not found:
+    both = [case for case in old.cases() if case in set(new.cases())]
+    if not both:
+        examples = [next((x.title for x in r.cases()), "none") for r in (old, new)]
         raise ValueError(
             "no case is in both results. The old one has, for example, "
-            f"{_first(old)!r}, the new one {_first(new)!r}; measure with the same "
+            f"{examples[0]!r}, the new one {examples[1]!r}; measure with the same "
             f"flags as the old one: {old.environment.get('command')}"
         )
-    for case in found:
-        _check_baseline(case, old, new)
-    return found
+    return [move for case in both for move in _moved(case, old, new)]
+
+
+def _moved(
+    case: results.Case, old: results.Result, new: results.Result
+) -> Iterator[Move]:
+    """What has moved of a case."""
+    _check_baseline(case, old, new)
+    before, after = old.of(case), new.of(case)
+    bases = old.baseline(case), new.baseline(case)
+    for way in [way for way in before if way in after and way != bases[0].way]:
+        rows = before[way], after[way]
+        for measure in show.SHOWN:
+            found = [
+                results.ratio(row, base, measure)
+                for row, base in zip(rows, bases, strict=True)
+            ]
+            if None in found:
+                continue
+            move = Move(case, way, measure, *found)  # type: ignore[arg-type]
+            if _has_moved(move, (*rows, *bases)):
+                yield move
 
 
 def _check_baseline(
     case: results.Case, old: results.Result, new: results.Result
 ) -> None:
     before, after = old.baseline(case).way, new.baseline(case).way
-    if before != after:
-        failed = {entry["way"]: entry["error"] for entry in show.failures(new, case)}
-        why = (
-            f" ({before!r} failed there: {failed[before]})" if before in failed else ""
-        )
-        raise ValueError(
-            f"the baseline of {case.title!r} is {before!r} in the old result and "
-            f"{after!r} in the new one{why}, so that ratios cannot be compared; "
-            f"measure the new one with --baseline={before!r}"
-        )
-
-
-def _first(result: results.Result) -> str:
-    return next((case.title for case in result.cases()), "no case at all")
-
-
-def _ratios(
-    rows: tuple[results.Row, results.Row],
-    bases: tuple[results.Row, results.Row],
-    measure: str,
-) -> tuple[results.Ratio, results.Ratio] | None:
-    old, new = (
-        results.ratio(row, base, measure) for row, base in zip(rows, bases, strict=True)
+    if before == after:
+        return
+    failed = {failure.way: failure.error for failure in new.failures(case)}
+    why = f" ({before!r} failed there: {failed[before]})" if before in failed else ""
+    raise ValueError(
+        f"the baseline of {case.title!r} is {before!r} in the old result and "
+        f"{after!r} in the new one{why}, so that ratios cannot be compared; "
+        f"measure the new one with --baseline={before!r}"
     )
-    return None if old is None or new is None else (old, new)
 
 
-def _least(measure: str, rows: tuple[results.Row, ...]) -> float:
-    """By how much a ratio has to change at least."""
-    counts = [sum(map(len, row.samples(measure))) for row in rows]
-    is_few = measure.endswith("_s") and min(counts) < _FEW
-    return _LARGE if is_few else _SMALL
-
-
-def _differ(old: results.Ratio, new: results.Ratio, least: float) -> bool:
-    if old.agrees(new):
-        return False
-    low, high = sorted([old.value, new.value])
-    return low == 0 or high / low - 1 > least
-
-
-# For a person
+def _has_moved(move: Move, rows: tuple[results.Row, ...]) -> bool:
+    counts = [sum(map(len, row.samples(move.measure))) for row in rows]
+    is_few = move.measure.endswith("_s") and min(counts) < _FEW
+    low, high = sorted([move.old.value, move.new.value])
+    least = _LARGE if is_few else _SMALL
+    return not move.old.agrees(move.new) and (low == 0 or high / low - 1 > least)
 
 
 def report(old: results.Result, new: results.Result) -> tuple[str, bool]:
@@ -149,12 +135,15 @@ def report(old: results.Result, new: results.Result) -> tuple[str, bool]:
     Raises:
       ValueError: If no case is in both, or if the baseline of one differs.
     """
-    moves = moved(old, new)
-    worse = [move for move in moves if move.is_worse]
+    moves = sorted(moved(old, new), key=lambda move: move.factor)
+    worse = [move for move in reversed(moves) if move.is_worse]
     better = [move for move in moves if not move.is_worse]
-    before, after = _rows(old), _rows(new)
-    broken = {(show.case_of(entry), entry["way"]): None for entry in new.failed}
-    broken = {row: None for row in broken if row in before and row not in after}
+    before, after = (
+        dict.fromkeys((row.case, row.way) for row in result.rows)
+        for result in (old, new)
+    )
+    failed = dict.fromkeys((failure.case, failure.way) for failure in new.failed)
+    broken = {row: None for row in failed if row in before and row not in after}
     lines = [
         *_environments(old.environment, new.environment),
         *_section("worse", worse),
@@ -177,7 +166,7 @@ def _environments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     )
     changes = [
         f"{name} {before.get(name)} -> {after.get(name)}"
-        for name in dict.fromkeys([*before, *after])
+        for name in before | after
         if before.get(name) != after.get(name)
     ]
     return [f"not alike: {', '.join(changes)}"] if changes else []
@@ -185,35 +174,22 @@ def _environments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _section(title: str, moves: list[Move]) -> list[str]:
     """A table of moves, those that moved most first."""
-    if not moves:
-        return []
-    moves = sorted(moves, key=_factor, reverse=moves[0].is_worse)
     titles = [title, "way", "measure", "old ratio", "new ratio", "change"]
-    return _table.aligned(_table.Table(titles, list(map(_cells, moves))))
+    rows = [move.cells() for move in moves]
+    return _table.aligned(_table.Table(titles, rows)) if moves else []
 
 
-def _factor(move: Move) -> float:
-    return move.new.value / move.old.value if move.old.value else math.inf
+# Rows of a result by case and way, in their order.
+_Rows = Mapping[tuple[results.Case, str], None]
 
 
-def _cells(move: Move) -> list[str]:
-    name, change = show.NAMES[move.measure], f"x {_factor(move):.2f}"
-    return [move.case.title, move.way, name, str(move.old), str(move.new), change]
-
-
-# The rows of a result by case and way, in their order.
-_Rows = dict[tuple[results.Case, str], None]
-
-
-def _rows(result: results.Result) -> _Rows:
-    return {(row.case, row.way): None for row in result.rows}
-
-
-def _listed(title: str, rows: _Rows, but: _Rows | None = None) -> list[str]:
+def _listed(
+    title: str, rows: _Rows, but: Container[tuple[results.Case, str]] = ()
+) -> list[str]:
     """Rows without some others, a line for each case."""
     found: dict[results.Case, list[str]] = {}
     for case, way in rows:
-        if (case, way) not in (but or {}):
+        if (case, way) not in but:
             found.setdefault(case, []).append(way)
     lines = [f"  {case.title}: {', '.join(ways)}" for case, ways in found.items()]
     return [f"{title}:", *lines] if lines else []

@@ -5,13 +5,14 @@ Its linear layers hold their weights transposed, and its modules see one vector 
 time, so they are vmapped over batch and time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hk_stack.compare import in_haiku, models, s4
+from hk_stack.compare import models, s4
+from hk_stack.compare.models import Part
 
 try:
     import equinox as eqx
@@ -21,188 +22,91 @@ except ImportError as error:
     ) from error
 
 
-class S4(eqx.Module):
-    """One S4 layer, `[B, T, D] -> [B, T, D]`."""
+def _each(part: Part, module: Any, x: jax.Array) -> jax.Array:
+    """A module of vectors, for each of `x` `[..., D]`."""
+    for _ in range(x.ndim - 1):
+        module = jax.vmap(module)
+    return module(x)
 
-    params: dict[str, jax.Array]
 
-    def __init__(self, width: int, state_size: int, key: jax.Array):
-        """Makes the parameters of `s4.parameters`."""
-        table = s4.parameters(width, state_size)
-        keys = jax.random.split(key, len(table))
-        self.params = {
-            name: init(key, shape, jnp.float32)
-            for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
+def _attend(part: Part, module: Any, x: jax.Array) -> jax.Array:
+    mask = jnp.tri(x.shape[1], dtype=bool)
+    return jax.vmap(lambda h: module(h, h, h, mask))(x)
+
+
+def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
+    return x @ models.normalised(module.weight.T) + module.bias[None, None]
+
+
+_RUN = {"norm": _each, "linear": _each, "attention": _attend, "spectral": _spectral}
+
+
+def _attention(part: Part, key: jax.Array) -> Any:
+    names = ("query", "key", "value", "output")
+    biases: dict[str, Any] = {f"use_{name}_bias": True for name in names}
+    return eqx.nn.MultiheadAttention(int(part.other), part.size, key=key, **biases)
+
+
+def _linear(part: Part, key: jax.Array) -> Any:
+    return eqx.nn.Linear(part.size, int(part.other), key=key)
+
+
+def _s4(part: Part, key: jax.Array) -> dict[str, jax.Array]:
+    table = s4.parameters(part.size, int(part.other))
+    keys = jax.random.split(key, len(table))
+    return {
+        name: init(key, shape, jnp.float32)
+        for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
+    }
+
+
+_MAKE: dict[str, Callable[[Part, jax.Array], Any]] = {
+    "norm": lambda part, key: eqx.nn.LayerNorm(part.size),
+    "linear": _linear,
+    "attention": _attention,
+    "spectral": _linear,
+    "s4": _s4,
+    "vector": lambda part, key: part.other * jax.random.normal(key, (part.size,)),
+}
+
+
+class Block(eqx.Module):
+    """A block of a model, of its parts."""
+
+    parts: dict[str, Any]
+    model: models.Model = eqx.field(static=True)
+
+    def __init__(self, model: models.Model, key: jax.Array):
+        self.model = model
+        keys = jax.random.split(key, len(model.parts))
+        self.parts = {
+            name: _MAKE[part.kind](part, key)
+            for key, (name, part) in zip(keys, model.parts.items(), strict=True)
         }
 
-    def __call__(self, u: jax.Array) -> jax.Array:
-        """Filters each feature of `u` `[B, T, D]` by its own linear system."""
-        y = s4.convolve(u, s4.kernel(s4.dplr(self.params), u.shape[1]))
-        return y + self.params["d"][None, None] * u
-
-    def step(
-        self, u: jax.Array, state: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """One step of time, from `u` `[B, D]` and a state `[B, D, N]`."""
-        system = s4.discretise(s4.dplr(self.params), length)
-        state, y = s4.step(system, state, u)
-        return y + self.params["d"][None] * u, state
-
-
-class S4Block(eqx.Module):
-    """As `in_haiku.S4Block`, without dropout."""
-
-    norm: eqx.nn.LayerNorm
-    s4: S4
-    gate: eqx.nn.Linear
-
-    def __init__(self, width: int, state_size: int, key: jax.Array):
-        """Makes the block's modules."""
-        keys = jax.random.split(key)
-        self.norm = eqx.nn.LayerNorm(width)
-        self.s4 = S4(width, state_size, keys[0])
-        self.gate = eqx.nn.Linear(width, 2 * width, key=keys[1])
-
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        h = self.s4(_each(self.norm, x))
-        return x + jax.nn.glu(_each(self.gate, jax.nn.gelu(h)))
+        """From `x` `[B, T, D]` to `[B, T, D]`."""
+        return self.model.block(self.bound(), x)
 
-    def step(
-        self, x: jax.Array, state: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """One step of time, from `x` `[B, D]` and a state `[B, D, N]`."""
-        h, state = self.s4.step(jax.vmap(self.norm)(x), state, length)
-        return x + jax.nn.glu(jax.vmap(self.gate)(jax.nn.gelu(h))), state
-
-
-class RecurrenceBlock(eqx.Module):
-    """As `in_haiku.RecurrenceBlock`."""
-
-    decay: jax.Array
-    b: jax.Array
-
-    def __init__(self, width: int, state_size: int, key: jax.Array):
-        """Makes the block's parameters."""
-        del width
-        keys = jax.random.split(key)
-        self.decay = jax.random.normal(keys[0], (state_size,))
-        self.b = 0.01 * jax.random.normal(keys[1], (state_size,))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        kernel = models.recurrence_kernel(self.decay, self.b, x.shape[1])
-        return x + jnp.tanh(models.convolve(x, kernel))
-
-
-class TransformerBlock(eqx.Module):
-    """As `in_haiku.TransformerBlock`, without dropout."""
-
-    attention_norm: eqx.nn.LayerNorm
-    attention: eqx.nn.MultiheadAttention
-    mlp_norm: eqx.nn.LayerNorm
-    mlp_in: eqx.nn.Linear
-    mlp_out: eqx.nn.Linear
-
-    def __init__(self, width: int, num_heads: int, key: jax.Array):
-        """Makes the block's modules."""
-        keys = jax.random.split(key, 3)
-        self.attention_norm = eqx.nn.LayerNorm(width)
-        self.attention = eqx.nn.MultiheadAttention(
-            num_heads,
-            width,
-            use_query_bias=True,
-            use_key_bias=True,
-            use_value_bias=True,
-            use_output_bias=True,
-            key=keys[0],
-        )
-        self.mlp_norm = eqx.nn.LayerNorm(width)
-        self.mlp_in = eqx.nn.Linear(width, 4 * width, key=keys[1])
-        self.mlp_out = eqx.nn.Linear(4 * width, width, key=keys[2])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        mask = jnp.tri(x.shape[1], dtype=bool)
-        h = _each(self.attention_norm, x)
-        x = x + jax.vmap(lambda h: self.attention(h, h, h, mask))(h)
-        h = jax.nn.gelu(_each(self.mlp_in, _each(self.mlp_norm, x)))
-        return x + _each(self.mlp_out, h)
-
-
-class SpectralBlock(eqx.Module):
-    """As `in_haiku.SpectralBlock`."""
-
-    up: eqx.nn.Linear
-    down: eqx.nn.Linear
-    iterations: int = eqx.field(static=True)
-
-    def __init__(self, width: int, iterations: int, key: jax.Array):
-        """Makes the block's modules."""
-        keys = jax.random.split(key)
-        self.up = eqx.nn.Linear(width, 4 * width, key=keys[0])
-        self.down = eqx.nn.Linear(4 * width, width, key=keys[1])
-        self.iterations = iterations
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        return x + self._linear(self.down, jax.nn.gelu(self._linear(self.up, x)))
-
-    def _linear(self, linear: Any, x: jax.Array) -> jax.Array:
-        weight = models.normalised(linear.weight.T, self.iterations)
-        return x @ weight + linear.bias[None, None]
-
-
-class MlpBlock(eqx.Module):
-    """As `in_haiku.MlpBlock`."""
-
-    norm: eqx.nn.LayerNorm
-    up: eqx.nn.Linear
-    down: eqx.nn.Linear
-
-    def __init__(self, width: int, key: jax.Array):
-        """Makes the block's modules."""
-        keys = jax.random.split(key)
-        self.norm = eqx.nn.LayerNorm(width)
-        self.up = eqx.nn.Linear(width, 4 * width, key=keys[0])
-        self.down = eqx.nn.Linear(4 * width, width, key=keys[1])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        h = jax.nn.gelu(_each(self.up, _each(self.norm, x)))
-        return x + _each(self.down, h)
-
-
-def _each(module: Any, x: jax.Array) -> jax.Array:
-    """A module of vectors, for each of `x` `[B, T, D]`."""
-    return jax.vmap(jax.vmap(module))(x)
+    def bound(self) -> Any:
+        """The parts as functions."""
+        return models.bound(self.model.parts, self.parts, _RUN)
 
 
 # What `models` asks of a framework
 
 WAYS = ("filter_vmap + scan",)
-
-_BLOCKS: dict[str, Any] = {
-    "s4": S4Block,
-    "recurrence": RecurrenceBlock,
-    "transformer": TransformerBlock,
-    "spectral": SpectralBlock,
-    "mlp": MlpBlock,
-}
+WAYS_OF: dict[str, tuple[str, ...]] = {"eager": ()}
 
 
-def stack(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Stack:
+def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks, as pure functions of the arrays of a stacked block."""
-    del way, x
+    model, num_layers, params, _ = given
+    del way
 
     def make(key: jax.Array) -> Any:
         keys = jax.random.split(key, num_layers)
-        block = _BLOCKS[model.name]
-        return eqx.filter_vmap(lambda k: block(model.width, **model.options, key=k))(
-            keys
-        )
+        return eqx.filter_vmap(lambda key: Block(model, key))(keys)
 
     arrays, static = _parts(make)
 
@@ -220,21 +124,19 @@ def stack(
     )
 
 
-def decoder(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Decoder:
     """The S4 blocks, one step of time."""
-    known = stack(way, model, num_layers, params, x).params
-    length = x.shape[1]
+    known = stack(way, given).params
+    length = given.x.shape[1]
+
+    def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
+        block, state = scanned
+        return models.s4_step(block.bound(), x, state, length)
 
     def step(blocks: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
-        return jax.lax.scan(
-            lambda x, scanned: scanned[0].step(x, scanned[1], length),
-            x,
-            (blocks, states),
-        )
+        return jax.lax.scan(layer, x, (blocks, states))
 
-    return models.Decoder(known, step, in_haiku.states(model, num_layers, x))
+    return models.Decoder(known, step, given.states)
 
 
 def _parts(make: Any) -> tuple[Any, Any]:
@@ -254,7 +156,7 @@ _MODULES = {
 def _haiku_names(path: Any) -> tuple[str, str, bool]:
     """Module and name of a leaf in Haiku, and whether it is transposed there."""
     names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-    *modules, name = [_MODULES.get(name, name) for name in names if name != "params"]
+    *modules, name = [_MODULES.get(name, name) for name in names if name != "parts"]
     is_norm = bool(modules) and modules[-1].endswith("norm")
     found = {"weight": "scale" if is_norm else "w", "bias": "b"}.get(name, name)
     if is_norm and name == "bias":

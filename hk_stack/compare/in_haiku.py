@@ -10,16 +10,17 @@ are arrays like any other, so both are pure functions of their arguments.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import hk_stack
 from hk_stack.compare import models, s4
+from hk_stack.compare.models import Part
 
 Layer = Callable[[jax.Array], jax.Array]
 LayerStack = Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]
@@ -27,194 +28,58 @@ Norm = Literal["layer", "batch"]
 Mode = Literal["convolution", "term by term", "recurrence"]
 
 
-class S4(hk.Module):
-    """One S4 layer, `[B, T, D] -> [B, T, D]`: `y = K * u + d u`."""
+def _parts(parts: Mapping[str, Part], **made: Layer) -> Any:
+    """The modules and parameters of a block, by name; some may be made already."""
+    rest = {n: _MAKE[p.kind](n, p) for n, p in parts.items() if n not in made}
+    return SimpleNamespace(**made, **rest)
 
-    def __init__(
-        self,
-        state_size: int,
-        mode: Mode = "convolution",
-        name: str | None = None,
-    ):
-        """Constructs the layer.
 
-        Args:
-          state_size: number of states of each feature, `N`.
-          mode: whether to run as a convolution (with `s4.kernel`, or "term by term"
-            with `s4.kernel_term_by_term`) or as a recurrence; same parameters, same
-            outputs.
-          name: the module's name.
-        """
-        super().__init__(name=name)
-        self.state_size = state_size
-        self.mode = mode
+def _layer_norm(name: str, part: Part | None = None) -> Layer:
+    return hk.LayerNorm(-1, True, True, eps=1e-5, name=name)
 
-    def __call__(self, u: jax.Array) -> jax.Array:
-        """Filters each feature of `u` `[B, T, D]` by its own linear system."""
-        _, length, features = u.shape
-        params = self._parameters(features)
-        system = s4.dplr(params)
-        if self.mode == "recurrence":
-            y = s4.recur(u, s4.discretise(system, length))
-        else:
-            y = s4.convolve(u, s4.KERNELS[self.mode](system, length))
-        return y + params["d"][None, None] * u
 
-    def step(
-        self, u: jax.Array, state: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """One step of time, on the parameters of `__call__`, whatever the mode.
+def _attention(name: str, part: Part) -> Layer:
+    attention = hk.MultiHeadAttention(
+        int(part.other),
+        part.size // int(part.other),
+        w_init=hk.initializers.VarianceScaling(),
+        model_size=part.size,
+        name=name,
+    )
+    return lambda h: attention(
+        h, h, h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None]
+    )
 
-        Args:
-          u: activations at one time `[B, D]`.
-          state: complex `[B, D, N]`, zeros at first.
-          length: the length `T` of the sequences that the parameters were trained on.
 
-        Returns:
-          The output `[B, D]` and the next state `[B, D, N]`.
-        """
-        params = self._parameters(u.shape[-1])
-        state, y = s4.step(s4.discretise(s4.dplr(params), length), state, u)
-        return y + params["d"][None] * u, state
+def _spectral(name: str, part: Part) -> Layer:
+    with hk.name_scope(name):
+        init = hk.initializers.VarianceScaling()
+        w = hk.get_parameter("w", [part.size, int(part.other)], init=init)
+        b = hk.get_parameter("b", [int(part.other)], init=jnp.zeros)
+    return lambda x: x @ models.normalised(w) + b[None, None]
 
-    def _parameters(self, features: int) -> dict[str, jax.Array]:
-        table = s4.parameters(features, self.state_size)
+
+def _s4(name: str, part: Part) -> dict[str, jax.Array]:
+    with hk.name_scope(name):
         return {
             name: hk.get_parameter(name, shape, init=_with_next_key(init))
-            for name, (shape, init) in table.items()
+            for name, (shape, init) in s4.parameters(part.size, int(part.other)).items()
         }
 
 
-class S4Block(hk.Module):
-    """`x + dropout(glu(dropout(gelu(S4(norm(x))))))`, `[B, T, D] -> [B, T, D]`."""
-
-    def __init__(
-        self,
-        state_size: int,
-        dropout_rate: float = 0.0,
-        *,
-        norm: Norm = "layer",
-        mode: Mode = "convolution",
-        name: str | None = None,
-    ):
-        """Constructs the block.
-
-        Args:
-          state_size: number of states of each feature, `N`.
-          dropout_rate: probability of dropping a value, in training.
-          norm: `"layer"` or `"batch"`; the latter keeps running statistics.
-          mode: see `S4`.
-          name: the module's name.
-        """
-        super().__init__(name=name)
-        self.state_size = state_size
-        self.dropout_rate = dropout_rate
-        self.norm = norm
-        self.mode = mode
-
-    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        rate = self.dropout_rate if is_training else 0.0
-        h = _norm(self.norm, x, is_training, "norm")
-        h = S4(self.state_size, self.mode, name="s4")(h)
-        return x + _gated(h, rate)
+def _vector(name: str, part: Part) -> jax.Array:
+    init = hk.initializers.RandomNormal(part.other)
+    return hk.get_parameter(name, [part.size], init=init)
 
 
-class TransformerBlock(hk.Module):
-    """Pre-norm causal self-attention, then a pre-norm MLP of four times the width."""
-
-    def __init__(
-        self, num_heads: int, dropout_rate: float = 0.0, name: str | None = None
-    ):
-        """Constructs the block.
-
-        Args:
-          num_heads: number of attention heads, a divisor of `D`.
-          dropout_rate: probability of dropping a value, in training.
-          name: the module's name.
-        """
-        super().__init__(name=name)
-        self.num_heads = num_heads
-        self.dropout_rate = dropout_rate
-
-    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        _, length, width = x.shape
-        rate = self.dropout_rate if is_training else 0.0
-        attention = hk.MultiHeadAttention(
-            self.num_heads,
-            width // self.num_heads,
-            w_init=hk.initializers.VarianceScaling(),
-            model_size=width,
-            name="attention",
-        )
-        h = _norm("layer", x, is_training, "attention_norm")
-        h = attention(h, h, h, mask=jnp.tri(length, dtype=bool)[None, None])
-        x = x + _dropout(h, rate)
-        h = _norm("layer", x, is_training, "mlp_norm")
-        h = jax.nn.gelu(_linear(4 * width, "mlp_in")(h))
-        return x + _dropout(_linear(width, "mlp_out")(h), rate)
-
-
-class RecurrenceBlock(hk.Module):
-    """`x + tanh(K * x)`, with a kernel made step by step; `[B, T, D] -> [B, T, D]`."""
-
-    def __init__(self, state_size: int, name: str | None = None):
-        """Constructs the block of `state_size` states, `N`."""
-        super().__init__(name=name)
-        self.state_size = state_size
-
-    def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        del is_training
-        normal = hk.initializers.RandomNormal
-        decay = hk.get_parameter("decay", [self.state_size], x.dtype, normal())
-        b = hk.get_parameter("b", [self.state_size], x.dtype, normal(0.01))
-        kernel = models.recurrence_kernel(decay, b, x.shape[1])
-        return x + jnp.tanh(models.convolve(x, kernel))
-
-
-class SpectralLinear(hk.Module):
-    """A linear layer of which the weights are over their largest singular value."""
-
-    def __init__(self, size: int, iterations: int, name: str | None = None):
-        """Constructs the layer of `size` outputs; `iterations` of the power method."""
-        super().__init__(name=name)
-        self.size = size
-        self.iterations = iterations
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to `x` `[B, T, D]`."""
-        init = hk.initializers.VarianceScaling()
-        w = hk.get_parameter("w", [x.shape[-1], self.size], x.dtype, init)
-        b = hk.get_parameter("b", [self.size], x.dtype, jnp.zeros)
-        return x @ models.normalised(w, self.iterations) + b[None, None]
-
-
-class SpectralBlock(hk.Module):
-    """`x + down(gelu(up(x)))` with two `SpectralLinear`."""
-
-    def __init__(self, iterations: int, name: str | None = None):
-        """Constructs the block; `iterations` of the power method."""
-        super().__init__(name=name)
-        self.iterations = iterations
-
-    def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        del is_training
-        width = x.shape[-1]
-        h = jax.nn.gelu(SpectralLinear(4 * width, self.iterations, "up")(x))
-        return x + SpectralLinear(width, self.iterations, "down")(h)
-
-
-class MlpBlock(hk.Module):
-    """`x + down(gelu(up(norm(x))))`, of four times the width; nothing to hoist."""
-
-    def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        h = _norm("layer", x, is_training, "norm")
-        h = jax.nn.gelu(_linear(4 * x.shape[-1], "up")(h))
-        return x + _linear(x.shape[-1], "down")(h)
+_MAKE: dict[str, Callable[[str, Part], Any]] = {
+    "norm": _layer_norm,
+    "linear": lambda name, part: _linear(int(part.other), name),
+    "attention": _attention,
+    "spectral": _spectral,
+    "s4": _s4,
+    "vector": _vector,
+}
 
 
 def s4_stack(
@@ -235,18 +100,21 @@ def s4_stack(
       x: activations `[B, T, D]`.
       layer_stack: `hk_stack.layer_stack` or one that takes the same arguments.
       num_layers: number of blocks, `L`.
-      state_size: see `S4Block`.
-      dropout_rate: see `S4Block`.
-      norm: see `S4Block`.
-      mode: see `S4Block`.
+      state_size: number of states of each feature, `N`.
+      dropout_rate: probability of dropping a value, in training.
+      norm: `"layer"` or `"batch"`; the latter keeps running statistics.
+      mode: how S4 runs, see `s4.run`.
       is_training: whether to drop values and to update running statistics.
       **stack_options: passed on to `layer_stack`.
     """
 
-    def layer(x: jax.Array) -> jax.Array:
-        block = S4Block(state_size, dropout_rate, norm=norm, mode=mode, name="block")
-        return block(x, is_training)
+    def block(x: jax.Array) -> jax.Array:
+        other = {"norm": _batch_norm("norm", is_training)} if norm == "batch" else {}
+        parts = _parts(models.s4_parts(x.shape[-1], state_size), **other)
+        return models.s4_block(parts, x, dropout, mode)
 
+    dropout = _dropout(dropout_rate if is_training else 0.0)
+    layer = _in_scope(block)
     return layer_stack(num_layers, name="layers", **stack_options)(layer)(x)
 
 
@@ -270,7 +138,7 @@ def s4_stack_step(
       states: of all layers, complex `[L, B, D, N]`.
       layer_stack: `hk_stack.layer_stack` or `hk.layer_stack`.
       num_layers: number of blocks, `L`.
-      state_size: see `S4Block`.
+      state_size: number of states of each feature, `N`.
       length: the length `T` of the sequences that the parameters were trained on.
       **stack_options: passed on to `layer_stack`.
 
@@ -280,9 +148,8 @@ def s4_stack_step(
 
     def layer(x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         with hk.name_scope("block"):
-            h = _norm("layer", x, False, "norm")
-            h, state = S4(state_size, name="s4").step(h, state, length)
-            return x + _gated(h), state
+            parts = _parts(models.s4_parts(x.shape[-1], state_size))
+            return models.s4_step(parts, x, state, length)
 
     stack = layer_stack(
         num_layers, with_per_layer_inputs=True, name="layers", **stack_options
@@ -313,9 +180,12 @@ def transformer_stack(
 ) -> jax.Array:
     """`L` transformer blocks, `[B, T, D] -> [B, T, D]`; arguments as in `s4_stack`."""
 
-    def layer(x: jax.Array) -> jax.Array:
-        return TransformerBlock(num_heads, dropout_rate, name="block")(x, is_training)
+    def block(x: jax.Array) -> jax.Array:
+        parts = _parts(models.transformer_parts(x.shape[-1], num_heads))
+        return models.transformer_block(parts, x, dropout)
 
+    dropout = _dropout(dropout_rate if is_training else 0.0)
+    layer = _in_scope(block)
     return layer_stack(num_layers, name="layers", **stack_options)(layer)(x)
 
 
@@ -390,6 +260,16 @@ def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], La
     return loop
 
 
+def _in_scope(block: Layer) -> Layer:
+    """A layer function that runs a block in a scope of its own."""
+
+    def layer(x: jax.Array) -> jax.Array:
+        with hk.name_scope("block"):
+            return block(x)
+
+    return layer
+
+
 def _linear(size: int, name: str) -> hk.Linear:
     return hk.Linear(size, w_init=hk.initializers.VarianceScaling(), name=name)
 
@@ -398,28 +278,27 @@ def _encoded(tokens: jax.Array, width: int, num_tokens: int) -> jax.Array:
     return _linear(width, "encoder")(jax.nn.one_hot(tokens, num_tokens + 1))
 
 
-def _gated(h: jax.Array, rate: float = 0.0) -> jax.Array:
-    """What an S4 block does after S4, with dropout at `rate`; keeps the shape."""
-    h = _dropout(jax.nn.gelu(h), rate)
-    h = jax.nn.glu(_linear(2 * h.shape[-1], "gate")(h))
-    return _dropout(h, rate)
+def _batch_norm(name: str, is_training: bool) -> Layer:
+    norm = hk.BatchNorm(True, True, decay_rate=0.9, eps=1e-5, name=name)
 
-
-def _norm(kind: Norm, x: jax.Array, is_training: bool, name: str) -> jax.Array:
-    if kind == "batch":
-        norm = hk.BatchNorm(True, True, decay_rate=0.9, eps=1e-5, name=name)
+    def run(x: jax.Array) -> jax.Array:
         # hk.BatchNorm raises a float to an integer, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return norm(x, is_training)
-    return hk.LayerNorm(-1, True, True, eps=1e-5, name=name)(x)
+
+    return run
 
 
-def _dropout(x: jax.Array, rate: float) -> jax.Array:
-    if rate == 0.0:
-        return x
-    # hk.dropout multiplies a boolean mask by x, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        return hk.dropout(hk.next_rng_key(), rate, x)
+def _dropout(rate: float) -> models.Dropout:
+    def drop(index: int, x: jax.Array) -> jax.Array:
+        del index
+        if rate == 0.0:
+            return x
+        # hk.dropout multiplies a boolean mask by x, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return hk.dropout(hk.next_rng_key(), rate, x)
+
+    return drop
 
 
 def _with_next_key(init: s4.Initializer) -> hk.initializers.Initializer:
@@ -429,53 +308,49 @@ def _with_next_key(init: s4.Initializer) -> hk.initializers.Initializer:
 # What `models` asks of a framework
 
 WAYS = ("layer_stack", "loop")
-
-BLOCKS: dict[str, Any] = {
-    "s4": S4Block,
-    "recurrence": RecurrenceBlock,
-    "transformer": TransformerBlock,
-    "spectral": SpectralBlock,
-    "mlp": MlpBlock,
-}
+WAYS_OF = {"remat": ("layer_stack", "layer_stack + hk.remat"), "eager": ("loop",)}
 _LOOP = hk_stack.NumberedLayers("layers_{}", "layers")
 
 
-def stack(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Stack:
+def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks in `hk.layer_stack`, or in a Python loop."""
-    del x
-    if way == "layer_stack":
-        net = network(model, hk.layer_stack(num_layers, name="layers"))
-        return models.Stack(params, applied(net), net.init, lambda params: params)
-    net = network(model, layer_loop(num_layers))
-    return models.Stack(
-        hk_stack.unstack_params(params, _LOOP),
-        applied(net),
-        net.init,
-        lambda params: hk_stack.stack_params(params, _LOOP),
-    )
+    model, num_layers, params, _ = given
+    if way == "loop":
+        net = network(model, layer_loop(num_layers))
+        params = hk_stack.unstack_params(params, _LOOP)
+        return models.Stack(params, applied(net), net.init, _stacked)
+    layers = hk.layer_stack(num_layers, name="layers")
+    if way == "layer_stack + hk.remat":
+        net = network(model, lambda layer: layers(_rematerialised(layer)))
+    else:
+        net = network(model, layers)
+    return models.Stack(params, applied(net), net.init, lambda params: params)
 
 
-def decoder(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Decoder | None:
+def _stacked(params: models.Params) -> models.Params:
+    return hk_stack.stack_params(params, _LOOP)
+
+
+def _rematerialised(layer: Layer) -> Layer:
+    return lambda x: hk.remat(layer)(x)
+
+
+def decoder(way: str, given: models.Given) -> models.Decoder | None:
     """The S4 blocks of `hk.layer_stack`, one step of time."""
+    model, num_layers, params, x = given
     if way != "layer_stack":
         return None
     step = stepper(hk.layer_stack, model, num_layers, x.shape[1])
-    return models.Decoder(params, step, states(model, num_layers, x))
-
-
-def layer(model: models.Model) -> Layer:
-    """One layer of a model."""
-    block = functools.partial(BLOCKS[model.name], **model.options, name="block")
-    return lambda x: block()(x, False)
+    return models.Decoder(params, step, given.states)
 
 
 def network(model: models.Model, layers: Callable[[Layer], Layer]) -> hk.Transformed:
     """A model of which `layers` makes a stack of one layer."""
-    return hk.transform(lambda x: layers(layer(model))(x))
+
+    def block(x: jax.Array) -> jax.Array:
+        return model.block(_parts(model.parts), x)
+
+    return hk.transform(lambda x: layers(_in_scope(block))(x))
 
 
 def applied(net: hk.Transformed) -> Callable[[Any, jax.Array], jax.Array]:
@@ -488,22 +363,14 @@ def stepper(
     model: models.Model,
     num_layers: int,
     length: int,
-    **stack_options: Any,
 ) -> Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]:
     """`s4_stack_step` as a function `(params, x, states) -> (y, states)`."""
     step = functools.partial(
         s4_stack_step,
         layer_stack=layer_stack,
         num_layers=num_layers,
+        state_size=model.state_size,
         length=length,
-        **model.options,
-        **stack_options,
     )
     net = hk.transform(step)
     return lambda params, x, states: net.apply(params, None, x, states)
-
-
-def states(model: models.Model, num_layers: int, x: jax.Array) -> jax.Array:
-    """The states before the first step: zeros `[L, B, D, N]`."""
-    sizes = num_layers, len(x), x.shape[-1], model.options["state_size"]
-    return s4_states(*sizes, np.result_type(x.dtype, np.complex64))

@@ -1,10 +1,13 @@
-"""The models of `in_haiku` in `hk_stack.layer_stack`, with setup in different places.
+"""The models of `in_haiku` in `hk_stack.layer_stack`, with all that it offers.
 
 "inline" runs setup in the loop, "auto" before it. "prepared" has derived values for an
 argument, that `hk_stack.partition` made before: what is measured is the rest.
+"accumulate" is `hk_stack.accumulate`. Others are named after options.
 """
 
 import functools
+import itertools
+from typing import Any
 
 import jax
 
@@ -13,30 +16,50 @@ from hk_stack.compare import in_haiku, models
 
 WAYS = ("inline", "auto", "prepared")
 
+_SETUP: dict[str, Any] = {
+    f"{size} at a time{', remat' * again}": {
+        "setup_batch_size": size,
+        "setup_remat": again,
+    }
+    for size, again in itertools.product((1, 2, 4, 8, 16), (False, True))
+}
+_REMAT: dict[str, Any] = {
+    "remat": {"remat": True},
+    "remat, sqrt": {"remat": True, "remat_every": "sqrt"},
+    "remat, dots kept": {"remat": jax.checkpoint_policies.dots_saveable},
+}
+_OPTIONS: dict[str, Any] = {"inline": {"setup": "inline"}, "python": {"loop": "python"}}
+_OPTIONS |= _SETUP | _REMAT
+WAYS_OF = {
+    "accumulate": ("auto", "accumulate"),
+    "setup": ("auto", *_SETUP),
+    "remat": ("auto", *_REMAT),
+    "eager": ("python",),
+}
 
-def stack(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Stack:
+
+def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks in `hk_stack.layer_stack`."""
-    setup = "inline" if way == "inline" else "auto"
-    layers = hk_stack.layer_stack(num_layers, name="layers", setup=setup)
+    model, num_layers, params, x = given
+    options = _OPTIONS.get(way, {})
+    if options.get("setup_batch_size", 0) > num_layers:
+        return None
+    layers = hk_stack.layer_stack(num_layers, name="layers", **options)
     net = in_haiku.network(model, layers)
     apply = in_haiku.applied(net)
-    if way != "prepared":
-        return models.Stack(params, apply, net.init, lambda params: params)
-    split = hk_stack.partition(apply, params, x)
-    return models.Stack(split.setup(params), split.call, None, None)
+    if way == "prepared":
+        split = hk_stack.partition(apply, params, x)
+        return models.Stack(split.setup(params), split.call, None, None)
+    mean = hk_stack.accumulate if way == "accumulate" else None
+    return models.Stack(params, apply, net.init, lambda params: params, mean)
 
 
-def decoder(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Decoder:
     """The S4 blocks, one step of time."""
-    layer_stack = hk_stack.layer_stack
-    if way == "inline":
-        layer_stack = functools.partial(layer_stack, setup="inline")
+    model, num_layers, params, x = given
+    layer_stack = functools.partial(hk_stack.layer_stack, **_OPTIONS.get(way, {}))
     step = in_haiku.stepper(layer_stack, model, num_layers, x.shape[1])
-    states = in_haiku.states(model, num_layers, x)
+    states = given.states
     if way != "prepared":
         return models.Decoder(params, step, states)
     split = hk_stack.partition(step, params, x[:, 0], states)

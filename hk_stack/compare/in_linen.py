@@ -8,9 +8,12 @@ two frameworks can only draw the same masks if the keys are passed in.
 S4 blocks can also decode, one step of time per call: see `S4` and `prime`.
 """
 
+# A block's class says what its `__call__` does.
+# ruff: noqa: D102
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ import numpy as np
 
 import hk_stack
 from hk_stack.compare import models, s4
+from hk_stack.compare.models import Part
 
 try:
     import flax.linen as nn
@@ -26,13 +30,13 @@ except ImportError as error:
         "hk_stack.compare.in_linen needs Flax: pip install 'hk_stack[flax]'"
     ) from error
 
+Array = jax.Array
+Keys = Array | None
 Mode = Literal["convolution", "term by term", "step", "primed step"]
 
 
 class S4(nn.Module):
-    """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel made in `setup`.
-
-    With `mode="term by term"` the kernel is that of `s4.kernel_term_by_term`.
+    """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel as of one of `s4.KERNELS`.
 
     To decode, it runs one step of time, `[B, 1, D] -> [B, 1, D]`. The state `[B, D, N]`
     is a variable in collection `"cache"`. With `mode="step"` the system is discretised
@@ -45,49 +49,34 @@ class S4(nn.Module):
     length: int
     mode: Mode = "convolution"
 
-    def setup(self) -> None:
-        """Computes the kernel `[D, T]`, or the recurrence, from the parameters."""
+    @nn.compact
+    def __call__(self, u: Array) -> Array:
+        table = s4.parameters(self.features, self.state_size)
         params = {
             name: self.param(name, init, shape, jnp.float32)
-            for name, (shape, init) in s4.parameters(
-                self.features, self.state_size
-            ).items()
+            for name, (shape, init) in table.items()
         }
-        system = s4.dplr(params)
         if self.mode in s4.KERNELS:
-            self.kernel = s4.KERNELS[self.mode](system, self.length)
-        elif self.mode == "step":
-            self.recurrence = s4.discretise(system, self.length)
-        else:
-            self.recurrence = self._primed(system)
-        self.d = params["d"]
+            return s4.run(params, u, self.mode)
+        return self._step(params, u[:, 0])[:, None]
 
-    @nn.compact
-    def __call__(self, u: jax.Array) -> jax.Array:
-        """Filters each feature of `u` `[B, T, D]` by its own linear system."""
-        if self.mode in s4.KERNELS:
-            y = s4.convolve(u, self.kernel)
-        else:
-            y = self._step(u[:, 0])[:, None]
-        return y + self.d[None, None] * u
-
-    def _primed(self, system: s4.Dplr) -> s4.Recurrence:
-        """The recurrence, computed only if collection `"prime"` does not hold it."""
+    def _step(self, params: Mapping[str, Array], u: Array) -> Array:
+        """One step of time, `[B, D] -> [B, D]`, which moves the state on."""
 
         def discretise() -> s4.Recurrence:
-            return s4.discretise(system, self.length)
+            return s4.discretise(s4.dplr(params), self.length)
 
-        return self.variable("prime", "recurrence", discretise).value
-
-    def _step(self, u: jax.Array) -> jax.Array:
-        """One step of time, `[B, D] -> [B, D]`, which moves the state on."""
         shape = (*u.shape, self.state_size)
         dtype = np.result_type(u.dtype, np.complex64)
         state = self.variable("cache", "state", jnp.zeros, shape, dtype)
-        next_state, y = s4.step(self.recurrence, state.value, u)
+        if self.mode == "step":
+            system = discretise()
+        else:
+            system = self.variable("prime", "recurrence", discretise).value
+        next_state, y = s4.step(system, state.value, u)
         if not self.is_mutable_collection("prime"):  # Neither at init, nor in `prime`.
             state.value = next_state
-        return y
+        return y + params["d"][None] * u
 
 
 class S4Block(nn.Module):
@@ -100,10 +89,7 @@ class S4Block(nn.Module):
     length: int | None = None  # To decode: that of the sequences in training, `T`.
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`, with dropout `keys` `[2]` if given."""
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         _, length, width = x.shape
         if self.mode not in s4.KERNELS:
             if self.length is None or length != 1:
@@ -115,9 +101,8 @@ class S4Block(nn.Module):
         dropout = _dropouts(self.dropout_rate, is_training, keys)
         h = _norm(self.norm, x, is_training, "norm")
         h = S4(width, self.state_size, length, self.mode, name="s4")(h)
-        h = dropout(0, jax.nn.gelu(h))
-        h = jax.nn.glu(nn.Dense(2 * width, name="gate")(h))
-        return x + dropout(1, h)
+        gate = SimpleNamespace(gate=nn.Dense(2 * width, name="gate"))
+        return x + models.gated(gate, h, dropout)
 
 
 class TransformerBlock(nn.Module):
@@ -127,97 +112,79 @@ class TransformerBlock(nn.Module):
     dropout_rate: float = 0.0
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`, with dropout `keys` `[2]` if given."""
-        _, length, width = x.shape
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         dropout = _dropouts(self.dropout_rate, is_training, keys)
-        mask = jnp.tri(length, dtype=bool)[None, None]
-        attention = nn.MultiHeadDotProductAttention(self.num_heads, name="attention")
-        h = attention(_norm("layer", x, is_training, "attention_norm"), mask=mask)
-        x = x + dropout(0, h)
-        h = _norm("layer", x, is_training, "mlp_norm")
-        h = jax.nn.gelu(nn.Dense(4 * width, name="mlp_in")(h))
-        return x + dropout(1, nn.Dense(width, name="mlp_out")(h))
+        parts = models.transformer_parts(x.shape[-1], self.num_heads)
+        return models.transformer_block(_made(self, parts), x, dropout)
 
 
-class RecurrenceBlock(nn.Module):
-    """As `in_haiku.RecurrenceBlock`."""
+class Block(nn.Module):
+    """A block of a model without dropout."""
 
-    state_size: int
+    model: models.Model
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        normal, shape = nn.initializers.normal, (self.state_size,)
-        decay = self.param("decay", normal(1.0), shape, x.dtype)
-        b = self.param("b", normal(0.01), shape, x.dtype)
-        kernel = models.recurrence_kernel(decay, b, x.shape[1])
-        return x + jnp.tanh(models.convolve(x, kernel))
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
+        return self.model.block(_made(self, self.model.parts), x)
+
+
+def _made(module: nn.Module, parts: Mapping[str, Part]) -> Any:
+    """The parts of a block as functions and parameters, made in its module."""
+    made = {name: _MAKE[part.kind](module, name, part) for name, part in parts.items()}
+    return SimpleNamespace(**made)
+
+
+def _attention(module: nn.Module, name: str, part: Part) -> Callable[[Array], Array]:
+    attention = nn.MultiHeadDotProductAttention(int(part.other), name=name)
+    return lambda h: attention(h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None])
+
+
+def _vector(module: nn.Module, name: str, part: Part) -> Array:
+    return module.param(name, nn.initializers.normal(part.other), (part.size,))
+
+
+def _layer_norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
 
 
 class SpectralDense(nn.Module):
     """A dense layer of which the kernel is divided by its largest singular value."""
 
     features: int
-    iterations: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to `x` `[B, T, D]`."""
+    def __call__(self, x: Array) -> Array:
         shape = (x.shape[-1], self.features)
         init = nn.initializers
         kernel = self.param("kernel", init.lecun_normal(), shape, x.dtype)
         bias = self.param("bias", init.zeros, (self.features,), x.dtype)
-        return x @ models.normalised(kernel, self.iterations) + bias[None, None]
+        return x @ models.normalised(kernel) + bias[None, None]
 
 
-class SpectralBlock(nn.Module):
-    """As `in_haiku.SpectralBlock`."""
-
-    iterations: int
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        width = x.shape[-1]
-        h = jax.nn.gelu(SpectralDense(4 * width, self.iterations, name="up")(x))
-        return x + SpectralDense(width, self.iterations, name="down")(h)
+_MAKE: dict[str, Callable[[nn.Module, str, Part], Any]] = {
+    "norm": lambda module, name, part: _layer_norm(name),
+    "linear": lambda module, name, part: nn.Dense(int(part.other), name=name),
+    "spectral": lambda module, name, part: SpectralDense(int(part.other), name=name),
+    "attention": _attention,
+    "vector": _vector,
+}
 
 
-class MlpBlock(nn.Module):
-    """As `in_haiku.MlpBlock`."""
+class Stack(nn.Module):
+    """`L` blocks; `block` makes one: bind its fields by `functools.partial`.
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        width = x.shape[-1]
-        h = _norm("layer", x, is_training, "norm")
-        h = jax.nn.gelu(nn.Dense(4 * width, name="up")(h))
-        return x + nn.Dense(width, name="down")(h)
-
-
-class ScanStack(nn.Module):
-    """`L` blocks by `nn.scan` with split parameters: setup runs inside the loop.
-
-    `block` makes one block; bind its fields by `functools.partial`.
+    Stacks are called as blocks are, with dropout `keys` `[L, 2]` if any.
     """
 
     block: Callable[..., nn.Module]
     num_layers: int
 
+
+class ScanStack(Stack):
+    """`L` blocks by `nn.scan` with split parameters: setup runs inside the loop."""
+
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         scan = nn.scan(
             lambda block, x, keys: (block(x, is_training, keys), None),
             variable_axes={"params": 0, "batch_stats": 0, "cache": 0, "prime": 0},
@@ -227,28 +194,22 @@ class ScanStack(nn.Module):
         return scan(self.block(name="block"), x, keys)[0]
 
 
-class HackStack(nn.Module):
+class HackStack(Stack):
     """`L` blocks whose vmapped initialisation is held as one parameter, `"stack"`.
 
     There is no place for running statistics, nor for the states of decoding: use it
     with `norm="layer"` and `mode="convolution"`.
     """
 
-    block: Callable[..., nn.Module]
-    num_layers: int
-
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         block = self.block(parent=None)
 
-        def init(key: jax.Array) -> Mapping[str, Any]:
+        def init(key: Array) -> Mapping[str, Any]:
             keys = jax.random.split(key, self.num_layers)
             return jax.vmap(lambda key: block.init(key, x)["params"])(keys)
 
-        def layer(x: jax.Array, scanned: Any) -> tuple[Any, None]:
+        def layer(x: Array, scanned: Any) -> tuple[Any, None]:
             params, keys, rngs = scanned
             y = block.apply({"params": params}, x, is_training, keys, rngs=rngs)
             return y, None
@@ -260,17 +221,11 @@ class HackStack(nn.Module):
         return jax.lax.scan(layer, x, (self.param("stack", init), keys, rngs))[0]
 
 
-class LoopStack(nn.Module):
+class LoopStack(Stack):
     """`L` blocks by a Python loop, with `L` sets of parameters."""
 
-    block: Callable[..., nn.Module]
-    num_layers: int
-
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Applies the stack to `x` `[B, T, D]`, with dropout `keys` `[L, 2]` if any."""
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         for i in range(self.num_layers):
             own_keys = None if keys is None else keys[i]
             x = self.block(name=f"block_{i}")(x, is_training, own_keys)
@@ -288,10 +243,7 @@ class Classifier(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, is_training: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Encodes, runs the stack, pools over time and classifies."""
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         h = nn.Dense(self.width, name="encoder")(x)
         h = self.layers(h, is_training, keys)
         return nn.Dense(self.num_classes, name="decoder")(jnp.mean(h, axis=1))
@@ -308,14 +260,13 @@ class NextToken(nn.Module):
     num_tokens: int
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, is_training: bool = False) -> jax.Array:
-        """Encodes, runs the stack and decodes."""
+    def __call__(self, tokens: Array, is_training: bool = False) -> Array:
         x = jax.nn.one_hot(tokens, self.num_tokens + 1)
         h = self.layers(nn.Dense(self.width, name="encoder")(x), is_training)
         return nn.Dense(self.num_tokens, name="decoder")(h)
 
 
-def prime(model: nn.Module, params: Any, x: jax.Array) -> Mapping[str, Any]:
+def prime(model: nn.Module, params: Any, x: Array) -> Mapping[str, Any]:
     """What a model that decodes needs beside its parameters.
 
     ```
@@ -338,33 +289,26 @@ def prime(model: nn.Module, params: Any, x: jax.Array) -> Mapping[str, Any]:
 
 
 def _dropouts(
-    rate: float, is_training: bool, keys: jax.Array | None
-) -> Callable[[int, jax.Array], jax.Array]:
-    def dropout(index: int, x: jax.Array) -> jax.Array:
+    rate: float, is_training: bool, keys: Keys
+) -> Callable[[int, Array], Array]:
+    def dropout(index: int, x: Array) -> Array:
         key = None if keys is None else keys[index]
         return nn.Dropout(rate)(x, deterministic=not is_training, rng=key)
 
     return dropout
 
 
-def _norm(kind: str, x: jax.Array, is_training: bool, name: str) -> jax.Array:
+def _norm(kind: str, x: Array, is_training: bool, name: str) -> Array:
     if kind == "batch":
         norm = nn.BatchNorm(not is_training, momentum=0.9, epsilon=1e-5, name=name)
         return norm(x)
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
+    return _layer_norm(name)(x)
 
 
 # What `models` asks of a framework
 
 WAYS = ("nn.scan", "nn.scan + nn.remat", "nn.scan, cache", "loop", "hack")
-
-_BLOCKS: dict[str, type[nn.Module]] = {
-    "s4": S4Block,
-    "recurrence": RecurrenceBlock,
-    "transformer": TransformerBlock,
-    "spectral": SpectralBlock,
-    "mlp": MlpBlock,
-}
+WAYS_OF = {"eager": ("loop",)}
 _STACKS: dict[str, Callable[..., nn.Module]] = {
     "nn.scan": ScanStack,
     "nn.scan + nn.remat": ScanStack,
@@ -381,51 +325,51 @@ _RULES: dict[str, Any] = {
 }
 
 
-def stack(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Stack | None:
+def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned."""
+    model, num_layers, params, x = given
     if way not in _STACKS:
         return None
-    block: Any = _BLOCKS[model.name]
+    block, fields = _block(model)
     if way == "nn.scan + nn.remat":
         block = _remat(block)
-    net = _STACKS[way](functools.partial(block, **model.options), num_layers)
+    net = _STACKS[way](functools.partial(block, **fields), num_layers)
     single = models.types(x, jnp.float32)  # Of which parameters are initialised.
     like = jax.eval_shape(net.init, jax.random.key(0), single)
     haiku: Any = (models.types(params), {})
     rules: Any = _RULES[way]
-
-    def apply(variables: Any, x: jax.Array) -> Any:
-        return net.apply(variables, x)
-
     return models.Stack(
         hk_stack.haiku_to_flax((params, {}), models.types(like, x.dtype), **rules),
-        apply,
+        cast(Any, net.apply),
         net.init,
         lambda variables: hk_stack.flax_to_haiku(variables, haiku, **rules)[0],
     )
 
 
-def decoder(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Decoder | None:
+def _block(model: models.Model) -> tuple[Any, dict[str, Any]]:
+    """The class of a model's block, and its fields."""
+    if not model.state_size:
+        return Block, {"model": model}
+    mode = "term by term" if model.name == "s4_terms" else "convolution"
+    return S4Block, {"state_size": model.state_size, "mode": mode}
+
+
+def decoder(way: str, given: models.Given) -> models.Decoder | None:
     """The S4 blocks, one step of time; "cache" has the systems in a collection."""
+    model, num_layers, _, x = given
     modes: dict[str, Mode] = {"nn.scan": "step", "nn.scan, cache": "primed step"}
     if way not in modes:
         return None
-    block = functools.partial(
-        S4Block, mode=modes[way], length=x.shape[1], **model.options
-    )
+    fields: dict[str, Any] = {"state_size": model.state_size, "length": x.shape[1]}
+    block = functools.partial(S4Block, mode=modes[way], **fields)
     net = ScanStack(block, num_layers)
-    made = stack("nn.scan", model, num_layers, params, x)
+    made = stack("nn.scan", given)
     assert made is not None
-    known = made.params
-    variables = dict(prime(net, known["params"], x[:, :1]))
+    variables = {**made.params, **prime(net, made.params["params"], x[:, :1])}
     states = {"cache": variables.pop("cache")}
 
-    def step(known: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
+    def step(known: Any, x: Array, states: Any) -> tuple[Array, Any]:
         y, states = net.apply({**known, **states}, x[:, None], mutable=["cache"])
         return y[:, 0], states
 
-    return models.Decoder({**known, **variables}, step, states)
+    return models.Decoder(variables, step, states)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import hk_stack
-from hk_stack.compare import in_haiku, models, s4
+from hk_stack.compare import models, s4
+from hk_stack.compare.models import Part
 
 try:
     from flax import nnx
@@ -21,153 +22,89 @@ except ImportError as error:
 
 
 class S4(nnx.Module):
-    """One S4 layer, `[B, T, D] -> [B, T, D]`."""
+    """The parameters of S4, which are read as those of a dictionary."""
 
-    d: nnx.Param
-
-    def __init__(self, width: int, state_size: int, rngs: nnx.Rngs):
-        """Makes the parameters of `s4.parameters`."""
-        for name, (shape, init) in s4.parameters(width, state_size).items():
+    def __init__(self, part: Part, rngs: nnx.Rngs):
+        table = s4.parameters(part.size, int(part.other))
+        for name, (shape, init) in table.items():
             setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
 
-    def __call__(self, u: jax.Array) -> jax.Array:
-        """Filters each feature of `u` `[B, T, D]` by its own linear system."""
-        y = s4.convolve(u, s4.kernel(self._system(), u.shape[1]))
-        return y + self.d[...][None, None] * u
-
-    def step(
-        self, u: jax.Array, state: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """One step of time, from `u` `[B, D]` and a state `[B, D, N]`."""
-        system = s4.discretise(self._system(), length)
-        state, y = s4.step(system, state, u)
-        return y + self.d[...][None] * u, state
-
-    def _system(self) -> s4.Dplr:
-        names = s4.parameters(1, 1)
-        return s4.dplr({name: getattr(self, name)[...] for name in names})
+    def __getitem__(self, name: str) -> jax.Array:
+        return getattr(self, name)[...]
 
 
-class S4Block(nnx.Module):
-    """As `in_haiku.S4Block`, without dropout."""
-
-    def __init__(self, width: int, state_size: int, rngs: nnx.Rngs):
-        """Makes the block's modules."""
-        self.norm = _norm(width, rngs)
-        self.s4 = S4(width, state_size, rngs)
-        self.gate = nnx.Linear(width, 2 * width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        return x + self._gated(self.s4(self.norm(x)))
-
-    def step(
-        self, x: jax.Array, state: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """One step of time, from `x` `[B, D]` and a state `[B, D, N]`."""
-        h, state = self.s4.step(self.norm(x), state, length)
-        return x + self._gated(h), state
-
-    def _gated(self, h: jax.Array) -> jax.Array:
-        return jax.nn.glu(self.gate(jax.nn.gelu(h)))
+def _attend(part: Part, module: Any, x: jax.Array) -> jax.Array:
+    return module(x, mask=jnp.tri(x.shape[1], dtype=bool)[None, None])
 
 
-class RecurrenceBlock(nnx.Module):
-    """As `in_haiku.RecurrenceBlock`."""
-
-    def __init__(self, width: int, state_size: int, rngs: nnx.Rngs):
-        """Makes the block's parameters."""
-        del width
-        normal = jax.nn.initializers.normal
-        self.decay = nnx.Param(normal(1.0)(rngs.params(), (state_size,)))
-        self.b = nnx.Param(normal(0.01)(rngs.params(), (state_size,)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        decay, b = self.decay[...], self.b[...]
-        kernel = models.recurrence_kernel(decay, b, x.shape[1])
-        return x + jnp.tanh(models.convolve(x, kernel))
+def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
+    return x @ models.normalised(module.kernel[...]) + module.bias[...][None, None]
 
 
-class TransformerBlock(nnx.Module):
-    """As `in_haiku.TransformerBlock`, without dropout."""
+_RUN: dict[str, Callable[[Part, Any, jax.Array], jax.Array]] = {
+    "norm": lambda part, module, x: module(x),
+    "linear": lambda part, module, x: module(x),
+    "attention": _attend,
+    "spectral": _spectral,
+}
 
-    def __init__(self, width: int, num_heads: int, rngs: nnx.Rngs):
-        """Makes the block's modules."""
-        self.attention_norm = _norm(width, rngs)
-        self.attention = nnx.MultiHeadAttention(
-            num_heads, width, decode=False, rngs=rngs
-        )
-        self.mlp_norm = _norm(width, rngs)
-        self.mlp_in = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.mlp_out = nnx.Linear(4 * width, width, rngs=rngs)
+
+def _norm(part: Part, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(part.size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+def _linear(part: Part, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(part.size, int(part.other), rngs=rngs)
+
+
+def _attention(part: Part, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
+    return nnx.MultiHeadAttention(int(part.other), part.size, decode=False, rngs=rngs)
+
+
+def _vector(part: Part, rngs: nnx.Rngs) -> Any:
+    return nnx.Param(part.other * jax.random.normal(rngs.params(), (part.size,)))
+
+
+_MAKE: dict[str, Callable[[Part, nnx.Rngs], Any]] = {
+    "norm": _norm,
+    "linear": _linear,
+    "attention": _attention,
+    "spectral": _linear,
+    "s4": S4,
+    "vector": _vector,
+}
+
+
+class Block(nnx.Module):
+    """A block of a model, of its parts."""
+
+    def __init__(self, model: models.Model, rngs: nnx.Rngs):
+        self.model = model
+        for name, part in model.parts.items():
+            setattr(self, name, _MAKE[part.kind](part, rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
-        x = x + self.attention(self.attention_norm(x), mask=mask)
-        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
+        """From `x` `[B, T, D]` to `[B, T, D]`."""
+        return self.model.block(self.parts(), x)
 
-
-class SpectralLinear(nnx.Module):
-    """A linear layer of which the kernel is divided by its largest singular value."""
-
-    def __init__(self, size: int, to: int, iterations: int, rngs: nnx.Rngs):
-        """Makes the parameters."""
-        init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (size, to)))
-        self.bias = nnx.Param(jnp.zeros(to))
-        self.iterations = iterations
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to `x` `[B, T, D]`."""
-        kernel = models.normalised(self.kernel[...], self.iterations)
-        return x @ kernel + self.bias[...][None, None]
-
-
-class SpectralBlock(nnx.Module):
-    """As `in_haiku.SpectralBlock`."""
-
-    def __init__(self, width: int, iterations: int, rngs: nnx.Rngs):
-        """Makes the block's modules."""
-        self.up = SpectralLinear(width, 4 * width, iterations, rngs)
-        self.down = SpectralLinear(4 * width, width, iterations, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        return x + self.down(jax.nn.gelu(self.up(x)))
-
-
-class MlpBlock(nnx.Module):
-    """As `in_haiku.MlpBlock`."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs):
-        """Makes the block's modules."""
-        self.norm = _norm(width, rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to `x` `[B, T, D]`."""
-        return x + self.down(jax.nn.gelu(self.up(self.norm(x))))
-
-
-def _norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+    def parts(self) -> Any:
+        """What `models.MODELS` takes as parts."""
+        made = {
+            name: part[...] if isinstance(part, nnx.Param) else part
+            for name, part in ((n, getattr(self, n)) for n in self.model.parts)
+        }
+        return models.bound(self.model.parts, made, _RUN)
 
 
 class Layers(nnx.Module):
-    """`L` blocks, `[B, T, D] -> [B, T, D]`; `make_block(rngs)` makes one."""
+    """`L` blocks, `[B, T, D] -> [B, T, D]`."""
 
-    def __init__(
-        self, make_block: Callable[[nnx.Rngs], Any], num_layers: int, rngs: nnx.Rngs
-    ):
-        """Makes all blocks at once."""
-        make = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))
-        self.block = make(rngs)
+    def __init__(self, model: models.Model, num_layers: int, rngs: nnx.Rngs):
+        make = nnx.vmap(lambda rngs: Block(model, rngs))
+        self.block = nnx.split_rngs(splits=num_layers)(make)(rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the stack to `x` `[B, T, D]`."""
+        """Applies the stack."""
         scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return scan(lambda block, x: block(x))(self.block, x)
 
@@ -176,66 +113,51 @@ class Layers(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """One step of time, from `x` `[B, D]` and states `[L, B, D, N]`."""
         scan = nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        step = scan(lambda block, x, state: block.step(x, state, length))
-        return step(self.block, x, states)
+
+        def step(block: Block, x: jax.Array, state: jax.Array) -> Any:
+            return models.s4_step(block.parts(), x, state, length)
+
+        return scan(step)(self.block, x, states)
 
 
 # What `models` asks of a framework
 
 WAYS = ("nnx.scan",)
-
-_BLOCKS: dict[str, Any] = {
-    "s4": S4Block,
-    "recurrence": RecurrenceBlock,
-    "transformer": TransformerBlock,
-    "spectral": SpectralBlock,
-    "mlp": MlpBlock,
-}
+WAYS_OF: dict[str, tuple[str, ...]] = {"eager": ()}
 _RULES: Any = {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}}
 
 
-def stack(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Stack:
+def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks, as pure functions of their NNX state."""
+    model, num_layers, params, x = given
     del way
     graph, like = _split_abstractly(model, num_layers)
     haiku: Any = (models.types(params), {})
-
-    def init(key: jax.Array, x: jax.Array) -> Any:
-        del x
-        return nnx.state(_layers(model, num_layers, key))
-
     return models.Stack(
         hk_stack.haiku_to_flax((params, {}), models.types(like, x.dtype), **_RULES),
         lambda state, x: nnx.merge(graph, state)(x),
-        init,
+        lambda key, x: nnx.state(Layers(model, num_layers, nnx.Rngs(key))),
         lambda state: hk_stack.flax_to_haiku(state, haiku, **_RULES)[0],
     )
 
 
-def decoder(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Decoder:
     """The S4 blocks, one step of time."""
+    model, num_layers, _, x = given
     graph, _ = _split_abstractly(model, num_layers)
-    known = stack(way, model, num_layers, params, x).params
+    known = stack(way, given).params
     length = x.shape[1]
 
     def step(state: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         return nnx.merge(graph, state).step(x, states, length)
 
-    return models.Decoder(known, step, in_haiku.states(model, num_layers, x))
-
-
-def _layers(model: models.Model, num_layers: int, key: jax.Array) -> Layers:
-    def make_block(rngs: nnx.Rngs) -> Any:
-        return _BLOCKS[model.name](model.width, **model.options, rngs=rngs)
-
-    return Layers(make_block, num_layers, nnx.Rngs(key))
+    return models.Decoder(known, step, given.states)
 
 
 def _split_abstractly(model: models.Model, num_layers: int) -> tuple[Any, Any]:
     """The graph and the shapes of the state, without making any array."""
-    key = jax.random.key(0)
-    return nnx.split(nnx.eval_shape(lambda: _layers(model, num_layers, key)))
+
+    def make() -> Layers:
+        return Layers(model, num_layers, nnx.Rngs(jax.random.key(0)))
+
+    return nnx.split(nnx.eval_shape(make))

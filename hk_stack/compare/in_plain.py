@@ -8,15 +8,17 @@ call `setup` once and `call` often.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hk_stack.compare import in_haiku, models, s4
+from hk_stack.compare import models, s4
 
-Params = Mapping[str, Mapping[str, jax.Array]]
+Leaves = Mapping[str, jax.Array]
+Params = Mapping[str, Leaves]
 
 
 class Block(NamedTuple):
@@ -31,57 +33,6 @@ class Block(NamedTuple):
     call: Callable[[Any, Params, jax.Array], jax.Array]
 
 
-def scan_inside(params: Params, x: jax.Array, block: Block | None = None) -> jax.Array:
-    """The stack with setup inside the loop, `[B, T, D] -> [B, T, D]`.
-
-    Args:
-      params: of a stack of `in_haiku`.
-      x: activations.
-      block: one layer; that of S4 by default.
-    """
-    block = block or S4
-
-    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
-        return block.call(block.setup(params, x.shape[1]), params, x), None
-
-    return jax.lax.scan(layer, x, params)[0]
-
-
-def setup_first(params: Params, x: jax.Array, block: Block | None = None) -> jax.Array:
-    """The stack with setup before the loop; arguments as of `scan_inside`."""
-    return call(setup(params, x.shape[1], block), params, x, block)
-
-
-def setup_layer_by_layer(params: Params, x: jax.Array) -> jax.Array:
-    """As `setup_first`, but one layer's setup at a time, recomputed for gradients."""
-    one = jax.checkpoint(lambda params: S4.setup(params, x.shape[1]))
-    return call(jax.lax.map(one, params), params, x)
-
-
-def setup(params: Params, length: int, block: Block | None = None) -> Any:
-    """All layers' derived values `[L, ...]`; for S4, spectra `[L, D, T + 1]`.
-
-    Args:
-      params: of a stack of `in_haiku`.
-      length: number of samples, `T`.
-      block: one layer; that of S4 by default.
-    """
-    block = block or S4
-    return jax.vmap(lambda params: block.setup(params, length))(params)
-
-
-def call(
-    derived: Any, params: Params, x: jax.Array, block: Block | None = None
-) -> jax.Array:
-    """The rest of the stack: `x` `[B, T, D]`, `derived` as made by `setup`."""
-    block = block or S4
-
-    def layer(x: jax.Array, scanned: tuple[Any, Params]) -> tuple[jax.Array, None]:
-        return block.call(*scanned, x), None
-
-    return jax.lax.scan(layer, x, (derived, params))[0]
-
-
 def s4_block(mode: str = "convolution") -> Block:
     """A layer of S4 by one of `s4.KERNELS`."""
 
@@ -90,8 +41,10 @@ def s4_block(mode: str = "convolution") -> Block:
         return s4.spectrum(s4.KERNELS[mode](system, length))
 
     def call(spectrum: jax.Array, params: Params, x: jax.Array) -> jax.Array:
-        u = _layer_norm(params["layers/block/norm"], x)
-        return x + _gated(s4.convolve_spectrum(u, spectrum), u, params)
+        parts = _parts(models.s4_parts(0, 0), params)
+        u = parts.norm(x)
+        y = s4.convolve_spectrum(u, spectrum) + _row(parts.s4["d"], u) * u
+        return x + models.gated(parts, y)
 
     return Block(setup, call)
 
@@ -99,67 +52,107 @@ def s4_block(mode: str = "convolution") -> Block:
 S4 = s4_block()
 
 
-def _gated(y: jax.Array, u: jax.Array, params: Params) -> jax.Array:
-    h = jax.nn.gelu(y + _row(params["layers/block/s4"]["d"], u) * u)
-    return jax.nn.glu(_linear(params["layers/block/gate"], h))
+def scan_inside(params: Params, x: jax.Array, block: Block = S4) -> jax.Array:
+    """The stack with setup inside the loop, `[B, T, D] -> [B, T, D]`.
+
+    Args:
+      params: of a stack of `in_haiku`.
+      x: activations.
+      block: one layer; that of S4 by default.
+    """
+
+    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        return block.call(block.setup(params, x.shape[1]), params, x), None
+
+    return jax.lax.scan(layer, x, params)[0]
 
 
-def _recurrence() -> Block:
+def setup_first(params: Params, x: jax.Array, block: Block = S4) -> jax.Array:
+    """The stack with setup before the loop; arguments as of `scan_inside`."""
+    return call(setup(params, x.shape[1], block), params, x, block)
+
+
+def setup_layer_by_layer(params: Params, x: jax.Array, block: Block = S4) -> jax.Array:
+    """As `setup_first`, but one layer's setup at a time, recomputed for gradients."""
+    one = jax.checkpoint(lambda params: block.setup(params, x.shape[1]))
+    return call(jax.lax.map(one, params), params, x, block)
+
+
+def checkpointed(
+    params: Params, x: jax.Array, block: Block = S4, group: int = 1
+) -> jax.Array:
+    """As `scan_inside`; gradients compute each layer again, and groups before.
+
+    Args:
+      params: of a stack of `in_haiku`.
+      x: activations.
+      block: one layer; that of S4 by default.
+      group: layers in a group, a divisor of their number.
+    """
+    again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+    @again
+    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        return block.call(block.setup(params, x.shape[1]), params, x), None
+
+    def layers(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        return jax.lax.scan(layer, x, params)
+
+    if group == 1:
+        return layers(x, params)[0]
+    folded = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), params)
+    return jax.lax.scan(again(layers), x, folded)[0]
+
+
+def setup(params: Params, length: int, block: Block = S4) -> Any:
+    """All layers' derived values `[L, ...]`; for S4, spectra `[L, D, T + 1]`.
+
+    Args:
+      params: of a stack of `in_haiku`.
+      length: number of samples, `T`.
+      block: one layer; that of S4 by default.
+    """
+    return jax.vmap(lambda params: block.setup(params, length))(params)
+
+
+def call(derived: Any, params: Params, x: jax.Array, block: Block = S4) -> jax.Array:
+    """The rest of the stack: `x` `[B, T, D]`, `derived` as made by `setup`."""
+
+    def layer(x: jax.Array, scanned: tuple[Any, Params]) -> tuple[jax.Array, None]:
+        return block.call(*scanned, x), None
+
+    return jax.lax.scan(layer, x, (derived, params))[0]
+
+
+def _recurrence(model: models.Model) -> Block:
     def setup(params: Params, length: int) -> jax.Array:
         return models.recurrence_kernel(**params["layers/block"], length=length)
 
     def call(kernel: jax.Array, params: Params, x: jax.Array) -> jax.Array:
-        del params
         return x + jnp.tanh(models.convolve(x, kernel))
 
     return Block(setup, call)
 
 
-def _transformer(num_heads: int) -> Block:
-    def heads(params: Mapping[str, jax.Array], h: jax.Array) -> jax.Array:
-        y = _linear(params, h)
-        return y.reshape(*y.shape[:-1], num_heads, -1)
+def _spectral(model: models.Model) -> Block:
+    def setup(params: Params, length: int) -> Params:
+        return {
+            f"layers/block/{name}": {
+                "w": models.normalised(params[f"layers/block/{name}"]["w"])
+            }
+            for name in model.parts
+        }
 
-    def call(_: Any, params: Params, x: jax.Array) -> jax.Array:
-        h = _layer_norm(params["layers/block/attention_norm"], x)
-        q, k, v = (
-            heads(params[f"layers/block/attention/{name}"], h)
-            for name in ("query", "key", "value")
-        )
-        logits = jnp.einsum("bthd,bThd->bhtT", q, k) / q.shape[-1] ** 0.5
-        mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
-        weights = jax.nn.softmax(jnp.where(mask, logits, -1e30))
-        h = jnp.einsum("bhtT,bThd->bthd", weights, v).reshape(x.shape)
-        x = x + _linear(params["layers/block/attention/linear"], h)
-        h = _layer_norm(params["layers/block/mlp_norm"], x)
-        h = jax.nn.gelu(_linear(params["layers/block/mlp_in"], h))
-        return x + _linear(params["layers/block/mlp_out"], h)
-
-    return Block(_no_setup, call)
-
-
-def _spectral(iterations: int) -> Block:
-    names = ("layers/block/up", "layers/block/down")
-
-    def setup(params: Params, length: int) -> list[jax.Array]:
-        del length
-        return [models.normalised(params[name]["w"], iterations) for name in names]
-
-    def call(derived: list[jax.Array], params: Params, x: jax.Array) -> jax.Array:
-        up, down = (
-            {"w": w, "b": params[name]["b"]}
-            for name, w in zip(names, derived, strict=True)
-        )
-        return x + _linear(down, jax.nn.gelu(_linear(up, x)))
+    def call(derived: Params, params: Params, x: jax.Array) -> jax.Array:
+        known = {name: {**params[name], **derived[name]} for name in params}
+        return model.block(_parts(model.parts, known), x)
 
     return Block(setup, call)
 
 
-def _mlp() -> Block:
-    def call(_: Any, params: Params, x: jax.Array) -> jax.Array:
-        h = _layer_norm(params["layers/block/norm"], x)
-        h = jax.nn.gelu(_linear(params["layers/block/up"], h))
-        return x + _linear(params["layers/block/down"], h)
+def _without_setup(model: models.Model) -> Block:
+    def call(derived: Any, params: Params, x: jax.Array) -> jax.Array:
+        return model.block(_parts(model.parts, params), x)
 
     return Block(_no_setup, call)
 
@@ -169,7 +162,35 @@ def _no_setup(params: Params, length: int) -> tuple[()]:
     return ()
 
 
-def _linear(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+def _parts(parts: Mapping[str, models.Part], params: Params) -> Any:
+    """Parts of a block as functions, from its parameters; weights as they are."""
+    prefix = "layers/block/"
+    made: dict[str, Any] = dict(params.get("layers/block", {}))
+    for name, part in parts.items():
+        if part.kind == "attention":
+            made[name] = {key: params[f"{prefix}{name}/{key}"] for key in _HEADS}
+        elif part.kind != "vector":
+            made[name] = params[f"{prefix}{name}"]
+    return models.bound(parts, made, _RUN)
+
+
+_HEADS = ("query", "key", "value", "linear")
+
+
+def _attention(part: models.Part, params: Params, h: jax.Array) -> jax.Array:
+    heads = int(part.other)
+    q, k, v = (
+        _linear(part, params[name], h).reshape(*h.shape[:-1], heads, -1)
+        for name in _HEADS[:3]
+    )
+    logits = jnp.einsum("bthd,bThd->bhtT", q, k) / q.shape[-1] ** 0.5
+    mask = jnp.tri(h.shape[1], dtype=bool)[None, None]
+    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30))
+    y = jnp.einsum("bhtT,bThd->bthd", weights, v).reshape(h.shape)
+    return _linear(part, params["linear"], y)
+
+
+def _linear(part: models.Part, params: Leaves, x: jax.Array) -> jax.Array:
     return x @ params["w"] + _row(params["b"], x)
 
 
@@ -177,63 +198,80 @@ def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, range(like.ndim - 1))
 
 
-def _layer_norm(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+def _layer_norm(part: models.Part, params: Leaves, x: jax.Array) -> jax.Array:
     centred = x - jnp.mean(x, -1, keepdims=True)
     variance = jnp.var(x, -1, keepdims=True)
     scale, offset = _row(params["scale"], x), _row(params["offset"], x)
     return centred * jax.lax.rsqrt(variance + 1e-5) * scale + offset
 
 
-# What `models` asks of a framework
-
-WAYS = ("scan", "split", "reused")
-
-_BLOCKS: dict[str, Callable[..., Block]] = {
-    "s4": lambda state_size: S4,
-    "recurrence": lambda state_size: _recurrence(),
-    "transformer": _transformer,
-    "spectral": _spectral,
-    "mlp": _mlp,
+_RUN: dict[str, Callable[..., jax.Array]] = {
+    "norm": _layer_norm,
+    "linear": _linear,
+    "attention": _attention,
+    "spectral": _linear,
 }
 
 
-def stack(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Stack | None:
+# What `models` asks of a framework
+
+WAYS = ("scan", "split", "reused")
+WAYS_OF: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "grad": ("scan", "split", "layer by layer"),
+    "setup": ("scan", "split", "layer by layer"),
+    "remat": ("scan", "checkpoint", "checkpoint, groups"),
+}
+_BLOCKS: dict[str, Callable[[models.Model], Block]] = {
+    "s4": lambda model: S4,
+    "s4_terms": lambda model: s4_block("term by term"),
+    "recurrence": _recurrence,
+    "spectral": _spectral,
+}
+_RUNS: dict[str, Callable[..., jax.Array]] = {
+    "scan": scan_inside,
+    "split": setup_first,
+    "layer by layer": setup_layer_by_layer,
+    "checkpoint": checkpointed,
+    "checkpoint, groups": checkpointed,
+}
+_NEED_SETUP = ("split", "layer by layer", "reused")
+
+
+def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks in `jax.lax.scan`, with setup inside, before, or done already."""
-    del num_layers
-    block = _BLOCKS[model.name](**model.options)
-    if way != "scan" and block.setup is _no_setup:
+    model, num_layers, params, x = given
+    block = _BLOCKS.get(model.name, _without_setup)(model)
+    if way in _NEED_SETUP and block.setup is _no_setup:
         return None
     if way == "reused":
-        derived = setup(params, x.shape[1], block)
+        known = setup(params, x.shape[1], block), params
         return models.Stack(
-            (derived, params),
-            lambda known, x: call(known[0], known[1], x, block),
-            None,
-            None,
+            known, lambda known, x: call(known[0], known[1], x, block), None, None
         )
-    run = scan_inside if way == "scan" else setup_first
-    apply = functools.partial(run, block=block)
+    apply = functools.partial(_RUNS[way], block=block)
+    if way == "checkpoint, groups":
+        sizes = range(1, math.isqrt(num_layers) + 1)
+        group = max(size for size in sizes if num_layers % size == 0)
+        apply = functools.partial(apply, group=group)
     return models.Stack(params, apply, None, lambda params: params)
 
 
-def decoder(
-    way: str, model: models.Model, num_layers: int, params: models.Params, x: jax.Array
-) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Decoder:
     """The S4 blocks, one step of time."""
+    model, _, params, x = given
     length = x.shape[1]
-    states = in_haiku.states(model, num_layers, x)
+    states = given.states
 
     def setup(params: Params) -> s4.Recurrence:
         return s4.discretise(s4.dplr(params["layers/block/s4"]), length)
 
     def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
         known, params, state = scanned
-        system = setup(params) if known is None else known
-        u = _layer_norm(params["layers/block/norm"], x)
-        state, y = s4.step(system, state, u)
-        return x + _gated(y, u, params), state
+        parts = _parts(model.parts, params)
+        u = parts.norm(x)
+        state, y = s4.step(setup(params) if known is None else known, state, u)
+        return x + models.gated(parts, y + _row(parts.s4["d"], u) * u), state
 
     def step(known: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         return jax.lax.scan(layer, x, (*known, states))

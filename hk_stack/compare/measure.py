@@ -1,26 +1,30 @@
-"""What one program costs: to trace, lower and compile it, to hold it, and to run it."""
+"""Measures a case: builds it in each way, checks that all agree, then runs in rounds.
 
+What fails in one way is written down, and the other ways go on.
+"""
+
+import concurrent.futures
+import functools
 import gc
+import importlib.metadata
 import itertools
+import multiprocessing
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.extend import core as jex
 
+import hk_stack
 from hk_stack import _equations
+from hk_stack.compare import cases, results
 
 Run = Callable[[], Any]
-
-
-class Program(NamedTuple):
-    """Something to measure: `function(*args)` under `jit`."""
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
+_T = TypeVar("_T")
 
 
 class Build(NamedTuple):
@@ -37,13 +41,12 @@ class Build(NamedTuple):
     sizes: Mapping[str, float]
 
 
-def build(program: Program) -> Build:
+def build(task: cases.Task) -> Build:
     """Traces, lowers and compiles a program."""
-    # A new function, as JAX remembers what it traced.
-    function = jax.jit(lambda *args: program.function(*args))
+    function = _jitted(task)
     gc.collect()  # Not in one of the phases.
     times = [time.perf_counter()]
-    traced = function.trace(*program.args)
+    traced = function.trace(*task.args)
     times.append(time.perf_counter())
     lowered = traced.lower()
     times.append(time.perf_counter())
@@ -54,15 +57,14 @@ def build(program: Program) -> Build:
     sizes = {
         "equations": number_of_equations(traced.jaxpr.jaxpr),
         "hlo_bytes": len(lowered.as_text()),
-        **_memory(compiled),
-        **_cost(compiled),
+        **_analysed(compiled),
     }
     return Build(compiled, dict(zip(names, spent, strict=True)), sizes)
 
 
-def warm_up(program: Program) -> None:
-    """Traces what programs have in common, which JAX keeps, and the first would pay."""
-    jax.jit(lambda *args: program.function(*args)).lower(*program.args)
+def _jitted(task: cases.Task) -> Any:
+    # A new function, as JAX remembers what it traced.
+    return jax.jit(lambda *args: task.function(*args))
 
 
 def number_of_equations(jaxpr: jex.Jaxpr) -> int:
@@ -72,76 +74,292 @@ def number_of_equations(jaxpr: jex.Jaxpr) -> int:
     )
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    found = compiled.memory_analysis()  # None where the backend cannot tell.
-    kinds = ("temp", "argument", "output") if found is not None else ()
-    return {f"{kind}_bytes": getattr(found, f"{kind}_size_in_bytes") for kind in kinds}
+def _analysed(compiled: Any) -> dict[str, float]:
+    """What XLA says of a program, if the backend can tell, and what a device has held.
 
-
-def _cost(compiled: Any) -> dict[str, float]:
-    found = compiled.cost_analysis() or {}
+    On a GPU or TPU that is the most of the process so far; a CPU does not know.
+    """
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    kinds = ("temp", "argument", "output") if memory is not None else ()
+    sizes = {
+        f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes") for kind in kinds
+    }
     names = {"flops": "flops", "bytes accessed": "accessed_bytes"}
-    return {ours: found[xla] for xla, ours in names.items() if xla in found}
-
-
-def peak_bytes() -> int | None:
-    """Most device memory that this process has held; None if the backend keeps none."""
-    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    sizes |= {ours: cost[xla] for xla, ours in names.items() if xla in cost}
+    held = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [
-        stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats
+        found["peak_bytes_in_use"] for found in held if "peak_bytes_in_use" in found
     ]
-    return max(peaks, default=None)
+    return sizes | ({"peak_bytes": max(peaks)} if peaks else {})
 
 
-def seconds(run: Run, calls: int = 1) -> float:
-    """Mean time of a call, until its result is there."""
+def seconds(run: Run, times: int = 1) -> float:
+    """Mean time of a run, until its result is there."""
     start = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(times):
         jax.block_until_ready(run())
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / times
 
 
-class Failed(Exception):
-    """A run that failed in `steady`: its name, and the error as `__cause__`."""
+class Options(NamedTuple):
+    """How to measure.
 
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
+    Attributes:
+      repeat: Rounds in all.
+      builds: How often to build anew, at most.
+      patience: Seconds; what took longer to compile is not built again.
+      fresh: Whether each build is timed in a process of its own.
+      shortest: Seconds that a sample takes at least.
+    """
+
+    repeat: int
+    builds: int = 1
+    patience: float = 10.0
+    fresh: bool = False
+    shortest: float = 0.005
 
 
-def steady(
-    runs: Sequence[tuple[str, Run]],
-    repeat: int,
-    shortest: float = 0.0,
-    samples: dict[str, list[float]] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each run in `repeat` alternating rounds, after two that are dropped.
+class Measured(NamedTuple):
+    """What came of a case.
+
+    Attributes:
+      rows: A row for each way.
+      failed: What failed.
+      is_stopped: Whether it was interrupted; then the rows hold what there was.
+    """
+
+    rows: list[results.Row]
+    failed: list[results.Failure]
+    is_stopped: bool
+
+
+def measured(
+    case: results.Case,
+    ways: Sequence[tuple[str, str]],
+    options: Options,
+    tick: Callable[[str], None] = lambda way: None,
+) -> Measured:
+    """Measures a case in some ways, given as pairs of a framework and a way.
 
     Args:
-      runs: Names, and what to run.
-      repeat: The number of rounds.
-      shortest: A round calls a run as often as it takes to last this long, in seconds.
-      samples: A dictionary to put them in: what is there if a round is interrupted.
-
-    Raises:
-      Failed: If a run fails.
+      case: What to do.
+      ways: By what.
+      options: How to measure.
+      tick: Told of each way before it is built for the first time.
     """
-    samples = {} if samples is None else samples
-    calls = {
-        name: 1 + int(shortest / min(_named(name, run), _named(name, run)))
-        for name, run in runs
-    }
-    rng = np.random.default_rng(0)
-    for _ in range(repeat):
-        # Each time in another order: no run always follows the same one.
-        for i in rng.permutation(len(runs)):
-            name, run = runs[i]
-            samples.setdefault(name, []).append(_named(name, run, calls[name]))
-    return {name: samples[name] for name, _ in runs}
-
-
-def _named(name: str, run: Run, calls: int = 1) -> float:
+    ways_of = _Ways(case, options)
+    is_stopped = False
     try:
-        return seconds(run, calls)
-    except Exception as error:
-        raise Failed(name) from error
+        ways_of.build(ways, tick)
+        for i, rounds in enumerate(_split(options.repeat, options.builds)):
+            if i:
+                ways_of.each(_Way.build)
+            ways_of.rounds("run_s", rounds)
+        ways_of.each(_Way.first_without_jit)
+        rounds = options.repeat
+        if case.mode == "init":  # Each may compile anew.
+            rounds = max(2, rounds // 5)
+        ways_of.rounds("eager_s", rounds)
+    except KeyboardInterrupt:
+        is_stopped = True
+    rows = [way.row() for way in ways_of.built.values() if way.has_run]
+    failed = [results.Failure(case, *pair) for pair in ways_of.failed.items()]
+    return Measured(rows, failed, is_stopped)
+
+
+def _split(repeat: int, builds: int) -> list[int]:
+    """Rounds for each build."""
+    parts = np.array_split(np.arange(repeat), min(repeat, builds))
+    return [len(part) for part in parts]
+
+
+class _Ways:
+    """The ways of doing a case: those that are built, and why others failed."""
+
+    def __init__(self, case: results.Case, options: Options):
+        self.case, self.options = case, options
+        self.built: dict[str, _Way] = {}
+        self.failed: dict[str, str] = {}
+
+    def build(
+        self, ways: Sequence[tuple[str, str]], tick: Callable[[str], None]
+    ) -> None:
+        """Builds each way, and checks it against the first that there is."""
+        expected: dict[str, Any] = {}
+
+        def build(framework: str, name: str) -> None:
+            task = cases.task(self.case, framework, name)
+            if task is None:
+                return
+            way = _Way(self.case, framework, name, task, self.options)
+            values = way.values()
+            if not expected:
+                expected.update(cases.finite(values))
+            way.parity = cases.parity(values, expected, self.case.dtype)
+            self.built[way.name] = way
+
+        for framework, name in ways:
+            tick(f"{framework} {name}")
+            self._try(f"{framework} {name}", functools.partial(build, framework, name))
+
+    def each(self, do: "Callable[[_Way], None]") -> None:
+        """Does something with each way."""
+        for name, way in list(self.built.items()):
+            self._try(name, functools.partial(do, way))
+
+    def rounds(self, measure: str, count: int) -> None:
+        """Runs all in alternating rounds, after two that are dropped.
+
+        A round repeats a run as often as it takes to last `shortest` seconds. Rounds
+        that are over are kept, also if a later one is interrupted.
+        """
+        shortest = self.options.shortest if measure == "run_s" else 0.0
+        timers: dict[str, Callable[[], float]] = {}
+
+        def prepare(way: _Way) -> None:
+            if run := way.runs(measure):
+                fastest = min(seconds(run), seconds(run))
+                times = 1 + int(shortest / fastest)
+                timers[way.name] = functools.partial(seconds, run, times)
+
+        self.each(prepare)
+        samples: dict[str, list[float]] = {name: [] for name in timers}
+        rng = np.random.default_rng(0)
+        try:
+            for _ in range(count):
+                able = [name for name in timers if name in self.built]
+                # Each time in another order: no run always follows the same one.
+                order = rng.permutation(able).tolist()
+                spent = {name: self._try(name, timers[name]) for name in order}
+                for name in able:
+                    samples[name].append(spent[name] or 0.0)
+        finally:
+            for name in samples.keys() & self.built.keys():
+                if samples[name]:
+                    self.built[name].add(measure, samples[name])
+
+    def _try(self, name: str, do: Callable[[], _T]) -> _T | None:
+        """What a way does; one that fails is left out of all that follows."""
+        try:
+            return do()
+        except Exception as error:
+            self.failed[name] = _first_line(error)
+            self.built.pop(name, None)
+            return None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+
+
+class _Way:
+    """A way of doing a case, and its samples so far."""
+
+    def __init__(
+        self,
+        case: results.Case,
+        framework: str,
+        way: str,
+        task: cases.Task,
+        options: Options,
+    ):
+        self.case, self.framework, self.way = case, framework, way
+        self.task, self.options = task, options
+        self.name = f"{framework} {way}"
+        self.measures: dict[str, list[Any]] = {}
+        self.parity: dict[str, float] = {}
+        self._program = task.function
+        if task.is_compiled:
+            # What programs have in common JAX keeps, and the first would pay for it.
+            _jitted(task).lower(*task.args)
+            self.build()
+        if task.temp_bytes is not None:
+            self.measures["temp_bytes"] = [task.temp_bytes()]
+
+    def build(self) -> None:
+        """Builds anew, unless that would take too long."""
+        last = self.measures.get("compile_s", [0.0])[-1]
+        if not self.task.is_compiled or last > self.options.patience:
+            return
+        built = build(self.task)
+        self._program = built.run
+        times = built.seconds
+        if self.options.fresh:
+            times = _in_fresh_process(self.case, self.framework, self.way)
+        for name, value in times.items():
+            self.add(name, value)
+        self.add("first_s", seconds(lambda: self._program(*self.task.args)))
+        self.measures |= {name: [value] for name, value in built.sizes.items()}
+
+    def first_without_jit(self) -> None:
+        """The first run outside of `jit`, if there are any."""
+        if run := self.runs("eager_s"):
+            self.add("eager_first_s", seconds(run))
+
+    def runs(self, measure: str) -> Run | None:
+        """What is measured by `run_s` or by `eager_s`; None if that is not."""
+        task = self.task
+        if measure == "run_s":
+            return (lambda: self._program(*task.args)) if task.is_compiled else None
+        is_eager = not task.is_compiled or self.case.mode == "init"
+        return (lambda: task.function(*task.args)) if is_eager else None
+
+    def values(self) -> dict[str, Any]:
+        return self.task.values(self._program)
+
+    def add(self, measure: str, value: Any) -> None:
+        self.measures.setdefault(measure, []).append(value)
+
+    @property
+    def has_run(self) -> bool:
+        return bool({"run_s", "eager_s"} & self.measures.keys())
+
+    def row(self) -> results.Row:
+        return results.Row(self.case, self.name, self.measures, self.parity)
+
+
+def _in_fresh_process(case: results.Case, framework: str, way: str) -> dict[str, float]:
+    """Times of a build in a process that has built nothing before."""
+    # A GPU has two processes then: none may take all of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(fresh_build, case, framework, way).result()
+
+
+def fresh_build(case: results.Case, framework: str, way: str) -> dict[str, float]:
+    """What `build` finds of a way, in this process."""
+    jax.config.update("jax_enable_x64", case.dtype == "float64")
+    jax.config.update("jax_enable_compilation_cache", False)
+    task = cases.task(case, framework, way)
+    assert task is not None, (case, framework, way)
+    return dict(build(task).seconds)
+
+
+_PACKAGES = ("dm-haiku", "jax", "jaxlib", "flax", "equinox", "optax")
+
+
+def environment() -> dict[str, Any]:
+    """The device and the versions that a result belongs to."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {
+            "hk_stack": hk_stack.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,78 +1,79 @@
-"""What porting and stacking cost, against copying the arrays once.
+"""What porting and stacking cost, against copying the arrays once: mode `port`.
 
 The tree is that of a transformer with 24 layers and 101 million parameters: `D` 512, a
-vocabulary of 50,000. All programs run in a process that keeps the memory which it has
-once been given: to get new memory from a system can take many times as long as to copy
-something into it, and how long depends on what else the machine does.
+vocabulary of 50,000.
 """
 
-import json
-import os
-import subprocess
-import sys
-import time
+import ctypes
+import functools
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import hk_stack
+from hk_stack.compare import in_haiku
+from hk_stack.compare.results import Case
 
 LAYERS, WIDTH, HEADS, TOKENS = 24, 512, 8, 50_000
 _NAMES = hk_stack.NumberedLayers("block_{}", "layers/block")
 
-Tree = Any
+Tree = dict[str, Any]
+
+WAYS = (
+    "plain copy, NumPy",
+    "plain copy, JAX",
+    "hk_stack port a scan",
+    "hk_stack port a loop",
+    "hk_stack port back",
+    "hk_stack stack, NumPy",
+    "hk_stack stack, JAX",
+    "hk_stack unstack, JAX",
+)
 
 
-def measured(repeat: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each program in alternating rounds, and its `extra_bytes`."""
-    command = [sys.executable, "-m", "hk_stack.compare.porting", str(repeat)]
-    done = subprocess.run(
-        command, env={**os.environ, **_KEEP_MEMORY}, stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(done.stdout)
-
-
-# For the allocator of Linux; others do as they do.
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
-
-def _measure(repeat: int) -> dict[str, dict[str, list[float]]]:
-    runs = programs()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeat + 2):  # The first rounds get the memory.
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if i > 1:
-                seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {"run_s": seconds[name], "extra_bytes": [extra_bytes(run)]}
-        for name, run in runs.items()
-    }
+def reason(case: Case) -> str:
+    """Why a case cannot be measured; "" if it can."""
+    if (case.model, case.layers, case.width) == ("transformer", LAYERS, WIDTH):
+        return ""
+    return f"port moves one tree: --model=transformer --layers={LAYERS} --width={WIDTH}"
 
 
 def programs() -> dict[str, Callable[[], Any]]:
-    """What to run, by name; the first is the baseline."""
+    """What to run, by `WAYS`; the first is the baseline."""
     loop, scanned = _flax(loop=True), _flax(loop=False)
-    of_stack = _like(scanned)
+    of_stack = _haiku()
     of_loop = hk_stack.unstack_params(of_stack, _NAMES)
-    in_jax = jax.tree.map(jnp.asarray, of_loop)
-    stack_in_jax = jax.tree.map(jnp.asarray, of_stack)
-    types = jax.tree.map(_type, of_stack)
-    return {
-        "copy, NumPy": lambda: jax.tree.map(np.copy, of_stack),
-        "copy, JAX": lambda: jax.tree.map(jnp.copy, stack_in_jax),
-        "port a scan": lambda: hk_stack.flax_to_haiku(scanned, (types, {})),
-        "port a loop": lambda: hk_stack.flax_to_haiku(loop, (types, {})),
-        "port back": lambda: hk_stack.haiku_to_flax((of_stack, {}), scanned),
-        "stack, NumPy": lambda: hk_stack.stack_params(of_loop, _NAMES),
-        "stack, JAX": lambda: hk_stack.stack_params(in_jax, _NAMES),
-        "unstack, JAX": lambda: hk_stack.unstack_params(stack_in_jax, _NAMES),
-    }
+    in_jax, stack_in_jax = jax.tree.map(jnp.asarray, (of_loop, of_stack))
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), of_stack)
+    runs = (
+        lambda: jax.tree.map(np.copy, of_stack),
+        lambda: jax.tree.map(jnp.copy, stack_in_jax),
+        lambda: hk_stack.flax_to_haiku(scanned, (types, {})),
+        lambda: hk_stack.flax_to_haiku(loop, (types, {})),
+        lambda: hk_stack.haiku_to_flax((of_stack, {}), scanned),
+        lambda: hk_stack.stack_params(of_loop, _NAMES),
+        lambda: hk_stack.stack_params(in_jax, _NAMES),
+        lambda: hk_stack.unstack_params(stack_in_jax, _NAMES),
+    )
+    return dict(zip(WAYS, runs, strict=True))
+
+
+def keep_memory() -> None:
+    """Makes this process keep what memory it has once been given.
+
+    To get new memory from a system can take many times as long as to copy something
+    into it, and how long depends on what else the machine does.
+    """
+    own = ctypes.CDLL(None)
+    if hasattr(own, "mallopt"):  # Linux's; other systems do as they do.
+        trim_threshold, mmap_max = -1, -4
+        own.mallopt(mmap_max, 0)
+        own.mallopt(trim_threshold, 2**31 - 1)
 
 
 def extra_bytes(run: Callable[[], Any]) -> int:
@@ -96,66 +97,39 @@ def largest_leaf() -> int:
     return 4 * max(TOKENS * WIDTH, LAYERS * 4 * WIDTH * WIDTH)
 
 
-def _type(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def _block() -> Tree:
+    """Shapes of Linen's variables of one block."""
+    from hk_stack.compare import in_linen  # Other modes do without Flax.
+
+    block, x = in_linen.TransformerBlock(HEADS), jnp.ones([1, 1, WIDTH])
+    params: Tree = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+    return params
+
+
+def _full(types: Any, *layers: int) -> Any:
+    return jax.tree.map(lambda leaf: np.full((*layers, *leaf.shape), _VALUE), types)
+
+
+_VALUE = np.float32(0.5)
 
 
 def _flax(*, loop: bool) -> Tree:
     """Linen's variables, with `nn.scan` over layers or a Python loop of them."""
-    params: Tree = {"embed": {"embedding": _full(TOKENS, WIDTH)}}
+    params: Tree = {"embed": {"embedding": np.full((TOKENS, WIDTH), _VALUE)}}
     if loop:
-        params |= {f"block_{i}": _block() for i in range(LAYERS)}
+        params |= {f"block_{i}": _full(_block()) for i in range(LAYERS)}
     else:
-        params["layers"] = {"block": _block(LAYERS)}
+        params["layers"] = {"block": _full(_block(), LAYERS)}
     return {"params": params}
 
 
-def _block(*layers: int) -> Tree:
-    inside = WIDTH // HEADS
-
-    def dense(rows: tuple[int, ...], columns: tuple[int, ...]) -> Tree:
-        kernel = _full(*layers, *rows, *columns)
-        return {"kernel": kernel, "bias": _full(*layers, *columns)}
-
-    def norm() -> Tree:
-        return {"scale": _full(*layers, WIDTH), "bias": _full(*layers, WIDTH)}
-
-    heads = {
-        name: dense((WIDTH,), (HEADS, inside)) for name in ("query", "key", "value")
-    }
-    return {
-        "attention": {**heads, "out": dense((HEADS, inside), (WIDTH,))},
-        "attention_norm": norm(),
-        "mlp_norm": norm(),
-        "mlp_in": dense((WIDTH,), (4 * WIDTH,)),
-        "mlp_out": dense((4 * WIDTH,), (WIDTH,)),
-    }
-
-
-def _full(*shape: int) -> np.ndarray:
-    return np.full(shape, 0.5, np.float32)
-
-
-def _like(variables: Tree) -> Tree:
+def _haiku() -> Tree:
     """Haiku's parameters of the same model, stacked."""
-    params = variables["params"]
-    block = params["layers"]["block"]
-    found = {"embed": {"embeddings": params["embed"]["embedding"].copy()}}
-    for name in ("attention_norm", "mlp_norm"):
-        leaves = block[name]["scale"].copy(), block[name]["bias"].copy()
-        found[f"layers/block/{name}"] = {"scale": leaves[0], "offset": leaves[1]}
-    linears = {name: block[name] for name in ("mlp_in", "mlp_out")}
-    for name in ("query", "key", "value", "out"):
-        haiku = "linear" if name == "out" else name
-        linears[f"attention/{haiku}"] = block["attention"][name]
-    for name, leaves in linears.items():
-        columns = WIDTH if "attention" in name else leaves["bias"].shape[-1]
-        found[f"layers/block/{name}"] = {
-            "w": leaves["kernel"].reshape(LAYERS, -1, columns).copy(),
-            "b": leaves["bias"].reshape(LAYERS, columns).copy(),
-        }
-    return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(int(sys.argv[1]))))
+    options: dict[str, Any] = {
+        "layer_stack": hk_stack.layer_stack,
+        "num_layers": LAYERS,
+    }
+    layers = functools.partial(in_haiku.transformer_stack, num_heads=HEADS, **options)
+    x = jnp.ones([1, 1, WIDTH])
+    types = jax.eval_shape(hk.transform(layers).init, jax.random.key(0), x)
+    return {"embed": {"embeddings": np.full((TOKENS, WIDTH), _VALUE)}} | _full(types)

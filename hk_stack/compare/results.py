@@ -1,34 +1,35 @@
 """What was measured: rows, how their samples are compared, and the file they are in.
 
 A *case* is what all frameworks do alike: a model in a mode, at some sizes. A *row* is
-one way of doing it, with all samples of each measure. The file is JSON:
+one way of doing it, with all samples of each measure. The file is JSON, with a line for
+each row:
 
 ```
-{"schema": 1,
+{"schema": 2,
  "environment": {"device": ..., "versions": {...}, "flags": {...}, ...},
- "rows": [{"model": "s4", "mode": "grad", "layers": 8, "dtype": "float32",
-           "batch": 4, "length": 256, "way": "hk_stack auto",
+ "rows": [{"case": ["s4", "grad", 8, "float32", 4, 256, 64], "way": "hk_stack auto",
            "parity": {"output": 1e-7, "gradient": 3e-7},
            "measures": {"trace_s": [...], "run_s": [[...], [...]], ...}}],
- "failed": [{..., "way": ..., "error": ...}],
+ "failed": [{"case": [...], "way": ..., "error": ...}],
  "skipped": [{"what": ..., "why": ...}]}
 ```
 
-`parity` is the largest difference from the first way, over the largest value.
-`MEASURES` has the names and units. `run_s` has a list of rounds for each time that
-programs were built anew, `eager_s` one list; all others one number for each build.
+`case` is in the order of `Case`. `parity` is the largest difference from the first way,
+over the largest value. `MEASURES` has the names and units. `run_s` and `eager_s` have a
+list of rounds for each time that programs were built anew, others one number for each.
 """
 
+import functools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
 
 MEASURES = {
     "trace_s": "trace, s",
@@ -37,8 +38,8 @@ MEASURES = {
     "build_s": "trace, lower and compile, s; their sum, not in the file",
     "first_s": "first run, s",
     "run_s": "run, s",
-    "eager_first_s": "first eager call, s",
-    "eager_s": "eager call, s",
+    "eager_first_s": "first run outside of jit, s",
+    "eager_s": "run outside of jit, s",
     "temp_bytes": "temporary memory, bytes",
     "argument_bytes": "arguments, bytes",
     "output_bytes": "outputs, bytes",
@@ -60,13 +61,14 @@ class Case(NamedTuple):
     dtype: str
     batch: int
     length: int
+    width: int
 
     @property
     def title(self) -> str:
         """For a person."""
         return (
             f"{self.model}, {self.mode}, {self.layers} layers, {self.dtype}, "
-            f"batch {self.batch}, length {self.length}"
+            f"batch {self.batch}, length {self.length}, width {self.width}"
         )
 
 
@@ -89,8 +91,8 @@ class Row(NamedTuple):
     def samples(self, measure: str) -> list[list[float]]:
         """All samples of a measure, one list for each build; [] if it has none."""
         if measure == "build_s":
-            found = [self.measures.get(name, []) for name in _BUILD]
-            return [[sum(times)] for times in zip(*found, strict=False)]
+            parts = [self.measures[name] for name in _BUILD if name in self.measures]
+            return [[sum(times)] for times in zip(*parts, strict=False)]
         found = self.measures.get(measure, [])
         return [list(x) if isinstance(x, list) else [x] for x in found]
 
@@ -98,11 +100,6 @@ class Row(NamedTuple):
         """The middle of all samples; None if there are none."""
         flat = [x for build in self.samples(measure) for x in build]
         return float(np.median(flat)) if flat else None
-
-    def spread(self, measure: str) -> tuple[float, float] | None:
-        """The quartiles of all samples; None if there are none."""
-        flat = [x for build in self.samples(measure) for x in build]
-        return tuple(np.quantile(flat, [0.25, 0.75]).tolist()) if flat else None  # type: ignore[return-value]
 
 
 class Ratio(NamedTuple):
@@ -122,6 +119,9 @@ class Ratio(NamedTuple):
         return self.low <= other.high and other.low <= self.high
 
 
+_ROUNDS_IN_A_ROW = 4
+
+
 def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     """The ratio of a measure to that of another row of the case; None if one has none.
 
@@ -129,10 +129,11 @@ def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     down for a while slows both. Rounds in a row are alike, and those of one build even
     more, so the bootstrap draws runs of a few rounds of one build, then rounds of each.
     """
-    pairs = _paired(row.samples(measure), base.samples(measure))
-    if not pairs:
-        return None
-    ratios = [np.divide(a, b) for a, b in pairs if len(a) and min(b) > 0]
+    ratios = []
+    for a, b in zip(row.samples(measure), base.samples(measure), strict=False):
+        rounds = min(len(a), len(b))  # Of one that was stopped there are fewer.
+        if rounds and min(b) > 0:
+            ratios.append(np.divide(a[:rounds], b[:rounds]))
     if not ratios:
         return None
     value = float(np.median(np.concatenate(ratios)))
@@ -140,21 +141,8 @@ def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     return Ratio(value, min(low, value), max(high, value))
 
 
-def _paired(
-    some: Sequence[Sequence[float]], others: Sequence[Sequence[float]]
-) -> list[tuple[Sequence[float], Sequence[float]]]:
-    """Samples of the same rounds; where one was built fewer times, of those it has."""
-    return [
-        (a[: min(len(a), len(b))], b[: min(len(a), len(b))])
-        for a, b in zip(some, others, strict=False)
-    ]
-
-
 def _in_a_row(ratios: np.ndarray) -> list[np.ndarray]:
     return np.array_split(ratios, max(1, len(ratios) // _ROUNDS_IN_A_ROW))
-
-
-_ROUNDS_IN_A_ROW = 4
 
 
 def _interval(ratios: Sequence[np.ndarray], draws: int = 1000) -> tuple[float, float]:
@@ -170,29 +158,48 @@ def _interval(ratios: Sequence[np.ndarray], draws: int = 1000) -> tuple[float, f
     return float(low), float(high)
 
 
+class Failure(NamedTuple):
+    """A way of doing a case that failed, and why."""
+
+    case: Case
+    way: str
+    error: str
+
+    def __str__(self) -> str:
+        return (self.error.strip().splitlines() or [""])[0]
+
+
 class Result(NamedTuple):
     """All that one run of the command found.
 
     Attributes:
       environment: Device, versions, flags, date.
       rows: What was measured.
-      failed: What failed, each with its case, way and error.
+      failed: What failed.
       skipped: Frameworks that are not there, and ways that would take too long to
         build, each with what to do about it.
     """
 
     environment: dict[str, Any]
     rows: list[Row]
-    failed: list[dict[str, Any]]
+    failed: list[Failure]
     skipped: list[dict[str, str]]
 
     def cases(self) -> list[Case]:
         """All cases, in the order in which they were measured."""
         return list(dict.fromkeys(row.case for row in self.rows))
 
+    def ways(self) -> list[str]:
+        """All ways, in the order in which they came first."""
+        return list(dict.fromkeys(row.way for row in self.rows))
+
     def of(self, case: Case) -> dict[str, Row]:
         """The rows of a case by way, in the order in which they were measured."""
         return {row.way: row for row in self.rows if row.case == case}
+
+    def failures(self, case: Case) -> list[Failure]:
+        """What failed of a case."""
+        return [failure for failure in self.failed if failure.case == case]
 
     def baseline(self, case: Case) -> Row:
         """What the ratios of a case are to: `--baseline`, or else the first row."""
@@ -201,29 +208,68 @@ class Result(NamedTuple):
         return rows.get(name) or next(iter(rows.values()))
 
 
+def merged(parts: Sequence[Result]) -> Result:
+    """Results of one device as one, with the environment of the first.
+
+    Raises:
+      ValueError: If they are of several devices, or have a row in common.
+    """
+    devices = sorted({str(part.environment.get("device")) for part in parts})
+    if len(devices) > 1:
+        raise ValueError(f"results of one device each: found {', '.join(devices)}")
+    rows = [row for part in parts for row in part.rows]
+    if len({(row.case, row.way) for row in rows}) < len(rows):
+        raise ValueError("results that have no row in common: found one in two of them")
+    commands = [str(part.environment.get("command")) for part in parts]
+    return Result(
+        parts[0].environment | {"command": " && ".join(commands)},
+        rows,
+        [failure for part in parts for failure in part.failed],
+        [entry for part in parts for entry in part.skipped],
+    )
+
+
+def by_depth(result: Result) -> list[list[Case]]:
+    """Cases that differ in nothing but the number of layers, the deepest last."""
+    found: dict[Case, list[Case]] = {}
+    for case in result.cases():
+        found.setdefault(case._replace(layers=0), []).append(case)
+    return [sorted(group, key=lambda case: case.layers) for group in found.values()]
+
+
 def save(path: pathlib.Path, result: Result) -> None:
     """Writes the file in one step: there is the old one, or all of the new one."""
     document = {
         "schema": SCHEMA,
         "environment": result.environment,
-        "rows": [
-            {
-                **row.case._asdict(),
-                "way": row.way,
-                "parity": dict(row.parity),
-                "measures": dict(row.measures),
-            }
-            for row in result.rows
-        ],
-        "failed": result.failed,
+        "rows": [_rounded(row._asdict()) for row in result.rows],
+        "failed": [failure._asdict() for failure in result.failed],
         "skipped": result.skipped,
     }
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "w") as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
+        file.write(_line_by_line(document))
     os.chmod(name, 0o644)
     os.replace(name, path)
+
+
+def _rounded(tree: Any) -> Any:
+    """Numbers with four digits: there is more noise than that."""
+    if isinstance(tree, float):
+        return float(f"{tree:.4g}")
+    if isinstance(tree, Mapping):
+        return {name: _rounded(value) for name, value in tree.items()}
+    return list(map(_rounded, tree)) if isinstance(tree, list) else tree
+
+
+def _line_by_line(document: Mapping[str, Any]) -> str:
+    """JSON with a line for each record of a list."""
+    dump = functools.partial(json.dumps, separators=(",", ":"))
+    parts = []
+    for name, value in document.items():
+        records = ",\n".join(map(dump, value)) if isinstance(value, list) else ""
+        parts.append(f'"{name}": ' + (f"[\n{records}\n]" if records else dump(value)))
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def load(path: pathlib.Path) -> Result:
@@ -236,10 +282,14 @@ def load(path: pathlib.Path) -> Result:
         document = json.loads(path.read_text())
         if document["schema"] != SCHEMA:
             raise ValueError(f"it has schema {document['schema']}, expected {SCHEMA}")
+        rows, failed = (
+            [x | {"case": Case(*x["case"])} for x in document[name]]
+            for name in ("rows", "failed")
+        )
         return Result(
             document["environment"],
-            [_row(row) for row in document["rows"]],
-            document["failed"],
+            [Row(**row) for row in rows],
+            [Failure(**failure) for failure in failed],
             document["skipped"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -247,21 +297,3 @@ def load(path: pathlib.Path) -> Result:
             f"{path} is no result of `python -m hk_stack.compare --out=...` of this "
             f"version: {error!r}; measure it anew"
         ) from None
-
-
-def _row(found: Mapping[str, Any]) -> Row:
-    case = Case(**{name: found[name] for name in Case._fields})
-    return Row(case, found["way"], found["measures"], found["parity"])
-
-
-def ways(result: Result) -> list[str]:
-    """All ways, in the order in which they came first."""
-    return list(dict.fromkeys(row.way for row in result.rows))
-
-
-def groups(cases: Iterable[Case]) -> dict[tuple[str, str], list[Case]]:
-    """Cases by model and mode: those that differ in sizes only."""
-    found: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        found.setdefault((case.model, case.mode), []).append(case)
-    return found

@@ -127,15 +127,12 @@ def kernel(system: Dplr, length: int) -> jax.Array:
       system: the continuous systems of `H` features.
       length: number of samples, `T`.
     """
-    eigenvalues, p, b, c, step = system
-    z = np.exp(-2j * np.pi * np.arange(length) / length)
-    step = step.astype(b.dtype)[:, None]
-    s = step * jnp.asarray((1 + z) / 2, b.dtype)[None]  # [H, T]
-    one_minus_z = jnp.asarray(1 - z, b.dtype)[None, None]
-    inverse = 1 / (one_minus_z - s[:, None] * eigenvalues[:, :, None])  # [H, N, T]
+    _, p, b, c, _ = system
+    s, denominator = _at_roots_of_unity(system, length)
+    inverse = 1 / denominator
     pairs = jnp.stack([c * b, c * p, p.conj() * b, p.conj() * p])  # [4, H, N]
     cb, cp, pb, pp = jnp.einsum("vhn,hnt->vht", pairs, inverse, precision="highest")
-    return jnp.fft.ifft(step * (cb - s * cp * pb / (1 + s * pp))).real
+    return _woodbury(system, s, cb, cp, pb, pp)
 
 
 def kernel_term_by_term(system: Dplr, length: int) -> jax.Array:
@@ -145,22 +142,60 @@ def kernel_term_by_term(system: Dplr, length: int) -> jax.Array:
     where `kernel` divides once for all four. See "The Annotated S4",
     https://srush.github.io/annotated-s4.
     """
-    eigenvalues, p, b, c, step = system
-    z = np.exp(-2j * np.pi * np.arange(length) / length)
-    step = step.astype(b.dtype)[:, None]
-    s = step * jnp.asarray((1 + z) / 2, b.dtype)[None]  # [H, T]
-    one_minus_z = jnp.asarray(1 - z, b.dtype)[None, None]
-    denominator = one_minus_z - s[:, None] * eigenvalues[:, :, None]  # [H, N, T]
+    _, p, b, c, _ = system
+    s, denominator = _at_roots_of_unity(system, length)
 
     def cauchy(weights: jax.Array) -> jax.Array:
         return jnp.sum(weights[:, :, None] / denominator, axis=1)
 
     cb, cp = cauchy(c * b), cauchy(c * p)
     pb, pp = cauchy(p.conj() * b), cauchy(p.conj() * p)
+    return _woodbury(system, s, cb, cp, pb, pp)
+
+
+def _at_roots_of_unity(system: Dplr, length: int) -> tuple[jax.Array, jax.Array]:
+    """`s(z)` `[H, T]` and `D(z) - s(z) Lambda` `[H, N, T]`, as in `kernel`."""
+    dtype = system.b.dtype
+    z = np.exp(-2j * np.pi * np.arange(length) / length)
+    step = system.step.astype(dtype)[:, None]
+    s = step * jnp.asarray((1 + z) / 2, dtype)[None]
+    one_minus_z = jnp.asarray(1 - z, dtype)[None, None]
+    return s, one_minus_z - s[:, None] * system.eigenvalues[:, :, None]
+
+
+def _woodbury(system: Dplr, s: jax.Array, *sums: jax.Array) -> jax.Array:
+    cb, cp, pb, pp = sums
+    step = system.step.astype(system.b.dtype)[:, None]
     return jnp.fft.ifft(step * (cb - s * cp * pb / (1 + s * pp))).real
 
 
 KERNELS = {"convolution": kernel, "term by term": kernel_term_by_term}
+
+
+def run(
+    params: Mapping[str, jax.Array], u: jax.Array, mode: str = "convolution"
+) -> jax.Array:
+    """One S4 layer, `[B, T, H] -> [B, T, H]`: `y = K * u + d u`.
+
+    Args:
+      params: as listed by `parameters`.
+      u: activations `[B, T, H]`.
+      mode: one of `KERNELS`, or "recurrence"; same parameters, same outputs.
+    """
+    system, length = dplr(params), u.shape[1]
+    if mode == "recurrence":
+        y = recur(u, discretise(system, length))
+    else:
+        y = convolve(u, KERNELS[mode](system, length))
+    return y + params["d"][None, None] * u
+
+
+def run_step(
+    params: Mapping[str, jax.Array], u: jax.Array, state: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """One step of time of `run`, from `u` `[B, H]` and a state `[B, H, N]`."""
+    state, y = step(discretise(dplr(params), length), state, u)
+    return y + params["d"][None] * u, state
 
 
 def spectrum(kernel: jax.Array) -> jax.Array:

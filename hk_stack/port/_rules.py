@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from hk_stack import _layout
+from hk_stack import _naming
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
@@ -94,7 +94,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
 @functools.cache
 def _pattern(pattern: str) -> str:
     template = "/".join(part for part in pattern.split("/") if part)
-    return _layout.pattern(template, "") if template else "(?P<inside>.*)"
+    return _naming.pattern(template) if template else "(?P<inside>.*)"
 
 
 def _left_open(match: "re.Match[str]") -> tuple[int, int]:

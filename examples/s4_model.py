@@ -1,0 +1,112 @@
+"""S4 in Haiku and in Flax Linen, as the examples use it.
+
+The layers are those that `hk_stack.compare` measures.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import common
+import example_data
+import haiku as hk
+import jax
+import optax
+from common import Losses, flag
+from example_data import Batch
+
+import hk_stack
+from hk_stack.compare import in_haiku
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(common.Config):
+    """Flags of the examples with S4."""
+
+    layers: int = flag("Number of layers.", default=4)
+    width: int = flag("Features in each layer.", default=64)
+    state_size: int = flag("States of each feature.", default=16)
+    dropout: float = flag("Share of values to drop.", default=0.05, below=1)
+
+
+def haiku_layers(
+    config: Config, is_training: bool, layer_stack: Any = hk_stack.layer_stack
+) -> Callable[[jax.Array], jax.Array]:
+    """Layers `[B, T, D] -> [B, T, D]` on a stack of Haiku's kind."""
+    return functools.partial(
+        in_haiku.s4_stack,
+        layer_stack=layer_stack,
+        num_layers=config.layers,
+        state_size=config.state_size,
+        dropout_rate=config.dropout,
+        is_training=is_training,
+    )
+
+
+def linen_layers(config: Config) -> Any:
+    """The same layers in Flax Linen, on `nn.scan`."""
+    from hk_stack.compare import in_linen  # Flax is not needed for Haiku.
+
+    block = functools.partial(
+        in_linen.S4Block, state_size=config.state_size, dropout_rate=config.dropout
+    )
+    return in_linen.ScanStack(block, config.layers)
+
+
+class Model(NamedTuple):
+    """A model in either framework.
+
+    Attributes:
+      init: `(key, x) -> params`.
+      apply: `(params, key, x, is_training) -> logits`.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., jax.Array]
+
+
+def of_haiku(fn: Callable[..., jax.Array]) -> Model:
+    """A model from `fn(x, is_training)`, which is made of Haiku modules."""
+    model = hk.transform(fn)
+    return Model(functools.partial(model.init, is_training=False), model.apply)
+
+
+def of_linen(module: Any) -> Model:
+    """A model from a Linen module that takes `(x, is_training)`."""
+
+    def apply(variables: Any, key: Any, x: jax.Array, is_training: bool) -> jax.Array:
+        rngs = {} if key is None else {"dropout": key}
+        logits: jax.Array = module.apply(variables, x, is_training, rngs=rngs)
+        return logits
+
+    return Model(module.init, apply)
+
+
+def train(
+    model: Model, config: Config, epochs: int, data: Batch, test: Batch
+) -> tuple[Any, Losses]:
+    """Trains by Adam, and tests after each epoch; returns parameters and losses."""
+    steps_per_epoch = len(data.y) // config.batch_size
+    optimiser = optax.adam(common.schedule(config, epochs * steps_per_epoch))
+
+    def loss(params: Any, key: Any, batch: Batch, is_training: bool) -> jax.Array:
+        logits = model.apply(params, key, batch.x, is_training)
+        return common.cross_entropy(logits, batch.y)
+
+    update = common.update(functools.partial(loss, is_training=True), optimiser)
+    evaluate = jax.jit(functools.partial(loss, key=None, batch=test, is_training=False))
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    params = jax.jit(model.init)(init_key, data.x[:1])
+    (params, _), losses = common.train(
+        lambda training, step: update(
+            training,
+            jax.random.fold_in(key, step),
+            example_data.shuffled(data, config, step),
+        ),
+        (params, optimiser.init(params)),
+        range(epochs * steps_per_epoch),
+        held_out=lambda training: evaluate(training[0]),
+        every=steps_per_epoch,
+    )
+    return params, losses

@@ -1,0 +1,95 @@
+"""Many layers independently of one another: setup and initialisers, in batches."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def in_batches(
+    run: Callable[[list[Any]], list[Any]],
+    values: list[Any],
+    *,
+    size: int,
+    remat: bool | None = None,
+    vmap: Callable[..., Any] = jax.vmap,
+) -> list[Any]:
+    """Runs all layers independently of one another, `size` of them at a time.
+
+    Equal to this loop, with the results stacked:
+
+    ```
+    for i in range(L):
+        results[i] = run([value[i] for value in values])
+    ```
+
+    Args:
+      run: One layer.
+      values: Arrays `[L, ...]`.
+      size: Layers in a batch; the last batch may be smaller. A batch of one layer is no
+        batch: `run` is not transformed. Nor is it where there is no batch of it: some
+        primitives have none, or not of all their uses.
+      remat: Whether the backward pass runs each batch again instead of keeping what it
+        computed on the way, which may be large; by default, if there is more than one.
+      vmap: What makes a batch of `run`.
+
+    Returns:
+      Arrays `[L, ...]`.
+    """
+    num_layers = values[0].shape[0]
+    if size > 1 and num_layers > 1:
+        with contextlib.suppress(Exception):  # Of any kind: the primitive's author's.
+            return _in_batches(vmap(run), values, size, remat)
+    return _in_batches(run, values, 1, remat)
+
+
+def _in_batches(
+    batch: Callable[[list[Any]], list[Any]],
+    values: list[Any],
+    size: int,
+    remat: bool | None,
+) -> list[Any]:
+    num_layers = values[0].shape[0]
+    if size < num_layers if remat is None else remat:
+        # In the loop over batches nothing can be merged with the backward pass; outside
+        # of one XLA would undo the rematerialisation.
+        batch = jax.checkpoint(batch, prevent_cse=size >= num_layers)
+    if num_layers == 1:
+        return [result[None] for result in batch([v[0] for v in values])]
+    if size == 1:
+        return list(jax.lax.map(batch, values))
+    if size >= num_layers:
+        return batch(values)
+    whole = num_layers - num_layers % size
+    split = [v[:whole].reshape(-1, size, *v.shape[1:]) for v in values]
+    results = jax.lax.map(batch, split)
+    results = [r.reshape(whole, *r.shape[2:]) for r in results]
+    if whole == num_layers:
+        return results
+    rest = batch([v[whole:] for v in values])
+    return [jnp.concatenate(pair) for pair in zip(results, rest, strict=True)]
+
+
+def batch_size(num_layers: int, nbytes: int) -> int:
+    """How many layers to run at once, if the largest value of each takes `nbytes`.
+
+    Batching is for work made of many small steps. Past `BATCH_BYTES` it saves nothing
+    and costs cache and memory: the more so, the larger the values are.
+
+    >>> batch_size(12, 2**10)
+    12
+    >>> batch_size(12, 2**21)
+    4
+    >>> batch_size(13, 2**21)  # 3 batches of 4, and one more layer
+    4
+    """
+    most = max(1, min(num_layers, BATCH_BYTES // max(1, nbytes)))
+    # A divisor spares the program a second copy of the layer, for the last batch.
+    divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
+    return divisor if 2 * divisor > most else most
+
+
+# Measured on a CPU, for S4 kernels and for random initial values.
+BATCH_BYTES = 8 * 2**20

@@ -1,0 +1,80 @@
+"""`hoist`: a mark on values that are setup, and how a traced program shows it."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core as jex
+
+from hk_stack import _equations
+from hk_stack._marks import HOIST, HOISTED
+
+T = TypeVar("T")
+
+
+def hoist(value: T) -> T:
+    """Marks `value`, computed inside a layer function, as setup.
+
+    `layer_stack` computes a marked value of all layers, in batches, before its loop,
+    and `partition` in its setup. The result is `value` itself: outside of both, or with
+    `setup="inline"`, this is the identity.
+
+    Automatic hoisting finds most setup without a mark. A mark is for what it leaves
+    alone on purpose: cheap work that is still worth moving, and values that also
+    depend on arrays closed over from outside the stack.
+
+    >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
+    >>> def layer(x):
+    ...     w = hk.get_parameter("w", [2, 2], init=hk.initializers.Identity())
+    ...     return x @ hk_stack.hoist(jax.scipy.linalg.expm(w))
+    >>> model = hk.transform(lambda x: hk_stack.layer_stack(3)(layer)(x))
+    >>> params = model.init(jax.random.key(0), jnp.ones([2]))
+    >>> print(model.apply(params, None, jnp.ones([2])).round(2))
+    [20.09 20.09]
+
+    Args:
+      value: Any pytree of arrays.
+
+    Returns:
+      The same pytree of arrays.
+
+    Raises:
+      TypeError: If a leaf is no array.
+      ValueError: By the stack or partition around it, if `value` depends on the layer's
+        input, a random key, state, a per-layer input or a side effect. The message says
+        which.
+    """
+    for leaf in jax.tree.leaves(value):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
+            raise TypeError(
+                f"hk_stack.hoist: expected a pytree of arrays, found a "
+                f"{type(leaf).__name__} ({leaf!r})."
+            )
+    marked: T = jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
+    return marked
+
+
+def is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
+    """Whether `eqn` is one of `marks`, or holds one."""
+    return any(
+        e.primitive.name == "name" and e.params["name"] in marks
+        for e in _equations.with_inner([eqn])
+    )
+
+
+def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    """`eqn` with its mark, or the marks inside, weakened."""
+    if not is_marked(eqn, (HOIST,)):
+        return eqn
+    if eqn.primitive.name == "name":
+        return _equations.replace(eqn, params={**eqn.params, "name": HOISTED})
+
+    return _equations.with_bodies(eqn, _weaken_body)
+
+
+def _weaken_body(body: _equations.Body) -> Any:
+    if isinstance(body, jex.ClosedJaxpr):
+        eqns = list(map(weaken, body.jaxpr.eqns))
+        return jex.ClosedJaxpr(_equations.replace(body.jaxpr, eqns=eqns), body.consts)
+    return _equations.replace(body, eqns=list(map(weaken, body.eqns)))

@@ -1,0 +1,191 @@
+"""What `layer_stack` is given besides the layer function, checked."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hk_stack import _checks, _loop, _naming
+
+Setup = Literal["auto", "marked", "inline"]
+Init = Literal["auto", "vmap", "map", "scan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `layer_stack`, which says what they mean.
+
+    Attributes:
+      naming_map: Of a transparent stack; else None.
+    """
+
+    num_layers: int
+    with_per_layer_inputs: bool
+    unroll: int
+    pass_reverse: bool
+    naming_map: _naming.Map | None
+    name: str
+    setup: str
+    setup_batch_size: int | None
+    setup_remat: bool | None
+    init: str
+    loop: _loop.Loop
+    remat: _loop.Remat | None
+    carry_dtype: Any
+    check_finite: bool | None
+
+
+def checked(
+    num_layers: object,
+    with_per_layer_inputs: object,
+    unroll: object,
+    pass_reverse_to_layer_fn: object,
+    transparent: object,
+    transparency_map: object,
+    name: object,
+    *,
+    remat: object,
+    remat_every: object,
+    setup_batch_size: object,
+    carry_dtype: object,
+    **rest: object,
+) -> Options:
+    """The options, or an error that names the argument and says what to write."""
+    where = f"layer_stack {name!r}" if isinstance(name, str) and name else "layer_stack"
+    num_layers = _checks.positive(num_layers, "num_layers", where)
+    is_pair = _checks.flag(with_per_layer_inputs, "with_per_layer_inputs", where)
+    is_transparent = _checks.flag(transparent, "transparent", where)
+    if setup_batch_size is not None:
+        setup_batch_size = _checks.positive(setup_batch_size, "setup_batch_size", where)
+    return Options(
+        num_layers=num_layers,
+        with_per_layer_inputs=is_pair,
+        unroll=_unroll(unroll, num_layers, where),
+        pass_reverse=_checks.flag(
+            pass_reverse_to_layer_fn, "pass_reverse_to_layer_fn", where
+        ),
+        naming_map=_naming_map(transparency_map, where) if is_transparent else None,
+        name=_name(name, is_pair),
+        setup_batch_size=setup_batch_size,
+        remat=_remat(remat, remat_every, num_layers, where),
+        carry_dtype=_floating(carry_dtype, where),
+        **_words(rest, where),
+    )
+
+
+def _words(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The options that are words or flags."""
+    words = {"setup": Setup, "init": Init, "loop": _loop.Loop}
+    flags = ("setup_remat", "check_finite")
+    return {
+        k: _checks.one_of(given[k], get_args(kind), k, where)
+        for k, kind in words.items()
+    } | {k: _checks.true_or_false(given[k], k, where) for k in flags}
+
+
+def _naming_map(naming_map: object, where: str) -> _naming.Map:
+    if naming_map is None:
+        raise ValueError(
+            f"{where}: transparent=True needs a transparency_map, which names the "
+            "module of each layer (see hk.LayerStackTransparencyMapping)."
+        )
+    return _naming.naming_map(naming_map, "transparency_map", where)
+
+
+def _remat(
+    remat: object, every: object, num_layers: int, where: str
+) -> _loop.Remat | None:
+    policy = _policy(remat, where)
+    if not remat:
+        if every is not None:
+            raise ValueError(
+                f"{where}: remat_every={every!r} says how remat groups the layers, but "
+                "remat is off. Write remat=True too, or a policy."
+            )
+        return None
+    if every == "sqrt":
+        every = _loop.square_root(num_layers)
+    elif every is None:
+        every = 1
+    elif isinstance(every, str):
+        raise ValueError(
+            f'{where}: remat_every must be a positive int or "sqrt", not {every!r}.'
+        )
+    return _loop.Remat(policy, _checks.positive(every, "remat_every", where))
+
+
+def _name(name: object, with_per_layer_inputs: bool) -> str:
+    """The name of a stack."""
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(
+            f"layer_stack: name must be a str or None, not {name!r} "
+            f"({type(name).__name__})."
+        )
+    kind = "with_per_layer" if with_per_layer_inputs else "no_per_layer"
+    return name or f"__layer_stack_{kind}"
+
+
+def _unroll(value: object, num_layers: int, where: str) -> int:
+    """How many layers one step of the loop holds; True is all of them."""
+    if isinstance(value, (bool, np.bool_)):
+        return num_layers if value else 1
+    return _checks.positive(value, "unroll", where)
+
+
+def _policy(remat: object, where: str) -> Callable[..., Any] | None:
+    """What `remat` keeps, as a policy of `jax.checkpoint`."""
+    if isinstance(remat, (bool, np.bool_)):
+        return None
+    known = jax.checkpoint_policies
+    if isinstance(remat, str):
+        hint = (
+            f": remat=jax.checkpoint_policies.{remat}" if hasattr(known, remat) else ""
+        )
+        raise TypeError(
+            f"{where}: remat must be True, False or a policy, not {remat!r}. Give the "
+            f"function{hint or ' of jax.checkpoint_policies'}."
+        )
+    if not callable(remat):
+        raise TypeError(
+            f"{where}: remat must be True, False or a policy such as "
+            f"jax.checkpoint_policies.dots_saveable, not {remat!r}."
+        )
+    made = [n for n in _MAKERS_OF_POLICIES if remat is getattr(known, n, None)]
+    if isinstance(remat, type):
+        made = [remat.__name__]
+    for name in made:
+        raise TypeError(
+            f"{where}: remat=jax.checkpoint_policies.{name} is no policy, but "
+            f"makes one; as it is, it would keep everything. Call it with its "
+            f"arguments: jax.checkpoint_policies.{name}(...)."
+        )
+    return remat
+
+
+_MAKERS_OF_POLICIES = (
+    "offload_dot_with_no_batch_dims",
+    "save_and_offload_only_these_names",
+    "save_any_names_but_these",
+    "save_anything_except_these_names",
+    "save_from_both_policies",
+    "save_only_these_names",
+)
+
+
+def _floating(dtype: Any, where: str) -> Any:
+    """`dtype` as the floating-point type of a carry; None stays None."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = dtype
+    if found is None or (
+        isinstance(found, np.dtype) and jnp.issubdtype(found, jnp.floating)
+    ):
+        return found
+    raise TypeError(
+        f"{where}: carry_dtype must be a floating-point type such as jnp.bfloat16, "
+        f"not {dtype!r}."
+    )

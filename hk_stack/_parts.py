@@ -1,0 +1,116 @@
+"""A traced function in two parts, setup and call, and its setup for many layers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+
+from hk_stack import _batches, _cost, _equations
+
+
+class Input(NamedTuple):
+    """What the cut must know of one input of a traced function.
+
+    Attributes:
+      label: How an error names it.
+      known: May setup depend on it of its own accord?
+      fixed: Does it stay the same through the loop, so that a *marked* value may
+        depend on it? Every known input is fixed.
+      layered: Has it a leading layer axis outside the loop?
+      carried: Is it a part of what each layer hands to the next?
+      constant: Is it made of constants alone?
+    """
+
+    label: str
+    known: bool = False
+    fixed: bool = False
+    layered: bool = False
+    carried: bool = False
+    constant: bool = False
+
+
+class Parts(NamedTuple):
+    """A traced function in parts, equal to it when run one after the other.
+
+    ```
+    before = parts.shared(*pick(parts.shared_inputs))
+    own = parts.setup(*before, *pick(parts.setup_inputs))
+    outputs = parts.call(*before[:num_shared], *own, *pick(parts.call_inputs))
+    ```
+
+    where `pick` takes the inputs at these positions.
+
+    Attributes:
+      shared: The derived values that depend on no layered input; then what only
+        `setup` needs of this kind, and is too expensive to compute in each layer.
+      setup: The derived values of one layer.
+      call: The rest.
+      shared_inputs: Positions of the inputs that `shared` reads.
+      setup_inputs: Positions of the inputs that `setup` reads.
+      call_inputs: Positions of the inputs that `call` reads.
+      num_shared: How many derived values `shared` computes.
+    """
+
+    shared: jex.ClosedJaxpr
+    setup: jex.ClosedJaxpr
+    call: jex.ClosedJaxpr
+    shared_inputs: tuple[int, ...]
+    setup_inputs: tuple[int, ...]
+    call_inputs: tuple[int, ...]
+    num_shared: int
+
+    @property
+    def num_derived(self) -> int:
+        """How many derived values the call is handed."""
+        return self.num_shared + len(self.setup.jaxpr.outvars)
+
+
+def derive(
+    parts: Parts,
+    values: Sequence[Any],
+    inputs: Sequence[Input],
+    num_layers: int,
+    *,
+    batch_size: int | None = None,
+    remat: bool | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """Runs setup for all layers.
+
+    Args:
+      parts: A layer, cut.
+      values: All inputs of the layer, the layered ones with a leading axis `[L, ...]`.
+      inputs: What they are.
+      num_layers: `L`.
+      batch_size: How many layers run at once; by default, as many as are small enough.
+      remat: Whether the backward pass runs setup again instead of keeping what it
+        computed on the way; by default, if there is more than one batch.
+
+    Returns:
+      The derived values that all layers share, and those of each, `[L, ...]`.
+    """
+    before = _equations.run(parts.shared, *(values[i] for i in parts.shared_inputs))
+    shared = before[: parts.num_shared]
+    setup = parts.setup
+    if not setup.jaxpr.outvars:
+        return shared, []
+    given = {i: values[i] for i in parts.setup_inputs}
+    own = [i for i in given if inputs[i].layered]
+
+    def one(own_values: list[Any]) -> list[Any]:
+        read = given | dict(zip(own, own_values, strict=True))
+        return _equations.run(setup, *before, *read.values())
+
+    size = _batch_size(setup.jaxpr, num_layers, batch_size)
+    rows = [given[i] for i in own]
+    return shared, _batches.in_batches(one, rows, size=size, remat=remat)
+
+
+def _batch_size(setup: jex.Jaxpr, num_layers: int, asked: int | None) -> int:
+    """How many layers' setup runs at once."""
+    if not _cost.can_batch(setup):
+        return 1
+    if asked is not None:
+        return asked
+    if _cost.gathers(setup):
+        return 1  # A batch would hold all of its layers whole on each device.
+    return _batches.batch_size(num_layers, _cost.largest_value(setup))
