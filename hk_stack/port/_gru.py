@@ -53,7 +53,7 @@ class GRU(hk.RNNCore):
           The next state, twice: as output and as state.
         """
         size, dtype = self.hidden_size, inputs.dtype
-        init = hk.initializers.VarianceScaling()  # type: ignore[no-untyped-call]
+        init = hk.initializers.VarianceScaling()
         w_i = hk.get_parameter("w_i", [inputs.shape[-1], 3 * size], dtype, init)
         w_h = hk.get_parameter("w_h", [size, 3 * size], dtype, init)
         b_i = hk.get_parameter("b_i", [3 * size], dtype, jnp.zeros)

@@ -79,6 +79,12 @@ class Side(NamedTuple):
         return tuple(axis - 1 for axis in self.axes if axis)
 
     @property
+    def steps(self) -> list[tuple[int, int]]:
+        """These with their sizes."""
+        pairs = zip(self.axes, self.sizes, strict=True)
+        return [(axis, size) for axis, size in pairs if axis]
+
+    @property
     def interleaved(self) -> bool | None:
         """Whether a step along an axis passes all numbered leaves; None without such.
 
@@ -158,6 +164,17 @@ def read(groups: Sequence[Group], said: Said) -> list[Reading | Refusal]:
         if group.flax[0].is_bias:  # It has one axis in a layer of Haiku.
             depths[group.haiku[0].path[:-1]] = len(group.haiku[0].shape) - 1
     tried = [_Reader(group, depths, said) for group in groups]
+    steps: dict[str, set[tuple[int, int]]] = {}
+    for one in tried:
+        if one.fits:
+            each = {step for reading in one.fits for step in reading.flax.steps}
+            steps[one.block] = steps.get(one.block, each) & each
+    for one in tried:  # A scan over numbered blocks has all of their leaves.
+        one.fits = [
+            reading
+            for reading in one.fits
+            if not reading.flax.interleaved or reading.flax.steps[0] in steps[one.block]
+        ]
     where: dict[Hashable, set[Hashable]] = {}
     for one in tried:
         if one.fits:  # A scan puts all of a module on the same axes.
@@ -172,6 +189,7 @@ class _Reader:
     def __init__(self, group: Group, depths: Mapping[Hashable, int], said: Said):
         self.group = group
         self.module = group.flax[0].collection, group.flax[0].raw[:-1]
+        self.block = _scope(group).partition("*")[0]
         self.fits: list[Reading] = []
         self._said = said
         self._depth = _depth(group, depths)
