@@ -83,9 +83,18 @@ def layers_variables(model, way, **options):
     return {name: in_way(way, values["layers"]) for name, values in variables.items()}
 
 
+# The scopes of layers in Haiku, by the first module in Flax.
+RENAMES = {
+    "block_0": {"block_*": "layers/block_*"},
+    "stack": {"stack": "layers/block"},
+}
+
+
 def to_haiku(variables, model, **options):
     """Parameters and state of the layers in Haiku."""
-    return hk_stack.flax_to_haiku(variables, haiku_types(model, **options))
+    rename = RENAMES.get(min(variables["params"]))
+    like = haiku_types(model, **options)
+    return hk_stack.flax_to_haiku(variables, like, rename=rename)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from hk_stack.compare.results import Case
 
 LAYERS, WIDTH, HEADS, TOKENS = 24, 512, 8, 50_000
 _NAMES = hk_stack.NumberedLayers("block_{}", "layers/block")
+_RENAME = {"block_*": "layers/block_*"}
 
 Tree = dict[str, Any]
 
@@ -54,7 +55,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         lambda: jax.tree.map(np.copy, of_stack),
         lambda: jax.tree.map(jnp.copy, stack_in_jax),
         lambda: hk_stack.flax_to_haiku(scanned, (types, {})),
-        lambda: hk_stack.flax_to_haiku(loop, (types, {})),
+        lambda: hk_stack.flax_to_haiku(loop, (types, {}), rename=_RENAME),
         lambda: hk_stack.haiku_to_flax((of_stack, {}), scanned),
         lambda: hk_stack.stack_params(of_loop, _NAMES),
         lambda: hk_stack.stack_params(in_jax, _NAMES),

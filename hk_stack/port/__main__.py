@@ -11,10 +11,12 @@ safetensors, `.npz`, or of Flax's msgpack.
 
 import builtins
 import importlib
+import importlib.util
 import math
 import os
 import pathlib
 import re
+import string
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +26,11 @@ import numpy as np
 from absl import app, flags, logging
 
 from hk_stack import _table, checkpoint
-from hk_stack.port import leaves, names, plan
+from hk_stack.port import _leaves, _names, _rules, plan
+
+Tree = dict[str, Any]
+Leaves = Mapping[str, Any]  # By their paths; what has a shape and a dtype.
+_of: Callable[[Any, Any], Any] = jax.ShapeDtypeStruct
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
 _COLLECTIONS = flags.DEFINE_list(
@@ -55,24 +61,19 @@ def main(argv: list[str]) -> None:
         if _LIKE.value is None:
             print(inspected(tree))
             return
-        found = plan(tree, _params_and_state(read(_LIKE.value)), **_rules())
+        like = read(_LIKE.value)  # All is parameters if nothing says so.
+        has_params = isinstance(like.get("params"), Mapping)
+        pair = (like["params"], like.get("state", {})) if has_params else (like, {})
+        found = plan(tree, pair, **_options())
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    _show(found)
+    has_rich = sys.stdout.isatty() and importlib.util.find_spec("rich")
+    (importlib.import_module("rich") if has_rich else builtins).print(found)
     sys.exit(0 if found.ok else 1)
 
 
-def _show(found: Any) -> None:
-    """In colour where that is possible."""
-    try:
-        rich = importlib.import_module("rich") if sys.stdout.isatty() else None
-    except ImportError:
-        rich = None
-    (rich or builtins).print(found)
-
-
-def _rules() -> dict[str, Any]:
+def _options() -> dict[str, Any]:
     wrong = [rule for rule in _RENAME.value if rule.count("=") != 1]
     if wrong:
         raise ValueError(f"--rename={wrong[0]} must be FLAX=HAIKU.")
@@ -85,7 +86,7 @@ def _rules() -> dict[str, Any]:
     }
 
 
-def _collections(tree: Any) -> Any:
+def _collections(tree: Tree) -> Tree:
     wanted = _COLLECTIONS.value
     missing = [name for name in wanted if name not in tree]
     if missing:
@@ -93,53 +94,38 @@ def _collections(tree: Any) -> Any:
     return {name: tree[name] for name in wanted} if wanted else tree
 
 
-def _params_and_state(tree: Any) -> tuple[Any, Any]:
-    """The parts of a checkpoint of Haiku; all is parameters if nothing says so."""
-    if isinstance(tree.get("params"), Mapping):
-        return tree["params"], tree.get("state", {})
-    return tree, {}
+def inspected(tree: Tree) -> str:
+    """A table of the leaves of Flax variables, numbered ones together."""
+    rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
+    for leaf in _leaves.of_flax(tree, _rules.Rules("rename", {})):
+        alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
+        rows.setdefault(tuple(alike), []).append(leaf)
+    pieces = [piece for leaves in rows.values() for x in leaves for piece in x.pieces]
+    numbers = sum(math.prod(piece.shape) for piece in pieces)
+    head = f"{len(pieces)} leaves, {numbers:,} numbers, {_size(pieces)}"
+    cells = [_cells(leaves) for leaves in rows.values()]
+    table = _table.Table(["Flax", "in Haiku", "times", "bytes"], cells)
+    return "\n".join([head, *_table.aligned(table)])
 
 
-def inspected(tree: Any) -> str:
-    """A table of the leaves of Flax variables, numbered ones together.
-
-    Args:
-      tree: Linen's variables, or a plain dict of an NNX state.
-    """
-    rows: dict[tuple[Any, ...], list[leaves.Leaf]] = {}
-    for leaf in leaves.of_flax(tree, names.Renames({})):
-        numbers = [re.sub("[0-9]+", "0", piece.name) for piece in leaf.pieces]
-        shapes = [(piece.shape, str(piece.dtype)) for piece in leaf.pieces]
-        rows.setdefault((*numbers, *shapes), []).append(leaf)
-    titles = ["Flax", "in Haiku", "times", "bytes"]
-    cells = [_cells(group) for group in rows.values()]
-    pieces = [
-        piece for group in rows.values() for leaf in group for piece in leaf.pieces
-    ]
-    params = sum(math.prod(piece.shape) for piece in pieces)
-    head = f"{len(pieces)} leaves, {params:,} numbers, {_table.si(_nbytes(pieces))}B"
-    return "\n".join([head, *_table.aligned(_table.Table(titles, cells))])
+def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
+    *path, name = leaves[0].path
+    module = _names.parts(path)
+    if len(leaves) > 1:
+        module = tuple(part._replace(number=0) for part in module)
+    in_haiku = "/".join(filter(None, (_names.written(module), name)))
+    size = _size([piece for leaf in leaves for piece in leaf.pieces])
+    return [str(leaves[0]), in_haiku, str(len(leaves)), size]
 
 
-def _cells(group: list[leaves.Leaf]) -> list[str]:
-    pieces = [piece for leaf in group for piece in leaf.pieces]
-    *module, name = group[0].path
-    scopes = [
-        f"{part.base}_{part.number}" if part.number and len(group) == 1 else part.base
-        for part in names.parts(module)
-    ]
-    path = "/".join((*scopes, name))
-    return [str(group[0]), path, str(len(group)), f"{_table.si(_nbytes(pieces))}B"]
-
-
-def _nbytes(pieces: list[leaves.Piece]) -> int:
-    return sum(piece.nbytes for piece in pieces)
+def _size(pieces: list[_leaves.Piece]) -> str:
+    return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
 
 
 # Reading
 
 
-def read(path: str) -> Any:
+def read(path: str) -> Tree:
     """The leaves of a checkpoint as nested dicts of `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -149,108 +135,91 @@ def read(path: str) -> Any:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
-    suffix = pathlib.Path(path).suffix
+    is_folder, suffix = os.path.isdir(path), pathlib.Path(path).suffix
     if suffix in (".pkl", ".pickle"):
         raise ValueError(
             f"{path}: a pickle runs code when it is read. If you trust it, load it "
             "yourself, and call hk_stack.port.plan(variables, like)."
         )
-    reader = _folder if os.path.isdir(path) else _READERS.get(suffix, _msgpack)
+    reader, kind = _READERS.get("folder" if is_folder else suffix, _READERS[".msgpack"])
     try:
-        tree = _own(path) if _is_own(path) else reader(path)
+        tree = _nested(reader(path))
     except (OSError, ImportError):
         raise
     except Exception as error:  # Of many libraries.
-        kind = _KINDS[reader.__name__]
         text = f"{path}: it is no {kind}, or is damaged: {error}"
         raise ValueError(text) from error
     if not jax.tree.leaves(tree):
-        steps = ", ".join(sorted(os.listdir(path))[:4]) if os.path.isdir(path) else ""
+        steps = ", ".join(sorted(os.listdir(path))[:4]) if is_folder else ""
         inside = f" Name what is inside of it: {steps}." if steps else ""
         raise ValueError(f"{path}: there are no arrays in it.{inside}")
-    return jax.tree.map(_type, tree)
-
-
-def _type(leaf: Any) -> jax.ShapeDtypeStruct:
-    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _is_own(path: str) -> bool:
-    """Whether `hk_stack.checkpoint` wrote it."""
-    if os.path.isdir(path):
-        return os.path.isdir(os.path.join(path, "about"))
-    if not path.endswith(".safetensors"):
-        return False
-    with _library("safetensors", "checkpoint").safe_open(path, "numpy") as file:
-        return "hk_stack.checkpoint" in (file.metadata() or {})
-
-
-def _own(path: str) -> Any:
-    """What `hk_stack.checkpoint` says of a checkpoint that it wrote."""
-    tree: dict[str, Any] = {}
-    for name, leaf in checkpoint.metadata(path).leaves.items():
-        _put(tree, name.split("/"), leaf)
     return tree
 
 
-def _safetensors(path: str) -> Any:
-    """Flat names, with slashes or with dots."""
-    tree: dict[str, Any] = {}
-    with _library("safetensors", "checkpoint").safe_open(path, "numpy") as file:
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            dtype = _DTYPES[part.get_dtype()]
-            leaf = jax.ShapeDtypeStruct(part.get_shape(), dtype)
-            _put(tree, re.split("/" if "/" in name else r"\.", name), leaf)
+def _nested(leaves: Leaves) -> Tree:
+    """Nested dicts of types."""
+    tree: Tree = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        node[last] = _of(array.shape, array.dtype)
     return tree
 
 
-_DTYPES = {
-    "BOOL": "bool",
-    "BF16": "bfloat16",
-    "C64": "complex64",
-    **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
-    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
-    **{f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)},
-}
+def _of_safetensors(path: str) -> Leaves:
+    """Names have slashes, or dots instead."""
+    library = _library("safetensors", "checkpoint")
+    with library.safe_open(path, "numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name if "/" in name else name.replace(".", "/"): _of(
+                part.get_shape(), _dtype(part.get_dtype())
+            )
+            for name, part in slices.items()
+        }
 
 
-def _npz(path: str) -> Any:
-    tree: dict[str, Any] = {}
+def _dtype(name: str) -> str:
+    """`BF16` is `bfloat16`."""
+    kind, bits = name.rstrip("0123456789"), name.lstrip(string.ascii_uppercase)
+    kinds = {"BF": "bfloat", "C": "complex", "F": "float", "I": "int", "U": "uint"}
+    return kinds.get(kind, kind.lower()) + bits
+
+
+def _of_npz(path: str) -> Leaves:
     with np.load(path, allow_pickle=False) as file:
-        for name in file.files:
-            _put(tree, name.split("/"), file[name])
-    return tree
+        return dict(file)
 
 
-def _msgpack(path: str) -> Any:
+def _of_msgpack(path: str) -> Leaves:
     flax = _library("flax.serialization", "flax")
-    return flax.msgpack_restore(pathlib.Path(path).read_bytes())
+    tree = flax.msgpack_restore(pathlib.Path(path).read_bytes())
+    return _named(tree)
 
 
-def _folder(path: str) -> Any:
-    """What orbax says of a folder; `value` is a box of NNX, no name."""
+def _of_folder(path: str) -> Leaves:
+    """What orbax says of a folder, a checkpoint manager's or our own ones, too."""
     orbax = _library("orbax.checkpoint", "checkpoint")
+    if os.path.isdir(os.path.join(path, "about")):
+        return dict(checkpoint.metadata(path).leaves)
     folder = os.path.abspath(path)
-    if os.path.isdir(os.path.join(folder, "default")):  # Of a checkpoint manager.
-        folder = os.path.join(folder, "default")
+    inside = os.path.join(folder, "default")
     with orbax.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.metadata(folder)
+        found = checkpointer.metadata(inside if os.path.isdir(inside) else folder)
     found = getattr(found, "item_metadata", found)
-    tree: dict[str, Any] = {}
-    for keys, leaf in jax.tree.leaves_with_path(getattr(found, "tree", found)):
-        parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
-        parts = [part for name in parts for part in name.split("/")]
-        parts = parts[:-1] if parts[-1] == "value" else parts
-        _put(tree, parts, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return tree
+    return _named(getattr(found, "tree", found))
 
 
-def _put(tree: dict[str, Any], path: list[str], leaf: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = leaf
+def _named(tree: Any) -> Leaves:
+    """By their paths; `value` is a box of NNX, no name."""
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name.removesuffix("/value")] = leaf
+    return found
 
 
 def _library(name: str, extra: str) -> Any:
@@ -263,12 +232,11 @@ def _library(name: str, extra: str) -> Any:
         ) from error
 
 
-_READERS: dict[str, Callable[[str], Any]] = {".safetensors": _safetensors, ".npz": _npz}
-_KINDS = {
-    "_folder": "folder of orbax",
-    "_msgpack": "file of Flax's msgpack",
-    "_npz": "file of NumPy",
-    "_safetensors": "file of safetensors",
+_READERS: dict[str, tuple[Callable[[str], Leaves], str]] = {
+    ".msgpack": (_of_msgpack, "file of Flax's msgpack"),
+    ".npz": (_of_npz, "file of NumPy"),
+    ".safetensors": (_of_safetensors, "file of safetensors"),
+    "folder": (_of_folder, "folder of orbax"),
 }
 
 

@@ -1,0 +1,246 @@
+"""Which leaves of the two trees are the same.
+
+Leaves whose names differ in numbers only are a *family*: `block_0/linear/w`,
+`block_1/linear/w`, ... Families are paired by name. Where all modules of a scope have
+the same numbers in both trees, numbers tell modules apart; where they do not, they
+count layers, which the other tree keeps on an axis.
+"""
+
+import collections
+import itertools
+import math
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
+from typing import NamedTuple
+
+from hk_stack.port import _layers, _names
+from hk_stack.port._layers import Group, Reading
+from hk_stack.port._leaves import Leaf
+from hk_stack.port._names import Module, Path
+from hk_stack.port._rules import Said
+
+Key = tuple[str, Path]  # Kind; bases of the modules, and the leaf's name.
+Numbers = tuple[int, ...]
+Family = dict[Numbers, Leaf]
+Families = dict[Key, Family]
+
+
+class Matched(NamedTuple):
+    """What goes, what does not fit, what is left over, and renamings to propose."""
+
+    moves: list[Reading]
+    unfit: list[tuple[Group, str]]  # And why.
+    flax: list[Leaf]
+    haiku: list[Leaf]
+    renames: dict[str, str]
+
+
+def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
+    """Pairs the leaves of the two trees."""
+    theirs, ours = _named_alike(flax, haiku)
+    groups = list(_groups(theirs, ours))
+    moves: list[Reading] = []
+    unfit: list[tuple[Group, str]] = []
+    for (group, alone), found in zip(
+        groups, _layers.read([group for group, _ in groups], said), strict=True
+    ):
+        if isinstance(found, Reading):
+            moves.append(found)
+            continue
+        # Numbers that count no layers tell modules apart, some of which are missing.
+        apart = [] if found.fits else _layers.read(alone, said)
+        fits = [one for one in apart if isinstance(one, Reading)]
+        moves += fits if len(fits) == len(apart) else []
+        if not apart or len(fits) < len(apart):
+            unfit.append((group, found.why))
+    used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
+    used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
+    left, others = (
+        [leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)
+    )
+    return Matched(moves, unfit, left, others, _proposed(theirs, ours))
+
+
+def _named_alike(
+    flax: Sequence[Leaf], haiku: Sequence[Leaf]
+) -> tuple[Families, Families]:
+    """Families, without the modules that are around everything in one tree only."""
+    written: dict[Hashable, set[Module]] = collections.defaultdict(set)
+    for leaf in haiku:
+        written[leaf.kind, _module(leaf), leaf.path[-1]].add(_module(leaf, True))
+    # `conv1_d` and `conv2_d` are both a first convolution: only rules tell them apart.
+    several = [modules for modules in written.values() if len(modules) > 1]
+    literal = set(itertools.chain.from_iterable(several))
+    theirs, ours = _families(flax, literal), _families(haiku, literal)
+    for i in itertools.count():
+        old, new = _inside(theirs, i), _inside(ours, i)
+        if _tops(old) & _tops(ours):
+            return old, ours
+        if _tops(theirs) & _tops(new):
+            return theirs, new
+        if not old and not new:
+            return theirs, ours
+    raise AssertionError
+
+
+def _module(leaf: Leaf, literal: bool = False) -> Module:
+    return _names.parts(leaf.path[:-1], literal)
+
+
+def _families(leaves: Iterable[Leaf], literal: Set[Module]) -> Families:
+    """Leaves by name. Where two have one name and number, neither has a place."""
+    families: Families = collections.defaultdict(dict)
+    twice = []
+    for leaf in leaves:
+        module = _module(leaf, True)
+        module = module if module in literal else _module(leaf)
+        bases = (*(part.base for part in module), _names.leaf(leaf.path[-1]))
+        family = families[leaf.kind, bases]
+        numbers = tuple(part.number for part in module)
+        if family.setdefault(numbers, leaf) is not leaf:
+            twice.append((family, numbers))
+    for family, numbers in twice:
+        family.pop(numbers, None)
+    return {key: family for key, family in families.items() if family}
+
+
+def _tops(families: Families) -> set[str]:
+    return {name[0] for _, name in families if len(name) > 1}
+
+
+def _inside(families: Families, length: int) -> Families:
+    """Without the first parts of all names; nothing if these are not all the same."""
+    first = {
+        (name[:-1][:length], numbers[:length])
+        for (_, name), family in families.items()
+        for numbers in family
+    }
+    if len(first) != 1 or len(first.pop()[0]) < length:
+        return {}
+    return {
+        (kind, name[length:]): {n[length:]: leaf for n, leaf in family.items()}
+        for (kind, name), family in families.items()
+    }
+
+
+# Numbers
+
+
+def _groups(theirs: Families, ours: Families) -> Iterator[tuple[Group, list[Group]]]:
+    """Leaves that hold the same layers; and if they hold none, which are the same."""
+    flax, haiku = _numbers(theirs), _numbers(ours)
+    for key in [key for key in theirs if key in ours]:
+        kind, name = key
+        scopes = [(kind, name[:i]) for i in range(1, len(name))]
+        same = [i for i, at in enumerate(scopes) if flax[at, i] == haiku[at, i]]
+        old, new = _split(theirs[key], same), _split(ours[key], same)
+        for at in sorted(old.keys() & new.keys()):
+            yield from _group(old[at], new[at])
+
+
+def _numbers(families: Families) -> dict[Hashable, set[int]]:
+    """The numbers that each scope has, in whatever leaf."""
+    found: dict[Hashable, set[int]] = collections.defaultdict(set)
+    for (kind, name), family in families.items():
+        for numbers in family:
+            for i, number in enumerate(numbers):
+                found[(kind, name[: i + 1]), i].add(number)
+    return found
+
+
+def _split(family: Family, places: Sequence[int]) -> dict[Numbers, Family]:
+    """A family by some of its numbers, in the order of all of them."""
+    found: dict[Numbers, Family] = collections.defaultdict(dict)
+    for numbers in sorted(family):
+        found[tuple(numbers[i] for i in places)][numbers] = family[numbers]
+    return found
+
+
+def _group(flax: Family, haiku: Family) -> Iterator[tuple[Group, list[Group]]]:
+    both = [numbers for numbers in flax if numbers in haiku]
+    if len(flax) == len(haiku) == 1 and not both:
+        return
+    holes = _holes(flax) or _holes(haiku)
+    # Numbers of two loops that only overlap may not be those of the same modules.
+    is_part = len(both) == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
+    alone = [Group((flax[n],), (haiku[n],)) for n in both if is_part]
+    yield Group(tuple(flax.values()), tuple(haiku.values()), holes), alone
+
+
+def _holes(family: Family) -> str:
+    """What is missing for the numbers to count layers."""
+    ranges = [range(min(n), max(n) + 1) for n in zip(*family, strict=True)]
+    missing = [n for n in itertools.product(*ranges) if n not in family]
+    if not missing:
+        return ""
+    there, gone = (
+        ", ".join(
+            "/".join(str(n) for n, r in zip(x, ranges, strict=True) if len(r) > 1)
+            for x in several
+        )
+        for several in (family, missing[:8])
+    )
+    name = _names.starred([leaf.raw for leaf in family.values()])
+    return f"layers are missing: {name} has the numbers {there}, not {gone}"
+
+
+# Renamings to propose
+
+
+def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
+    """Renamings for what is left over: to the one of its size that is most like it."""
+    done = [name for (kind, name) in theirs if (kind, name) in ours]
+    rest = {key: _size(family) for key, family in ours.items() if key not in theirs}
+    rules: dict[str, str] = {}
+    for key in [key for key in theirs if key not in ours]:
+        sized = [other for other, size in rest.items() if size == _size(theirs[key])]
+        alike = {other: _common_end(key, other) for other in sized}
+        most = max(alike.values(), default=0)
+        found = [other for other, count in alike.items() if count == most > 0]
+        while most and any(_begins(name, key[1][:-most]) for name in done):
+            most -= 1  # What has a namesake stays where it is.
+        if len(found) == 1 and most:
+            del rest[found[0]]
+            ends = _scopes(theirs, key, most), _scopes(ours, found[0], most)
+            if rule := _written(*ends):
+                rules.setdefault(*rule)
+    return rules
+
+
+def _begins(name: Path, beginning: Path) -> bool:
+    return name[: len(beginning)] == beginning
+
+
+def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]:
+    """What is left out around a tree, and all but the last parts of some names."""
+    family = families[key].values()
+    first = next(iter(family))
+    around = len(_module(first)) + 1 - len(key[1])
+    scopes = [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family]
+    return first.path[:around], scopes
+
+
+def _size(family: Family) -> int:
+    return sum(math.prod(leaf.shape) for leaf in family.values())
+
+
+def _common_end(one: Key, other: Key) -> int:
+    """How many parts at the end two names have both, if they are of one kind."""
+    same = zip(reversed(one[1]), reversed(other[1]), strict=False)
+    found = itertools.takewhile(lambda pair: pair[0] == pair[1], same)
+    return len(list(found)) if one[0] == other[0] else 0
+
+
+def _written(
+    flax: tuple[Path, list[Path]], haiku: tuple[Path, list[Path]]
+) -> tuple[str, str] | None:
+    """A rule for beginnings of names, with `*` for layers' numbers."""
+    (around, old), (without, new) = flax, haiku
+    new = [(*around, *path[len(without) :]) for path in new]
+    rule, other = _names.starred(old), _names.starred(new)
+    if rule.count("*") == 1 == other.count("*"):
+        # Numbers at other depths may be those of blocks in one tree, stages in one.
+        return (rule, other) if len(old[0]) == len(new[0]) else None
+    if rule.count("*") == 1 and new[0]:
+        return rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)
+    return None if "*" in rule else (rule, other.replace("_*", ""))
