@@ -72,10 +72,9 @@ def call(name: str) -> Callable[..., list[Any]]:
     """The rule of an equation that runs the program `name` once."""
 
     def rule(values: list[Any], **params: Any) -> list[Any]:
-        closed = params[name]
-        if isinstance(closed, jex.Jaxpr):
-            return run(closed, values)
-        return run(closed.jaxpr, [*closed.consts, *values])
+        closed = params[name]  # Or open; new versions of JAX have one type for both.
+        constants = getattr(closed, "consts", ())
+        return run(getattr(closed, "jaxpr", closed), [*constants, *values])
 
     return rule
 

@@ -248,11 +248,11 @@ def _afters(x, shift=None):
 def test_saliency(way):
     """Gradients by a tapped value are those by what is added to it."""
     (x,) = vectors()
-    apply = network(**WAYS[way]).apply
+    apply, given = network(**WAYS[way]).apply, params()
 
     def score(shift):
         add = {"outer/after": shift}
-        return collect(apply, "embedded", add=add)(params(), None, x)[0].sum()
+        return collect(apply, "embedded", add=add)(given, None, x)[0].sum()
 
     def expected(shift):
         return _afters(x, shift).sum()
