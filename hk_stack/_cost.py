@@ -115,8 +115,9 @@ def largest_value(jaxpr: jex.Jaxpr) -> int:
 
 
 def size(atom: Atom) -> int:
-    """Number of elements."""
-    return int(atom.aval.size)
+    """Number of elements; a symbol where a shape is to stay unknown."""
+    count: int = atom.aval.size
+    return count
 
 
 def nbytes(variables: Iterable[Atom]) -> int:
@@ -125,8 +126,9 @@ def nbytes(variables: Iterable[Atom]) -> int:
 
 
 def bytes_of(array: Aval | jax.Array) -> int:
-    """Bytes of an array, given it or its type."""
-    return int(array.size * array.dtype.itemsize)
+    """Bytes of an array, given it or its type; a symbol, as for `size`."""
+    count: int = array.size * array.dtype.itemsize
+    return count
 
 
 def flops(eqn: jex.JaxprEqn) -> float:
