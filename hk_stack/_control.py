@@ -6,11 +6,13 @@ known `cond` compute of known values runs in a `cond` before it. Each body is cu
 whole function is; here the equation is put together again from what was cut.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
@@ -197,8 +199,8 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
     if not outer[0].known:
         task = task._replace(policy="marked")
     cuts = [task.inner(branch, outer[1:], "cond") for branch in eqn.params["branches"]]
-    slots = _Slots([parts.shared.out_avals for parts in cuts])
-    if not slots.avals or any(map(_is_key, slots.avals)):
+    room, slots = _slots([parts.shared.out_avals for parts in cuts])
+    if not room or any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in room):
         return None
     # Only what is read, as a cond of unknown operands would be cut again.
     read = sorted({i for parts in cuts for i in parts.shared_inputs})
@@ -207,7 +209,7 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
         def branch(values: Sequence[Any]) -> list[Any]:
             given = (values[read.index(i)] for i in parts.shared_inputs)
             found = _equations.run(parts.shared, *given)
-            filled = list(map(_equations.zeros, slots.avals))
+            filled = list(map(_equations.zeros, room))
             for slot, value in zip(own, found, strict=True):
                 filled[slot] = jax.lax.convert_element_type(value, value.dtype)
             return filled
@@ -215,7 +217,7 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
         return branch
 
     def run(index: jax.Array, *values: jax.Array) -> list[Any]:
-        branches = list(map(filling, cuts, slots.of))
+        branches = list(map(filling, cuts, slots))
         derived: list[Any] = jax.lax.switch(index, branches, [values[i] for i in read])
         if task.policy == "marked":
             return [checkpoint_name(v, HOISTED) for v in derived]
@@ -226,12 +228,12 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
 
 
 def _rest_of_cond(
-    eqn: jex.JaxprEqn, cuts: list[Parts], slots: "_Slots", derived: list[Atom]
+    eqn: jex.JaxprEqn, cuts: list[Parts], slots: list[list[int]], derived: list[Atom]
 ) -> jex.JaxprEqn:
     """The `cond` of calls, given what the slots hold."""
     order = sorted({i for parts in cuts for i in parts.call_inputs})
     branches = []
-    for parts, own, branch in zip(cuts, slots.of, eqn.params["branches"], strict=True):
+    for parts, own, branch in zip(cuts, slots, eqn.params["branches"], strict=True):
         call = _Call(parts, branch.jaxpr)
         given = dict(zip(own, call.given, strict=True))
         filled = [given.get(i) or fresh(v) for i, v in enumerate(derived)]
@@ -248,29 +250,22 @@ _EXPOSE: dict[str, Callable[..., Exposed | None]] = {
 }
 
 
-class _Slots:
+def _slots(branches: Sequence[Sequence[Aval]]) -> tuple[list[Aval], list[list[int]]]:
     """Room for the derived values of any one of several branches.
 
-    Attributes:
-      avals: The type of each slot.
-      of: For each branch, the slots that hold its derived values.
+    Returns:
+      The type of each slot; and the slots that hold the values of each branch.
     """
-
-    def __init__(self, branches: Sequence[Sequence[Any]]):
-        self.avals: list[Any] = []
-        self.of: list[list[int]] = []
-        for avals in branches:
-            free = list(range(len(self.avals)))
-            strong = [aval.update(weak_type=False) for aval in avals]
-            self.of.append([self._take(aval, free) for aval in strong])
-
-    def _take(self, aval: Aval, free: list[int]) -> int:
-        for slot in free:
-            if self.avals[slot] == aval:
-                free.remove(slot)
-                return slot
-        self.avals.append(aval)
-        return len(self.avals) - 1
+    slots: dict[tuple[Aval, int], int] = {}  # By type, and number of those of the type.
+    of_branches = []
+    for avals in branches:
+        taken: collections.Counter[Aval] = collections.Counter()
+        own = []
+        for aval in (aval.update(weak_type=False) for aval in avals):
+            own.append(slots.setdefault((aval, taken[aval]), len(slots)))
+            taken[aval] += 1
+        of_branches.append(own)
+    return [aval for aval, _ in slots], of_branches
 
 
 class _Call:
@@ -321,7 +316,3 @@ def _describe_carry(
         else Input(f"the carry of a {what}")
         for k, i in enumerate(carried)
     ]
-
-
-def _is_key(aval: Aval) -> bool:
-    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)

@@ -1,7 +1,7 @@
 """`hoist`: a mark on values that are setup, and how a traced program shows it."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -69,12 +69,6 @@ def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         return eqn
     if eqn.primitive.name == "name":
         return _equations.replace(eqn, params={**eqn.params, "name": HOISTED})
-
-    return _equations.with_bodies(eqn, _weaken_body)
-
-
-def _weaken_body(body: _equations.Body) -> Any:
-    if isinstance(body, jex.ClosedJaxpr):
-        eqns = list(map(weaken, body.jaxpr.eqns))
-        return jex.ClosedJaxpr(_equations.replace(body.jaxpr, eqns=eqns), body.consts)
-    return _equations.replace(body, eqns=list(map(weaken, body.eqns)))
+    return _equations.with_bodies(
+        eqn, lambda body: _equations.replace(body, eqns=list(map(weaken, body.eqns)))
+    )
