@@ -242,10 +242,11 @@ class _Frontier:
         before = self.behind(eqn.invars)
         is_expensive = is_known and _is_expensive(self._flat, node)
         devices = self._devices(eqn)
-        share = _cost.nbytes(_inputs_of(self._flat, node)) / devices
+        read = _inputs_of(self._flat, node)
         for v in eqn.outvars:
             self._gathered[v] = devices
-            is_whole = devices > 1 and _cost.nbytes([v]) > share
+            # Only then are sizes asked for: those of the activations may be symbolic.
+            is_whole = devices > 1 and _cost.nbytes([v]) * devices > _cost.nbytes(read)
             if v in self._marked or (is_expensive and not is_whole):
                 self._of[v] = frozenset([v])
             elif is_known and before:

@@ -116,18 +116,13 @@ def with_remat_body(
     params = {**eqn.params, "jaxpr": jaxpr}
     flags = params["prevent_cse"]
     if isinstance(flags, tuple):  # One for each input.
-        known = dict(_of_variables(eqn.invars, flags))
+        atoms = zip(eqn.invars, flags, strict=True)
+        known = {a: flag for a, flag in atoms if not isinstance(a, jex.Literal)}
         params["prevent_cse"] = tuple(known.get(v, any(flags)) for v in invars)
     outvars: list[Any] = jaxpr.outvars
     return replace(
         eqn, invars=invars, outvars=outvars, params=params, effects=jaxpr.effects
     )
-
-
-def _of_variables(atoms: Sequence[Atom], values: Sequence[Any]) -> Iterator[Any]:
-    for atom, value in zip(atoms, values, strict=True):
-        if not isinstance(atom, jex.Literal):
-            yield atom, value
 
 
 def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:

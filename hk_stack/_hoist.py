@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _equations
+from hk_stack import _checks, _equations
 from hk_stack._marks import HOIST, HOISTED
 
 T = TypeVar("T")
@@ -45,12 +45,7 @@ def hoist(value: T) -> T:
         input, a random key, state, a per-layer input or a side effect. The message says
         which.
     """
-    for leaf in jax.tree.leaves(value):
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
-            raise TypeError(
-                f"hk_stack.hoist: expected a pytree of arrays, found a "
-                f"{type(leaf).__name__} ({leaf!r})."
-            )
+    _checks.arrays(value, "hk_stack.hoist: the value", "expected a pytree of arrays.")
     marked: T = jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
     return marked
 

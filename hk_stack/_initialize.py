@@ -2,16 +2,14 @@
 
 Initial values need the initialisers only, not the forward passes of the layers. So the
 initialisation of one layer is traced, all that its initial values do not depend on is
-dropped, and what is left runs in batches of layers, under `hk.vmap`; in a loop inside
-`jit`, where a batch takes longer to compile than it saves. Where an initial value
-depends on the activations, the layers have to run one after the other.
+dropped, and what is left runs in batches of layers; in a loop inside `jit`, where a
+batch takes longer to compile than it saves. Where an initial value depends on the
+activations, the layers have to run one after the other.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
@@ -134,19 +132,11 @@ class _Initialisers(NamedTuple):
             return _in_turn(one, self.num_layers, bool(self.kind), own)
         if self.kind:
             own = [_init_keys(own[0], self.num_layers), *own[1:]]
-        # The layer's number is mapped over too, as nothing else may be. A transform of
-        # its own keeps all this pure, so that it can be compiled.
-        batches = hk.transform(
-            functools.partial(
-                _batches.in_batches,
-                lambda numbered: one(numbered[1:]),
-                size=self.size,
-                remat=False,
-                vmap=functools.partial(hk.vmap, split_rng=False),
-            )
-        )
+        # The layer's number is mapped over too, as nothing else may be.
         numbered = [jnp.arange(self.num_layers), *own]
-        return list(batches.apply({}, None, numbered))
+        return _batches.in_batches(
+            lambda numbered: one(numbered[1:]), numbered, size=self.size, remat=False
+        )
 
 
 def _run_initialisers(
@@ -199,7 +189,7 @@ def _in_turn(
         return key, one([init_key, *own])
 
     key, rows = (own[0], own[1:]) if has_key else (None, own)
-    return list(_loop.run(step, key, rows, num_layers=num_layers)[1])
+    return list(_loop.run(step, key, rows, _loop.Schedule(num_layers))[1])
 
 
 def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
@@ -223,7 +213,7 @@ def _one_after_another(
 
     own = given._replace(carry=None, keys=None)
     start = given.carry, given.keys
-    params, state = _loop.run(step, start, own, num_layers=num_layers)[1]
+    params, state = _loop.run(step, start, own, _loop.Schedule(num_layers))[1]
     return params, state
 
 

@@ -78,32 +78,18 @@ _KINDS = {
 }
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class Found:
-    """What running a layer function tells, besides values.
-
-    Attributes:
-      were_odd: Whether the layer uses modules that have to be told their names.
-    """
-
-    were_odd: bool
-
-
 class Result(NamedTuple):
-    """What a layer returns; leaves in this order.
+    """What a layer returns, or a stack, of all layers; leaves in this order.
 
     Attributes:
-      carry: What the next layer is given.
+      carry: What the next layer is given, a tuple.
       output: The layer's own output, or None.
       state: State after the layer.
-      found: What else there is to know.
     """
 
     carry: Any
     output: Any
     state: Any
-    found: Found
 
 
 class Layer(NamedTuple):
@@ -204,27 +190,28 @@ def invoke(
         reverse,
         loop,
         is_init=hk.running_init() or _frames.is_init(),
-        check_finite=bool(options.check_finite or _frames.is_checked()),
+        check_finite=options.check_finite or _frames.is_checked(),
         module=_scopes.plain(_scopes.around()) if is_transparent else "",
         outside=_scopes.plain_tree(outside),
         scopes=_scopes.of_layers(options.name, num_layers) if loop == "python" else (),
     )
 
 
-def pure_layer(invocation: Invocation, *, is_watched: bool = True) -> Layer:
-    """The layer function as pure functions.
-
-    Args:
-      invocation: Of the stack.
-      is_watched: Whether modules that have to be told their names are looked for.
-    """
-    transformed = hk.transform_with_state(_in_transform(invocation, is_watched))
+def pure_layer(invocation: Invocation) -> Layer:
+    """The layer function as pure functions."""
+    # Whether modules have to be told their names. To watch for these slows a Python
+    # loop down, and one of its layers tells enough.
+    were_odd: bool | None = None
+    transformed = hk.transform_with_state(
+        lambda names, given: _run(invocation, names, given, were_odd is not False)
+    )
 
     def init(given: Given) -> tuple[hk.Params, hk.State]:
         with _frames.layer(invocation.frame(given, is_init=True)):
             return transformed.init(given.keys, invocation.names(), given)
 
     def apply(given: Given) -> Result:
+        nonlocal were_odd
         frame = invocation.frame(given, is_init=False)
         with _frames.layer(frame, (given.params, given.carry)):
             if frame.check_finite:
@@ -234,35 +221,38 @@ def pure_layer(invocation: Invocation, *, is_watched: bool = True) -> Layer:
             (carry, output), after = transformed.apply(
                 params, names.added(given.state), given.keys, names, given
             )
-            carry = _kept(invocation, given.carry, carry)
+            carry = _carry.kept(
+                given.carry,
+                carry,
+                invocation.arguments,
+                invocation.where,
+                invocation.options.with_per_layer_inputs,
+            )
             if frame.check_finite:
                 carry, output = _check_result(invocation, carry, output)
-        state = names.dropped(after, given.state)
-        return Result(carry, output, state, Found(names.were_odd))
+        if were_odd is None:
+            were_odd = names.were_odd
+        return Result(carry, output, names.dropped(after, given.state))
 
     return Layer(init, apply)
 
 
-def _in_transform(
-    invocation: Invocation, is_watched: bool
-) -> Callable[[_scopes.Names, Given], tuple[Any, Any]]:
-    """The layer function, which takes and returns the carry as a tuple."""
+def _run(
+    invocation: Invocation, names: _scopes.Names, given: Given, is_watched: bool
+) -> tuple[Any, Any]:
+    """Runs the layer function in its transform; returns carry, a tuple, and output."""
     options, where = invocation.options, invocation.where
     f, kwargs = invocation.situation.f, invocation.situation.kwargs
-
-    def run(names: _scopes.Names, given: Given) -> tuple[Any, Any]:
-        with _around(invocation, names, is_watched):
-            result = f(*given.carry, *given.inputs, **kwargs)
-        _carry.result(result, where)
-        output = None
-        if options.with_per_layer_inputs:
-            _carry.pair(result, where)
-            result, output = result
-        if len(given.carry) == 1:
-            result = (result,)
-        return _carry.cast(result, options.carry_dtype), output
-
-    return run
+    with _around(invocation, names, is_watched):
+        result = f(*given.carry, *given.inputs, **kwargs)
+    _carry.result(result, where)
+    output = None
+    if options.with_per_layer_inputs:
+        _carry.pair(result, where)
+        result, output = result
+    if len(given.carry) == 1:
+        result = (result,)
+    return _carry.cast(result, options.carry_dtype), output
 
 
 @contextlib.contextmanager
@@ -281,11 +271,6 @@ def _around(
                 _parameters.not_shared(invocation.outside, captured, invocation.where)
             )
         yield
-
-
-def _kept(invocation: Invocation, before: Carry, after: Tree) -> Any:
-    is_pair = invocation.options.with_per_layer_inputs
-    return _carry.kept(before, after, invocation.arguments, invocation.where, is_pair)
 
 
 def _check_given(invocation: Invocation, given: Given) -> Any:

@@ -284,11 +284,10 @@ def _same_leaves(given: Tree, example: Tree, what: str) -> None:
             f"{_some(' has also', found - expected)} expected {old}, found "
             f"{new}. Partition again for other arguments."
         )
-    leaves = jax.tree.leaves_with_path(given)
-    for (path, leaf), aval in zip(leaves, jax.tree.leaves(example), strict=True):
+    leaves = _checks.leaves_at(given)
+    for (at, leaf), aval in zip(leaves, jax.tree.leaves(example), strict=True):
         kind = jax.typeof(leaf)
         if (kind.shape, kind.dtype) != (aval.shape, aval.dtype):
-            at = f" (at {_checks.path_name(path)})" if path else ""
             raise ValueError(
                 f"{what}{at} is {kind.str_short()}; it was partitioned for "
                 f"{aval.str_short()}. Partition again for other shapes or dtypes."

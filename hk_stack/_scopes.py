@@ -128,7 +128,8 @@ class Names:
         key = id(module)
         here[key] = weakref.ref(module, lambda _: here.pop(key, None))
         result = run()
-        if not self._owns(module.module_name) and self._are_in_force():
+        is_own = module.module_name.startswith(f"{self.own}/") or not self.own
+        if not is_own and self._are_in_force():
             self._rename(module)
         return result
 
@@ -144,9 +145,6 @@ class Names:
             del here[id(module)]
             for attribute, name in before.items():
                 setattr(module, attribute, name)
-
-    def _owns(self, module: str) -> bool:
-        return not self.own or module.startswith(f"{self.own}/")
 
     def _are_in_force(self) -> bool:
         """Whether the code that runs is in a transform in which modules have scopes.

@@ -30,7 +30,7 @@ from hk_stack import (
     _taps,
 )
 from hk_stack._advice import Situation
-from hk_stack._layer import Given, Invocation
+from hk_stack._layer import Given, Invocation, Result
 from hk_stack._options import Init, Options, Setup
 from hk_stack._types import Key, Params, State
 
@@ -162,13 +162,13 @@ def layer_stack(
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
     options = _options.checked(
-        num_layers,
-        with_per_layer_inputs,
-        unroll,
-        pass_reverse_to_layer_fn,
-        transparent,
-        transparency_map,
-        name,
+        num_layers=num_layers,
+        with_per_layer_inputs=with_per_layer_inputs,
+        unroll=unroll,
+        pass_reverse_to_layer_fn=pass_reverse_to_layer_fn,
+        transparent=transparent,
+        transparency_map=transparency_map,
+        name=name,
         setup=setup,
         setup_batch_size=setup_batch_size,
         setup_remat=setup_remat,
@@ -186,12 +186,12 @@ def layer_stack(
 
         @functools.wraps(f)
         def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
+            where = _checks.describe(options.name, f)
             is_reverse = _checks.flag(reverse, "reverse", where)
             return _run(options, f, args, kwargs, is_reverse)
 
         return stacked
 
-    where = f"layer_stack {name!r}" if name else "layer_stack"
     return stack
 
 
@@ -204,7 +204,7 @@ def _run(
 ) -> Any:
     """Runs the stack, inside a Haiku transform."""
     _check_transform(options.name, f)
-    if options.pass_reverse:
+    if options.pass_reverse_to_layer_fn:
         kwargs = {**kwargs, "reverse": reverse}
     key = hk.maybe_next_rng_key()
     run: Callable[..., Any]
@@ -278,8 +278,8 @@ def _given(situation: Situation, key: Key, path: str, where: str) -> Given:
 
 def _run_layers(
     invocation: Invocation, given: Given, params: Params, state: State
-) -> tuple[Any, Any, Any]:
-    """Runs the layers; returns the carry, their outputs and state."""
+) -> Result:
+    """Runs the layers."""
     num_layers, where = invocation.options.num_layers, invocation.where
     _parameters.depth(params, state, num_layers, where)
     layered = {"parameter": params, "state": state, "per-layer input": given.inputs}
@@ -295,20 +295,18 @@ def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
     """Parameters and state of the stack, made at init, and what updates the state."""
     options = invocation.options
 
-    def init(given: Given) -> tuple[Any, Any]:
+    def init(key: Key) -> tuple[Any, Any]:
         with invocation.explained(f"initialising {invocation.all_layers}"):
             params, state = _initialize.initialize(
                 _layer.pure_layer(invocation),
                 options.num_layers,
-                given,
+                given._replace(keys=key),
                 method=options.init,
                 where=invocation.where,
             )
         return _stored(options, params), _stored(options, state)
 
-    lifted, updater = hk.transparent_lift_with_state(
-        lambda key: init(given._replace(keys=key)), allow_reuse=True
-    )
+    lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
     params, state = (_stacked(options, tree) for tree in lifted(given.keys))
     return params, state, updater
 
@@ -417,10 +415,8 @@ def _check_per_layer_inputs(
 ) -> None:
     """Checks that per-layer inputs are arrays `[L, ...]`."""
     for name, tree in zip(names, per_layer, strict=True):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            found = f"{where}: per-layer input `{name}`"
-            if path:
-                found += f" (at {_checks.path_name(path)})"
+        for at, leaf in _checks.leaves_at(tree):
+            found = f"{where}: per-layer input `{name}`{at}"
             if not hasattr(leaf, "shape"):
                 raise TypeError(
                     f"{found} is a Python {type(leaf).__name__} ({leaf!r}); expected "
