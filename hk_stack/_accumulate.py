@@ -107,7 +107,6 @@ def _separate(tree: Tree) -> tuple[Tree, Tree]:
 
 
 def _is_moving(leaf: jax.Array) -> bool:
-    """Whether a leaf has a gradient."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 

@@ -119,19 +119,14 @@ def _expose_scan(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
 def _rest_of_scan(eqn: jex.JaxprEqn, parts: Parts, derived: list[Atom]) -> jex.JaxprEqn:
     """The `scan` of calls, given the values that all turns share, then the others."""
     places = carried(eqn)
-    call = _Call(parts, eqn.params["jaxpr"].jaxpr)
     constants = [i for i in parts.call_inputs if i < places.start]
     mapped = [i for i in parts.call_inputs if i >= places.stop]
     order = [*constants, *places, *mapped]
     count = parts.num_shared
-    operands = [
-        *derived[:count],
-        *(eqn.invars[i] for i in order),
-        *derived[count:],
-    ]
-    rest = call.taking(
-        [*call.given[:count], *map(call.variable, order), *call.given[count:]]
-    )
+    read = [eqn.invars[i] for i in order]
+    operands = [*derived[:count], *read, *derived[count:]]
+    given, taken = _variables(parts, eqn.params["jaxpr"], order)
+    rest = _taking(parts, [*given[:count], *taken, *given[count:]])
     return _equations.with_scan_body(eqn, operands, rest, count + len(constants))
 
 
@@ -178,14 +173,13 @@ def _rest_of_while(
     of_test, of_body, carried = _consts_of_while(eqn)
     rest, operands, params = list(derived), [], dict(eqn.params)
     for name, parts, consts in (("cond", test, of_test), ("body", turn, of_body)):
-        call = _Call(parts, eqn.params[f"{name}_jaxpr"].jaxpr)
         read = [i for i in parts.call_inputs if i < len(consts)]
         order = [*read, *range(len(consts), len(consts) + len(carried))]
-        taken = [*call.given, *map(call.variable, order)]
-        params[f"{name}_jaxpr"] = call.taking(taken)
-        params[f"{name}_nconsts"] = len(call.given) + len(read)
-        operands += [*rest[: len(call.given)], *(eqn.invars[consts[i]] for i in read)]
-        rest = rest[len(call.given) :]
+        given, taken = _variables(parts, eqn.params[f"{name}_jaxpr"], order)
+        params[f"{name}_jaxpr"] = _taking(parts, [*given, *taken])
+        params[f"{name}_nconsts"] = len(given) + len(read)
+        operands += [*rest[: len(given)], *(eqn.invars[consts[i]] for i in read)]
+        rest = rest[len(given) :]
     operands += [eqn.invars[i] for i in carried]
     return _equations.replace(eqn, invars=operands, params=params)
 
@@ -234,10 +228,10 @@ def _rest_of_cond(
     order = sorted({i for parts in cuts for i in parts.call_inputs})
     branches = []
     for parts, own, branch in zip(cuts, slots, eqn.params["branches"], strict=True):
-        call = _Call(parts, branch.jaxpr)
-        given = dict(zip(own, call.given, strict=True))
-        filled = [given.get(i) or fresh(v) for i, v in enumerate(derived)]
-        branches.append(call.taking([*filled, *map(call.variable, order)]))
+        given, taken = _variables(parts, branch, order)
+        filling = dict(zip(own, given, strict=True))
+        filled = [filling.get(i) or fresh(v) for i, v in enumerate(derived)]
+        branches.append(_taking(parts, [*filled, *taken]))
     operands = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
     params = {**eqn.params, "branches": tuple(branches)}
     return _equations.replace(eqn, invars=operands, params=params)
@@ -268,30 +262,22 @@ def _slots(branches: Sequence[Sequence[Aval]]) -> tuple[list[Aval], list[list[in
     return [aval for aval, _ in slots], of_branches
 
 
-class _Call:
-    """The call of a cut, whose inputs are to be put in another order.
+def _variables(
+    parts: Parts, whole: jex.ClosedJaxpr, order: Sequence[int]
+) -> tuple[list[jex.Var], list[jex.Var]]:
+    """What takes the derived values in a call, and the inputs `order` of the whole."""
+    taken = parts.call.jaxpr.invars
+    given, rest = taken[: parts.num_derived], taken[parts.num_derived :]
+    read = dict(zip(parts.call_inputs, rest, strict=True))
+    return given, [
+        read[i] if i in read else fresh(whole.jaxpr.invars[i]) for i in order
+    ]
 
-    Attributes:
-      given: The variables that take the derived values.
-    """
 
-    def __init__(self, parts: Parts, whole: jex.Jaxpr):
-        variables = parts.call.jaxpr.invars
-        self.given = variables[: parts.num_derived]
-        read = zip(parts.call_inputs, variables[parts.num_derived :], strict=True)
-        self._read = dict(read)
-        self._jaxpr = parts.call.jaxpr
-        self._whole = whole
-
-    def variable(self, i: int) -> jex.Var:
-        """What takes input `i`; a new variable if the call does not read it."""
-        return self._read[i] if i in self._read else fresh(self._whole.invars[i])
-
-    def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
-        """The call as a function of `variables`."""
-        return jex.ClosedJaxpr(
-            _equations.replace(self._jaxpr, invars=list(variables)), []
-        )
+def _taking(parts: Parts, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
+    """The call as a function of `variables`: its own, in another order, or unread."""
+    jaxpr = _equations.replace(parts.call.jaxpr, invars=list(variables))
+    return jex.ClosedJaxpr(jaxpr, [])
 
 
 def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
@@ -302,14 +288,7 @@ def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
 def _describe_carry(
     body: jex.Jaxpr, outer: Sequence[Input], carried: range, what: str
 ) -> list[Input]:
-    """The carry of a loop: what each turn hands on as it came does not change.
-
-    Args:
-      body: What each turn runs.
-      outer: The inputs of the body.
-      carried: Which of them are the carry.
-      what: Kind of the loop.
-    """
+    """The carry among inputs of a body: what it hands on as it came does not change."""
     return [
         outer[i]
         if body.outvars[k] is body.invars[i]

@@ -15,7 +15,6 @@ from hk_stack import (
     _eager,
     _equations,
     _finite,
-    _layer,
     _layout,
     _loop,
     _marks,
@@ -23,17 +22,17 @@ from hk_stack import (
     _summary,
     _taps,
 )
-from hk_stack._layer import Given, Invocation, Layer, Result
+from hk_stack._layer import Given, Invocation, Result, describe
 from hk_stack._parts import Input, Parts
 from hk_stack._types import Tree
 
 
-def compiled(invocation: Invocation, layer: Layer, given: Given) -> Result:
+def compiled(invocation: Invocation, given: Given) -> Result:
     """Runs setup for all layers, then the loop."""
     options = invocation.options
-    closed, given, shapes = _trace(invocation, layer, given)
+    closed, given, shapes = _trace(invocation, given)
     closed, constants, marks = _marks.expose(closed)
-    described = _layer.describe(given, invocation.arguments)
+    described = describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
     parts = _cut.cut(closed, inputs, options.setup, invocation.where)
     _summary.record(invocation, given.params, parts)
@@ -133,16 +132,11 @@ class _Plan(NamedTuple):
         return [*carry, *rest]
 
 
-def _trace(
-    invocation: Invocation, layer: Layer, given: Given
-) -> tuple[jex.ClosedJaxpr, Given, Any]:
+def _trace(invocation: Invocation, given: Given) -> tuple[jex.ClosedJaxpr, Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
     one = _layout.drop_layers(given._replace(carry=None))
 
-    def run(given: Given) -> Result:
-        return _layer.run_one(invocation, layer, given)
-
-    trace = jax.make_jaxpr(run, return_shape=True)
+    trace = jax.make_jaxpr(invocation.run, return_shape=True)
     doing = f'tracing {invocation.all_layers}; loop="python" runs them one by one'
     while True:
         carry = given.carry
@@ -170,7 +164,7 @@ def _closed_over() -> Any:
     return describe
 
 
-def python(invocation: Invocation, layer: Layer, given: Given) -> Result:
+def python(invocation: Invocation, given: Given) -> Result:
     """Runs the layer function itself, layer by layer."""
     num_layers, where = invocation.options.num_layers, invocation.where
     _summary.record(invocation, given.params, None)
@@ -181,9 +175,7 @@ def python(invocation: Invocation, layer: Layer, given: Given) -> Result:
         nonlocal structure
         with invocation.explained(index=own.index):
             given = own._replace(carry=carry)
-            result, found[own.index] = _taps.heard(
-                _layer.run_one, invocation, layer, given
-            )
+            result, found[own.index] = _taps.heard(invocation.run, given)
             output = jax.tree.map(_carry.as_array, result.output)
             after = jax.tree.structure(output)
             _carry.same_outputs(structure, after, where)

@@ -159,7 +159,6 @@ def _marks(eqns: Iterable[jex.JaxprEqn]) -> list[Mark]:
 
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Runs an equation as it is."""
     return _equations.run(_equations.alone(eqn), *inputs)
 
 

@@ -87,7 +87,6 @@ def _remat(
 
 
 def _name(name: object, with_per_layer_inputs: bool) -> str:
-    """The name of a stack."""
     if not (name is None or isinstance(name, str)):
         raise TypeError(
             f"layer_stack: name must be a str or None, not {name!r} "
