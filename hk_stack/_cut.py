@@ -64,7 +64,9 @@ def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
     flattened = _flat.flatten(closed, opens, task.expose)
     flattened, marked = _settle_marks(flattened, task)
     derived = _choose(flattened, task, marked)
-    if not derived or _has_references(flattened):
+    effects = (effect for node in flattened.nodes for effect in node.eqn.effects)
+    # A cut would change which input is the one that an effect names.
+    if not derived or any(map(_equations.names_an_input, effects)):
         return _uncut(closed.jaxpr)
     return _split(flattened, task.inputs, derived)
 
@@ -82,12 +84,6 @@ def _uncut(jaxpr: jex.Jaxpr) -> Parts:
         positions = tuple(i for i in positions if whole.invars[i] in read)
     whole = _equations.replace(whole, invars=[whole.invars[i] for i in positions])
     return Parts(nothing, nothing, jex.ClosedJaxpr(whole, []), (), (), positions, 0)
-
-
-def _has_references(flattened: Flat) -> bool:
-    """Whether an effect names an input, which a cut would change."""
-    effects = (effect for node in flattened.nodes for effect in node.eqn.effects)
-    return any(map(_equations.names_an_input, effects))
 
 
 def _split(

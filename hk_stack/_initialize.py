@@ -124,7 +124,8 @@ class _Initialisers(NamedTuple):
         if self.size == 1:
             return _in_turn(one, self.num_layers, bool(self.kind), own)
         if self.kind:
-            own = [_init_keys(own[0], self.num_layers), *own[1:]]
+            keys = _in_turn(lambda key: key, self.num_layers, True, own[:1])
+            own = [*keys, *own[1:]]
         # The layer's number is mapped over too, as nothing else may be.
         numbered = [jnp.arange(self.num_layers), *own]
         return _batches.in_batches(
@@ -182,11 +183,6 @@ def _in_turn(
 
     key, rows = (own[0], own[1:]) if has_key else (None, own)
     return list(_loop.run(step, key, rows, _loop.Schedule(num_layers))[1])
-
-
-def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
-    """The key that each layer is initialised with, `[L, ...]`."""
-    return _in_turn(lambda own: own, num_layers, True, [key])[0]
 
 
 def _one_after_another(invocation: Invocation, given: Given) -> tuple[Params, State]:

@@ -66,11 +66,7 @@ class Names:
       were_odd: Whether a module was met that has to be told its name in this layer.
     """
 
-    def __init__(
-        self,
-        module: str = "",
-        naming_map: hk.LayerStackTransparencyMapping | None = None,
-    ) -> None:
+    def __init__(self, module: str, naming_map: _naming.Map | None) -> None:
         *around, self.frame = _frames.frames()
         self.own = self.frame.scope
         self.around = [frame.scope for frame in around if frame.scope]

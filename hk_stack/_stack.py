@@ -273,10 +273,9 @@ def _given(invocation: Invocation, key: Key) -> Given:
 def _run_layers(
     invocation: Invocation, given: Given, params: Params, state: State
 ) -> Result:
-    num_layers, where = invocation.options.num_layers, invocation.where
-    _parameters.depth(params, state, num_layers, where)
+    num_layers = invocation.options.num_layers
     layered = {"parameter": params, "state": state, "per-layer input": given.inputs}
-    _parameters.not_sharded_by_layer(layered, where)
+    _parameters.of_layers(layered, num_layers, invocation.where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
     given = given._replace(params=params, state=state, keys=keys)
