@@ -33,7 +33,7 @@ def initialize(invocation: Invocation, given: Given) -> tuple[Params, State]:
     ```
 
     Args:
-      invocation: Of the stack, whose `init` says how.
+      invocation: Of the stack; its option `init` says how.
       given: What the layers are given, without parameters and state; its `keys` are one
         random key, or None if the initialisers need none.
 
