@@ -77,7 +77,8 @@ def accumulate(
         return result if has_aux else (result, None)
 
     (values, aux), grads = _over_all(call, derived, microbatches)
-    gradients = _join(pull_back(grads)[0], jax.tree.map(_no_gradient, fixed))
+    nothing = jax.tree.map(lambda v: np.zeros(v.shape, jax.dtypes.float0), fixed)
+    gradients = _join(pull_back(grads)[0], nothing)
     mean = jnp.mean(values)
     return ((mean, aux) if has_aux else mean), gradients
 
@@ -106,7 +107,6 @@ def _separate(tree: Tree) -> tuple[Tree, Tree]:
 
 
 def _is_moving(leaf: jax.Array) -> bool:
-    """Whether a leaf has a gradient."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
@@ -125,10 +125,6 @@ def _zeros(leaf: jax.Array) -> jax.Array:
     return jnp.zeros_like(leaf, leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.float32)
 
 
-def _no_gradient(leaf: jax.Array) -> np.ndarray:
-    return np.zeros(leaf.shape, jax.dtypes.float0)
-
-
 def _check_microbatches(
     loss: Callable[..., Tree], params: Tree, trees: tuple[Tree, ...]
 ) -> str:
@@ -139,9 +135,10 @@ def _check_microbatches(
     _checks.arrays(params, f"{where}: argument `{first}`")
     lengths: dict[str, int] = {}
     for name, tree in zip(names, trees, strict=True):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            at = f"`{name}`" + (f" (at {_checks.path_name(path)})" if path else "")
-            lengths[at] = _length(leaf, f"{where}: microbatches {at}")
+        for at, leaf in _checks.leaves_at(tree):
+            lengths[f"`{name}`{at}"] = _length(
+                leaf, f"{where}: microbatches `{name}`{at}"
+            )
     if not lengths:
         raise TypeError(
             f"{where}: no microbatches. Write accumulate(loss, params, x, y) with "

@@ -120,9 +120,10 @@ def _static(situation: Situation) -> Iterator[str]:
             )
 
 
+_SEVERAL = "jnp.asarray(x) makes one array of numbers, jnp.stack(x) one of arrays."
 _KINDS = {
-    list: "jnp.asarray(x) makes one array of numbers, jnp.stack(x) one of arrays.",
-    tuple: "jnp.asarray(x) makes one array of numbers, jnp.stack(x) one of arrays.",
+    list: _SEVERAL,
+    tuple: _SEVERAL,
     dict: "Name the entry that is meant, as in x['name'].",
     type(None): "Give an array.",
 }
@@ -159,9 +160,10 @@ def _signature(error: Exception, situation: Situation) -> Iterator[str]:
             f"({', '.join(given)}): {reason}."
         )
         takes = signature.parameters
-        if situation.options.pass_reverse and "reverse" not in takes:
+        is_given_reverse = situation.options.pass_reverse_to_layer_fn
+        if is_given_reverse and "reverse" not in takes:
             yield "Let it take `reverse`, or leave pass_reverse_to_layer_fn out."
-        elif "reverse" in takes and not situation.options.pass_reverse:
+        elif "reverse" in takes and not is_given_reverse:
             yield "pass_reverse_to_layer_fn=True gives it `reverse`."
         elif situation.options.with_per_layer_inputs and len(arguments) == 1:
             yield "Per-layer inputs come after x: stack(f)(x, y), y of [L, ...]."

@@ -12,8 +12,6 @@ from hk_stack import _checks, _equations
 from hk_stack._equations import Aval
 from hk_stack._types import Carry, Tree
 
-Structure = Any  # a jax.tree_util.PyTreeDef
-
 
 def as_array(leaf: object) -> jax.Array:
     """`leaf`, or an array of it."""
@@ -56,8 +54,6 @@ def kept(
 
     What is weakly typed may take on another type.
     """
-    if _are_alike(before, after):
-        return after
     names = names[: len(before)]
     _same_structure(before, after, names, where, with_per_layer_inputs)
     after = jax.tree.map(as_array, after)
@@ -65,25 +61,13 @@ def kept(
     return after
 
 
-def _are_alike(before: Tree, after: Tree) -> bool:
-    """Whether two pytrees hold arrays of the same types: the usual case, in no time."""
-    old, tree = jax.tree.flatten(before)
-    new, new_tree = jax.tree.flatten(after)
-    return bool(tree == new_tree) and all(  # type: ignore[operator]
-        isinstance(y, jax.Array) and x.shape == y.shape and x.dtype == y.dtype
-        for x, y in zip(old, new, strict=True)
-    )
-
-
 def result(value: Tree, where: str) -> None:
     """Checks that a layer function returns arrays."""
-    for path, leaf in jax.tree.leaves_with_path(value):
+    for at, leaf in _checks.leaves_at(value):
         if isinstance(leaf, _ARRAYS) or hasattr(leaf, "__jax_array__"):
             continue
-        at = f" (at {_checks.path_name(path)})" if path else ""
-        hint = ""
-        if callable(leaf):
-            hint = " Call it: what it returns then is meant, presumably."
+        call = " Call it: what it returns then is meant, presumably."
+        hint = call if callable(leaf) else ""
         raise TypeError(
             f"{where}: the layer function must return arrays, but it returned a "
             f"{type(leaf).__name__}{at}.{hint}"
@@ -174,15 +158,15 @@ def _structure_advice(
 def _same_types(before: Carry, after: Tree, names: Sequence[str], where: str) -> None:
     """Checks that a layer keeps the shape and dtype of each leaf of the carry."""
     for i, name in enumerate(names):
-        old = jax.tree.leaves_with_path(before[i])
-        new = jax.tree.leaves(after[i])
-        for (path, x), y in zip(old, new, strict=True):
+        pairs = zip(
+            _checks.leaves_at(before[i]), jax.tree.leaves(after[i]), strict=True
+        )
+        for (at, x), y in pairs:
             if x.shape == y.shape and x.dtype == y.dtype:
                 continue
-            leaf = f"`{name}`" + (f" (at {_checks.path_name(path)})" if path else "")
             raise TypeError(
                 f"{where}: a layer must keep the shape and dtype of what it is given, "
-                f"but {leaf} goes from {x.dtype}{list(x.shape)} to "
+                f"but `{name}`{at} goes from {x.dtype}{list(x.shape)} to "
                 f"{y.dtype}{list(y.shape)}. {_carry_advice(x, y)}"
             )
 
@@ -219,7 +203,7 @@ def _rank(dtype: DTypeLike) -> int:
     )
 
 
-def same_outputs(before: Structure, after: Structure, where: str) -> None:
+def same_outputs(before: Any, after: Any, where: str) -> None:
     """Checks that a layer returns outputs of the structure of another layer's."""
     if before is not None and before != after:
         raise TypeError(

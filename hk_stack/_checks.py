@@ -7,7 +7,7 @@ expected, and what to write instead.
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def flag(value: object, argument: str, where: str) -> bool:
     return bool(value)
 
 
-def one_of(word: object, words: Sequence[str], argument: str, where: str) -> str:
+def one_of(word: object, argument: str, where: str, words: Sequence[str]) -> str:
     """`word`, if it is one of `words`."""
     if not isinstance(word, str) or word not in words:
         expected = ", ".join(f'"{w}"' for w in words)
@@ -114,6 +114,12 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaves_at(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """Each leaf of `tree` after where it is: " (at linear/w)"; "" if it is all."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield f" (at {path_name(path)})" if path else "", leaf
+
+
 _BIND = (
     "expected arrays or jax.ShapeDtypeStructs. Bind static arguments before, as in "
     "functools.partial(fn, is_training=True)."
@@ -122,11 +128,13 @@ _BIND = (
 
 def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
     """Checks that all leaves are arrays, their types, or Python numbers."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        at = f"{what} (at {path_name(path)})" if path else what
+    for at, leaf in leaves_at(tree):
         if isinstance(leaf, getattr(jax, "Ref", ())):
-            raise TypeError(f"{at} is a jax.Ref; expected an array. Read it before.")
+            raise TypeError(
+                f"{what}{at} is a jax.Ref; expected an array. Read it before."
+            )
         is_number = isinstance(leaf, (int, float, complex))
         is_text = getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSU"
         if is_text or not (hasattr(leaf, "shape") or is_number):
-            raise TypeError(f"{at} is a {type(leaf).__name__} ({leaf!r}); {instead}")
+            kind = type(leaf).__name__
+            raise TypeError(f"{what}{at} is a {kind} ({leaf!r}); {instead}")

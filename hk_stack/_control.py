@@ -6,11 +6,13 @@ known `cond` compute of known values runs in a `cond` before it. Each body is cu
 whole function is; here the equation is put together again from what was cut.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
@@ -117,19 +119,14 @@ def _expose_scan(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
 def _rest_of_scan(eqn: jex.JaxprEqn, parts: Parts, derived: list[Atom]) -> jex.JaxprEqn:
     """The `scan` of calls, given the values that all turns share, then the others."""
     places = carried(eqn)
-    call = _Call(parts, eqn.params["jaxpr"].jaxpr)
     constants = [i for i in parts.call_inputs if i < places.start]
     mapped = [i for i in parts.call_inputs if i >= places.stop]
     order = [*constants, *places, *mapped]
     count = parts.num_shared
-    operands = [
-        *derived[:count],
-        *(eqn.invars[i] for i in order),
-        *derived[count:],
-    ]
-    rest = call.taking(
-        [*call.given[:count], *map(call.variable, order), *call.given[count:]]
-    )
+    read = [eqn.invars[i] for i in order]
+    operands = [*derived[:count], *read, *derived[count:]]
+    given, taken = _variables(parts, eqn.params["jaxpr"], order)
+    rest = _taking(parts, [*given[:count], *taken, *given[count:]])
     return _equations.with_scan_body(eqn, operands, rest, count + len(constants))
 
 
@@ -176,14 +173,13 @@ def _rest_of_while(
     of_test, of_body, carried = _consts_of_while(eqn)
     rest, operands, params = list(derived), [], dict(eqn.params)
     for name, parts, consts in (("cond", test, of_test), ("body", turn, of_body)):
-        call = _Call(parts, eqn.params[f"{name}_jaxpr"].jaxpr)
         read = [i for i in parts.call_inputs if i < len(consts)]
         order = [*read, *range(len(consts), len(consts) + len(carried))]
-        taken = [*call.given, *map(call.variable, order)]
-        params[f"{name}_jaxpr"] = call.taking(taken)
-        params[f"{name}_nconsts"] = len(call.given) + len(read)
-        operands += [*rest[: len(call.given)], *(eqn.invars[consts[i]] for i in read)]
-        rest = rest[len(call.given) :]
+        given, taken = _variables(parts, eqn.params[f"{name}_jaxpr"], order)
+        params[f"{name}_jaxpr"] = _taking(parts, [*given, *taken])
+        params[f"{name}_nconsts"] = len(given) + len(read)
+        operands += [*rest[: len(given)], *(eqn.invars[consts[i]] for i in read)]
+        rest = rest[len(given) :]
     operands += [eqn.invars[i] for i in carried]
     return _equations.replace(eqn, invars=operands, params=params)
 
@@ -197,8 +193,8 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
     if not outer[0].known:
         task = task._replace(policy="marked")
     cuts = [task.inner(branch, outer[1:], "cond") for branch in eqn.params["branches"]]
-    slots = _Slots([parts.shared.out_avals for parts in cuts])
-    if not slots.avals or any(map(_is_key, slots.avals)):
+    room, slots = _slots([parts.shared.out_avals for parts in cuts])
+    if not room or any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in room):
         return None
     # Only what is read, as a cond of unknown operands would be cut again.
     read = sorted({i for parts in cuts for i in parts.shared_inputs})
@@ -207,7 +203,7 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
         def branch(values: Sequence[Any]) -> list[Any]:
             given = (values[read.index(i)] for i in parts.shared_inputs)
             found = _equations.run(parts.shared, *given)
-            filled = list(map(_equations.zeros, slots.avals))
+            filled = list(map(_equations.zeros, room))
             for slot, value in zip(own, found, strict=True):
                 filled[slot] = jax.lax.convert_element_type(value, value.dtype)
             return filled
@@ -215,7 +211,7 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
         return branch
 
     def run(index: jax.Array, *values: jax.Array) -> list[Any]:
-        branches = list(map(filling, cuts, slots.of))
+        branches = list(map(filling, cuts, slots))
         derived: list[Any] = jax.lax.switch(index, branches, [values[i] for i in read])
         if task.policy == "marked":
             return [checkpoint_name(v, HOISTED) for v in derived]
@@ -226,16 +222,16 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
 
 
 def _rest_of_cond(
-    eqn: jex.JaxprEqn, cuts: list[Parts], slots: "_Slots", derived: list[Atom]
+    eqn: jex.JaxprEqn, cuts: list[Parts], slots: list[list[int]], derived: list[Atom]
 ) -> jex.JaxprEqn:
     """The `cond` of calls, given what the slots hold."""
     order = sorted({i for parts in cuts for i in parts.call_inputs})
     branches = []
-    for parts, own, branch in zip(cuts, slots.of, eqn.params["branches"], strict=True):
-        call = _Call(parts, branch.jaxpr)
-        given = dict(zip(own, call.given, strict=True))
-        filled = [given.get(i) or fresh(v) for i, v in enumerate(derived)]
-        branches.append(call.taking([*filled, *map(call.variable, order)]))
+    for parts, own, branch in zip(cuts, slots, eqn.params["branches"], strict=True):
+        given, taken = _variables(parts, branch, order)
+        filling = dict(zip(own, given, strict=True))
+        filled = [filling.get(i) or fresh(v) for i, v in enumerate(derived)]
+        branches.append(_taking(parts, [*filled, *taken]))
     operands = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
     params = {**eqn.params, "branches": tuple(branches)}
     return _equations.replace(eqn, invars=operands, params=params)
@@ -248,55 +244,40 @@ _EXPOSE: dict[str, Callable[..., Exposed | None]] = {
 }
 
 
-class _Slots:
+def _slots(branches: Sequence[Sequence[Aval]]) -> tuple[list[Aval], list[list[int]]]:
     """Room for the derived values of any one of several branches.
 
-    Attributes:
-      avals: The type of each slot.
-      of: For each branch, the slots that hold its derived values.
+    Returns:
+      The type of each slot; and the slots that hold the values of each branch.
     """
-
-    def __init__(self, branches: Sequence[Sequence[Any]]):
-        self.avals: list[Any] = []
-        self.of: list[list[int]] = []
-        for avals in branches:
-            free = list(range(len(self.avals)))
-            strong = [aval.update(weak_type=False) for aval in avals]
-            self.of.append([self._take(aval, free) for aval in strong])
-
-    def _take(self, aval: Aval, free: list[int]) -> int:
-        for slot in free:
-            if self.avals[slot] == aval:
-                free.remove(slot)
-                return slot
-        self.avals.append(aval)
-        return len(self.avals) - 1
+    slots: dict[tuple[Aval, int], int] = {}  # By type, and number of those of the type.
+    of_branches = []
+    for avals in branches:
+        taken: collections.Counter[Aval] = collections.Counter()
+        own = []
+        for aval in (aval.update(weak_type=False) for aval in avals):
+            own.append(slots.setdefault((aval, taken[aval]), len(slots)))
+            taken[aval] += 1
+        of_branches.append(own)
+    return [aval for aval, _ in slots], of_branches
 
 
-class _Call:
-    """The call of a cut, whose inputs are to be put in another order.
+def _variables(
+    parts: Parts, whole: jex.ClosedJaxpr, order: Sequence[int]
+) -> tuple[list[jex.Var], list[jex.Var]]:
+    """What takes the derived values in a call, and the inputs `order` of the whole."""
+    taken = parts.call.jaxpr.invars
+    given, rest = taken[: parts.num_derived], taken[parts.num_derived :]
+    read = dict(zip(parts.call_inputs, rest, strict=True))
+    return given, [
+        read[i] if i in read else fresh(whole.jaxpr.invars[i]) for i in order
+    ]
 
-    Attributes:
-      given: The variables that take the derived values.
-    """
 
-    def __init__(self, parts: Parts, whole: jex.Jaxpr):
-        variables = parts.call.jaxpr.invars
-        self.given = variables[: parts.num_derived]
-        read = zip(parts.call_inputs, variables[parts.num_derived :], strict=True)
-        self._read = dict(read)
-        self._jaxpr = parts.call.jaxpr
-        self._whole = whole
-
-    def variable(self, i: int) -> jex.Var:
-        """What takes input `i`; a new variable if the call does not read it."""
-        return self._read[i] if i in self._read else fresh(self._whole.invars[i])
-
-    def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
-        """The call as a function of `variables`."""
-        return jex.ClosedJaxpr(
-            _equations.replace(self._jaxpr, invars=list(variables)), []
-        )
+def _taking(parts: Parts, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
+    """The call as a function of `variables`: its own, in another order, or unread."""
+    jaxpr = _equations.replace(parts.call.jaxpr, invars=list(variables))
+    return jex.ClosedJaxpr(jaxpr, [])
 
 
 def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
@@ -307,21 +288,10 @@ def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
 def _describe_carry(
     body: jex.Jaxpr, outer: Sequence[Input], carried: range, what: str
 ) -> list[Input]:
-    """The carry of a loop: what each turn hands on as it came does not change.
-
-    Args:
-      body: What each turn runs.
-      outer: The inputs of the body.
-      carried: Which of them are the carry.
-      what: Kind of the loop.
-    """
+    """The carry among inputs of a body: what it hands on as it came does not change."""
     return [
         outer[i]
         if body.outvars[k] is body.invars[i]
         else Input(f"the carry of a {what}")
         for k, i in enumerate(carried)
     ]
-
-
-def _is_key(aval: Aval) -> bool:
-    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)

@@ -90,12 +90,8 @@ def _is_other_key(atom: Atom) -> bool:
     return is_key and "fry" not in str(atom.aval.dtype)
 
 
-def gathers(jaxpr: jex.Jaxpr) -> bool:
-    """Whether `jaxpr` gathers values that several devices hold a share of."""
-    return _gather(jaxpr.eqns)
-
-
-def _gather(eqns: Iterable[jex.JaxprEqn]) -> bool:
+def gathers(eqns: Iterable[jex.JaxprEqn]) -> bool:
+    """Whether equations gather values that several devices hold a share of."""
     return any(_equations.gathers_from(e) > 1 for e in _equations.with_inner(eqns))
 
 
@@ -103,7 +99,7 @@ def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
     """Which outputs are made of gathered values, so that each device may hold all."""
     found: set[Any] = set()
     for eqn in jaxpr.eqns:
-        if _gather([eqn]) or not found.isdisjoint(_equations.variables(eqn.invars)):
+        if gathers([eqn]) or not found.isdisjoint(_equations.variables(eqn.invars)):
             found.update(eqn.outvars)
     return [not found.isdisjoint(_equations.variables([v])) for v in jaxpr.outvars]
 

@@ -61,10 +61,12 @@ def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
         has_mark = any(_hoist.is_marked(e, (HOIST,)) for e in body.eqns)
         return bool(reads & known) or has_mark
 
-    flattened = _flat.flatten(closed, opens, task.expose, _cost.OPAQUE)
+    flattened = _flat.flatten(closed, opens, task.expose)
     flattened, marked = _settle_marks(flattened, task)
     derived = _choose(flattened, task, marked)
-    if not derived or _has_references(flattened):
+    effects = (effect for node in flattened.nodes for effect in node.eqn.effects)
+    # A cut would change which input is the one that an effect names.
+    if not derived or any(map(_equations.names_an_input, effects)):
         return _uncut(closed.jaxpr)
     return _split(flattened, task.inputs, derived)
 
@@ -84,12 +86,6 @@ def _uncut(jaxpr: jex.Jaxpr) -> Parts:
     return Parts(nothing, nothing, jex.ClosedJaxpr(whole, []), (), (), positions, 0)
 
 
-def _has_references(flattened: Flat) -> bool:
-    """Whether an effect names an input, which a cut would change."""
-    effects = (effect for node in flattened.nodes for effect in node.eqn.effects)
-    return any(map(_equations.names_an_input, effects))
-
-
 def _split(
     flattened: Flat, inputs: Sequence[Input], derived: Sequence[jex.Var]
 ) -> Parts:
@@ -103,8 +99,7 @@ def _split(
     once = [
         v
         for node in _flat.needed(flattened.nodes, own, shared)
-        if not node.reads & layered
-        and _cost.is_expensive(node.eqn, _elements(flattened, node.reads))
+        if not node.reads & layered and _is_expensive(flattened, node)
         for v in node.eqn.outvars
     ]
     before = [*shared, *_used(flattened, own, [v for v in once if v not in shared])]
@@ -127,13 +122,13 @@ def _used(
     return [v for v in given if v in used]
 
 
-def _elements(flattened: Flat, reads: int) -> int:
-    """The number of elements of the inputs `reads`."""
-    return sum(map(_cost.size, _inputs_of(flattened, reads)))
+def _is_expensive(flattened: Flat, node: Node) -> bool:
+    elements = sum(map(_cost.size, _inputs_of(flattened, node)))
+    return _cost.is_expensive(node.eqn, elements)
 
 
-def _inputs_of(flattened: Flat, reads: int) -> list[jex.Var]:
-    return [v for i, v in enumerate(flattened.jaxpr.invars) if reads >> i & 1]
+def _inputs_of(flattened: Flat, node: Node) -> list[jex.Var]:
+    return [v for i, v in enumerate(flattened.jaxpr.invars) if node.reads >> i & 1]
 
 
 def _settle_marks(flattened: Flat, task: Task) -> tuple[Flat, list[jex.Var]]:
@@ -241,15 +236,13 @@ class _Frontier:
             )
             return
         before = self.behind(eqn.invars)
-        inputs = _inputs_of(self._flat, node.reads)
-        is_expensive = is_known and _cost.is_expensive(
-            eqn, sum(map(_cost.size, inputs))
-        )
+        is_expensive = is_known and _is_expensive(self._flat, node)
         devices = self._devices(eqn)
-        share = _cost.nbytes(inputs) / devices
+        read = _inputs_of(self._flat, node)
         for v in eqn.outvars:
             self._gathered[v] = devices
-            is_whole = devices > 1 and _cost.nbytes([v]) > share
+            # Only then are sizes asked for: those of the activations may be symbolic.
+            is_whole = devices > 1 and _cost.nbytes([v]) * devices > _cost.nbytes(read)
             if v in self._marked or (is_expensive and not is_whole):
                 self._of[v] = frozenset([v])
             elif is_known and before:
@@ -279,38 +272,22 @@ def _share(chosen: Values, sources: Mapping[jex.Var, Values]) -> Values:
     back after the other: with these at hand, all that comes from them need not be
     handed over.
     """
-    made_of = _readers(sources)
     for v in sources:
         source = frozenset([v])
         while v in chosen and (deeper := _one_step_back(source, sources)) != source:
             source = deeper
-            replaced = chosen & _coming_from(source, made_of, sources)
+            replaced = chosen & _coming_from(source, sources)
             if _cost.nbytes(source) < _cost.nbytes(replaced):
                 chosen = (chosen - replaced) | source
     return chosen
 
 
-def _readers(sources: Mapping[jex.Var, Values]) -> dict[jex.Var, list[jex.Var]]:
-    """The inverse of `sources`: the cheap values behind which a value is."""
-    readers: dict[jex.Var, list[jex.Var]] = {}
-    for v, before in sources.items():
-        for behind in before:
-            readers.setdefault(behind, []).append(v)
-    return readers
-
-
-def _coming_from(
-    source: Values,
-    readers: Mapping[jex.Var, Sequence[jex.Var]],
-    sources: Mapping[jex.Var, Values],
-) -> set[jex.Var]:
+def _coming_from(source: Values, sources: Mapping[jex.Var, Values]) -> set[jex.Var]:
     """All that can be computed cheaply from `source`."""
-    found, waiting = set(source), list(source)
-    while waiting:
-        for v in readers.get(waiting.pop(), ()):
-            if v not in found and sources[v] <= found:
-                found.add(v)
-                waiting.append(v)
+    found = set(source)
+    for v, before in sources.items():  # In the order in which they are computed.
+        if before <= found:
+            found.add(v)
     return found
 
 

@@ -5,6 +5,7 @@ compile the result each time: it knows a program by its identity only. Here prog
 are known by what they compute, so each compiles once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -51,18 +52,12 @@ def run(
     return result
 
 
+@dataclasses.dataclass(frozen=True)
 class _Program:
     """A function known by its key."""
 
-    def __init__(self, run: Callable[[list[Any]], Any], key: Hashable):
-        self.run = run
-        self.key = key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Program) and self.key == other.key
+    run: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
+    key: Hashable
 
 
 @functools.lru_cache(maxsize=128)

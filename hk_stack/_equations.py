@@ -51,19 +51,13 @@ def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
 
 def closed_bodies(eqn: jex.JaxprEqn) -> Iterator[Any]:
     """The jaxprs that `eqn` runs, of whatever kind it is, with their constants."""
-    for param in eqn.params.values():
-        yield from _held(param)
+    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_one)
+    return (p for p in params if isinstance(p, (jex.Jaxpr, jex.ClosedJaxpr)))
 
 
-def _held(param: object) -> Iterator[Any]:
-    if isinstance(param, _JAXPRS):
-        yield param
-    elif isinstance(param, (tuple, list)):
-        for value in param:
-            yield from _held(value)
-
-
-_JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
+def _is_one(param: object) -> bool:
+    """Whether a parameter of an equation is not several, whatever else it holds."""
+    return not isinstance(param, (tuple, list))
 
 
 def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
@@ -89,21 +83,19 @@ def constants(body: Body) -> Sequence[Any]:
     return getattr(body, "consts", ())
 
 
-def with_bodies(eqn: jex.JaxprEqn, change: Callable[[Any], Any]) -> jex.JaxprEqn:
+def with_bodies(
+    eqn: jex.JaxprEqn, change: Callable[[jex.Jaxpr], jex.Jaxpr]
+) -> jex.JaxprEqn:
     """`eqn` with `change` of each jaxpr that it runs."""
 
-    def changed(param: object) -> Any:
-        if isinstance(param, _JAXPRS):
-            return change(param)
-        if not isinstance(param, (tuple, list)):
-            return param
-        entries = list(map(changed, param))
-        if all(new is old for new, old in zip(entries, param, strict=True)):
-            return param
-        kind: Any = type(param)
-        return kind(*entries) if hasattr(param, "_fields") else kind(entries)
+    def changed(param: Any) -> Any:
+        if isinstance(param, jex.ClosedJaxpr):
+            return jex.ClosedJaxpr(change(param.jaxpr), param.consts)
+        return change(param) if isinstance(param, jex.Jaxpr) else param
 
-    return replace(eqn, params={k: changed(p) for k, p in eqn.params.items()})
+    params = list(eqn.params.values())
+    made = jax.tree.map(changed, params, is_leaf=_is_one)
+    return replace(eqn, params=dict(zip(eqn.params, made, strict=True)))
 
 
 def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
@@ -124,18 +116,13 @@ def with_remat_body(
     params = {**eqn.params, "jaxpr": jaxpr}
     flags = params["prevent_cse"]
     if isinstance(flags, tuple):  # One for each input.
-        known = dict(_of_variables(eqn.invars, flags))
+        atoms = zip(eqn.invars, flags, strict=True)
+        known = {a: flag for a, flag in atoms if not isinstance(a, jex.Literal)}
         params["prevent_cse"] = tuple(known.get(v, any(flags)) for v in invars)
     outvars: list[Any] = jaxpr.outvars
     return replace(
         eqn, invars=invars, outvars=outvars, params=params, effects=jaxpr.effects
     )
-
-
-def _of_variables(atoms: Sequence[Atom], values: Sequence[Any]) -> Iterator[Any]:
-    for atom, value in zip(atoms, values, strict=True):
-        if not isinstance(atom, jex.Literal):
-            yield atom, value
 
 
 def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:

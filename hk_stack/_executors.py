@@ -15,7 +15,6 @@ from hk_stack import (
     _eager,
     _equations,
     _finite,
-    _layer,
     _layout,
     _loop,
     _marks,
@@ -23,47 +22,41 @@ from hk_stack import (
     _summary,
     _taps,
 )
-from hk_stack._layer import Given, Invocation, Layer, Result
+from hk_stack._layer import Given, Invocation, Result, describe
 from hk_stack._parts import Input, Parts
-from hk_stack._types import Carry, State, Tree
+from hk_stack._types import Tree
 
 
-def compiled(
-    invocation: Invocation, layer: Layer, given: Given
-) -> tuple[Carry, Tree, State]:
-    """Runs setup for all layers, then the loop; returns carry, outputs and state."""
+def compiled(invocation: Invocation, given: Given) -> Result:
+    """Runs setup for all layers, then the loop."""
     options = invocation.options
-    closed, given, shapes = _trace(invocation, layer, given)
+    closed, given, shapes = _trace(invocation, given)
     closed, constants, marks = _marks.expose(closed)
-    described = _layer.describe(given, invocation.arguments)
+    described = describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
     parts = _cut.cut(closed, inputs, options.setup, invocation.where)
     _summary.record(invocation, given.params, parts)
-    plan = _Plan(
-        parts,
-        inputs,
+    schedule = _loop.Schedule(
         options.num_layers,
         invocation.loop == "unrolled",
         options.unroll,
         invocation.reverse,
         options.remat,
-        options.setup_batch_size,
-        options.setup_remat,
     )
+    sizes = options.setup_batch_size, options.setup_remat
+    plan = _Plan(parts, inputs, schedule, *sizes)
     leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    told = _pass_on(invocation, marks, leaves[count:], result[:3])
-    carry, outputs, state = told
-    return carry, outputs, state
+    return _pass_on(invocation, marks, leaves[count:], result)
 
 
 def _pass_on(
     invocation: Invocation,
     marks: Sequence[_marks.Mark],
     values: Sequence[Any],
-    results: Tree,
-) -> Any:
+    results: Result,
+) -> Result:
     """Tells whatever is around the stack what is at the marks, `[L, ...]`.
 
     Returns:
@@ -85,22 +78,14 @@ class _Plan(NamedTuple):
     Attributes:
       parts: Setup and call of one layer, whose outputs begin with the next carry.
       inputs: What the inputs of a layer are.
-      num_layers: `L`.
-      unrolled: See `_loop.run`, as the next three.
-      unroll: How many layers one step holds.
-      reverse: Whether the last layer runs first.
-      remat: What the backward pass computes again.
+      schedule: How the loop runs the calls.
       setup_batch_size: See `layer_stack`.
       setup_remat: See `layer_stack`.
     """
 
     parts: Parts
     inputs: tuple[Input, ...]
-    num_layers: int
-    unrolled: bool
-    unroll: int
-    reverse: bool
-    remat: _loop.Remat | None
+    schedule: _loop.Schedule
     setup_batch_size: int | None
     setup_remat: bool | None
 
@@ -118,11 +103,14 @@ class _Plan(NamedTuple):
             parts,
             values,
             self.inputs,
-            self.num_layers,
+            self.schedule.num_layers,
             batch_size=self.setup_batch_size,
             remat=self.setup_remat,
         )
-        shared, own = (list(map(_derived, made)) for made in (shared, own))
+        # For policies of `jax.checkpoint` around the stack.
+        shared, own = jax.tree.map(
+            lambda v: checkpoint_name(v, _marks.DERIVED), (shared, own)
+        )
         carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
         given = {i: values[i] for i in parts.call_inputs}
         layered = [i for i in given if self.inputs[i].layered]
@@ -139,30 +127,16 @@ class _Plan(NamedTuple):
             step,
             [values[i] for i in carried],
             (own, [given[i] for i in layered]),
-            num_layers=self.num_layers,
-            unrolled=self.unrolled,
-            unroll=self.unroll,
-            reverse=self.reverse,
-            remat=self.remat,
+            self.schedule,
         )
         return [*carry, *rest]
 
 
-def _derived(value: jax.Array) -> Any:
-    """Names a derived value for policies of `jax.checkpoint` around the stack."""
-    return checkpoint_name(value, _marks.DERIVED)
-
-
-def _trace(
-    invocation: Invocation, layer: Layer, given: Given
-) -> tuple[jex.ClosedJaxpr, Given, Any]:
+def _trace(invocation: Invocation, given: Given) -> tuple[jex.ClosedJaxpr, Given, Any]:
     """Traces one layer; returns `given` with the carry in the types it will keep."""
     one = _layout.drop_layers(given._replace(carry=None))
 
-    def run(given: Given) -> Result:
-        return _layer.run_one(invocation, layer, given)
-
-    trace = jax.make_jaxpr(run, return_shape=True)
+    trace = jax.make_jaxpr(invocation.run, return_shape=True)
     doing = f'tracing {invocation.all_layers}; loop="python" runs them one by one'
     while True:
         carry = given.carry
@@ -190,9 +164,7 @@ def _closed_over() -> Any:
     return describe
 
 
-def python(
-    invocation: Invocation, layer: Layer, given: Given
-) -> tuple[Carry, Tree, State]:
+def python(invocation: Invocation, given: Given) -> Result:
     """Runs the layer function itself, layer by layer."""
     num_layers, where = invocation.options.num_layers, invocation.where
     _summary.record(invocation, given.params, None)
@@ -200,31 +172,20 @@ def python(
     found: dict[int, list[tuple[_marks.Mark, jax.Array]]] = {}
 
     def step(carry: Tree, own: Given) -> tuple[Any, tuple[Any, Any]]:
-        nonlocal structure, layer
+        nonlocal structure
         with invocation.explained(index=own.index):
             given = own._replace(carry=carry)
-            result, found[own.index] = _taps.heard(
-                _layer.run_one, invocation, layer, given
-            )
+            result, found[own.index] = _taps.heard(invocation.run, given)
             output = jax.tree.map(_carry.as_array, result.output)
             after = jax.tree.structure(output)
             _carry.same_outputs(structure, after, where)
-        if structure is None and not result.found.were_odd:
-            # Watching slows a Python loop down, and one of its layers tells enough.
-            layer = _layer.pure_layer(invocation, is_watched=False)
         structure = after
         return result.carry, (output, result.state)
 
     rows = given._replace(carry=None, index=range(num_layers))
-    carry, (outputs, state) = _loop.run(
-        step,
-        given.carry,
-        rows,
-        num_layers=num_layers,
-        unrolled=True,
-        reverse=invocation.reverse,
-    )
-    return _taps.say_layers(found, (carry, outputs, state))
+    schedule = _loop.Schedule(num_layers, unrolled=True, reverse=invocation.reverse)
+    carry, (outputs, state) = _loop.run(step, given.carry, rows, schedule)
+    return _taps.say_layers(found, Result(carry, outputs, state))
 
 
 RUN = {"scan": compiled, "unrolled": compiled, "python": python}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _equations
+from hk_stack import _cost, _equations
 from hk_stack._equations import Atom, fresh, variables
 
 
@@ -23,21 +23,14 @@ class Node(NamedTuple):
 
     Attributes:
       eqn: The equation.
-      regions: The rematerialised regions around it, outermost first.
+      regions: The rematerialised equations around it, outermost first.
       reads: The inputs that it depends on, as a bit set. The bit past the last input
         stands for side effects.
     """
 
     eqn: jex.JaxprEqn
-    regions: tuple["Region", ...]
+    regions: tuple[jex.JaxprEqn, ...]
     reads: int
-
-
-class Region:
-    """One rematerialised region. Two are equal only if they are the same object."""
-
-    def __init__(self, eqn: jex.JaxprEqn):
-        self.eqn = eqn
 
 
 class Flat(NamedTuple):
@@ -88,7 +81,6 @@ def flatten(
     closed: jex.ClosedJaxpr,
     opens: Callable[[jex.Jaxpr, int], bool],
     expose: Expose = lambda eqn, reads: None,
-    effects: Iterable[str] = (),
 ) -> Flat:
     """Flattens `closed`, with what each equation depends on.
 
@@ -98,7 +90,6 @@ def flatten(
         reads, whether to put its equations in its place.
       expose: Given any other equation and the bit sets of what its inputs depend on,
         the same in two steps, or None to leave it whole.
-      effects: Names of equations that count as side effects.
 
     Returns:
       The equations in a flat list.
@@ -106,8 +97,7 @@ def flatten(
     jaxpr = without_constants(closed.jaxpr)
     reads = {var: 1 << i for i, var in enumerate(jaxpr.invars)}
     flat = Flat(jaxpr, [], [], reads)
-    flattening = _Flattening(flat, opens, expose, frozenset(effects))
-    outputs = flattening.visit(jaxpr, jaxpr.invars, _Place())
+    outputs = _Flattening(flat, opens, expose).visit(jaxpr, jaxpr.invars, _Place())
     return flat._replace(outputs=outputs)
 
 
@@ -115,12 +105,13 @@ class _Place(NamedTuple):
     """Where in the traced function equations are.
 
     Attributes:
-      regions: The rematerialised regions around them, outermost first.
+      regions: The rematerialised equations around them, outermost first. What runs
+        twice is two of them, as each equation on the way here is made anew.
       caller: The user's equation that runs them, if they are those of a library.
       is_exposed: Whether they were made of one that was exposed.
     """
 
-    regions: tuple[Region, ...] = ()
+    regions: tuple[jex.JaxprEqn, ...] = ()
     caller: jex.JaxprEqn | None = None
     is_exposed: bool = False
 
@@ -131,7 +122,6 @@ class _Flattening(NamedTuple):
     flat: Flat
     opens: Callable[[jex.Jaxpr, int], bool]
     expose: Expose
-    effects: frozenset[str]
 
     def visit(
         self, jaxpr: jex.Jaxpr, args: Sequence[Atom], place: _Place
@@ -156,7 +146,7 @@ class _Flattening(NamedTuple):
         if body is not None and self.opens(body, _union(masks)):
             regions = place.regions
             if eqn.primitive.name in _equations.REMAT:
-                regions = (*regions, Region(eqn))
+                regions = (*regions, eqn)
             caller = eqn if _is_of_a_library(body) else None
             inside = _Place(regions, caller, place.is_exposed)
             return self.visit(body, eqn.invars, inside)
@@ -167,13 +157,13 @@ class _Flattening(NamedTuple):
             eqn = exposed.after(made)
         return self._add(eqn, place.regions)
 
-    def _add(self, eqn: jex.JaxprEqn, regions: tuple[Region, ...]) -> list[Atom]:
+    def _add(self, eqn: jex.JaxprEqn, regions: tuple[jex.JaxprEqn, ...]) -> list[Atom]:
         """Adds an equation as it is, with what it depends on."""
         reads = self.flat.reads
         # Bodies are shared, and so are variables by bodies made from one another.
         outvars: list[Atom] = [fresh(v) if v in reads else v for v in eqn.outvars]
         mask = _union(map(self.flat.dependencies, eqn.invars))
-        if eqn.effects or eqn.primitive.name in self.effects:
+        if eqn.effects or eqn.primitive.name in _cost.OPAQUE:
             mask |= 1 << len(self.flat.jaxpr.invars)
         reads.update((v, mask) for v in outvars)
         self.flat.nodes.append(
@@ -247,7 +237,7 @@ def _restore_regions(
 ) -> list[jex.JaxprEqn]:
     """The equations of `nodes`, with the rematerialised regions put around them."""
 
-    def region(node: Node) -> Region | None:
+    def region(node: Node) -> jex.JaxprEqn | None:
         return node.regions[depth] if len(node.regions) > depth else None
 
     eqns: list[jex.JaxprEqn] = []
@@ -259,7 +249,7 @@ def _restore_regions(
         else:
             made = {v for node in group for v in node.eqn.outvars}
             body = _restore_regions(group, depth + 1, [v for v in live if v in made])
-            new = [_remat(key.eqn, body, [v for v in live if v in made])]
+            new = [_remat(key, body, [v for v in live if v in made])]
         eqns = new + eqns
         live |= {v: None for eqn in new for v in variables(eqn.invars)}
     return eqns

@@ -1,13 +1,13 @@
 """`hoist`: a mark on values that are setup, and how a traced program shows it."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _equations
+from hk_stack import _checks, _equations
 from hk_stack._marks import HOIST, HOISTED
 
 T = TypeVar("T")
@@ -45,12 +45,7 @@ def hoist(value: T) -> T:
         input, a random key, state, a per-layer input or a side effect. The message says
         which.
     """
-    for leaf in jax.tree.leaves(value):
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
-            raise TypeError(
-                f"hk_stack.hoist: expected a pytree of arrays, found a "
-                f"{type(leaf).__name__} ({leaf!r})."
-            )
+    _checks.arrays(value, "hk_stack.hoist: the value", "expected a pytree of arrays.")
     marked: T = jax.tree.map(lambda leaf: checkpoint_name(leaf, HOIST), value)
     return marked
 
@@ -69,12 +64,6 @@ def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         return eqn
     if eqn.primitive.name == "name":
         return _equations.replace(eqn, params={**eqn.params, "name": HOISTED})
-
-    return _equations.with_bodies(eqn, _weaken_body)
-
-
-def _weaken_body(body: _equations.Body) -> Any:
-    if isinstance(body, jex.ClosedJaxpr):
-        eqns = list(map(weaken, body.jaxpr.eqns))
-        return jex.ClosedJaxpr(_equations.replace(body.jaxpr, eqns=eqns), body.consts)
-    return _equations.replace(body, eqns=list(map(weaken, body.eqns)))
+    return _equations.with_bodies(
+        eqn, lambda body: _equations.replace(body, eqns=list(map(weaken, body.eqns)))
+    )

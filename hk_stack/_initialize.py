@@ -2,50 +2,40 @@
 
 Initial values need the initialisers only, not the forward passes of the layers. So the
 initialisation of one layer is traced, all that its initial values do not depend on is
-dropped, and what is left runs in batches of layers, under `hk.vmap`; in a loop inside
-`jit`, where a batch takes longer to compile than it saves. Where an initial value
-depends on the activations, the layers have to run one after the other.
+dropped, and what is left runs in batches of layers; in a loop inside `jit`, where a
+batch takes longer to compile than it saves. Where an initial value depends on the
+activations, the layers have to run one after the other.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import _batches, _checks, _cost, _eager, _equations, _flat, _layout, _loop
-from hk_stack._layer import Given, Layer
+from hk_stack._layer import Given, Invocation
 from hk_stack._types import Params, State
 
 
-def initialize(
-    layer: Layer, num_layers: int, given: Given, *, method: str, where: str
-) -> tuple[Params, State]:
+def initialize(invocation: Invocation, given: Given) -> tuple[Params, State]:
     """Initial parameters and state of a stack.
 
     Equal to this loop, with the results stacked; the `apply` calls matter, and are
     made, only where initial values depend on the activations:
 
     ```
-    for i in range(num_layers):
+    for i in range(L):
         init_key, key, apply_key = jax.random.split(key, 3)
         params[i], state[i] = layer.init(init_key, carry, own[i])
         carry = layer.apply(params[i], state[i], apply_key, carry, own[i])
     ```
 
     Args:
-      layer: The layer.
-      num_layers: `L`.
+      invocation: Of the stack; its option `init` says how.
       given: What the layers are given, without parameters and state; its `keys` are one
         random key, or None if the initialisers need none.
-      method: "vmap" runs the initialisers batched, "map" one layer after another,
-        "scan" the loop above. "auto" is "vmap", but "map" inside `jit`, and where a
-        batch would compute other values (random bits of all keys but threefry's), and
-        "scan" if an initial value depends on the activations.
-      where: Names the stack in errors.
 
     Returns:
       Parameters and state with leaves `[L, ...]`.
@@ -54,16 +44,17 @@ def initialize(
       ValueError: If "vmap" or "map" is asked for and an initial value depends on the
         activations; it names the value.
     """
+    num_layers, method = invocation.options.num_layers, invocation.options.init
     if method == "scan":
-        return _one_after_another(layer, num_layers, given)
-    traced = _trace(layer, given)
+        return _one_after_another(invocation, given)
+    traced = _trace(invocation, given)
     if not traced.dependent:
         return _run_initialisers(traced, num_layers, given, method)
     if method == "auto":
-        return _one_after_another(layer, num_layers, given)
+        return _one_after_another(invocation, given)
     raise ValueError(
-        f'{where}: init="{method}" runs the initialisers without the layers, '
-        f"but the initial value of {', '.join(traced.dependent)} depends on "
+        f'{invocation.where}: init="{method}" runs the initialisers without the '
+        f"layers, but the initial value of {', '.join(traced.dependent)} depends on "
         'the activations. Use init="scan", or init="auto", which finds this '
         "out."
     )
@@ -85,10 +76,10 @@ class _Traced(NamedTuple):
     tree: Any
 
 
-def _trace(layer: Layer, given: Given) -> _Traced:
-    """Traces `layer.init`, and finds out what depends on the activations."""
+def _trace(invocation: Invocation, given: Given) -> _Traced:
+    """Traces the `init` of a layer, and finds out what depends on the activations."""
     own = _layout.drop_layers(given._replace(keys=None, carry=None))
-    trace = jax.make_jaxpr(layer.init, return_shape=True)
+    trace = jax.make_jaxpr(invocation.init, return_shape=True)
     closed, shapes = trace(own._replace(keys=given.keys, carry=given.carry))
     is_carry = [path[0].name == "carry" for path, _ in jax.tree.leaves_with_path(given)]
     activations = _flat.bits([False] * len(closed.consts) + is_carry)
@@ -133,26 +124,18 @@ class _Initialisers(NamedTuple):
         if self.size == 1:
             return _in_turn(one, self.num_layers, bool(self.kind), own)
         if self.kind:
-            own = [_init_keys(own[0], self.num_layers), *own[1:]]
-        # The layer's number is mapped over too, as nothing else may be. A transform of
-        # its own keeps all this pure, so that it can be compiled.
-        batches = hk.transform(
-            functools.partial(
-                _batches.in_batches,
-                lambda numbered: one(numbered[1:]),
-                size=self.size,
-                remat=False,
-                vmap=functools.partial(hk.vmap, split_rng=False),
-            )
-        )
+            keys = _in_turn(lambda key: key, self.num_layers, True, own[:1])
+            own = [*keys, *own[1:]]
+        # The layer's number is mapped over too, as nothing else may be.
         numbered = [jnp.arange(self.num_layers), *own]
-        return list(batches.apply({}, None, numbered))
+        return _batches.in_batches(
+            lambda numbered: one(numbered[1:]), numbered, size=self.size, remat=False
+        )
 
 
 def _run_initialisers(
     traced: _Traced, num_layers: int, given: Given, method: str
 ) -> tuple[Params, State]:
-    """Runs the initialisers of all layers."""
     program, reads = _flat.program(traced.flattened, traced.flattened.outputs)
     num_constants = len(traced.constants)
     # Of `given` come first the key, then the carry, which nothing reads.
@@ -199,17 +182,10 @@ def _in_turn(
         return key, one([init_key, *own])
 
     key, rows = (own[0], own[1:]) if has_key else (None, own)
-    return list(_loop.run(step, key, rows, num_layers=num_layers)[1])
+    return list(_loop.run(step, key, rows, _loop.Schedule(num_layers))[1])
 
 
-def _init_keys(key: jax.Array, num_layers: int) -> jax.Array:
-    """The key that each layer is initialised with, `[L, ...]`."""
-    return _in_turn(lambda own: own, num_layers, True, [key])[0]
-
-
-def _one_after_another(
-    layer: Layer, num_layers: int, given: Given
-) -> tuple[Params, State]:
+def _one_after_another(invocation: Invocation, given: Given) -> tuple[Params, State]:
     """Initialises each layer on the activations that the one before it left."""
 
     def step(before: tuple[Any, Any], own: Given) -> tuple[tuple[Any, Any], Any]:
@@ -217,13 +193,16 @@ def _one_after_another(
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         init_key, key, apply_key = keys
         own = own._replace(carry=carry)
-        params, state = layer.init(own._replace(keys=init_key))
-        after = layer.apply(own._replace(params=params, state=state, keys=apply_key))
+        params, state = invocation.init(own._replace(keys=init_key))
+        after = invocation.apply(
+            own._replace(params=params, state=state, keys=apply_key)
+        )
         return (after.carry, key), (params, state)
 
     own = given._replace(carry=None, keys=None)
     start = given.carry, given.keys
-    params, state = _loop.run(step, start, own, num_layers=num_layers)[1]
+    schedule = _loop.Schedule(invocation.options.num_layers)
+    params, state = _loop.run(step, start, own, schedule)[1]
     return params, state
 
 

@@ -1,8 +1,7 @@
-"""One use of a stack, its invocation, and its layer as pure functions."""
+"""One use of a stack, its invocation, with its layer as pure functions."""
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -19,7 +18,6 @@ from hk_stack import (
     _scopes,
     _taps,
 )
-from hk_stack._options import Options
 from hk_stack._parts import Input
 from hk_stack._types import Carry, Tree
 
@@ -78,93 +76,66 @@ _KINDS = {
 }
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class Found:
-    """What running a layer function tells, besides values.
-
-    Attributes:
-      were_odd: Whether the layer uses modules that have to be told their names.
-    """
-
-    were_odd: bool
-
-
 class Result(NamedTuple):
-    """What a layer returns; leaves in this order.
+    """What a layer returns, or a stack, of all layers; leaves in this order.
 
     Attributes:
-      carry: What the next layer is given.
+      carry: What the next layer is given, a tuple.
       output: The layer's own output, or None.
       state: State after the layer.
-      found: What else there is to know.
     """
 
     carry: Any
     output: Any
     state: Any
-    found: Found
 
 
-class Layer(NamedTuple):
-    """One layer as pure functions.
-
-    Attributes:
-      init: Parameters and state, before the layer runs.
-      apply: The layer.
-    """
-
-    init: Callable[[Given], tuple[hk.Params, hk.State]]
-    apply: Callable[[Given], Result]
-
-
-@dataclasses.dataclass(frozen=True)
 class Invocation:
-    """One use of a stack.
+    """One use of a stack, and its layer as pure functions.
 
     Attributes:
       situation: The stack, its layer function, and what it was given.
+      options: Of the stack.
+      arguments: Names of the arguments of the layer function: the carry, then its
+        inputs.
       where: Names the stack in errors.
       path: Of the stack, from the outermost one.
       reverse: Whether the last layer runs first.
       loop: What runs the layers.
-      is_init: Whether the model is being initialised.
-      check_finite: Whether values are checked, in this stack or for one around it.
-      module: Plain name of the module around a transparent stack, or "".
-      outside: Parameters of the transform around, which no layer may share, by plain
-        names.
-      scopes: Of the layers, if a Python loop runs them.
+      all_layers: What is traced, in words.
     """
 
-    situation: _advice.Situation
-    where: str
-    path: str
-    reverse: bool
-    loop: _loop.Loop
-    is_init: bool
-    check_finite: bool
-    module: str
-    outside: Mapping[str, Mapping[str, Any]]
-    scopes: Sequence[_scopes.Scope]
+    def __init__(self, situation: _advice.Situation, path: str, reverse: bool) -> None:
+        """Finds out what is known of a stack where it is used.
 
-    @property
-    def options(self) -> Options:
-        """Of the stack."""
-        return self.situation.options
-
-    @property
-    def arguments(self) -> list[str]:
-        """Names of the arguments of the layer function: the carry, then its inputs."""
-        return list(self.situation.arguments)
-
-    @property
-    def all_layers(self) -> str:
-        """What is traced, in words."""
-        return f"all {self.options.num_layers} layers at once"
-
-    def names(self) -> _scopes.Names:
-        """The names of the layer that runs."""
-        return _scopes.Names(self.module, self.options.naming_map)
+        Args:
+          situation: The stack, its layer function, and what it was given.
+          path: Of the stack, in the transform around it.
+          reverse: Whether the last layer runs first.
+        """
+        self.situation = situation
+        self.options = options = situation.options
+        self.arguments = list(situation.arguments)
+        self.where = _checks.describe(path, situation.f)
+        self.path = _frames.path_below(path)
+        self.reverse = reverse
+        self.loop = _loop.in_force(options.loop)
+        self.all_layers = f"all {options.num_layers} layers at once"
+        self._is_init = hk.running_init() or _frames.is_init()
+        self._check_finite = options.check_finite or _frames.is_checked()
+        # The module around a transparent stack; and parameters of the transform around,
+        # which no layer may share. Both by plain names.
+        self._module, outside = "", hk.experimental.get_params()
+        if options.naming_map is not None:
+            self._module, outside = _scopes.plain(_scopes.around()), {}
+        self._outside = _scopes.plain_tree(outside)
+        self._scopes: list[_scopes.Scope] = []
+        if self.loop == "python":
+            self._scopes = _scopes.of_layers(options.name, options.num_layers)
+        self._transformed = hk.transform_with_state(self._in_transform)
+        # Whether modules have to be told their names. To watch for these slows a Python
+        # loop down, and one of its layers tells enough.
+        self._were_odd: bool | None = None
 
     def explained(
         self, doing: str = "", index: int | None = None
@@ -172,154 +143,104 @@ class Invocation:
         """What says of errors where they came up, and what to write."""
         return _advice.in_layer(self.where, index, doing, self.situation)
 
-    def frame(self, given: Given, *, is_init: bool) -> _frames.Frame:
-        """What is around one layer."""
+    def init(self, given: Given) -> tuple[hk.Params, hk.State]:
+        """Parameters and state of a layer, before it runs."""
+        with _frames.layer(self._frame(given, is_init=True)):
+            return self._transformed.init(given.keys, self._names(), given)
+
+    def apply(self, given: Given) -> Result:
+        """Runs a layer."""
+        frame = self._frame(given, is_init=self._is_init)
+        with _frames.layer(frame, (given.params, given.carry)):
+            if frame.check_finite:
+                given = given._replace(carry=self._check_given(given))
+            names = self._names()
+            names.given = params = names.added(given.params)
+            (carry, output), after = self._transformed.apply(
+                params, names.added(given.state), given.keys, names, given
+            )
+            is_pair = self.options.with_per_layer_inputs
+            carry = _carry.kept(given.carry, carry, self.arguments, self.where, is_pair)
+            if frame.check_finite:
+                carry, output = self._check_result(carry, output)
+        if names.own and self._were_odd is None:
+            self._were_odd = names.were_odd
+        return Result(carry, output, names.dropped(after, given.state))
+
+    def run(self, given: Given) -> Result:
+        """Runs a layer; if it fails, looks for parameters that do not fit."""
+        try:
+            return self.apply(given)
+        except ValueError as error:
+            if hk.running_init():
+                raise
+            key = jax.random.key(0) if given.keys is None else given.keys
+            _parameters.fit(
+                self.init,
+                given._replace(keys=key),
+                given.params,
+                _scopes.plain_tree(hk.experimental.get_params()),
+                self.options.naming_map,
+                self.where,
+                error,
+            )
+            raise
+
+    def _frame(self, given: Given, *, is_init: bool) -> _frames.Frame:
         is_python = isinstance(given.index, int)
-        is_init = is_init or self.is_init
         return _frames.Frame(
             self.path,
             self.where,
             given.index,
             self.options.num_layers,
-            self.scopes[given.index].name if is_python else "",
-            self.check_finite and not is_init,
+            self._scopes[given.index].name if is_python else "",
+            self._check_finite and not is_init,
             is_init,
             given.added,
-            is_heard=self.check_finite or _taps.are_heard(),
+            is_heard=self._check_finite or _taps.are_heard(),
         )
 
+    def _names(self) -> _scopes.Names:
+        return _scopes.Names(self._module, self.options.naming_map)
 
-def invoke(
-    situation: _advice.Situation, where: str, path: str, reverse: bool
-) -> Invocation:
-    """What is known of a stack where it is used."""
-    options = situation.options
-    is_transparent = options.naming_map is not None
-    loop, num_layers = _loop.in_force(options.loop), options.num_layers
-    outside = {} if is_transparent else hk.experimental.get_params()
-    return Invocation(
-        situation,
-        where,
-        path,
-        reverse,
-        loop,
-        is_init=hk.running_init() or _frames.is_init(),
-        check_finite=bool(options.check_finite or _frames.is_checked()),
-        module=_scopes.plain(_scopes.around()) if is_transparent else "",
-        outside=_scopes.plain_tree(outside),
-        scopes=_scopes.of_layers(options.name, num_layers) if loop == "python" else (),
-    )
-
-
-def pure_layer(invocation: Invocation, *, is_watched: bool = True) -> Layer:
-    """The layer function as pure functions.
-
-    Args:
-      invocation: Of the stack.
-      is_watched: Whether modules that have to be told their names are looked for.
-    """
-    transformed = hk.transform_with_state(_in_transform(invocation, is_watched))
-
-    def init(given: Given) -> tuple[hk.Params, hk.State]:
-        with _frames.layer(invocation.frame(given, is_init=True)):
-            return transformed.init(given.keys, invocation.names(), given)
-
-    def apply(given: Given) -> Result:
-        frame = invocation.frame(given, is_init=False)
-        with _frames.layer(frame, (given.params, given.carry)):
-            if frame.check_finite:
-                given = given._replace(carry=_check_given(invocation, given))
-            names = invocation.names()
-            names.given = params = names.added(given.params)
-            (carry, output), after = transformed.apply(
-                params, names.added(given.state), given.keys, names, given
-            )
-            carry = _kept(invocation, given.carry, carry)
-            if frame.check_finite:
-                carry, output = _check_result(invocation, carry, output)
-        state = names.dropped(after, given.state)
-        return Result(carry, output, state, Found(names.were_odd))
-
-    return Layer(init, apply)
-
-
-def _in_transform(
-    invocation: Invocation, is_watched: bool
-) -> Callable[[_scopes.Names, Given], tuple[Any, Any]]:
-    """The layer function, which takes and returns the carry as a tuple."""
-    options, where = invocation.options, invocation.where
-    f, kwargs = invocation.situation.f, invocation.situation.kwargs
-
-    def run(names: _scopes.Names, given: Given) -> tuple[Any, Any]:
-        with _around(invocation, names, is_watched):
-            result = f(*given.carry, *given.inputs, **kwargs)
-        _carry.result(result, where)
+    def _in_transform(self, names: _scopes.Names, given: Given) -> tuple[Any, Any]:
+        """Runs the layer function; returns the carry, as a tuple, and the output."""
+        options, situation = self.options, self.situation
+        with self._around(names):
+            result = situation.f(*given.carry, *given.inputs, **situation.kwargs)
+        _carry.result(result, self.where)
         output = None
         if options.with_per_layer_inputs:
-            _carry.pair(result, where)
+            _carry.pair(result, self.where)
             result, output = result
         if len(given.carry) == 1:
             result = (result,)
         return _carry.cast(result, options.carry_dtype), output
 
-    return run
+    @contextlib.contextmanager
+    def _around(self, names: _scopes.Names) -> Iterator[None]:
+        """What is around the layer function: its scope, and a watch on modules."""
+        with contextlib.ExitStack() as stack:
+            if names.own:
+                index: Any = names.frame.index  # A number, as a Python loop runs it.
+                stack.enter_context(self._scopes[index].context)
+            if self._were_odd is not False or not names.own:
+                captured: set[str] = set()
+                stack.enter_context(names.watched(captured))
+                stack.enter_context(
+                    _parameters.not_shared(self._outside, captured, self.where)
+                )
+            yield
 
+    def _check_given(self, given: Given) -> Any:
+        """Checks what a layer is given; returns its carry, as `say_finite` does."""
+        arguments = *given.carry, *given.inputs
+        named = dict(zip(self.arguments, arguments, strict=True))
+        params, state = given.params, given.state
+        checked = {"parameter ": params, "state ": state, "argument ": named}
+        return _finite.say_finite(checked, given.carry)
 
-@contextlib.contextmanager
-def _around(
-    invocation: Invocation, names: _scopes.Names, is_watched: bool
-) -> Iterator[None]:
-    """What is around the layer function: its scope, and a watch on modules."""
-    with contextlib.ExitStack() as stack:
-        if names.own:
-            index: Any = names.frame.index  # A number, as a Python loop runs it.
-            stack.enter_context(invocation.scopes[index].context)
-        if is_watched or not names.own:
-            captured: set[str] = set()
-            stack.enter_context(names.watched(captured))
-            stack.enter_context(
-                _parameters.not_shared(invocation.outside, captured, invocation.where)
-            )
-        yield
-
-
-def _kept(invocation: Invocation, before: Carry, after: Tree) -> Any:
-    is_pair = invocation.options.with_per_layer_inputs
-    return _carry.kept(before, after, invocation.arguments, invocation.where, is_pair)
-
-
-def _check_given(invocation: Invocation, given: Given) -> Any:
-    """Checks what a layer is given; returns its carry, as `say_finite` does."""
-    arguments = *given.carry, *given.inputs
-    named = dict(zip(invocation.arguments, arguments, strict=True))
-    checked = {"parameter ": given.params, "state ": given.state, "argument ": named}
-    return _finite.say_finite(checked, given.carry)
-
-
-def _check_result(
-    invocation: Invocation, carry: Carry, output: Tree
-) -> tuple[Any, Any]:
-    named = dict(zip(invocation.arguments, carry, strict=False))
-    checked = {"result ": named, "output per layer ": output}
-    return _finite.say_finite(checked, (carry, output))
-
-
-def run_one(invocation: Invocation, layer: Layer, given: Given) -> Result:
-    """Runs one layer; if it fails, looks for parameters that do not fit."""
-    try:
-        return layer.apply(given)
-    except ValueError as error:
-        if hk.running_init():
-            raise
-        key = jax.random.key(0) if given.keys is None else given.keys
-        stored = _scopes.plain_tree(hk.experimental.get_params())
-        _parameters.fit(
-            layer.init,
-            given._replace(keys=key),
-            given.params,
-            stored,
-            invocation.options.naming_map,
-            invocation.where,
-            error,
-        )
-        raise
+    def _check_result(self, carry: Carry, output: Tree) -> tuple[Any, Any]:
+        named = dict(zip(self.arguments, carry, strict=False))
+        checked = {"result ": named, "output per layer ": output}
+        return _finite.say_finite(checked, (carry, output))

@@ -46,7 +46,7 @@ def use_loop(loop: Loop) -> contextlib.AbstractContextManager[None]:
     Raises:
       ValueError: If there is no such executor.
     """
-    _checks.one_of(loop, LOOPS, "loop", "use_loop")
+    _checks.one_of(loop, "loop", "use_loop", LOOPS)
     context: contextlib.AbstractContextManager[None] = _override(loop)
     return context
 
@@ -55,7 +55,7 @@ def in_force(loop: Loop) -> Loop:
     """The executor that runs a stack which asks for `loop`."""
     of_program: Any = os.environ.get("HK_STACK_LOOP")
     if of_program and _override.value is None:
-        _checks.one_of(of_program, LOOPS, "its value", "variable HK_STACK_LOOP")
+        _checks.one_of(of_program, "its value", "variable HK_STACK_LOOP", LOOPS)
     return _override.value or of_program or loop
 
 
@@ -86,26 +86,36 @@ def describe(remat: Remat | None) -> str:
     return f"{words}, every {remat.every}" if remat.every > 1 else words
 
 
+class Schedule(NamedTuple):
+    """How a loop runs its layers.
+
+    Attributes:
+      num_layers: `L`.
+      unrolled: Whether a Python loop runs the layers.
+      unroll: How many layers one step of the compiled loop holds.
+      reverse: Whether the last layer runs first.
+      remat: What the backward pass computes again.
+    """
+
+    num_layers: int
+    unrolled: bool = False
+    unroll: int = 1
+    reverse: bool = False
+    remat: Remat | None = None
+
+
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def run(
-    layer: Step,
-    carry: Tree,
-    per_layer: Tree,
-    *,
-    num_layers: int,
-    unrolled: bool = False,
-    unroll: int = 1,
-    reverse: bool = False,
-    remat: Remat | None = None,
+    layer: Step, carry: Tree, per_layer: Tree, schedule: Schedule
 ) -> tuple[Any, Any]:
-    """Runs `num_layers` layers one after the other.
+    """Runs layers one after the other.
 
     Equal to this loop, with the outputs stacked:
 
     ```
-    for i in reversed(range(num_layers)) if reverse else range(num_layers):
+    for i in reversed(range(L)) if reverse else range(L):
         carry, outputs[i] = layer(carry, jax.tree.map(lambda leaf: leaf[i], per_layer))
     ```
 
@@ -114,45 +124,41 @@ def run(
       carry: What the first layer is given.
       per_layer: A pytree of arrays `[L, ...]`: what each layer gets of its own. A leaf
         of an unrolled loop may be `range(L)`: then layer i gets the int i.
-      num_layers: `L`.
-      unrolled: Whether a Python loop runs the layers, as written above.
-      unroll: How many layers one step of the compiled loop holds.
-      reverse: Whether the last layer runs first.
-      remat: What the backward pass computes again.
+      schedule: How the layers run.
 
     Returns:
       The last carry, and the outputs `[L, ...]`.
     """
-    loop = functools.partial(_one_by_one if unrolled else _scan, reverse=reverse)
-    if remat is None:
-        return loop(layer, carry, per_layer, num_layers, unroll)
+    if schedule.remat is None:
+        return _turns(layer, carry, per_layer, schedule)
+    policy, every = schedule.remat
 
-    def again(step: Step, count: int, unroll: int) -> Step:
-        """`step`, computed again in the backward pass of a loop of `count` turns."""
+    def again(step: Step, schedule: Schedule) -> Step:
+        """`step`, computed again in the backward pass of its loop."""
         # In a compiled loop nothing can be merged with the backward pass; outside of
         # one XLA would undo the rematerialisation.
-        outside = unrolled or unroll >= count
-        return jax.checkpoint(step, policy=remat.policy, prevent_cse=outside)
+        outside = schedule.unrolled or schedule.unroll >= schedule.num_layers
+        return jax.checkpoint(step, policy=policy, prevent_cse=outside)
 
     def group(count: int) -> Step:
-        step = again(layer, count, unroll)
-        return lambda carry, own: loop(step, carry, own, count, unroll)
+        inner = schedule._replace(num_layers=count)
+        return functools.partial(_turns, again(layer, inner), schedule=inner)
 
-    every = remat.every
-    if every == 1 or every >= num_layers:
-        return group(num_layers)(carry, per_layer)
-    groups, rest = divmod(num_layers, every)
+    if every == 1 or every >= schedule.num_layers:
+        return group(schedule.num_layers)(carry, per_layer)
+    groups, rest = divmod(schedule.num_layers, every)
+    outer = schedule._replace(num_layers=groups, unroll=1)
 
     def whole_groups(carry: Tree, own: Tree) -> tuple[Any, Any]:
-        own = jax.tree.map(lambda leaf: _fold(leaf, groups, every), own)
-        step = again(group(every), groups, 1)
-        carry, outputs = loop(step, carry, own, groups, 1)
-        return carry, jax.tree.map(_unfold, outputs)
+        own = jax.tree.map(lambda v: v.reshape(groups, every, *v.shape[1:]), own)
+        carry, outputs = _turns(again(group(every), outer), carry, own, outer)
+        whole = groups * every
+        return carry, jax.tree.map(lambda v: v.reshape(whole, *v.shape[2:]), outputs)
 
     if not rest:
         return whole_groups(carry, per_layer)
-    last_group = again(group(rest), 1, 1)
-    return _in_two(whole_groups, last_group, carry, per_layer, rest, reverse)
+    last_group = jax.checkpoint(group(rest), policy=policy)
+    return _in_two(whole_groups, last_group, carry, per_layer, rest, schedule.reverse)
 
 
 def _in_two(
@@ -170,29 +176,15 @@ def _in_two(
     return carry, jax.tree.map(lambda *ends: jnp.concatenate(ends), start, end)
 
 
-def _fold(leaf: jax.Array, *shape: int) -> Any:
-    """`leaf` with its first axis in the place of several."""
-    return leaf.reshape(*shape, *leaf.shape[1:])
-
-
-def _unfold(leaf: jax.Array) -> Any:
-    """`leaf` with its first two axes as one."""
-    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
-
-
-def _scan(
-    layer: Step, carry: Tree, per_layer: Tree, count: int, unroll: int, *, reverse: bool
+def _turns(
+    layer: Step, carry: Tree, per_layer: Tree, schedule: Schedule
 ) -> tuple[Any, Any]:
-    return jax.lax.scan(
-        layer, carry, per_layer, length=count, unroll=unroll, reverse=reverse
-    )
-
-
-def _one_by_one(
-    layer: Step, carry: Tree, per_layer: Tree, count: int, unroll: int, *, reverse: bool
-) -> tuple[Any, Any]:
-    """A loop in Python, which may see true values."""
-    del unroll
+    """The loop itself, whatever is rematerialised; in Python it may see true values."""
+    count, unrolled, unroll, reverse, _ = schedule
+    if not unrolled:
+        return jax.lax.scan(
+            layer, carry, per_layer, length=count, reverse=reverse, unroll=unroll
+        )
     leaves, tree = jax.tree.flatten(per_layer)
     arrays = [leaf for leaf in leaves if not isinstance(leaf, range)]
     slices = iter(_unstack(arrays, count))

@@ -43,12 +43,6 @@ class Mark(NamedTuple):
         return marked
 
 
-def _read(name: str) -> Mark | None:
-    """What a name says; None if it is of no mark for `expose`."""
-    kind, _, label = name.partition(":")
-    return Mark(kind, label) if kind in (TAP, FINITE) else None
-
-
 def tied(value: T, kept: Sequence[Any]) -> T:
     """`value`, computed only together with what is `kept`."""
     leaves, tree = jax.tree.flatten(value)
@@ -145,7 +139,8 @@ def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_M
 
 def _mark(eqn: jex.JaxprEqn) -> Mark | None:
     if eqn.primitive.name == "name":
-        return _read(eqn.params["name"])
+        kind, _, label = eqn.params["name"].partition(":")
+        return Mark(kind, label) if kind in (TAP, FINITE) else None
     if eqn.primitive.name == "custom_vmap_call":  # Around the mark of a check.
         marks = [_mark(inner) for body in _equations.bodies(eqn) for inner in body.eqns]
         if len(marks) == 1 and marks[0] and marks[0].kind == FINITE:
@@ -159,7 +154,6 @@ def _marks(eqns: Iterable[jex.JaxprEqn]) -> list[Mark]:
 
 
 def _run_one(eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Runs an equation as it is."""
     return _equations.run(_equations.alone(eqn), *inputs)
 
 

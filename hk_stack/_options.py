@@ -1,6 +1,7 @@
 """What `layer_stack` is given besides the layer function, checked."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ class Options:
     num_layers: int
     with_per_layer_inputs: bool
     unroll: int
-    pass_reverse: bool
+    pass_reverse_to_layer_fn: bool
     naming_map: _naming.Map | None
     name: str
     setup: str
@@ -35,55 +36,23 @@ class Options:
     loop: _loop.Loop
     remat: _loop.Remat | None
     carry_dtype: Any
-    check_finite: bool | None
+    check_finite: bool
 
 
-def checked(
-    num_layers: object,
-    with_per_layer_inputs: object,
-    unroll: object,
-    pass_reverse_to_layer_fn: object,
-    transparent: object,
-    transparency_map: object,
-    name: object,
-    *,
-    remat: object,
-    remat_every: object,
-    setup_batch_size: object,
-    carry_dtype: object,
-    **rest: object,
-) -> Options:
+def checked(**given: Any) -> Options:
     """The options, or an error that names the argument and says what to write."""
+    name = given["name"]
     where = f"layer_stack {name!r}" if isinstance(name, str) and name else "layer_stack"
-    num_layers = _checks.positive(num_layers, "num_layers", where)
-    is_pair = _checks.flag(with_per_layer_inputs, "with_per_layer_inputs", where)
-    is_transparent = _checks.flag(transparent, "transparent", where)
-    if setup_batch_size is not None:
-        setup_batch_size = _checks.positive(setup_batch_size, "setup_batch_size", where)
+    found = {k: check(given[k], k, where) for k, check in _CHECKS.items()}
+    naming_map, num_layers = given["transparency_map"], found["num_layers"]
+    is_transparent = found.pop("transparent")
     return Options(
-        num_layers=num_layers,
-        with_per_layer_inputs=is_pair,
-        unroll=_unroll(unroll, num_layers, where),
-        pass_reverse=_checks.flag(
-            pass_reverse_to_layer_fn, "pass_reverse_to_layer_fn", where
-        ),
-        naming_map=_naming_map(transparency_map, where) if is_transparent else None,
-        name=_name(name, is_pair),
-        setup_batch_size=setup_batch_size,
-        remat=_remat(remat, remat_every, num_layers, where),
-        carry_dtype=_floating(carry_dtype, where),
-        **_words(rest, where),
+        unroll=_unroll(given["unroll"], num_layers, where),
+        naming_map=_naming_map(naming_map, where) if is_transparent else None,
+        name=_name(name, found["with_per_layer_inputs"]),
+        remat=_remat(given["remat"], given["remat_every"], num_layers, where),
+        **found,
     )
-
-
-def _words(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """The options that are words or flags."""
-    words = {"setup": Setup, "init": Init, "loop": _loop.Loop}
-    flags = ("setup_remat", "check_finite")
-    return {
-        k: _checks.one_of(given[k], get_args(kind), k, where)
-        for k, kind in words.items()
-    } | {k: _checks.true_or_false(given[k], k, where) for k in flags}
 
 
 def _naming_map(naming_map: object, where: str) -> _naming.Map:
@@ -118,7 +87,6 @@ def _remat(
 
 
 def _name(name: object, with_per_layer_inputs: bool) -> str:
-    """The name of a stack."""
     if not (name is None or isinstance(name, str)):
         raise TypeError(
             f"layer_stack: name must be a str or None, not {name!r} "
@@ -175,8 +143,12 @@ _MAKERS_OF_POLICIES = (
 )
 
 
-def _floating(dtype: Any, where: str) -> Any:
-    """`dtype` as the floating-point type of a carry; None stays None."""
+def _size(value: object, argument: str, where: str) -> int | None:
+    return None if value is None else _checks.positive(value, argument, where)
+
+
+def _floating(dtype: Any, argument: str, where: str) -> Any:
+    """`dtype` as a floating-point type; None stays None."""
     try:
         found = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
@@ -186,6 +158,22 @@ def _floating(dtype: Any, where: str) -> Any:
     ):
         return found
     raise TypeError(
-        f"{where}: carry_dtype must be a floating-point type such as jnp.bfloat16, "
+        f"{where}: {argument} must be a floating-point type such as jnp.bfloat16, "
         f"not {dtype!r}."
     )
+
+
+# Of those arguments that are checked by themselves.
+_CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
+    "num_layers": _checks.positive,
+    "with_per_layer_inputs": _checks.flag,
+    "pass_reverse_to_layer_fn": _checks.flag,
+    "transparent": _checks.flag,
+    "setup": functools.partial(_checks.one_of, words=get_args(Setup)),
+    "setup_batch_size": _size,
+    "setup_remat": _checks.true_or_false,
+    "init": functools.partial(_checks.one_of, words=get_args(Init)),
+    "loop": functools.partial(_checks.one_of, words=_loop.LOOPS),
+    "carry_dtype": _floating,
+    "check_finite": _checks.flag,
+}

@@ -10,37 +10,29 @@ import jax
 import numpy as np
 
 from hk_stack import _checks, _equations, _naming, _scopes
-from hk_stack._types import Params, State, Tree
+from hk_stack._types import Params, Tree
 
 
-def depth(params: Params, state: State, num_layers: int, where: str) -> None:
-    """Checks that parameters and state are those of `num_layers` layers."""
-    for kind, tree in (("parameter", params), ("state", state)):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            if leaf.ndim == 0 or leaf.shape[0] != num_layers:
-                deep = f"of {leaf.shape[0]} layers" if leaf.ndim else "of no stack"
-                name = _checks.path_name(path)
-                raise ValueError(
-                    f"{where}: {kind} {name} has shape {leaf.shape}; "
-                    f"expected a leading axis of num_layers={num_layers}. If these are "
-                    f"parameters {deep}, change num_layers. If they come from a Python "
-                    "loop of layers, stack them with hk_stack.stack_params(params, "
-                    "naming_map)."
-                )
-
-
-def not_sharded_by_layer(trees: Mapping[str, Any], where: str) -> None:
-    """Checks that no type says that layers are on other devices than one another."""
+def of_layers(trees: Mapping[str, Tree], num_layers: int, where: str) -> None:
+    """Checks that arrays are of so many layers, each of them on all devices."""
     for kind, tree in trees.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
+            if leaf.shape[:1] != (num_layers,):
+                deep = f"of {leaf.shape[0]} layers" if leaf.ndim else "of no stack"
+                raise ValueError(
+                    f"{where}: {kind} {_checks.path_name(path)} has shape "
+                    f"{leaf.shape}; expected a leading axis of num_layers={num_layers}."
+                    f" If these are parameters {deep}, change num_layers. If they come "
+                    "from a Python loop of layers, stack them with "
+                    "hk_stack.stack_params(params, naming_map)."
+                )
             sharding = _equations.explicit(jax.typeof(leaf))
             if sharding and sharding.spec[0] is not None:
                 whole = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
-                name = _checks.path_name(path)
                 raise ValueError(
-                    f"{where}: {kind} {name} is sharded over its layers, "
-                    f"{jax.typeof(leaf).str_short()}, on a mesh axis of type Explicit; "
-                    "a loop needs each layer on all devices. Write "
+                    f"{where}: {kind} {_checks.path_name(path)} is sharded over its "
+                    f"layers, {jax.typeof(leaf).str_short()}, on a mesh axis of type "
+                    "Explicit; a loop needs each layer on all devices. Write "
                     f"jax.sharding.reshard(leaf, jax.P{tuple(whole)}) before the "
                     "stack, or shard another axis, or make the mesh axis one of type "
                     "Auto."

@@ -209,8 +209,7 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
       TypeError: If `fn` is not callable, or an argument is no array.
       ValueError: If a value marked with `hoist` depends on another argument.
     """
-    where = _named(fn, example_args)
-    names = _checks.argument_names(fn, len(example_args))
+    where, names = _named(fn, example_args)
     with while_tracing(where):
         trace = jax.make_jaxpr(fn, return_shape=True)
         closed, result = trace(*example_args)
@@ -241,8 +240,10 @@ def _described(names: list[str], arguments: tuple[Tree, ...]) -> Iterator[Input]
         yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
 
 
-def _named(fn: Callable[..., Any], example_args: tuple[Tree, ...]) -> str:
-    """Checks what `partition` is given; returns how errors name it."""
+def _named(
+    fn: Callable[..., Any], example_args: tuple[Tree, ...]
+) -> tuple[str, list[str]]:
+    """Checks what `partition` is given; returns its name and those of arguments."""
     _checks.function(fn, "partition")
     where = f"partition of {_checks.name_of(fn)!r}"
     if not example_args:
@@ -253,7 +254,7 @@ def _named(fn: Callable[..., Any], example_args: tuple[Tree, ...]) -> str:
     names = _checks.argument_names(fn, len(example_args))
     for name, tree in zip(names, example_args, strict=True):
         _checks.arrays(tree, f"{where}: example argument `{name}`")
-    return where
+    return where, names
 
 
 @contextlib.contextmanager
@@ -284,11 +285,10 @@ def _same_leaves(given: Tree, example: Tree, what: str) -> None:
             f"{_some(' has also', found - expected)} expected {old}, found "
             f"{new}. Partition again for other arguments."
         )
-    leaves = jax.tree.leaves_with_path(given)
-    for (path, leaf), aval in zip(leaves, jax.tree.leaves(example), strict=True):
+    leaves = _checks.leaves_at(given)
+    for (at, leaf), aval in zip(leaves, jax.tree.leaves(example), strict=True):
         kind = jax.typeof(leaf)
         if (kind.shape, kind.dtype) != (aval.shape, aval.dtype):
-            at = f" (at {_checks.path_name(path)})" if path else ""
             raise ValueError(
                 f"{what}{at} is {kind.str_short()}; it was partitioned for "
                 f"{aval.str_short()}. Partition again for other shapes or dtypes."

@@ -111,6 +111,6 @@ def _batch_size(setup: jex.Jaxpr, num_layers: int, asked: int | None) -> int:
         return 1
     if asked is not None:
         return asked
-    if _cost.gathers(setup):
+    if _cost.gathers(setup.eqns):
         return 1  # A batch would hold all of its layers whole on each device.
     return _batches.batch_size(num_layers, _cost.largest_value(setup))

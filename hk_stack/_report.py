@@ -169,35 +169,21 @@ def _stayed(
       caller: The source line of that equation.
     """
     flags = dict(zip(jaxpr.invars, known, strict=True))
-    values = {v for v, flag in flags.items() if flag}
-    rest = {v for v, flag in flags.items() if flag is False}
     for eqn in jaxpr.eqns:
-        read = set(_equations.variables(eqn.invars))
+        read = [None if isinstance(a, jex.Literal) else flags[a] for a in eqn.invars]
         source, name = _flat.source_line(eqn), eqn.primitive.name
         source = caller if source == _flat.UNKNOWN else source
-        if read & rest:
-            rest |= set(eqn.outvars)
-            yield from _inside(eqn, _known(eqn, values, rest), source)
+        made = True if True in read else None
+        if False in read:
+            made = False
+            yield from _inside(eqn, read, source)
         elif name in _cost.OPAQUE or eqn.effects:
-            rest |= set(eqn.outvars)
+            made = False
             yield Stayed(source, name, "it has side effects or runs foreign code")
-        elif read & values:
-            values |= set(eqn.outvars)
-            if not _cost.is_layout(eqn):
-                why = "it is cheap, and no smaller than what it is made of"
-                yield Stayed(source, name, why)
-
-
-def _known(
-    eqn: jex.JaxprEqn, values: set[jex.Var], rest: set[jex.Var]
-) -> list[bool | None]:
-    """Which inputs of `eqn` are known; None for those that come of constants."""
-    return [
-        False
-        if isinstance(atom, jex.Literal) or atom in rest
-        else (True if atom in values else None)
-        for atom in eqn.invars
-    ]
+        elif made and not _cost.is_layout(eqn):
+            why = "it is cheap, and no smaller than what it is made of"
+            yield Stayed(source, name, why)
+        flags.update(dict.fromkeys(eqn.outvars, made))
 
 
 def _inside(

@@ -66,11 +66,7 @@ class Names:
       were_odd: Whether a module was met that has to be told its name in this layer.
     """
 
-    def __init__(
-        self,
-        module: str = "",
-        naming_map: hk.LayerStackTransparencyMapping | None = None,
-    ) -> None:
+    def __init__(self, module: str, naming_map: _naming.Map | None) -> None:
         *around, self.frame = _frames.frames()
         self.own = self.frame.scope
         self.around = [frame.scope for frame in around if frame.scope]
@@ -128,7 +124,8 @@ class Names:
         key = id(module)
         here[key] = weakref.ref(module, lambda _: here.pop(key, None))
         result = run()
-        if not self._owns(module.module_name) and self._are_in_force():
+        is_own = module.module_name.startswith(f"{self.own}/") or not self.own
+        if not is_own and self._are_in_force():
             self._rename(module)
         return result
 
@@ -144,9 +141,6 @@ class Names:
             del here[id(module)]
             for attribute, name in before.items():
                 setattr(module, attribute, name)
-
-    def _owns(self, module: str) -> bool:
-        return not self.own or module.startswith(f"{self.own}/")
 
     def _are_in_force(self) -> bool:
         """Whether the code that runs is in a transform in which modules have scopes.

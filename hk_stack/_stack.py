@@ -18,9 +18,7 @@ from hk_stack import (
     _carry,
     _checks,
     _executors,
-    _frames,
     _initialize,
-    _layer,
     _layout,
     _loop,
     _naming,
@@ -30,7 +28,7 @@ from hk_stack import (
     _taps,
 )
 from hk_stack._advice import Situation
-from hk_stack._layer import Given, Invocation
+from hk_stack._layer import Given, Invocation, Result
 from hk_stack._options import Init, Options, Setup
 from hk_stack._types import Key, Params, State
 
@@ -162,13 +160,13 @@ def layer_stack(
         depth; if a module is shared with the outside; if a `hoist` cannot be done.
     """
     options = _options.checked(
-        num_layers,
-        with_per_layer_inputs,
-        unroll,
-        pass_reverse_to_layer_fn,
-        transparent,
-        transparency_map,
-        name,
+        num_layers=num_layers,
+        with_per_layer_inputs=with_per_layer_inputs,
+        unroll=unroll,
+        pass_reverse_to_layer_fn=pass_reverse_to_layer_fn,
+        transparent=transparent,
+        transparency_map=transparency_map,
+        name=name,
         setup=setup,
         setup_batch_size=setup_batch_size,
         setup_remat=setup_remat,
@@ -186,12 +184,12 @@ def layer_stack(
 
         @functools.wraps(f)
         def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
+            where = _checks.describe(options.name, f)
             is_reverse = _checks.flag(reverse, "reverse", where)
             return _run(options, f, args, kwargs, is_reverse)
 
         return stacked
 
-    where = f"layer_stack {name!r}" if name else "layer_stack"
     return stack
 
 
@@ -202,17 +200,17 @@ def _run(
     kwargs: dict[str, Any],
     reverse: bool,
 ) -> Any:
-    """Runs the stack, inside a Haiku transform."""
     _check_transform(options.name, f)
-    if options.pass_reverse:
+    if options.pass_reverse_to_layer_fn:
         kwargs = {**kwargs, "reverse": reverse}
     key = hk.maybe_next_rng_key()
-    run: Callable[..., Any]
-    run = functools.partial(_invoke, options, f, key, reverse, **kwargs)
-    if options.naming_map is None:
-        layer = _checks.name_of(f)
-        run = LayerStack(options.num_layers, layer, run, name=options.name)
-    return run(*args)
+
+    def run(*args: Any) -> Any:
+        return _invoke(options, f, key, reverse, args, kwargs)
+
+    if options.naming_map is not None:
+        return run(*args)
+    return LayerStack(options.num_layers, _checks.name_of(f), run, options.name)(*args)
 
 
 class LayerStack(hk.Module):
@@ -242,17 +240,13 @@ def _invoke(
     f: Callable[..., Any],
     key: Key,
     reverse: bool,
-    /,  # All names are free for arguments of the layer function.
-    *args: Any,
-    **kwargs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    path = _path(options)
-    where = _checks.describe(path, f)
     names = _checks.argument_names(f, len(args))
     situation = Situation(options, f, dict(zip(names, args, strict=True)), kwargs)
-    path = _frames.path_below(path)
-    given = _given(situation, key, path, where)
-    invocation = _layer.invoke(situation, where, path, reverse)
+    invocation = Invocation(situation, _path(options), reverse)
+    given = _given(invocation, key)
     params, state, updater = _lifted(invocation, given)
     carry, outputs, state = _run_layers(invocation, given, params, state)
     updater.update(_with_method(options, _stored(options, state)))
@@ -260,10 +254,10 @@ def _invoke(
     return (result, outputs) if options.with_per_layer_inputs else result
 
 
-def _given(situation: Situation, key: Key, path: str, where: str) -> Given:
+def _given(invocation: Invocation, key: Key) -> Given:
     """What the layers are given, but for parameters and state."""
-    options, arguments = situation.options, situation.arguments
-    num_layers = options.num_layers
+    options, where = invocation.options, invocation.where
+    arguments, num_layers = invocation.situation.arguments, options.num_layers
     _check_carry(arguments, where)
     num_carry = 1 if options.with_per_layer_inputs else len(arguments)
     values = tuple(arguments.values())
@@ -271,44 +265,33 @@ def _given(situation: Situation, key: Key, path: str, where: str) -> Given:
     _check_per_layer_inputs(values[num_carry:], num_layers, names, where)
     values = jax.tree.map(_carry.as_array, values)
     carry = _carry.cast(values[:num_carry], options.carry_dtype)
-    added = _taps.added_below(path, num_layers, where)
+    added = _taps.added_below(invocation.path, num_layers, where)
     index = np.arange(num_layers, dtype=np.int32)
     return Given(None, None, key, carry, index, added, values[num_carry:])
 
 
 def _run_layers(
     invocation: Invocation, given: Given, params: Params, state: State
-) -> tuple[Any, Any, Any]:
-    """Runs the layers; returns the carry, their outputs and state."""
-    num_layers, where = invocation.options.num_layers, invocation.where
-    _parameters.depth(params, state, num_layers, where)
+) -> Result:
+    num_layers = invocation.options.num_layers
     layered = {"parameter": params, "state": state, "per-layer input": given.inputs}
-    _parameters.not_sharded_by_layer(layered, where)
+    _parameters.of_layers(layered, num_layers, invocation.where)
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
     given = given._replace(params=params, state=state, keys=keys)
-    run = _executors.RUN[invocation.loop]
-    return run(invocation, _layer.pure_layer(invocation), given)
+    return _executors.RUN[invocation.loop](invocation, given)
 
 
 def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
     """Parameters and state of the stack, made at init, and what updates the state."""
     options = invocation.options
 
-    def init(given: Given) -> tuple[Any, Any]:
+    def init(key: Key) -> tuple[Any, Any]:
         with invocation.explained(f"initialising {invocation.all_layers}"):
-            params, state = _initialize.initialize(
-                _layer.pure_layer(invocation),
-                options.num_layers,
-                given,
-                method=options.init,
-                where=invocation.where,
-            )
+            params, state = _initialize.initialize(invocation, given._replace(keys=key))
         return _stored(options, params), _stored(options, state)
 
-    lifted, updater = hk.transparent_lift_with_state(
-        lambda key: init(given._replace(keys=key)), allow_reuse=True
-    )
+    lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
     params, state = (_stacked(options, tree) for tree in lifted(given.keys))
     return params, state, updater
 
@@ -401,7 +384,6 @@ def _check_alone(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> N
 
 
 def _check_transform(name: str, f: Callable[..., Any]) -> None:
-    """Checks that a Haiku transform is running."""
     try:
         hk.experimental.current_name()
     except ValueError:
@@ -415,12 +397,9 @@ def _check_transform(name: str, f: Callable[..., Any]) -> None:
 def _check_per_layer_inputs(
     per_layer: tuple[Any, ...], num_layers: int, names: Sequence[str], where: str
 ) -> None:
-    """Checks that per-layer inputs are arrays `[L, ...]`."""
     for name, tree in zip(names, per_layer, strict=True):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            found = f"{where}: per-layer input `{name}`"
-            if path:
-                found += f" (at {_checks.path_name(path)})"
+        for at, leaf in _checks.leaves_at(tree):
+            found = f"{where}: per-layer input `{name}`{at}"
             if not hasattr(leaf, "shape"):
                 raise TypeError(
                     f"{found} is a Python {type(leaf).__name__} ({leaf!r}); expected "
