@@ -258,6 +258,15 @@ def is_stacked(naming_map: Map, module: str) -> bool:
         return False
 
 
+def is_layer(naming_map: Map, module: str) -> bool:
+    """Whether a module is one of a layer, to a naming map."""
+    return naming_map.flat_to_stacked(module) is not None
+
+
+def is_part(naming_map: Map, module: str) -> bool:
+    return is_layer(naming_map, module) or is_stacked(naming_map, module)
+
+
 def maps_of(naming_map: Map) -> tuple[Map, ...]:
     """The maps that were given."""
     return naming_map.maps if isinstance(naming_map, _Several) else (naming_map,)
