@@ -8,7 +8,7 @@ maps are one, in which the first that knows a module names it.
 import dataclasses
 import itertools
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import haiku as hk
@@ -229,6 +229,22 @@ class _Several(hk.LayerStackTransparencyMapping):
 
     def __str__(self) -> str:
         return f"[{', '.join(map(str, self.maps))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(hk.LayerStackTransparencyMapping):
+    """A naming map by a table: of each stacked module, its names in the layers."""
+
+    modules: Mapping[str, Sequence[str]]
+
+    def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
+        return self.modules[stacked_module_name][scan_idx]
+
+    def flat_to_stacked(self, unstacked_module_name: str) -> tuple[str, int] | None:
+        for module, names in self.modules.items():
+            if unstacked_module_name in names:
+                return module, names.index(unstacked_module_name)
+        return None
 
 
 def naming_map(value: Any, argument: str, where: str) -> Map:

@@ -218,12 +218,11 @@ def load(
         return _load(path, content, like, where, at)
     names = _naming.naming_map(layers, "layers", where)
     asked = _leaves(like, f"{where}: like", at)
-    here, _ = _members(asked, names, f"{where}: like")
-    there, _ = _members(_saved(content), names, where)
-    if here == there:
+    layout = _layers_in(asked, names, f"{where}: like").layout
+    if layout == _layers_in(_saved(content), names, where).layout:
         return _load(path, content, like, where, at)
     back, forth = _layout.stack_params, _layout.unstack_params
-    if here == "stacked":
+    if layout == "stacked":
         back, forth = forth, back
     # Of arrays of JAX, their types do: converted, the arrays would take memory.
     structure = jax.tree.structure(like)
@@ -350,9 +349,10 @@ def _prepare(
         }
         if leaf.is_key:
             entries[name]["key"] = str(jax.random.key_impl(leaf.value))
-    noted = {"layout": "none", "depth": None, "modules": {}}
+    noted: dict[str, Any] = {"layout": "none", "depth": None, "modules": {}}
     if layers is not None:
-        noted = _note_layers(leaves, layers, where)
+        names = _naming.naming_map(layers, "layers", where)
+        noted = _layers_in(leaves, names, where).noted(names)
     content = {"format": _FORMAT, "version": _VERSION, **noted, "leaves": entries}
     return arrays, content | {"crc32": _checksum_of_content(content)}
 
@@ -371,86 +371,82 @@ def _stored(leaf: _Leaf, at: str) -> Any:
     return array if is_of_all or is_alone else np.asarray(array)
 
 
-def _note_layers(leaves: _Leaves, layers: _naming.Maps, where: str) -> dict[str, Any]:
-    """What the metadata says of the layers of a tree.
+class _Layers(NamedTuple):
+    """Whether a tree is stacked or per-layer, and how deep, by stacked module."""
 
-    For each stacked module, it has the per-layer ones of layers 0 to L; that of L tells
-    a deeper tree when loading.
-    """
-    names = _naming.naming_map(layers, "layers", where)
-    layout, members = _members(leaves, names, where)
-    depths = _in_layers(members, names)
-    if layout == "stacked":
-        depths = _in_stack(members, names, where)
-    modules: dict[str, list[str]] = {}
-    for module, depth in sorted(depths.items()):
-        modules[module] = [names.stacked_to_flat(module, i) for i in range(depth)]
-        with contextlib.suppress(ValueError, LookupError):  # The map may end at L.
-            modules[module].append(names.stacked_to_flat(module, depth))
-    several = sorted(set(depths.values()))
-    depth = several[0] if len(several) == 1 else several
-    return {"layout": layout, "depth": depth, "modules": modules}
+    layout: str
+    depths: dict[str, int]
+
+    @property
+    def depth(self) -> int | list[int]:
+        depths = sorted(set(self.depths.values()))
+        return depths[0] if len(depths) == 1 else depths
+
+    def noted(self, names: _naming.Map) -> dict[str, Any]:
+        """What the metadata says: by stacked module, its name in each layer.
+
+        That of layer L, which tells a deeper tree when loading, comes last.
+        """
+        modules: dict[str, list[str]] = {}
+        for module, depth in sorted(self.depths.items()):
+            modules[module] = [names.stacked_to_flat(module, i) for i in range(depth)]
+            with contextlib.suppress(ValueError, LookupError):  # It may end at L.
+                modules[module].append(names.stacked_to_flat(module, depth))
+        return {"layout": self.layout, "depth": self.depth, "modules": modules}
 
 
-_Members = Mapping[str, tuple[str, _Leaf]]
-
-
-def _members(leaves: _Leaves, names: _naming.Map, where: str) -> tuple[str, _Members]:
-    """The layout of a tree, and the leaves of its layers, each with its module."""
-    members: dict[str, tuple[str, _Leaf]] = {}
+def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
+    modules: dict[str, str] = {}
     for name, leaf in leaves.items():
         for key in leaf.path[:-1]:  # The last is the leaf's own.
             module = getattr(key, "key", None)
             if isinstance(module, str) and _naming.is_part(names, module):
-                members.setdefault(name, (module, leaf))
-    if not members:
+                modules.setdefault(name, module)
+    # The first layer may be named as a stack is: `linear`, `linear_1`.
+    flat = [name for name in modules if not _naming.is_stacked(names, modules[name])]
+    stacked = [name for name in modules if not _naming.is_layer(names, modules[name])]
+    if not modules:
         raise ValueError(
             f"{where}: no module of the tree is a layer to {names}. The leaves are: "
             f"{_listed(leaves, 8)}. Give the naming map of this stack, or leave "
             "`layers` out."
         )
-    # The first layer may be named as a stack is: `linear`, `linear_1`.
-    flat = [n for n, (m, _) in members.items() if not _naming.is_stacked(names, m)]
-    stacked = [n for n, (m, _) in members.items() if not names.flat_to_stacked(m)]
     if flat and stacked:
         raise ValueError(
             f"{where}: {flat[0]} is of one layer, {stacked[0]} of a stack. "
             "Convert one of them, or save the two trees on their own."
         )
-    return "per-layer" if flat else "stacked", members
-
-
-def _in_layers(members: _Members, names: _naming.Map) -> dict[str, int]:
-    """How many layers there are, by stacked module."""
+    if not flat:
+        return _Layers("stacked", _leading_sizes(leaves, modules, names, where))
     depths: dict[str, int] = {}
-    for name, _ in members.values():
-        module, layer = names.flat_to_stacked(name) or (name, 0)
-        depths[module] = max(depths.get(module, 0), 1 + layer)
-    return depths
+    for module in modules.values():
+        of_stack, layer = names.flat_to_stacked(module) or (module, 0)
+        depths[of_stack] = max(depths.get(of_stack, 0), 1 + layer)
+    return _Layers("per-layer", depths)
 
 
-def _in_stack(members: _Members, names: _naming.Map, where: str) -> dict[str, int]:
-    """The leading sizes of stacked leaves, by module.
+def _leading_sizes(
+    leaves: _Leaves, modules: Mapping[str, str], names: _naming.Map, where: str
+) -> dict[str, int]:
+    """Those of the leaves of each module, which are given by leaf.
 
-    Those nearest to the root decide, parameters and state: an optimiser's state may
-    hold some of other shapes.
+    The leaves nearest to the root decide, parameters and state: an optimiser's state
+    may hold some of other shapes.
     """
-    depths: dict[str, int] = {}
-    nearest: dict[Any, tuple[str, _Leaf]] = {}
-    for name in sorted(members, key=lambda name: len(members[name][1].path)):
-        module, leaf = members[name]
-        stack = _naming.stack_of(names, module)
-        first, one = nearest.setdefault(stack, (name, leaf))
-        is_near = len(leaf.path) == len(one.path)
-        shapes = one.spec.shape, leaf.spec.shape
-        if is_near and (not all(shapes) or shapes[0][0] != shapes[1][0]):
+    sizes: dict[str, int] = {}
+    nearest: dict[Any, str] = {}
+    for name in sorted(modules, key=lambda name: len(leaves[name].path)):
+        first = nearest.setdefault(_naming.stack_of(names, modules[name]), name)
+        one, other = (leaves[name].spec.shape for name in (first, name))
+        is_near = len(leaves[name].path) == len(leaves[first].path)
+        if is_near and (not one or one[:1] != other[:1]):
             raise ValueError(
-                f"{where}: {first} has shape {shapes[0]}, {name} has shape "
-                f"{shapes[1]}; expected one leading axis L in all leaves of the "
-                "stack. Give the naming map of one stack, or leave `layers` out."
+                f"{where}: {first} has shape {one}, {name} has shape {other}; expected "
+                "one leading axis L in all leaves of the stack. Give the naming map of "
+                "one stack, or leave `layers` out."
             )
-        depths[module] = one.spec.shape[0]
-    return depths
+        sizes[modules[name]] = one[0]
+    return sizes
 
 
 def _write_file(
@@ -467,9 +463,9 @@ def _write_file(
         with _explained(f"{where}: safetensors could not write it"):
             numpy.save_file(natives, partial, {_FORMAT: json.dumps(content)})
         os.chmod(partial, mode)  # Safetensors makes files that only their owner reads.
-        _flush(partial)
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
-        _flush(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
@@ -487,17 +483,6 @@ def _checksum(array: Any) -> int:
 
 def _checksum_of_content(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _flush(path: str) -> None:
-    """Waits until the disk has a file, or the names in a folder."""
-    if os.name != "posix":  # Elsewhere, folders cannot be opened.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Loading
@@ -550,16 +535,18 @@ def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
     entries = {}
     for name, entry in content["leaves"].items():
         path = entry["path"]
-        for level in range(len(path) + 1):
-            if "/".join(path[:level]) == at:
-                entries[name] = {**entry, "path": path[level:]}
-                break
+        parts = ["/".join(path[:level]) for level in range(len(path) + 1)]
+        if at in parts:
+            entries[name] = {**entry, "path": path[parts.index(at) :]}
     if not entries:
-        paths = [entry["path"] for entry in content["leaves"].values()]
-        parts = dict.fromkeys(repr(key) for path in paths for key in path[:1])
+        known = dict.fromkeys(
+            repr(key)
+            for entry in content["leaves"].values()
+            for key in entry["path"][:1]
+        )
         raise ValueError(
             f"{where}: the checkpoint has no part {at!r}. Give one of its parts, such "
-            f"as {_listed(parts, 8)}."
+            f"as {_listed(known, 8)}."
         )
     return {**content, "leaves": entries}
 
@@ -691,9 +678,8 @@ def _misfits(
     asked: _Leaves, saved: _Leaves, content: Mapping[str, Any]
 ) -> Iterator[str]:
     """How a like differs from what was saved, what explains most first."""
-    if {n: x.spec.shape for n, x in saved.items()} != {
-        n: x.spec.shape for n, x in asked.items()
-    }:
+    shapes, others = ({n: x.spec.shape for n, x in y.items()} for y in (asked, saved))
+    if shapes != others:
         yield from _other_layers(asked, content)
     missing = [f"{name} {asked[name]}" for name in asked if name not in saved]
     unexpected = [f"{name} {saved[name]}" for name in saved if name not in asked]
@@ -713,37 +699,26 @@ def _misfits(
 
 def _other_layers(asked: _Leaves, content: Mapping[str, Any]) -> Iterator[str]:
     """Another layout or depth, by the names that were noted."""
-    layout, depth, modules = content["layout"], content["depth"], content["modules"]
-    layers = [
-        i
-        for names in modules.values()
-        for i, name in enumerate(names)
-        if name not in modules and _inside(name, asked)
-    ]
-    sizes = {leaf.spec.shape[:1] for name in modules for leaf in _inside(name, asked)}
-    if not layers and (len(sizes) != 1 or sizes == {()}):
-        return  # Of no one layout or depth: leaves are compared one by one.
-    found = "per-layer" if layers else "stacked"
-    size = 1 + max(layers) if layers else sizes.pop()[0]
-    if found != layout:
+    layout, depth = content["layout"], content["depth"]
+    try:
+        found = _layers_in(asked, _naming.Table(content["modules"]), "like")
+    except ValueError:  # It has no one layout: leaves are compared one by one.
+        return
+    if found.layout != layout:
         yield (
-            f"the checkpoint is {layout} (L={depth}), like is {found}. With the naming "
-            "map of the stack, it is converted: checkpoint.load(path, like, "
+            f"the checkpoint is {layout} (L={depth}), like is {found.layout}. With the "
+            "naming map of the stack, it is converted: checkpoint.load(path, like, "
             "layers=naming_map)."
         )
-    if isinstance(depth, int) and size != depth:
+    if isinstance(depth, int) and isinstance(found.depth, int) and found.depth != depth:
         # Of a deeper per-layer tree, only the first layer too many has a known name.
-        more = layout == "per-layer" and size == depth + 1
+        more = layout == "per-layer" and found.depth > depth
         yield (
             f"the checkpoint holds L={depth} layers ({layout}), like has "
-            f"{'more' if more else size}. Change num_layers to {depth}, or take the "
-            "layers you want from what checkpoint.load(path) gives: "
+            f"{'more' if more else found.depth}. Change num_layers to {depth}, or take "
+            "the layers you want from what checkpoint.load(path) gives: "
             f"{'x[:n] of leaves [L, ...]' if layout == 'stacked' else 'some modules'}."
         )
-
-
-def _inside(module: str, leaves: _Leaves) -> list[_Leaf]:
-    return [leaf for name, leaf in leaves.items() if f"/{module}/" in f"/{name}"]
 
 
 def _some(what: str, names: Sequence[str]) -> str:
