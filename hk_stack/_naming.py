@@ -13,6 +13,8 @@ from typing import Any
 
 import haiku as hk
 
+from hk_stack import _checks
+
 Map = hk.LayerStackTransparencyMapping
 Maps = Map | Sequence[Map]
 
@@ -61,12 +63,8 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
             names = (re.sub(f"[_/.]?{_NUMBER}", "", self.per_layer),)
         _check_stacked(names, self.per_layer)
         object.__setattr__(self, "stacked", tuple(names))
-        depth = self.num_layers
-        if depth is not None and (type(depth) is not int or depth < 1):
-            raise ValueError(
-                f"NumberedLayers: num_layers must be a positive int, found {depth!r}. "
-                "Leave it out to stack all layers that a tree holds."
-            )
+        if self.num_layers is not None:
+            _checks.positive(self.num_layers, "num_layers", "NumberedLayers")
 
     def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
         """The name of a stacked module in layer `scan_idx`.
@@ -74,12 +72,11 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         Raises:
           ValueError: If the module is no part of the stack.
         """
-        for position, name in enumerate(self.stacked):
-            match = re.fullmatch(pattern(name), stacked_module_name)
-            if match:
-                *texts, inside = match.groups()
-                number = scan_idx * len(self.stacked) + position
-                return _with_texts(self._numbered(number), texts) + (inside or "")
+        part = self._part(stacked_module_name)
+        if part:
+            position, texts, inside = part
+            number = scan_idx * len(self.stacked) + position
+            return _with_texts(self._numbered(number), texts) + inside
         raise ValueError(
             f"{self}: {stacked_module_name!r} is no part of the stack; expected "
             f"{' or '.join(map(repr, self.stacked))}, or a module in it. Give the "
@@ -115,11 +112,16 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
 
     def stack_of(self, stacked_module_name: str) -> tuple[str, ...]:
         """Tells apart stacks that one map serves: what `*` stands for."""
-        for name in self.stacked:
-            match = re.fullmatch(pattern(name), stacked_module_name)
+        part = self._part(stacked_module_name)
+        return part[1] if part else ()
+
+    def _part(self, module: str) -> tuple[int, tuple[str, ...], str] | None:
+        """Of a stacked module, its block in the pattern, texts of `*`, and the rest."""
+        for position, name in enumerate(self.stacked):
+            match = re.fullmatch(pattern(name), module)
             if match:
-                return match.groups()[:-1]
-        return ()
+                return position, match.groups()[:-1], match["inside"] or ""
+        return None
 
     def _numbered(self, number: int) -> str:
         """`per_layer` with a number in it: its own way, or Haiku's."""
