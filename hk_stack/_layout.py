@@ -374,8 +374,8 @@ def _check_layers(
                 "treat them alike"
             )
         raise ValueError(
-            f"stack_params: {one} is {found[odd]}, {other} is {found[0]}. All layers of "
-            f"a stack must have {alike}."
+            f"stack_params: {one} is {found[odd]}, {other} is {found[0]}. All layers "
+            f"of a stack must have {alike}."
         )
 
 
