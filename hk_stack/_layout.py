@@ -2,8 +2,8 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from operator import is_not
 from typing import Any
 
 import jax
@@ -192,17 +192,16 @@ def _convert(
         for path, node in nodes
         if is_modules(node)
     }
+    known = dict.fromkeys(name for modules in found.values() for name in modules)
     for one in _naming.maps_of(names):
-        if not any(
-            is_known(one, name) for modules in found.values() for name in modules
-        ):
+        if not any(is_known(one, name) for name in known):
             raise ValueError(
                 f"{what} with {one}: no module of the tree belongs to the stack. It "
                 f"holds: {_some_modules(tree)}. Write names as the tree does, from the "
                 "outermost module on ('*' stands for one), or is the tree converted "
                 "already?"
             )
-    _no_other_shapes(list(found.items()), f"{what} with {names}")
+    _no_other_shapes(found, f"{what} with {names}")
     new = {path: convert(node, list(found.values())) for path, node in found.items()}
     converted = [new.get(path, node) for path, node in nodes]
     return jax.tree.unflatten(structure, converted)
@@ -233,7 +232,7 @@ def _listed(names: Sequence[str], count: int) -> str:
     return ", ".join(names) + more
 
 
-def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
+def _no_other_shapes(found: Mapping[Any, Modules], what: str) -> None:
     """Refuses optimiser states that stacking would change the meaning of.
 
     Trees with the leaf names of the parameters (`mu`, `nu`) must have their shapes too:
@@ -241,7 +240,7 @@ def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
     one parameter, and keeps others.
     """
     seen: dict[Any, tuple[str, str]] = {}
-    for path, modules in found:
+    for path, modules in found.items():
         places = frozenset(place for place, _ in _leaves(modules))
         for place, leaf in _leaves(modules):
             if not jax.tree.leaves(leaf):
@@ -275,10 +274,8 @@ def _none_taken(taken: Sequence[str], what: str) -> None:
 def _leaves(modules: Modules) -> Iterator[tuple[tuple[str, str], Any]]:
     """What modules hold, by module and name: arrays, or trees of an optimiser's."""
     for module, tree in modules.items():
-        inside = jax.tree.leaves_with_path(
-            tree, is_leaf=functools.partial(is_not, tree)
-        )
-        for path, leaf in inside:
+        is_inside = functools.partial(operator.is_not, tree)
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_inside):
             yield (module, path_name(path)), leaf
 
 

@@ -366,9 +366,8 @@ def _stored(leaf: _Leaf, at: str) -> Any:
         raise ValueError(f"{at} was donated or deleted. Save it before that.")
     array = jax.random.key_data(value) if leaf.is_key else value
     # Of several processes, orbax takes arrays of them all, or what is on the host.
-    is_of_all = isinstance(array, jax.Array) and not array.is_fully_addressable
-    is_alone = isinstance(array, jax.Array) and jax.process_count() == 1
-    return array if is_of_all or is_alone else np.asarray(array)
+    is_local = getattr(array, "is_fully_addressable", True) and jax.process_count() > 1
+    return np.asarray(array) if is_local or not isinstance(array, jax.Array) else array
 
 
 class _Layers(NamedTuple):
@@ -396,6 +395,7 @@ class _Layers(NamedTuple):
 
 
 def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
+    """The layers of a tree, by the names of its modules and, in a stack, by shapes."""
     modules: dict[str, str] = {}
     for name, leaf in leaves.items():
         for key in leaf.path[:-1]:  # The last is the leaf's own.
@@ -732,21 +732,20 @@ def _listed(names: Iterable[str], most: int) -> str:
 
 def _other_type(asked: _Leaf, saved: _Leaf) -> Iterator[str]:
     found = f"is {saved} in the checkpoint, {asked} in like"
-    (shape, dtype), (old_shape, old_dtype) = (
-        (leaf.spec.shape, leaf.spec.dtype) for leaf in (asked, saved)
-    )
-    if dtype != old_dtype:
-        convert = f"x.astype({dtype.name!r})"
+    if asked.spec.dtype != saved.spec.dtype:
+        convert = f"x.astype({asked.spec.dtype.name!r})"
         if asked.is_key or saved.is_key:
             convert = "jax.random.key_data or wrap_key_data"
         yield (
             f"{found}. Nothing is cast on the way: load into a like of "
-            f"{old_dtype.name}, and convert it yourself, with {convert}."
+            f"{saved.spec.dtype.name}, and convert it yourself, with {convert}."
         )
-    if shape != old_shape:
-        both = enumerate(zip(shape, old_shape, strict=False))
-        axes = ", ".join(str(axis) for axis, (x, y) in both if x != y)
-        what = f"axis {axes}" if len(shape) == len(old_shape) else "the number of axes"
+    shapes = asked.spec.shape, saved.spec.shape
+    differ = [str(i) for i, (x, y) in enumerate(zip(*shapes, strict=False)) if x != y]
+    what = "the number of axes"
+    if asked.spec.ndim == saved.spec.ndim:
+        what = f"axis {', '.join(differ)}"
+    if shapes[0] != shapes[1]:
         yield f"{found}: {what} differs. Change the model."
 
 
