@@ -72,7 +72,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         Raises:
           ValueError: If the module is no part of the stack.
         """
-        part = self._part(stacked_module_name)
+        part = self.part(stacked_module_name)
         if part:
             position, texts, inside = part
             number = scan_idx * len(self.stacked) + position
@@ -110,12 +110,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
             return stacked, layer
         return None
 
-    def stack_of(self, stacked_module_name: str) -> tuple[str, ...]:
-        """Tells apart stacks that one map serves: what `*` stands for."""
-        part = self._part(stacked_module_name)
-        return part[1] if part else ()
-
-    def _part(self, module: str) -> tuple[int, tuple[str, ...], str] | None:
+    def part(self, module: str) -> tuple[int, tuple[str, ...], str] | None:
         """Of a stacked module, its block in the pattern, texts of `*`, and the rest."""
         for position, name in enumerate(self.stacked):
             match = re.fullmatch(pattern(name), module)
@@ -281,8 +276,12 @@ def is_layer(naming_map: Map, module: str) -> bool:
     return naming_map.flat_to_stacked(module) is not None
 
 
-def is_part(naming_map: Map, module: str) -> bool:
-    return is_layer(naming_map, module) or is_stacked(naming_map, module)
+def place_of(naming_map: Map, module: str) -> tuple[str, int] | None:
+    """The stacked module and the layer of a per-layer one, if it is known to be one."""
+    try:
+        return naming_map.flat_to_stacked(module)
+    except Exception:  # As above, of names that they do not know.
+        return None
 
 
 def maps_of(naming_map: Map) -> tuple[Map, ...]:
@@ -297,9 +296,10 @@ def map_of(naming_map: Map, module: str) -> Map:
 
 
 def stack_of(naming_map: Map, module: str) -> Hashable:
-    """Tells apart the stacks that a map serves."""
+    """Tells apart the stacks that a map serves, and those of what `*` stands for."""
     one = map_of(naming_map, module)
-    return id(one), one.stack_of(module) if isinstance(one, NumberedLayers) else ()
+    part = one.part(module) if isinstance(one, NumberedLayers) else None
+    return id(one), part and part[1]
 
 
 def unique(names: Sequence[str]) -> list[str]:

@@ -400,11 +400,13 @@ def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
     for name, leaf in leaves.items():
         for key in leaf.path[:-1]:  # The last is the leaf's own.
             module = getattr(key, "key", None)
-            if isinstance(module, str) and _naming.is_part(names, module):
+            if not isinstance(module, str):
+                continue
+            if _naming.is_stacked(names, module) or _naming.place_of(names, module):
                 modules.setdefault(name, module)
     # The first layer may be named as a stack is: `linear`, `linear_1`.
     flat = [name for name in modules if not _naming.is_stacked(names, modules[name])]
-    stacked = [name for name in modules if not _naming.is_layer(names, modules[name])]
+    stacked = [name for name in modules if not _naming.place_of(names, modules[name])]
     if not modules:
         raise ValueError(
             f"{where}: no module of the tree is a layer to {names}. The leaves are: "
@@ -420,7 +422,7 @@ def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
         return _Layers("stacked", _leading_sizes(leaves, modules, names, where))
     depths: dict[str, int] = {}
     for module in modules.values():
-        of_stack, layer = names.flat_to_stacked(module) or (module, 0)
+        of_stack, layer = _naming.place_of(names, module) or (module, 0)
         depths[of_stack] = max(depths.get(of_stack, 0), 1 + layer)
     return _Layers("per-layer", depths)
 

@@ -518,6 +518,23 @@ def test_leaves_that_cannot_be_compared(path):
     assert_error(TypeError, parts, checkpoint.load, path, {"a": "one"})
 
 
+class Refusing(NumberedLayers):
+    """A map that raises for names it does not know."""
+
+    def flat_to_stacked(self, name):
+        place = super().flat_to_stacked(name)
+        if place is None:
+            raise KeyError(name)
+        return place
+
+
+def test_maps_may_refuse_names(path, trees):
+    for layout, tree in trees.items():
+        there = path.with_name(f"{layout}_{path.name}")
+        checkpoint.save(there, tree, layers=Refusing("layer_{}", "layers"))
+        assert checkpoint.metadata(there)[:2] == (layout, L)
+
+
 def test_parameters_say_how_deep_a_stack_is(path):
     """Not what an optimiser keeps of another shape, nor a leaf of the stack's name."""
     opt_state = optax.adafactor(0.1).init(STACKED["params"])
