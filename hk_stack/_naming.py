@@ -72,7 +72,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         Raises:
           ValueError: If the module is no part of the stack.
         """
-        part = self.part(stacked_module_name)
+        part = self._part(stacked_module_name)
         if part:
             position, texts, inside = part
             number = scan_idx * len(self.stacked) + position
@@ -110,7 +110,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
             return stacked, layer
         return None
 
-    def part(self, module: str) -> tuple[int, tuple[str, ...], str] | None:
+    def _part(self, module: str) -> tuple[int, tuple[str, ...], str] | None:
         """Of a stacked module, its block in the pattern, texts of `*`, and the rest."""
         for position, name in enumerate(self.stacked):
             match = re.fullmatch(pattern(name), module)
@@ -298,7 +298,7 @@ def map_of(naming_map: Map, module: str) -> Map:
 def stack_of(naming_map: Map, module: str) -> Hashable:
     """Tells apart the stacks that a map serves, and those of what `*` stands for."""
     one = map_of(naming_map, module)
-    part = one.part(module) if isinstance(one, NumberedLayers) else None
+    part = one._part(module) if isinstance(one, NumberedLayers) else None
     return id(one), part and part[1]
 
 
