@@ -1,17 +1,21 @@
 """Stacked and per-layer trees: one tree with leading axis `[L, ...]`, or L without."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
 
 from hk_stack import _naming
+from hk_stack._checks import path_name
 from hk_stack._naming import NumberedLayers
 
-Modules = Mapping[str, Mapping[str, Any]]
+Modules = Mapping[str, Any]
 _Converter = Callable[[Modules, Sequence[Modules]], dict[str, Any]]
 
 
@@ -56,15 +60,11 @@ def stack_params(tree: Any, naming_map: _naming.Maps) -> Any:
     names = _naming.naming_map(naming_map, "naming_map", "stack_params")
 
     def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
-        rest = {m: _plain(modules[m]) for m in modules if not _is_layer(names, m)}
+        rest = {m: modules[m] for m in modules if not _naming.is_layer(names, m)}
         _none_taken([m for m in rest if _naming.is_stacked(names, m)], "stack_params")
         return rest | stack_modules(modules, names)
 
-    return _convert(tree, names, _is_layer, convert, "stack_params")
-
-
-def _is_layer(naming_map: _naming.Map, module: str) -> bool:
-    return naming_map.flat_to_stacked(module) is not None
+    return _convert(tree, names, _naming.is_layer, convert, "stack_params")
 
 
 def unstack_params(
@@ -97,14 +97,12 @@ def unstack_params(
     names = _naming.naming_map(naming_map, "naming_map", "unstack_params")
 
     def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        stacks: dict[Any, dict[str, Any]] = {}
-        for module, leaves in modules.items():
-            if not _naming.is_stacked(names, module):
-                flat[module] = _plain(leaves)
-            else:
-                stack = _naming.stack_of(names, module)
-                stacks.setdefault(stack, {})[module] = leaves
+        is_stacked = {m: _naming.is_stacked(names, m) for m in modules}
+        flat = {m: modules[m] for m in modules if not is_stacked[m]}
+        stacks: dict[Hashable, dict[str, Any]] = {}
+        for module in filter(is_stacked.get, modules):
+            stack = stacks.setdefault(_naming.stack_of(names, module), {})
+            stack[module] = modules[module]
         for members in stacks.values():
             depth = _depth(members, trees, num_layers, names)
             layers = unstack_modules(members, names, depth)
@@ -115,46 +113,43 @@ def unstack_params(
     return _convert(tree, names, _naming.is_stacked, convert, "unstack_params")
 
 
-def stack_modules(modules: Modules, names: _naming.Map) -> dict[str, dict[str, Any]]:
+def stack_modules(modules: Modules, names: _naming.Map) -> dict[str, Any]:
     """The stacked modules, without those that the map does not know.
 
     Raises:
       ValueError: As `stack_params`.
     """
     layers = _by_layer(modules, names)
-    depths: dict[Any, int] = {}
-    for place, found in layers.items():
-        stack = _naming.stack_of(names, place.module)
+    depths: dict[Hashable, int] = {}
+    for module, found in layers.items():
+        stack = _naming.stack_of(names, module)
         depths[stack] = max(depths.get(stack, 0), 1 + max(found))
-    stacked: dict[str, dict[str, Any]] = {}
-    for place, found in layers.items():
-        depth = depths[_naming.stack_of(names, place.module)]
-        _none_missing(place, found, depth, names)
-        _same_types([(place.in_layer(i, names), found[i]) for i in range(depth)])
-        leaf = jax.tree.map(_stack, *(found[i] for i in range(depth)))
-        stacked.setdefault(place.module, {})[place.leaf] = leaf
-    return {module: _whole(leaves) for module, leaves in stacked.items()}
+    for module, found in layers.items():
+        _check_layers(module, found, depths[_naming.stack_of(names, module)], names)
+    return {
+        module: jax.tree.map(_stack, *(found[i] for i in sorted(found)))
+        for module, found in layers.items()
+    }
 
 
 def unstack_modules(
     modules: Modules, names: _naming.Map, num_layers: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """The modules of each layer, for a tree that holds the stack's modules only.
 
     Raises:
       ValueError: As `unstack_params`.
     """
-    flat: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
     for module, leaves in modules.items():
-        layers = _unstack(_by_name(leaves), num_layers)
-        for i, of_layer in enumerate(layers):
+        for i, of_layer in enumerate(_unstack(leaves, num_layers)):
             name = names.stacked_to_flat(module, i)
             if name in flat:
                 raise ValueError(
                     f"unstack_params: layer {i} of {module} maps to {name}, which "
                     "another layer has taken. Give each layer a name of its own."
                 )
-            flat[name] = _whole(of_layer)
+            flat[name] = of_layer
     return flat
 
 
@@ -191,9 +186,15 @@ def _convert(
         )
 
     nodes, structure = jax.tree.flatten_with_path(tree, is_leaf=is_modules)
-    found = [(path, node) for path, node in nodes if is_modules(node)]
+    # In old checkpoints of Haiku, modules are no dictionaries.
+    found = {
+        path: {name: _plain(leaves) for name, leaves in node.items()}
+        for path, node in nodes
+        if is_modules(node)
+    }
+    known = dict.fromkeys(name for modules in found.values() for name in modules)
     for one in _naming.maps_of(names):
-        if not any(is_known(one, name) for _, modules in found for name in modules):
+        if not any(is_known(one, name) for name in known):
             raise ValueError(
                 f"{what} with {one}: no module of the tree belongs to the stack. It "
                 f"holds: {_some_modules(tree)}. Write names as the tree does, from the "
@@ -201,8 +202,8 @@ def _convert(
                 "already?"
             )
     _no_other_shapes(found, f"{what} with {names}")
-    trees = [node for _, node in found]
-    converted = [convert(x, trees) if is_modules(x) else x for _, x in nodes]
+    new = {path: convert(node, list(found.values())) for path, node in found.items()}
+    converted = [new.get(path, node) for path, node in nodes]
     return jax.tree.unflatten(structure, converted)
 
 
@@ -211,18 +212,7 @@ def _is_module(leaves: Any) -> bool:
 
 
 def _plain(leaves: Any) -> Any:
-    """A module as a dictionary, which in old checkpoints of Haiku it is not."""
     return dict(leaves) if isinstance(leaves, Mapping) else leaves
-
-
-def _by_name(leaves: Any) -> dict[str, Any]:
-    """A module's leaves by name; one without any, masked by optax, as a whole."""
-    return dict(leaves) if isinstance(leaves, Mapping) and leaves else {"": leaves}
-
-
-def _whole(leaves: dict[str, Any]) -> Any:
-    """The inverse of `_by_name`."""
-    return leaves.get("", leaves)
 
 
 def _some_modules(tree: Any) -> str:
@@ -242,21 +232,21 @@ def _listed(names: Sequence[str], count: int) -> str:
     return ", ".join(names) + more
 
 
-def _no_other_shapes(found: Sequence[tuple[Any, Modules]], what: str) -> None:
+def _no_other_shapes(found: Mapping[Any, Modules], what: str) -> None:
     """Refuses optimiser states that stacking would change the meaning of.
 
     Trees with the leaf names of the parameters (`mu`, `nu`) must have their shapes too:
     an optimiser that keeps norms or factors of a parameter takes a stack of layers for
     one parameter, and keeps others.
     """
-    seen: dict[Any, tuple[str, Any]] = {}
-    for path, modules in found:
+    seen: dict[Any, tuple[str, str]] = {}
+    for path, modules in found.items():
         places = frozenset(place for place, _ in _leaves(modules))
         for place, leaf in _leaves(modules):
             if not jax.tree.leaves(leaf):
                 continue
             shape = str(jax.tree.map(np.shape, leaf))  # Of sm3, a list of them.
-            at = f"{jax.tree_util.keystr(path)}[{place.module!r}][{place.leaf!r}]"
+            at = f"{keystr(path)}[{place[0]!r}][{place[1]!r}]"
             first, expected = seen.setdefault((places, place), (at, shape))
             if shape != expected:
                 raise ValueError(
@@ -281,38 +271,30 @@ def _none_taken(taken: Sequence[str], what: str) -> None:
 # Stacks
 
 
-class _Place(NamedTuple):
-    module: str
-    leaf: str
-
-    def __str__(self) -> str:
-        return f"{self.module}/{self.leaf}" if self.leaf else self.module
-
-    def in_layer(self, i: int, names: _naming.Map) -> str:
-        return str(_Place(names.stacked_to_flat(self.module, i), self.leaf))
+def _leaves(modules: Modules) -> Iterator[tuple[tuple[str, str], Any]]:
+    """What modules hold, by module and name: arrays, or trees of an optimiser's."""
+    for module, tree in modules.items():
+        is_inside = functools.partial(operator.is_not, tree)
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_inside):
+            yield (module, path_name(path)), leaf
 
 
-def _leaves(modules: Modules) -> Iterator[tuple[_Place, Any]]:
-    for module, leaves in modules.items():
-        for name, leaf in _by_name(leaves).items():
-            yield _Place(module, name), leaf
-
-
-def _by_layer(modules: Modules, names: _naming.Map) -> dict[_Place, dict[int, Any]]:
-    """Leaves of per-layer modules, by their place in the stack and their layer."""
-    layers: dict[_Place, dict[int, Any]] = {}
-    for flat, leaf in _leaves(modules):
-        stacked = names.flat_to_stacked(flat.module)
-        if stacked is None:
+def _by_layer(modules: Modules, names: _naming.Map) -> dict[str, dict[int, Any]]:
+    """Per-layer modules, by their name in the stack and their layer."""
+    layers: dict[str, dict[int, Any]] = {}
+    for name, leaves in modules.items():
+        place = names.flat_to_stacked(name)
+        if place is None:
             continue
-        place, layer = _Place(stacked[0], flat.leaf), stacked[1]
-        taken = layers.setdefault(place, {})
+        module, layer = place
+        taken = layers.setdefault(module, {})
         if layer in taken:
             raise ValueError(
-                f"stack_params: {flat} maps to layer {layer} of {place}, which another "
-                "module has taken. Give each layer a name of its own in the naming map."
+                f"stack_params: {name} maps to layer {layer} of {module}, which "
+                "another module has taken. Give each layer a name of its own in the "
+                "naming map."
             )
-        taken[layer] = leaf
+        taken[layer] = leaves
     return layers
 
 
@@ -352,72 +334,75 @@ def _depth(
 def _leading_axis(modules: Modules, num_layers: int | None) -> int | None:
     """The leading axis of all leaves of a stack, if there are any."""
     says = "num_layers"
-    for place, tree in _leaves(modules):
-        for shape in map(np.shape, jax.tree.leaves(tree)):
-            if num_layers is None and shape:
-                says, num_layers = f"{place} of shape {shape}", shape[0]
-            if shape[:1] != (num_layers,):
-                depth = (
-                    "" if num_layers is None else f" of {num_layers}, as {says} says"
-                )
-                raise ValueError(
-                    f"unstack_params: {place} has shape {shape}; expected a leading "
-                    f"axis of layers{depth}. Are all modules of that name part of the "
-                    "stack, and stacked?"
-                )
+    for path, leaf in jax.tree.leaves_with_path(dict(modules)):
+        place, shape = path_name(path), np.shape(leaf)
+        if num_layers is None and shape:
+            says, num_layers = f"{place} of shape {shape}", shape[0]
+        if shape[:1] != (num_layers,):
+            depth = "" if num_layers is None else f" of {num_layers}, as {says} says"
+            raise ValueError(
+                f"unstack_params: {place} has shape {shape}; expected a leading axis "
+                f"of layers{depth}. Are all modules of that name part of the stack, "
+                "and stacked?"
+            )
     return num_layers
 
 
-def _none_missing(
-    place: _Place, found: Mapping[int, Any], depth: int, names: _naming.Map
+def _check_layers(
+    module: str, layers: Mapping[int, Any], depth: int, names: _naming.Map
 ) -> None:
+    """Checks that all layers of a module are there, and can be stacked."""
+    types: dict[str, dict[int, Any]] = {}
+    for i, tree in sorted(layers.items()):
+        for (_, name), leaf in _leaves({module: tree}):
+            of_leaf = types.setdefault(f"/{name}" if name else "", {})
+            of_leaf[i] = jax.tree.map(_type_of, leaf)
+    for name, found in types.items():
+        if len(found) < depth:
+            raise ValueError(_missing(module, name, found, depth, names))
+        odd = next((i for i in range(depth) if found[i] != found[0]), 0)
+        if odd == 0:
+            continue
+        one, other = (names.stacked_to_flat(module, i) + name for i in (odd, 0))
+        alike = "the same shapes and dtypes"
+        if len({str(jax.tree.structure(found[i])) for i in (odd, 0)}) > 1:
+            alike = (
+                "one structure; what masks or labels parameters for an optimiser must "
+                "treat them alike"
+            )
+        raise ValueError(
+            f"stack_params: {one} is {found[odd]}, {other} is {found[0]}. All layers "
+            f"of a stack must have {alike}."
+        )
+
+
+def _missing(
+    module: str, name: str, found: Mapping[int, Any], depth: int, names: _naming.Map
+) -> str:
+    """What to say of a leaf that only some layers have, and what to do about it."""
     missing = (i for i in range(depth) if i not in found)
     some = list(itertools.islice(missing, _MOST))  # Of a wrong number, not millions.
-    if some:
-        count = depth - len(found)
-        listed = _listed([place.in_layer(i, names) for i in some], count)
-        one = _naming.map_of(names, place.module)
-        advice = ""
-        if one is not names:
-            advice = " Of several maps, give first the one for fewer modules."
-        elif isinstance(one, NumberedLayers):
-            advice = _advice(some[0], count, depth, len(one.stacked))
-        raise ValueError(
-            f"stack_params: {place} has {len(found)} of {depth} layers; missing: "
-            f"{listed}.{advice}"
-        )
-
-
-def _advice(first: int, count: int, depth: int, pattern: int) -> str:
-    """What to do about `count` missing layers, where `first` is the first of them."""
-    if first == 0 and count == 1:
-        return " Layers are numbered from 0."
-    if first > 0 and count == depth - first:
-        return (
-            " To leave a remainder outside of the stack, give the naming map "
-            f"num_layers={first}."
-        )
-    if pattern > 1:
-        return ""
-    return " For blocks that take turns, give the naming map a pattern of names."
-
-
-def _same_types(layers: Sequence[tuple[str, Any]]) -> None:
-    """Checks that the leaves of all layers can be stacked."""
-    types = [(name, jax.tree.map(_type_of, tree)) for name, tree in layers]
-    first_name, first = types[0]
-    structure: Any = jax.tree.structure(first)
-    for name, of_layer in types:
-        found = f"stack_params: {name} is {of_layer}, {first_name} is {first}."
-        if jax.tree.structure(of_layer) != structure:
-            raise ValueError(
-                f"{found} All layers of a stack must have one structure; what masks "
-                "or labels parameters for an optimiser must treat them alike."
+    first, count = some[0], depth - len(found)
+    listed = _listed([names.stacked_to_flat(module, i) + name for i in some], count)
+    advice = ""
+    if _naming.map_of(names, module) is not names:
+        advice = "Of several maps, give first the one for fewer modules."
+    elif isinstance(names, NumberedLayers):
+        if first == 0 and count == 1:
+            advice = "Layers are numbered from 0."
+        elif first > 0 and count == depth - first:
+            advice = (
+                "To leave a remainder outside of the stack, give the naming map "
+                f"num_layers={first}."
             )
-        if of_layer != first:
-            raise ValueError(
-                f"{found} All layers of a stack must have the same shapes and dtypes."
+        elif len(names.stacked) == 1:
+            advice = (
+                "For blocks that take turns, give the naming map a pattern of names."
             )
+    return (
+        f"stack_params: {module}{name} has {len(found)} of {depth} layers; missing: "
+        f"{listed}. {advice}"
+    ).rstrip()
 
 
 def _type_of(leaf: Any) -> str:

@@ -8,10 +8,12 @@ maps are one, in which the first that knows a module names it.
 import dataclasses
 import itertools
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import haiku as hk
+
+from hk_stack import _checks
 
 Map = hk.LayerStackTransparencyMapping
 Maps = Map | Sequence[Map]
@@ -61,12 +63,8 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
             names = (re.sub(f"[_/.]?{_NUMBER}", "", self.per_layer),)
         _check_stacked(names, self.per_layer)
         object.__setattr__(self, "stacked", tuple(names))
-        depth = self.num_layers
-        if depth is not None and (type(depth) is not int or depth < 1):
-            raise ValueError(
-                f"NumberedLayers: num_layers must be a positive int, found {depth!r}. "
-                "Leave it out to stack all layers that a tree holds."
-            )
+        if self.num_layers is not None:
+            _checks.positive(self.num_layers, "num_layers", "NumberedLayers")
 
     def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
         """The name of a stacked module in layer `scan_idx`.
@@ -74,12 +72,11 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         Raises:
           ValueError: If the module is no part of the stack.
         """
-        for position, name in enumerate(self.stacked):
-            match = re.fullmatch(pattern(name), stacked_module_name)
-            if match:
-                *texts, inside = match.groups()
-                number = scan_idx * len(self.stacked) + position
-                return _with_texts(self._numbered(number), texts) + (inside or "")
+        part = self._part(stacked_module_name)
+        if part:
+            position, texts, inside = part
+            number = scan_idx * len(self.stacked) + position
+            return _with_texts(self._numbered(number), texts) + inside
         raise ValueError(
             f"{self}: {stacked_module_name!r} is no part of the stack; expected "
             f"{' or '.join(map(repr, self.stacked))}, or a module in it. Give the "
@@ -113,13 +110,13 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
             return stacked, layer
         return None
 
-    def stack_of(self, stacked_module_name: str) -> tuple[str, ...]:
-        """Tells apart stacks that one map serves: what `*` stands for."""
-        for name in self.stacked:
-            match = re.fullmatch(pattern(name), stacked_module_name)
+    def _part(self, module: str) -> tuple[int, tuple[str, ...], str] | None:
+        """Of a stacked module, its block in the pattern, texts of `*`, and the rest."""
+        for position, name in enumerate(self.stacked):
+            match = re.fullmatch(pattern(name), module)
             if match:
-                return match.groups()[:-1]
-        return ()
+                return position, match.groups()[:-1], match["inside"] or ""
+        return None
 
     def _numbered(self, number: int) -> str:
         """`per_layer` with a number in it: its own way, or Haiku's."""
@@ -231,6 +228,22 @@ class _Several(hk.LayerStackTransparencyMapping):
         return f"[{', '.join(map(str, self.maps))}]"
 
 
+@dataclasses.dataclass(frozen=True)
+class Table(hk.LayerStackTransparencyMapping):
+    """A naming map by a table: of each stacked module, its names in the layers."""
+
+    modules: Mapping[str, Sequence[str]]
+
+    def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
+        return self.modules[stacked_module_name][scan_idx]
+
+    def flat_to_stacked(self, unstacked_module_name: str) -> tuple[str, int] | None:
+        for module, names in self.modules.items():
+            if unstacked_module_name in names:
+                return module, names.index(unstacked_module_name)
+        return None
+
+
 def naming_map(value: Any, argument: str, where: str) -> Map:
     """`value`, if it is a naming map; a sequence of them as one."""
     if isinstance(value, (list, tuple)) and value:
@@ -258,6 +271,19 @@ def is_stacked(naming_map: Map, module: str) -> bool:
         return False
 
 
+def is_layer(naming_map: Map, module: str) -> bool:
+    """Whether a module is one of a layer, to a naming map."""
+    return naming_map.flat_to_stacked(module) is not None
+
+
+def place_of(naming_map: Map, module: str) -> tuple[str, int] | None:
+    """The stacked module and the layer of a per-layer one, if it is known to be one."""
+    try:
+        return naming_map.flat_to_stacked(module)
+    except Exception:  # As above, of names that they do not know.
+        return None
+
+
 def maps_of(naming_map: Map) -> tuple[Map, ...]:
     """The maps that were given."""
     return naming_map.maps if isinstance(naming_map, _Several) else (naming_map,)
@@ -270,9 +296,10 @@ def map_of(naming_map: Map, module: str) -> Map:
 
 
 def stack_of(naming_map: Map, module: str) -> Hashable:
-    """Tells apart the stacks that a map serves."""
+    """Tells apart the stacks that a map serves, and those of what `*` stands for."""
     one = map_of(naming_map, module)
-    return id(one), one.stack_of(module) if isinstance(one, NumberedLayers) else ()
+    part = one._part(module) if isinstance(one, NumberedLayers) else None
+    return id(one), part and part[1]
 
 
 def unique(names: Sequence[str]) -> list[str]:

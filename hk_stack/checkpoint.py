@@ -17,7 +17,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ import numpy as np
 from jax.tree_util import DictKey, keystr
 
 from hk_stack import _layout, _naming
+from hk_stack._checks import path_name
 
 Path = str | os.PathLike[str]
 
@@ -216,17 +217,21 @@ def load(
     if layers is None:
         return _load(path, content, like, where, at)
     names = _naming.naming_map(layers, "layers", where)
-    asked = _layers_in(_leaves(like, f"{where}: like", at), names, f"{where}: like")
-    if asked.layout == _layers_in(_saved(content), names, where).layout:
+    asked = _leaves(like, f"{where}: like", at)
+    layout = _layers_in(asked, names, f"{where}: like").layout
+    if layout == _layers_in(_saved(content), names, where).layout:
         return _load(path, content, like, where, at)
     back, forth = _layout.stack_params, _layout.unstack_params
-    if asked.layout == "stacked":
+    if layout == "stacked":
         back, forth = forth, back
     # Of arrays of JAX, their types do: converted, the arrays would take memory.
-    specs = jax.tree.map(lambda x: _spec(x) if isinstance(x, jax.Array) else x, like)
-    loaded = forth(_load(path, content, back(specs, names), where, at), names)
-    leaves, structure = jax.tree.flatten(like)
-    placed = map(_placed, jax.tree.leaves(loaded), leaves)
+    structure = jax.tree.structure(like)
+    light = (
+        x.spec if isinstance(x.value, jax.Array) else x.value for x in asked.values()
+    )
+    other = back(jax.tree.unflatten(structure, light), names)
+    loaded = forth(_load(path, content, other, where, at), names)
+    placed = map(_placed, jax.tree.leaves(loaded), asked.values())
     return jax.tree.unflatten(structure, placed)
 
 
@@ -250,82 +255,77 @@ def metadata(path: Path) -> Metadata:
     _, path = _existing(path, "metadata")
     content = _content(path)
     depth = content["depth"]
-    leaves = {name: leaf.value for name, leaf in _saved(content).items()}
+    leaves = {name: leaf.spec for name, leaf in _saved(content).items()}
     depth = tuple(depth) if isinstance(depth, list) else depth
     return Metadata(content["layout"], depth, leaves)
 
 
 class _Leaf(NamedTuple):
-    """Where a leaf is in its tree, and what it is."""
+    """A leaf of a tree, or one that was saved. As text, its type.
+
+    Attributes:
+      path: Where it is: a key for each step from the root.
+      spec: Its shape and dtype, and the sharding that it has to have.
+      value: The leaf itself; None if it was saved.
+    """
 
     path: tuple[Any, ...]
-    value: Any
+    spec: jax.ShapeDtypeStruct
+    value: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.spec.dtype.name}{list(self.spec.shape)}"
+
+    @property
+    def is_key(self) -> bool:
+        return bool(jnp.issubdtype(self.spec.dtype, jax.dtypes.prng_key))
 
 
 _Leaves = Mapping[str, _Leaf]
+_OF_JAX = (jax.Array, jax.ShapeDtypeStruct)
 
 
 def _leaves(tree: Any, where: str, at: str = "") -> dict[str, _Leaf]:
     """The leaves of a tree by name, after a check that each is an array."""
     leaves: dict[str, _Leaf] = {}
     for path, value in jax.tree.leaves_with_path(tree):
-        below = keystr(path, simple=True, separator="/")
-        name = "/".join(filter(None, [at, below])) or "leaf"
+        name = "/".join(filter(None, [at, path_name(path)])) or "leaf"
         if name in leaves:
             raise ValueError(
                 f"{where}: {keystr(leaves[name].path)} and {keystr(path)} would both "
                 f"be named {name!r}. Rename a module or a leaf."
             )
-        _check_leaf(value, f"{where}: leaf {name!r}")
-        leaves[name] = _Leaf(path, value)
+        leaves[name] = _Leaf(path, _spec(value, f"{where}: leaf {name!r}"), value)
     if not leaves or "__metadata__" in leaves:
         found = "a leaf named '__metadata__'" if leaves else "no leaves"
         raise ValueError(f"{where}: the tree has {found}; expected named arrays.")
     return leaves
 
 
-def _check_leaf(value: Any, at: str) -> None:
+def _spec(value: Any, at: str) -> jax.ShapeDtypeStruct:
+    """What a leaf is, after a check that it is an array."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{at} is traced. Save and load outside of jit and grad.")
-    dtype = _spec(value).dtype if isinstance(value, _ARRAYS) else np.dtype(object)
-    is_number = dtype.name == "bool" or jnp.issubdtype(dtype, np.number)
-    if not (is_number or _is_key(dtype)):
+    array = np.asarray(value) if isinstance(value, int | float | complex) else value
+    is_array = isinstance(array, (*_OF_JAX, np.ndarray, np.generic))
+    kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+    if not (is_array and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)):
         raise TypeError(
             f"{at} is a {type(value).__name__} ({value!r}); expected an array. Keep "
             "what is no number beside the checkpoint."
         )
-    if isinstance(value, np.ndarray) and not dtype.isnative:
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
         raise ValueError(
-            f"{at} is {dtype!r}, of foreign byte order. Write "
+            f"{at} is {array.dtype!r}, of foreign byte order. Write "
             "x.astype(x.dtype.newbyteorder('='))."
         )
+    # None for numpy, or if JAX may choose.
+    is_free = isinstance(array, jax.Array) and not array.committed
+    sharding = None if is_free else getattr(array, "sharding", None)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
-_OF_JAX = (jax.Array, jax.ShapeDtypeStruct)
-_ARRAYS = (*_OF_JAX, np.ndarray, np.generic, bool, int, float, complex)
-
-
-def _is_key(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
-
-
-def _spec(value: Any) -> jax.ShapeDtypeStruct:
-    array = value if hasattr(value, "dtype") else np.asarray(value)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=_sharding(value))
-
-
-def _sharding(like: Any) -> jax.sharding.Sharding | None:
-    """Where `like` has to be; None for numpy, or if JAX may choose."""
-    if isinstance(like, jax.Array) and not like.committed:
-        return None
-    return getattr(like, "sharding", None)
-
-
-def _type(spec: Any) -> str:
-    return f"{spec.dtype.name}{list(spec.shape)}"
-
-
-# Saving: from leaves to stored arrays and metadata.
+# Saving
 
 
 def _prepare(
@@ -335,46 +335,148 @@ def _prepare(
     leaves = _leaves(tree, where)
     arrays, entries = {}, {}
     for name, leaf in leaves.items():
-        array = arrays[name] = _stored(leaf.value, f"{where}: leaf {name!r}")
+        array = arrays[name] = _stored(leaf, f"{where}: leaf {name!r}")
         if _is_file(path) and not getattr(array, "is_fully_addressable", True):
             raise ValueError(
                 f"{where}: arrays are spread over several processes. Save them with "
                 f"orbax: a path without {_SUFFIX}."
             )
-        entries[name] = _entry(leaf, array, _is_file(path))
+        entries[name] = {
+            "path": [path_name((key,)) for key in leaf.path],
+            "shape": list(array.shape),
+            "dtype": array.dtype.name,
+            "crc32": _checksum(array) if _is_file(path) else None,
+        }
+        if leaf.is_key:
+            entries[name]["key"] = str(jax.random.key_impl(leaf.value))
     noted: dict[str, Any] = {"layout": "none", "depth": None, "modules": {}}
     if layers is not None:
-        noted = _note_layers(leaves, layers, where)
+        names = _naming.naming_map(layers, "layers", where)
+        noted = _layers_in(leaves, names, where).noted(names)
     content = {"format": _FORMAT, "version": _VERSION, **noted, "leaves": entries}
     return arrays, content | {"crc32": _checksum_of_content(content)}
 
 
-def _entry(leaf: _Leaf, array: Any, with_checksum: bool) -> dict[str, Any]:
-    """What the metadata says of a leaf."""
-    entry = {
-        "path": [keystr((key,), simple=True) for key in leaf.path],
-        "shape": list(array.shape),
-        "dtype": array.dtype.name,
-        "crc32": _checksum(array) if with_checksum else None,
-    }
-    if _is_key(_spec(leaf.value).dtype):
-        entry["key"] = str(jax.random.key_impl(leaf.value))
-    return entry
-
-
-def _stored(value: Any, at: str) -> Any:
+def _stored(leaf: _Leaf, at: str) -> Any:
     """The array that stands for a leaf: the data of a typed key, else the leaf."""
+    value = leaf.value
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError(f"{at} is a ShapeDtypeStruct; expected an array, to save it.")
     if isinstance(value, jax.Array) and value.is_deleted():
         raise ValueError(f"{at} was donated or deleted. Save it before that.")
-    if _is_key(_spec(value).dtype):
-        value = jax.random.key_data(value)
-    if not isinstance(value, jax.Array):
-        return np.asarray(value)
+    array = jax.random.key_data(value) if leaf.is_key else value
     # Of several processes, orbax takes arrays of them all, or what is on the host.
-    is_local = value.is_fully_addressable and jax.process_count() > 1
-    return np.asarray(value) if is_local else value
+    is_local = getattr(array, "is_fully_addressable", True) and jax.process_count() > 1
+    return np.asarray(array) if is_local or not isinstance(array, jax.Array) else array
+
+
+class _Layers(NamedTuple):
+    """Whether a tree is stacked or per-layer, and how deep, by stacked module."""
+
+    layout: str
+    depths: dict[str, int]
+
+    @property
+    def depth(self) -> int | list[int]:
+        depths = sorted(set(self.depths.values()))
+        return depths[0] if len(depths) == 1 else depths
+
+    def noted(self, names: _naming.Map) -> dict[str, Any]:
+        """What the metadata says: by stacked module, its name in each layer.
+
+        That of layer L, which tells a deeper tree when loading, comes last.
+        """
+        modules: dict[str, list[str]] = {}
+        for module, depth in sorted(self.depths.items()):
+            modules[module] = [names.stacked_to_flat(module, i) for i in range(depth)]
+            with contextlib.suppress(ValueError, LookupError):  # It may end at L.
+                modules[module].append(names.stacked_to_flat(module, depth))
+        return {"layout": self.layout, "depth": self.depth, "modules": modules}
+
+
+def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
+    """The layers of a tree, by the names of its modules and, in a stack, by shapes."""
+    modules: dict[str, str] = {}
+    for name, leaf in leaves.items():
+        for key in leaf.path[:-1]:  # The last is the leaf's own.
+            module = getattr(key, "key", None)
+            if not isinstance(module, str):
+                continue
+            if _naming.is_stacked(names, module) or _naming.place_of(names, module):
+                modules.setdefault(name, module)
+    # The first layer may be named as a stack is: `linear`, `linear_1`.
+    flat = [name for name in modules if not _naming.is_stacked(names, modules[name])]
+    stacked = [name for name in modules if not _naming.place_of(names, modules[name])]
+    if not modules:
+        raise ValueError(
+            f"{where}: no module of the tree is a layer to {names}. The leaves are: "
+            f"{_listed(leaves, 8)}. Give the naming map of this stack, or leave "
+            "`layers` out."
+        )
+    if flat and stacked:
+        raise ValueError(
+            f"{where}: {flat[0]} is of one layer, {stacked[0]} of a stack. "
+            "Convert one of them, or save the two trees on their own."
+        )
+    if not flat:
+        return _Layers("stacked", _leading_sizes(leaves, modules, names, where))
+    depths: dict[str, int] = {}
+    for module in modules.values():
+        of_stack, layer = _naming.place_of(names, module) or (module, 0)
+        depths[of_stack] = max(depths.get(of_stack, 0), 1 + layer)
+    return _Layers("per-layer", depths)
+
+
+def _leading_sizes(
+    leaves: _Leaves, modules: Mapping[str, str], names: _naming.Map, where: str
+) -> dict[str, int]:
+    """Those of the leaves of each module, which are given by leaf.
+
+    The leaves nearest to the root decide, parameters and state: an optimiser's state
+    may hold some of other shapes.
+    """
+    sizes: dict[str, int] = {}
+    nearest: dict[Any, str] = {}
+    for name in sorted(modules, key=lambda name: len(leaves[name].path)):
+        first = nearest.setdefault(_naming.stack_of(names, modules[name]), name)
+        one, other = (leaves[name].spec.shape for name in (first, name))
+        is_near = len(leaves[name].path) == len(leaves[first].path)
+        if is_near and (not one or one[:1] != other[:1]):
+            raise ValueError(
+                f"{where}: {first} has shape {one}, {name} has shape {other}; expected "
+                "one leading axis L in all leaves of the stack. Give the naming map of "
+                "one stack, or leave `layers` out."
+            )
+        sizes[modules[name]] = one[0]
+    return sizes
+
+
+def _write_file(
+    path: str, arrays: Mapping[str, Any], content: Mapping[str, Any], where: str
+) -> None:
+    numpy = _library("safetensors.numpy")
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)  # As orbax does.
+    partial = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
+    natives = {name: _native(array) for name, array in arrays.items()}
+    try:
+        with open(partial, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        with _explained(f"{where}: safetensors could not write it"):
+            numpy.save_file(natives, partial, {_FORMAT: json.dumps(content)})
+        os.chmod(partial, mode)  # Safetensors makes files that only their owner reads.
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+
+
+def _native(value: Any) -> np.ndarray:
+    """The array in memory; bytes `[..., itemsize]` if safetensors lacks its dtype."""
+    array: np.ndarray = np.asarray(value, order="C")
+    return array if array.dtype.name in _NATIVE else array[..., None].view(np.uint8)
 
 
 def _checksum(array: Any) -> int:
@@ -385,49 +487,7 @@ def _checksum_of_content(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _write_file(
-    path: str, arrays: Mapping[str, Any], content: Mapping[str, Any], where: str
-) -> None:
-    safetensors = _safetensors()
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)  # As orbax does.
-    partial = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(partial, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        natives = {name: _native(array) for name, array in arrays.items()}
-        safetensors.numpy.save_file(natives, partial, {_FORMAT: json.dumps(content)})
-        os.chmod(partial, mode)  # Safetensors makes files that only their owner reads.
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(folder)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{where}: safetensors could not write it: {error}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-
-
-def _native(value: Any) -> np.ndarray:
-    """The array in memory; bytes `[..., itemsize]` if safetensors lacks its dtype."""
-    array: np.ndarray = np.asarray(value, order="C")
-    if array.dtype.name in _NATIVE:
-        return array
-    return array.reshape(-1).view(np.uint8).reshape(*array.shape, array.dtype.itemsize)
-
-
-def _flush(path: str) -> None:
-    """Waits until the disk has a file, or the names in a folder."""
-    if os.name != "posix":  # Elsewhere, folders cannot be opened.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# Loading: from metadata and stored arrays to leaves.
+# Loading
 
 
 def _existing(path: Path, verb: str) -> tuple[str, str]:
@@ -449,9 +509,15 @@ def _existing(path: Path, verb: str) -> tuple[str, str]:
 
 def _content(path: str) -> dict[str, Any]:
     """The metadata that `save` wrote."""
-    content = _unchecked(path)
+    library = "safetensors" if _is_file(path) else "orbax"
+    content = None
+    if library == "safetensors":
+        with _open_file(path) as file:
+            content = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+    elif os.path.isdir(os.path.join(path, "about")):
+        args = _library("orbax.checkpoint").args.JsonRestore()
+        content = _restore(path, "about", args)
     if not (isinstance(content, dict) and content.get("format") == _FORMAT):
-        library = "safetensors" if _is_file(path) else "orbax"
         raise ValueError(
             f"{path} has no metadata of hk_stack.checkpoint: something else wrote it, "
             f"or it was altered. If it is of use, read it with {library} itself."
@@ -466,56 +532,47 @@ def _content(path: str) -> dict[str, Any]:
     return content
 
 
-def _unchecked(path: str) -> Any:
-    """The metadata, if there is any, as it is."""
-    if not _is_file(path):
-        if not os.path.isdir(os.path.join(path, "about")):
-            return None
-        return _restore(path, "about", _library("orbax.checkpoint").args.JsonRestore())
-    with _open_file(path) as file:
-        text = (file.metadata() or {}).get(_FORMAT, "null")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise _altered(path, "its metadata cannot be read") from error
-
-
 def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
     """The metadata of a part of the tree, in which paths of leaves begin."""
     entries = {}
     for name, entry in content["leaves"].items():
         path = entry["path"]
-        for level in range(len(path) + 1):
-            if "/".join(path[:level]) == at:
-                entries[name] = {**entry, "path": path[level:]}
-                break
+        parts = ["/".join(path[:level]) for level in range(len(path) + 1)]
+        if at in parts:
+            entries[name] = {**entry, "path": path[parts.index(at) :]}
     if not entries:
-        paths = [entry["path"] for entry in content["leaves"].values()]
-        parts = dict.fromkeys(key for path in paths for key in path[:1])
+        known = dict.fromkeys(
+            repr(key)
+            for entry in content["leaves"].values()
+            for key in entry["path"][:1]
+        )
         raise ValueError(
             f"{where}: the checkpoint has no part {at!r}. Give one of its parts, such "
-            f"as {', '.join(map(repr, list(parts)[:8]))}."
+            f"as {_listed(known, 8)}."
         )
     return {**content, "leaves": entries}
 
 
 def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str) -> Any:
     """What `load` gives, in the layout that it is in."""
-    entries = content["leaves"]
-    likes = dict.fromkeys(entries)
+    entries, saved = content["leaves"], _saved(content)
+    leaves = saved
     if like is not None:
-        likes = _match(_leaves(like, f"{where}: like", at), content, where)
+        leaves = _leaves(like, f"{where}: like", at)
+        misfit = next(_misfits(leaves, saved, content), None)
+        if misfit:
+            raise ValueError(f"{where}: {misfit}")
     read = _read_file if _is_file(path) else _read_folder
     placed: dict[str, Any] = {}
     array: Any
-    for name, array in read(path, entries, likes):
+    for name, array in read(path, entries, leaves):
         _check_array(array, name, entries[name], path)
-        if "key" in entries[name]:
+        if saved[name].is_key:
             array = jax.random.wrap_key_data(array, impl=entries[name]["key"])
-        placed[name] = _placed(array, likes[name])
+        placed[name] = _placed(array, leaves[name])
     if like is not None:
         structure = jax.tree.structure(like)
-        return jax.tree.unflatten(structure, [placed[name] for name in likes])
+        return jax.tree.unflatten(structure, [placed[name] for name in leaves])
     root: dict[str, Any] = {}
     for name, leaf in placed.items():
         node, keys = root, ["", *entries[name]["path"]]
@@ -527,50 +584,43 @@ def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str)
 
 @contextlib.contextmanager
 def _open_file(path: str) -> Iterator[Any]:
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise _altered(path, f"it is no whole file of safetensors: {error}") from error
+    library = _library("safetensors")
+    with _reading(path, "safetensors"), library.safe_open(path, "numpy") as file:
+        yield file
 
 
 def _read_file(
-    path: str, entries: Mapping[str, Any], likes: Mapping[str, Any]
+    path: str, entries: Mapping[str, Any], likes: _Leaves
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays by name, one after the other."""
     with _open_file(path) as file:
-        if not set(entries) <= set(file.keys()):
-            raise _altered(path, "its names are not those that were saved")
         for name in likes:
             array = file.get_tensor(name)
             dtype = np.dtype(entries[name]["dtype"])
             is_bytes = dtype.name not in _NATIVE and array.dtype == np.uint8
             if is_bytes and array.shape[-1:] == (dtype.itemsize,):
-                array = array.reshape(-1).view(dtype).reshape(array.shape[:-1])
+                array = array.view(dtype).reshape(array.shape[:-1])
             yield name, array
 
 
 def _read_folder(
-    path: str, entries: Mapping[str, Any], likes: Mapping[str, Any]
+    path: str, entries: Mapping[str, Any], likes: _Leaves
 ) -> Iterator[tuple[str, Any]]:
     """Arrays by name, on the shardings of `likes`."""
     orbax = _library("orbax.checkpoint")
     restore_args = {}
     for name, like in likes.items():
-        sharding, entry = _sharding(like), entries[name]
+        sharding, entry = like.spec.sharding, entries[name]
         restore_args[name] = orbax.RestoreArgs(restore_type=np.ndarray)
         # The data of typed keys has other axes than the keys, and is placed later.
         if sharding and "key" not in entry and 0 not in entry["shape"]:
             restore_args[name] = orbax.ArrayRestoreArgs(sharding=sharding)
     items = dict.fromkeys(likes, 0)
     args = orbax.args.PyTreeRestore(items, restore_args, partial_restore=True)
-    arrays = _restore(path, "arrays", args)
-    for name in likes:
-        array, entry = arrays.pop(name), entries[name]
-        if 0 in entry["shape"]:
-            array = np.zeros(entry["shape"], entry["dtype"])
-        yield name, array
+    for name, array in _restore(path, "arrays", args).items():
+        entry = entries[name]
+        is_empty = 0 in entry["shape"]
+        yield name, np.zeros(entry["shape"], entry["dtype"]) if is_empty else array
 
 
 def _restore(path: str, item: str, args: Any) -> Any:
@@ -578,31 +628,27 @@ def _restore(path: str, item: str, args: Any) -> Any:
     orbax = _library("orbax.checkpoint")
     handler = orbax.CompositeCheckpointHandler()
     both = orbax.args.Composite(**{item: args})
-    try:
-        with orbax.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(path, args=both)[item]
-    except Exception as error:  # Of many types.
-        what = f"orbax cannot read it ({_first_line(error)})"
-        raise _altered(path, what) from error
+    with _reading(path, "orbax"), orbax.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=both)[item]
 
 
 def _check_array(array: Any, name: str, entry: Mapping[str, Any], path: str) -> None:
     """Checks that the array is what was saved."""
-    found = (list(array.shape), array.dtype.name)
-    if found != (entry["shape"], entry["dtype"]):
-        saved = f"{entry['dtype']}{entry['shape']}"
-        raise _altered(path, f"leaf {name!r} is {_type(array)}, but was saved {saved}")
+    found = f"{array.dtype.name}{list(array.shape)}"
+    expected = f"{entry['dtype']}{entry['shape']}"
+    if found != expected:
+        raise _altered(path, f"leaf {name!r} is {found}, but was saved {expected}")
     if _is_file(path) and _checksum(array) != entry["crc32"]:
         raise _altered(path, f"the data of leaf {name!r} is not what was saved")
 
 
-def _placed(value: Any, like: Any) -> Any:
+def _placed(value: Any, like: _Leaf) -> Any:
     """The value as a leaf of the kind of `like`, and where that is."""
-    if isinstance(like, _OF_JAX):
-        return _put(value, _sharding(like))
-    if isinstance(like, np.generic):
+    if isinstance(like.value, _OF_JAX):
+        return _put(value, like.spec.sharding)
+    if isinstance(like.value, np.generic):
         return np.asarray(value)[()]
-    is_number = isinstance(like, int | float | complex)
+    is_number = isinstance(like.value, int | float | complex)
     return np.asarray(value).item() if is_number else value
 
 
@@ -619,7 +665,7 @@ def _put(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
 
 
 def _saved(content: Mapping[str, Any]) -> dict[str, _Leaf]:
-    """The leaves that were saved, as specs in nested dicts."""
+    """The leaves that were saved, in nested dicts."""
     leaves = {}
     for name, entry in content["leaves"].items():
         spec = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
@@ -630,235 +676,101 @@ def _saved(content: Mapping[str, Any]) -> dict[str, _Leaf]:
     return leaves
 
 
-def _match(leaves: _Leaves, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The leaves of a like by name, after a check that they fit those saved."""
-    saved = {name: leaf.value for name, leaf in _saved(content).items()}
-    asked = {name: _spec(leaf.value) for name, leaf in leaves.items()}
-    if {n: s.shape for n, s in saved.items()} != {n: s.shape for n, s in asked.items()}:
-        _same_layers(asked, content, where)
-    _same_names(asked, saved, content, where)
-    for name in asked:
-        _same_type(asked[name], saved[name], f"{where}: leaf {name!r}")
-        if isinstance(leaves[name].value, _OF_JAX):
-            _can_place(asked[name], f"{where}: leaf {name!r}")
-    return {name: leaf.value for name, leaf in leaves.items()}
-
-
-def _same_names(
-    asked: Mapping[str, Any],
-    saved: Mapping[str, Any],
-    content: Mapping[str, Any],
-    where: str,
-) -> None:
-    missing = [f"{n} {_type(asked[n])}" for n in asked if n not in saved]
-    unexpected = [f"{n} {_type(saved[n])}" for n in saved if n not in asked]
-    if not (missing or unexpected):
-        return
-    depth = f" It is {content['layout']}, with L={content['depth']} layers."
-    raise ValueError(
-        f"{where}: like and the checkpoint have other leaves."
-        f"{_some('The checkpoint lacks', missing)}{_some('Like lacks', unexpected)}"
-        f"{depth if content['depth'] else ''} Give a like of all leaves that were "
-        "saved, or load a part: checkpoint.load(path, params, at='params'). "
-        "checkpoint.load(path) gives all as nested dicts, to take some of them."
-    )
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return f" {what} {len(names)}: {listed}." if names else ""
-
-
-def _same_type(asked: Any, saved: Any, at: str) -> None:
-    found = f"{at} is {_type(saved)} in the checkpoint, {_type(asked)} in like"
-    if asked.dtype != saved.dtype:
-        convert = f"x.astype({asked.dtype.name!r})"
-        if _is_key(asked.dtype) or _is_key(saved.dtype):
-            convert = "jax.random.key_data or wrap_key_data"
-        raise ValueError(
-            f"{found}. Nothing is cast on the way: load into a like of "
-            f"{saved.dtype.name}, and convert it yourself, with {convert}."
+def _misfits(
+    asked: _Leaves, saved: _Leaves, content: Mapping[str, Any]
+) -> Iterator[str]:
+    """How a like differs from what was saved, what explains most first."""
+    shapes, others = ({n: x.spec.shape for n, x in y.items()} for y in (asked, saved))
+    if shapes != others:
+        yield from _other_layers(asked, content)
+    missing = [f"{name} {asked[name]}" for name in asked if name not in saved]
+    unexpected = [f"{name} {saved[name]}" for name in saved if name not in asked]
+    if missing or unexpected:
+        depth = f" It is {content['layout']}, with L={content['depth']} layers."
+        yield (
+            "like and the checkpoint have other leaves."
+            f"{_some('The checkpoint lacks', missing)}{_some('Like lacks', unexpected)}"
+            f"{depth if content['depth'] else ''} Give a like of all leaves that were "
+            "saved, or load a part: checkpoint.load(path, params, at='params'). "
+            "checkpoint.load(path) gives all as nested dicts, to take some of them."
         )
-    both = enumerate(zip(asked.shape, saved.shape, strict=False))
-    axes = ", ".join(str(axis) for axis, (x, y) in both if x != y)
-    what = f"axis {axes}" if asked.ndim == saved.ndim else "the number of axes"
-    if asked.shape != saved.shape:
-        raise ValueError(f"{found}: {what} differs. Change the model.")
+    for name, leaf in asked.items():
+        for misfit in (*_other_type(leaf, saved[name]), *_misplaced(leaf)):
+            yield f"leaf {name!r} {misfit}"
 
 
-def _can_place(like: jax.ShapeDtypeStruct, at: str) -> None:
-    """Checks that JAX has arrays like `like`, and devices to put them on."""
-    dtype = like.dtype
-    if not _is_key(dtype) and jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(
-            f"{at} is {dtype.name}, which JAX has only with jax_enable_x64. Set "
-            "that, or give a numpy array in like."
-        )
-    if isinstance(getattr(like.sharding, "mesh", None), jax.sharding.AbstractMesh):
-        raise ValueError(
-            f"{at}: like has an abstract sharding, without devices: {like.sharding}. "
-            "Give jax.sharding.NamedSharding(mesh, spec) with a mesh of devices."
-        )
-    if like.sharding is not None:
-        with _explained(f"{at}: the sharding of like does not fit"):
-            like.sharding.shard_shape(like.shape)
-
-
-def _same_layers(
-    asked: Mapping[str, jax.ShapeDtypeStruct], content: Mapping[str, Any], where: str
-) -> None:
-    """Says so if a like is of another layout or depth than what was saved."""
+def _other_layers(asked: _Leaves, content: Mapping[str, Any]) -> Iterator[str]:
+    """Another layout or depth, by the names that were noted."""
     layout, depth = content["layout"], content["depth"]
-    found, like_depth = _layers_of(asked, content["modules"])
-    if not found:  # Of no one layout or depth: leaves are compared one by one.
+    try:
+        found = _layers_in(asked, _naming.Table(content["modules"]), "like")
+    except ValueError:  # It has no one layout: leaves are compared one by one.
         return
-    if found != layout:
-        raise ValueError(
-            f"{where}: the checkpoint is {layout} (L={depth}), like is {found}. "
-            "With the naming map of the stack, it is converted: "
-            "checkpoint.load(path, like, layers=naming_map)."
+    if found.layout != layout:
+        yield (
+            f"the checkpoint is {layout} (L={depth}), like is {found.layout}. With the "
+            "naming map of the stack, it is converted: checkpoint.load(path, like, "
+            "layers=naming_map)."
         )
-    if isinstance(depth, int) and like_depth != depth:
+    if isinstance(depth, int) and isinstance(found.depth, int) and found.depth != depth:
         # Of a deeper per-layer tree, only the first layer too many has a known name.
-        more = layout == "per-layer" and like_depth == depth + 1
-        raise ValueError(
-            f"{where}: the checkpoint holds L={depth} layers ({layout}), like has "
-            f"{'more' if more else like_depth}. Change num_layers to {depth}, or take "
+        more = layout == "per-layer" and found.depth > depth
+        yield (
+            f"the checkpoint holds L={depth} layers ({layout}), like has "
+            f"{'more' if more else found.depth}. Change num_layers to {depth}, or take "
             "the layers you want from what checkpoint.load(path) gives: "
             f"{'x[:n] of leaves [L, ...]' if layout == 'stacked' else 'some modules'}."
         )
 
 
-def _layers_of(
-    asked: Mapping[str, jax.ShapeDtypeStruct], modules: Mapping[str, Sequence[str]]
-) -> tuple[str, int]:
-    """Layout and depth of a like, by the names that were saved; "" if unclear."""
-    layers = [
-        i
-        for names in modules.values()
-        for i, name in enumerate(names)
-        if name not in modules and _inside(name, asked)
-    ]
-    sizes = {leaf.shape[:1] for name in modules for leaf in _inside(name, asked)}
-    if layers:
-        return "per-layer", 1 + max(layers)
-    if len(sizes) == 1 and sizes != {()}:
-        return "stacked", sizes.pop()[0]
-    return "", 0
+def _some(what: str, names: Sequence[str]) -> str:
+    return f" {what} {len(names)}: {_listed(names, 4)}." if names else ""
 
 
-def _inside(
-    module: str, asked: Mapping[str, jax.ShapeDtypeStruct]
-) -> list[jax.ShapeDtypeStruct]:
-    return [spec for name, spec in asked.items() if f"/{module}/" in f"/{name}"]
+def _listed(names: Iterable[str], most: int) -> str:
+    first = list(names)
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
 
 
-# Layers: whether a tree is stacked or per-layer, and how deep.
-
-
-class _Layers(NamedTuple):
-    """The layers of a tree: "stacked" or "per-layer", and `L` by stacked module."""
-
-    layout: str
-    depths: dict[str, int]
-
-    @property
-    def depth(self) -> int | list[int]:
-        """`L`; all of them, if stacks have several."""
-        depths = sorted(set(self.depths.values()))
-        return depths[0] if len(depths) == 1 else depths
-
-
-def _note_layers(leaves: _Leaves, layers: _naming.Maps, where: str) -> dict[str, Any]:
-    """What the metadata says of the layers of a tree.
-
-    For each stacked module, it has the per-layer ones of layers 0 to L; that of L tells
-    a deeper tree when loading.
-    """
-    names = _naming.naming_map(layers, "layers", where)
-    found = _layers_in(leaves, names, where)
-    modules = {}
-    for module, depth in sorted(found.depths.items()):
-        modules[module] = [names.stacked_to_flat(module, i) for i in range(depth)]
-        with contextlib.suppress(ValueError, LookupError):  # The map may end at L.
-            modules[module].append(names.stacked_to_flat(module, depth))
-    return {"layout": found.layout, "depth": found.depth, "modules": modules}
-
-
-class _Member(NamedTuple):
-    """A leaf of the stack, in a module that is `level` steps from the root."""
-
-    name: str
-    shape: tuple[int, ...]
-    level: int
-    module: str
-    place: tuple[str, int] | None  # The stacked module and the layer, if it has one.
-    is_stacked: bool
-
-
-def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
-    """The layers of a tree."""
-    found = (_member(name, leaf, names) for name, leaf in leaves.items())
-    members = [member for member in found if member is not None]
-    if not members:
-        listed = ", ".join(list(leaves)[:8])
-        raise ValueError(
-            f"{where}: no module of the tree is a layer to {names}. The leaves "
-            f"are: {listed}. Give the naming map of this stack, or leave `layers` out."
+def _other_type(asked: _Leaf, saved: _Leaf) -> Iterator[str]:
+    found = f"is {saved} in the checkpoint, {asked} in like"
+    if asked.spec.dtype != saved.spec.dtype:
+        convert = f"x.astype({asked.spec.dtype.name!r})"
+        if asked.is_key or saved.is_key:
+            convert = "jax.random.key_data or wrap_key_data"
+        yield (
+            f"{found}. Nothing is cast on the way: load into a like of "
+            f"{saved.spec.dtype.name}, and convert it yourself, with {convert}."
         )
-    # The first layer may be named as a stack is: `linear`, `linear_1`.
-    flat = [m for m in members if m.place and (m.place[1] > 0 or not m.is_stacked)]
-    stacked = [member for member in members if member.place is None]
-    if flat and stacked:
-        raise ValueError(
-            f"{where}: {flat[0].name} is of one layer, {stacked[0].name} of a stack. "
-            "Convert one of them, or save the two trees on their own."
+    shapes = asked.spec.shape, saved.spec.shape
+    differ = [str(i) for i, (x, y) in enumerate(zip(*shapes, strict=False)) if x != y]
+    what = "the number of axes"
+    if asked.spec.ndim == saved.spec.ndim:
+        what = f"axis {', '.join(differ)}"
+    if shapes[0] != shapes[1]:
+        yield f"{found}: {what} differs. Change the model."
+
+
+def _misplaced(like: _Leaf) -> Iterator[str]:
+    """Why JAX has no arrays like `like`, or no devices to put them on."""
+    sharding, dtype = like.spec.sharding, like.spec.dtype
+    if not isinstance(like.value, _OF_JAX):
+        return
+    if not like.is_key and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        yield (
+            f"is {dtype.name}, which JAX has only with jax_enable_x64. Set that, or "
+            "give a numpy array in like."
         )
-    stacks: dict[Any, list[tuple[str, _Member]]] = {}
-    for member in members:
-        module = member.place[0] if flat and member.place else member.module
-        stack = _naming.stack_of(names, module)
-        stacks.setdefault(stack, []).append((module, member))
-    depths = {}
-    for pairs in stacks.values():
-        depth = _depth([member for _, member in pairs], bool(flat), where)
-        depths.update({module: depth for module, _ in pairs})
-    return _Layers("per-layer" if flat else "stacked", depths)
-
-
-def _member(name: str, leaf: _Leaf, names: _naming.Map) -> _Member | None:
-    """The leaf as a part of the stack, if one of the dicts around it is a module."""
-    for level, key in enumerate(leaf.path[:-1]):  # The last is the leaf's own.
-        if not (isinstance(key, DictKey) and isinstance(key.key, str)):
-            continue
-        place = None
-        with contextlib.suppress(Exception):  # The map may refuse foreign names.
-            place = names.flat_to_stacked(key.key)
-        is_stacked = _naming.is_stacked(names, key.key)
-        if place is not None or is_stacked:
-            shape = _spec(leaf.value).shape
-            return _Member(name, shape, level, key.key, place, is_stacked)
-    return None
-
-
-def _depth(members: Sequence[_Member], is_flat: bool, where: str) -> int:
-    """How many layers there are: of stacked leaves, their leading size.
-
-    Those nearest to the root decide, parameters and state: an optimiser's state may
-    hold some of other shapes.
-    """
-    if is_flat:
-        return 1 + max(member.place[1] for member in members if member.place)
-    nearest = min(member.level for member in members)
-    first, *others = (member for member in members if member.level == nearest)
-    for member in (first, *others):
-        if not member.shape or member.shape[0] != first.shape[0]:
-            raise ValueError(
-                f"{where}: {first.name} has shape {first.shape}, {member.name} has "
-                f"shape {member.shape}; expected one leading axis L in all leaves of "
-                "the stack. Give the naming map of one stack, or leave `layers` out."
-            )
-    return first.shape[0]
+    if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+        yield (
+            f"has an abstract sharding in like, without devices: {sharding}. Give "
+            "jax.sharding.NamedSharding(mesh, spec) with a mesh of devices."
+        )
+    try:
+        if sharding is not None:
+            sharding.shard_shape(like.spec.shape)
+    except ValueError as error:
+        yield f"of like does not fit its sharding: {_line(error)}"
 
 
 # Libraries, and what their errors become.
@@ -878,24 +790,26 @@ def _library(name: str) -> Any:
         ) from error
 
 
-def _safetensors() -> Any:
-    _library("safetensors.numpy")
-    return _library("safetensors")
+_ALTERED = "is truncated or was altered"
+_INSTEAD = "Load another copy of it."
 
 
 def _altered(path: str, what: str) -> ValueError:
-    return ValueError(
-        f"{path} is truncated or was altered: {what}. Load another copy of it."
-    )
+    return ValueError(f"{path} {_ALTERED}: {what}. {_INSTEAD}")
+
+
+def _reading(path: str, library: str) -> contextlib.AbstractContextManager[None]:
+    return _explained(f"{path} {_ALTERED}: {library} cannot read it", _INSTEAD)
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, instead: str = "") -> Iterator[None]:
+    """What an error of a library means."""
     try:
         yield
-    except Exception as error:
-        raise ValueError(f"{what}: {_first_line(error)}") from error
+    except Exception as error:  # Of many types.
+        raise ValueError(f"{what} ({_line(error)}). {instead}".strip()) from error
 
 
-def _first_line(error: Exception) -> str:
+def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
