@@ -17,7 +17,6 @@ To look at results again, to make one of several, or to compare two, give files:
 
 import contextlib
 import itertools
-import math
 import pathlib
 import shlex
 import sys
@@ -71,13 +70,10 @@ _BUILDS = flags.DEFINE_integer(
     "takes more than ten seconds to compile is built once.",
     lower_bound=1,
 )
-_FRESH = flags.DEFINE_bool(
-    "fresh", False, "Time each build in a process that has built nothing before."
-)
 _PATIENCE = flags.DEFINE_float(
     "patience",
-    90.0,
-    "Seconds; what would take longer to build, going by fewer layers, is left out.",
+    20.0,
+    "Seconds; what took longer to build with fewer layers is left out.",
     lower_bound=0.0,
 )
 _BASELINE = flags.DEFINE_string(
@@ -90,7 +86,7 @@ _AGAINST = flags.DEFINE_string(
 # What says how to measure the same again.
 _ASKED: tuple[flags.FlagHolder[Any], ...] = (
     *(_MODEL, _FRAMEWORKS, _LAYERS, _DTYPE, _BATCH, _LENGTH, _WIDTH, _MODE),
-    *(_REPEAT, _BUILDS, _PATIENCE, _FRESH, _BASELINE),
+    *(_REPEAT, _BUILDS, _PATIENCE, _BASELINE),
 )
 
 _Ways = list[tuple[str, str]]
@@ -163,8 +159,6 @@ def _write(out: pathlib.Path, result: Result) -> None:
 @contextlib.contextmanager
 def _configured() -> Iterator[None]:
     """JAX as it has to be to measure; what was compiled before would be loaded."""
-    if _FRESH.value and jax.default_backend() == "tpu":
-        raise app.UsageError("--fresh: a TPU belongs to one process")
     values = {
         "jax_enable_x64": _DTYPE.value == "float64",
         "jax_enable_compilation_cache": False,
@@ -184,7 +178,7 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
     result = Result(measure.environment(), [], [], [])
     todo = _planned(result, old)
     result.environment.update(_asked())
-    options = measure.Options(_REPEAT.value, _BUILDS.value, fresh=_FRESH.value)
+    options = measure.Options(_REPEAT.value, _BUILDS.value)
     status = 0
     with _progress() as progress:
         bar = progress.add_task("", total=sum(map(len, todo.values())))
@@ -232,42 +226,24 @@ def _show(result: Result, case: Case) -> None:
 
 
 def _in_time(result: Result, case: Case, ways: _Ways) -> _Ways:
-    """Leaves out what would take too long to build."""
-    found = []
-    for pair in ways:
-        way = " ".join(pair)
-        expected = _expected_build(result, case, way)
-        if expected > _PATIENCE.value and pair != ways[0]:
-            why = f"would take about {expected:.0f} s to build; see --patience"
-            _skip(result, f"{case.title}: {way}", why)
-        else:
-            found.append(pair)
-    return found
+    """Leaves out what was slow to build with fewer layers, but for the baseline."""
+    slow = {
+        row.way
+        for row in result.rows
+        if row.case._replace(layers=case.layers) == case
+        and row.case.layers < case.layers
+        and (row.median("build_s") or 0.0) > _PATIENCE.value
+    }
+    late = [pair for pair in ways[1:] if " ".join(pair) in slow]
+    for pair in late:
+        why = "with fewer layers it took long to build; see --patience"
+        _skip(result, f"{case.title}: {' '.join(pair)}", why)
+    return [pair for pair in ways if pair not in late]
 
 
 def _skip(result: Result, what: str, why: str) -> None:
     result.skipped.append({"what": what, "why": why})
     _say(f"left out: {what}: {why}")
-
-
-def _expected_build(result: Result, case: Case, way: str) -> float:
-    """Seconds, going by the last two cases with fewer layers; 0 if there is none.
-
-    A loop's build grows faster the deeper it is, hence the extra half in the exponent.
-    """
-    fewer = [
-        (row.case.layers, seconds)
-        for row in result.rows
-        if row.way == way
-        and row.case.layers < case.layers
-        and row.case._replace(layers=case.layers) == case
-        and (seconds := row.median("build_s"))
-    ]
-    if not fewer:
-        return 0.0
-    (first, before), (last, seconds) = fewer[-2:] if len(fewer) > 1 else fewer * 2
-    power = math.log(seconds / before) / math.log(last / first) if first < last else 0.5
-    return float(seconds * (case.layers / last) ** (power + 0.5))
 
 
 def _progress() -> rich.progress.Progress:

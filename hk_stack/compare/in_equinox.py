@@ -22,20 +22,24 @@ except ImportError as error:
     ) from error
 
 
-def _each(part: Part, module: Any, x: jax.Array) -> jax.Array:
+def _each(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """A module of vectors, for each of `x` `[..., D]`."""
     for _ in range(x.ndim - 1):
         module = jax.vmap(module)
     return module(x)
 
 
-def _attend(part: Part, module: Any, x: jax.Array) -> jax.Array:
+def _attend(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     mask = jnp.tri(x.shape[1], dtype=bool)
-    return jax.vmap(lambda h: module(h, h, h, mask))(x)
+
+    def attend(h: jax.Array) -> jax.Array:
+        return module(h, h, h, mask)
+
+    return jax.vmap(attend)(x)
 
 
 def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
-    return x @ models.normalised(module.weight.T) + module.bias[None, None]
+    return models.spectral(module.weight.T, module.bias, x)
 
 
 _RUN = {"norm": _each, "linear": _each, "attention": _attend, "spectral": _spectral}
@@ -84,13 +88,9 @@ class Block(eqx.Module):
             for key, (name, part) in zip(keys, model.parts.items(), strict=True)
         }
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From `x` `[B, T, D]` to `[B, T, D]`."""
-        return self.model.block(self.bound(), x)
-
-    def bound(self) -> Any:
+    def bound(self, length: int | None = None) -> Any:
         """The parts as functions."""
-        return models.bound(self.model.parts, self.parts, _RUN)
+        return models.bound(self.model.parts, self.parts, _RUN, length=length)
 
 
 # What `models` asks of a framework
@@ -112,7 +112,8 @@ def stack(way: str, given: models.Given) -> models.Stack:
 
     def apply(arrays: Any, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
-            return eqx.combine(arrays, static)(x), None
+            block = eqx.combine(arrays, static)
+            return block.model.block(block.bound(), x), None
 
         return jax.lax.scan(layer, x, arrays)[0]
 
@@ -131,7 +132,7 @@ def decoder(way: str, given: models.Given) -> models.Decoder:
 
     def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
         block, state = scanned
-        return models.s4_step(block.bound(), x, state, length)
+        return models.s4_step(block.bound(length), x, state)
 
     def step(blocks: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         return jax.lax.scan(layer, x, (blocks, states))

@@ -3,12 +3,10 @@
 What fails in one way is written down, and the other ways go on.
 """
 
-import concurrent.futures
 import functools
 import gc
 import importlib.metadata
 import itertools
-import multiprocessing
 import os
 import platform
 import time
@@ -108,14 +106,12 @@ class Options(NamedTuple):
       repeat: Rounds in all.
       builds: How often to build anew, at most.
       patience: Seconds; what took longer to compile is not built again.
-      fresh: Whether each build is timed in a process of its own.
       shortest: Seconds that a sample takes at least.
     """
 
     repeat: int
     builds: int = 1
     patience: float = 10.0
-    fresh: bool = False
     shortest: float = 0.005
 
 
@@ -187,20 +183,21 @@ class _Ways:
         """Builds each way, and checks it against the first that there is."""
         expected: dict[str, Any] = {}
 
-        def build(framework: str, name: str) -> None:
-            task = cases.task(self.case, framework, name)
+        def build(name: str, *pair: str) -> None:
+            task = cases.task(self.case, *pair)
             if task is None:
                 return
-            way = _Way(self.case, framework, name, task, self.options)
+            way = _Way(self.case, name, task, self.options)
             values = way.values()
             if not expected:
                 expected.update(cases.finite(values))
             way.parity = cases.parity(values, expected, self.case.dtype)
-            self.built[way.name] = way
+            self.built[name] = way
 
-        for framework, name in ways:
-            tick(f"{framework} {name}")
-            self._try(f"{framework} {name}", functools.partial(build, framework, name))
+        for pair in ways:
+            name = " ".join(pair)
+            tick(name)
+            self._try(name, functools.partial(build, name, *pair))
 
     def each(self, do: "Callable[[_Way], None]") -> None:
         """Does something with each way."""
@@ -256,16 +253,10 @@ class _Way:
     """A way of doing a case, and its samples so far."""
 
     def __init__(
-        self,
-        case: results.Case,
-        framework: str,
-        way: str,
-        task: cases.Task,
-        options: Options,
+        self, case: results.Case, name: str, task: cases.Task, options: Options
     ):
-        self.case, self.framework, self.way = case, framework, way
+        self.case, self.name = case, name
         self.task, self.options = task, options
-        self.name = f"{framework} {way}"
         self.measures: dict[str, list[Any]] = {}
         self.parity: dict[str, float] = {}
         self._program = task.function
@@ -283,10 +274,7 @@ class _Way:
             return
         built = build(self.task)
         self._program = built.run
-        times = built.seconds
-        if self.options.fresh:
-            times = _in_fresh_process(self.case, self.framework, self.way)
-        for name, value in times.items():
+        for name, value in built.seconds.items():
             self.add(name, value)
         self.add("first_s", seconds(lambda: self._program(*self.task.args)))
         self.measures |= {name: [value] for name, value in built.sizes.items()}
@@ -316,24 +304,6 @@ class _Way:
 
     def row(self) -> results.Row:
         return results.Row(self.case, self.name, self.measures, self.parity)
-
-
-def _in_fresh_process(case: results.Case, framework: str, way: str) -> dict[str, float]:
-    """Times of a build in a process that has built nothing before."""
-    # A GPU has two processes then: none may take all of its memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(fresh_build, case, framework, way).result()
-
-
-def fresh_build(case: results.Case, framework: str, way: str) -> dict[str, float]:
-    """What `build` finds of a way, in this process."""
-    jax.config.update("jax_enable_x64", case.dtype == "float64")
-    jax.config.update("jax_enable_compilation_cache", False)
-    task = cases.task(case, framework, way)
-    assert task is not None, (case, framework, way)
-    return dict(build(task).seconds)
 
 
 _PACKAGES = ("dm-haiku", "jax", "jaxlib", "flax", "equinox", "optax")

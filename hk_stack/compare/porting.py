@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import hk_stack
-from hk_stack.compare import in_haiku
+from hk_stack.compare import in_haiku, models
 from hk_stack.compare.results import Case
 
 LAYERS, WIDTH, HEADS, TOKENS = 24, 512, 8, 50_000
+_MODEL = models.transformer_model(HEADS)
 _NAMES = hk_stack.NumberedLayers("block_{}", "layers/block")
 
 Tree = dict[str, Any]
@@ -88,7 +89,7 @@ def extra_bytes(run: Callable[[], Any]) -> int:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    made = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+    made: int = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
     return max(0, peak - made)
 
 
@@ -101,7 +102,7 @@ def _block() -> Tree:
     """Shapes of Linen's variables of one block."""
     from hk_stack.compare import in_linen  # Other modes do without Flax.
 
-    block, x = in_linen.TransformerBlock(HEADS), jnp.ones([1, 1, WIDTH])
+    block, x = in_linen.Block(_MODEL), jnp.ones([1, 1, WIDTH])
     params: Tree = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
     return params
 
@@ -125,11 +126,13 @@ def _flax(*, loop: bool) -> Tree:
 
 def _haiku() -> Tree:
     """Haiku's parameters of the same model, stacked."""
-    options: dict[str, Any] = {
-        "layer_stack": hk_stack.layer_stack,
-        "num_layers": LAYERS,
-    }
-    layers = functools.partial(in_haiku.transformer_stack, num_heads=HEADS, **options)
+    layers = functools.partial(
+        in_haiku.layers,
+        model=_MODEL,
+        layer_stack=hk_stack.layer_stack,
+        num_layers=LAYERS,
+    )
     x = jnp.ones([1, 1, WIDTH])
     types = jax.eval_shape(hk.transform(layers).init, jax.random.key(0), x)
-    return {"embed": {"embeddings": np.full((TOKENS, WIDTH), _VALUE)}} | _full(types)
+    embed: Tree = {"embed": {"embeddings": np.full((TOKENS, WIDTH), _VALUE)}}
+    return {**embed, **_full(types)}

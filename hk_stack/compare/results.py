@@ -103,15 +103,19 @@ class Row(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A ratio to a baseline, and the interval that holds 95 % of its bootstrap."""
+    """A ratio to a baseline, of so many rounds.
+
+    From `low` to `high` is the interval that holds 95 % of its bootstrap.
+    """
 
     value: float
     low: float
     high: float
+    rounds: int
 
     def __str__(self) -> str:
         digits = 2 if self.value > 0.095 else 3
-        value, low, high = (f"{x:.{digits}f}" for x in self)
+        value, low, high = (f"{x:.{digits}f}" for x in self[:3])
         return value if self.low == self.high else f"{value} [{low}, {high}]"
 
     def agrees(self, other: "Ratio") -> bool:
@@ -137,12 +141,13 @@ def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     if not ratios:
         return None
     value = float(np.median(np.concatenate(ratios)))
-    low, high = _interval([part for found in ratios for part in _in_a_row(found)])
-    return Ratio(value, min(low, value), max(high, value))
-
-
-def _in_a_row(ratios: np.ndarray) -> list[np.ndarray]:
-    return np.array_split(ratios, max(1, len(ratios) // _ROUNDS_IN_A_ROW))
+    runs = [
+        part
+        for found in ratios
+        for part in np.array_split(found, max(1, len(found) // _ROUNDS_IN_A_ROW))
+    ]
+    low, high = _interval(runs)
+    return Ratio(value, min(low, value), max(high, value), sum(map(len, runs)))
 
 
 def _interval(ratios: Sequence[np.ndarray], draws: int = 1000) -> tuple[float, float]:
