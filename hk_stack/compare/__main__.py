@@ -6,28 +6,24 @@ machines are noisy, and ratios within a round much less so. Ratios are to the ba
 below 1 is better.
 
 With `--out=FOLDER`, every sample goes to `FOLDER/results.json`, beside a report
-(`report.html`), a table for a README (`table.md`) and the plots. Ctrl-C stops, and
-keeps what was measured so far.
-
-To look at results again, to make one of several, or to compare two, give files:
+(`report.html`), a table for a README (`table.md`) and pictures. Ctrl-C stops, and keeps
+what was measured so far. To look at results again, to make one of several, or to
+compare two, give files:
 
     python -m hk_stack.compare results.json more.json --out=FOLDER
     python -m hk_stack.compare results.json --against=old.json
 """
 
-import contextlib
 import itertools
 import pathlib
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 try:
-    import rich.console
-    import rich.progress
     from absl import app, flags
 
     # Now, not after hours of measuring.
@@ -72,7 +68,7 @@ _BUILDS = flags.DEFINE_integer(
 )
 _PATIENCE = flags.DEFINE_float(
     "patience",
-    20.0,
+    8.0,
     "Seconds; what took longer to build with fewer layers is left out.",
     lower_bound=0.0,
 )
@@ -105,11 +101,11 @@ def main(argv: list[str]) -> int:
         for case in result.cases():
             _show(result, case)
     else:
-        with _configured():
-            result, status = _measure(out, old)
+        _configure()
+        result, status = _measure(out, old)
     if out is not None and result.rows:
         _write(out, result)
-        _say(f"Written to {out}: results.json, report.html, table.md, plots")
+        _say(f"Written to {out}: results.json, report.html, table.md, pictures")
     if old is not None:
         text, is_worse = _compared(old, result)
         _say(text)
@@ -140,12 +136,10 @@ def _folder(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise app.UsageError(
-            f"--out: cannot write to the folder {path}: {error.strerror}"
-        ) from None
+        why = f"cannot write to the folder {path}: {error.strerror}"
+        raise app.UsageError(f"--out: {why}") from None
     return path
 
 
@@ -153,24 +147,14 @@ def _write(out: pathlib.Path, result: Result) -> None:
     results.save(out / "results.json", result)
     (out / "table.md").write_text(show.markdown(result))
     (out / "report.html").write_text(page.html(result))
-    draw.write(result, out / "plots")
+    for picture in draw.pictures(result):
+        (out / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
-@contextlib.contextmanager
-def _configured() -> Iterator[None]:
+def _configure() -> None:
     """JAX as it has to be to measure; what was compiled before would be loaded."""
-    values = {
-        "jax_enable_x64": _DTYPE.value == "float64",
-        "jax_enable_compilation_cache": False,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    jax.config.update("jax_enable_x64", _DTYPE.value == "float64")
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]:
@@ -180,26 +164,19 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
     result.environment.update(_asked())
     options = measure.Options(_REPEAT.value, _BUILDS.value)
     status = 0
-    with _progress() as progress:
-        bar = progress.add_task("", total=sum(map(len, todo.values())))
-        for case, ways in todo.items():
-
-            def tick(way: str, case: Case = case) -> None:
-                text = f"{case.model} {case.mode}, {case.layers} layers: {way}"
-                progress.update(bar, advance=1, description=text)
-
-            able = _in_time(result, case, ways)
-            found = measure.measured(case, able, options, tick)
-            result.rows.extend(found.rows)
-            result.failed.extend(found.failed)
-            result.environment["seconds"] = round(time.perf_counter() - start, 1)
-            _show(result, case)
-            status = status or int(bool(found.failed))
-            if out is not None:
-                results.save(out / "results.json", result)
-            if found.is_stopped:
-                _say("stopped; what was measured is kept")
-                return result, 130
+    for i, (case, ways) in enumerate(todo.items()):
+        print(f"{i + 1} of {len(todo)}: {case.title}", file=sys.stderr)
+        found = measure.measured(case, _in_time(result, case, ways), options)
+        result.rows.extend(found.rows)
+        result.failed.extend(found.failed)
+        result.environment["seconds"] = round(time.perf_counter() - start, 1)
+        _show(result, case)
+        status = status or int(bool(found.failed))
+        if out is not None:
+            results.save(out / "results.json", result)
+        if found.is_stopped:
+            _say("stopped; what was measured is kept")
+            return result, 130
     return result, status
 
 
@@ -246,18 +223,6 @@ def _skip(result: Result, what: str, why: str) -> None:
     _say(f"left out: {what}: {why}")
 
 
-def _progress() -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.BarColumn(20),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        console=rich.console.Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # A file gets what is printed.
-    )
-
-
 def _asked() -> dict[str, Any]:
     """The flags, and how to ask for the same again."""
     said = [flags.FLAGS[flag.name].serialize() for flag in _ASKED if flag.present]
@@ -274,11 +239,9 @@ def _cases() -> list[Case]:
     found: list[Case] = []
     reasons: dict[str, None] = {}
     sizes = _DTYPE.value, _BATCH.value, _LENGTH.value
-    for model, mode, layers in itertools.product(
-        dict.fromkeys(_MODEL.value),
-        dict.fromkeys(_MODE.value),
-        dict.fromkeys(_numbers_of_layers()),
-    ):
+    depths = _numbers_of_layers()
+    asked = itertools.product(_MODEL.value, _MODE.value, depths)
+    for model, mode, layers in dict.fromkeys(asked):
         width = _WIDTH.value or models.MODELS[model].width
         case = Case(model, mode, layers, *sizes, width)
         if reason := cases.reason(case):

@@ -81,7 +81,7 @@ def reason(case: Case) -> str:
 def all_ways(frameworks: Iterable[str], mode: str) -> list[tuple[str, str]]:
     """Pairs of a framework and a way, of frameworks that are installed."""
     if mode == "port":
-        pairs = (way.split(" ", 1) for way in porting.WAYS)
+        pairs = (way.split(" ", 1) for way in porting.PROGRAMS)
         return [(name, way) for name, way in pairs if name in frameworks]
     return [(name, way) for name in frameworks for way in models.ways(name, mode)]
 
@@ -96,36 +96,22 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     given = models.Given(model, case.layers, params, x)
     decodes = case.mode in ("decode", "generate")
     made = (module.decoder if decodes else module.stack)(way, given)
-    if made is None:
-        return None
-    made = made._replace(params=jax.device_put(made.params, _split_batch(case.batch)))
-    return _TASKS[case.mode](made, x[:, 0] if decodes else x)
+    return made and _TASKS[case.mode](made, x[:, 0] if decodes else x)
 
 
 @functools.lru_cache(maxsize=1)
 def _inputs(case: Case) -> tuple[models.Params, jax.Array]:
-    """Parameters of Haiku's stack and activations, the same for all ways.
-
-    On several devices, the batch is split over as many as divide it.
-    """
-    dtype = jnp.dtype(case.dtype)
+    """Parameters of Haiku's stack and activations, the same for all ways."""
     shape = (case.batch, case.length, case.width)
     x = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     model = models.MODELS[case.model]._replace(width=case.width)
     given = models.Given(model, case.layers, None, x)
-    init = jax.jit(in_haiku.transformed(given, hk.layer_stack)[0])
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init(jax.random.key(1), x))
-    x = jax.device_put(x.astype(dtype), _split_batch(case.batch, axis=0))
-    return jax.device_put(params, _split_batch(case.batch)), x
-
-
-def _split_batch(batch: int, axis: int | None = None) -> jax.NamedSharding:
-    """Over as many devices as divide a batch; without an axis, whole on each."""
-    devices = max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(auto,))
-    parts = [None] * axis + ["batch"] if axis is not None else []
-    return jax.NamedSharding(mesh, jax.P(*parts))
+    init, _ = in_haiku.transformed(given, hk.layer_stack)
+    params = jax.jit(init)(jax.random.key(1), x)
+    found: tuple[models.Params, jax.Array] = jax.tree.map(
+        lambda leaf: leaf.astype(case.dtype), (params, x)
+    )
+    return found
 
 
 def _forward(stack: models.Stack, x: jax.Array, is_compiled: bool = True) -> Task:
@@ -147,9 +133,8 @@ def _gradient(stack: models.Stack, x: jax.Array) -> Task | None:
 
 def _accumulate(stack: models.Stack, x: jax.Array) -> Task | None:
     scales = jnp.linspace(0.5, 1.5, MICROBATCHES, dtype=x.dtype)
-    xs = jax.device_put(jnp.multiply.outer(scales, x), _split_batch(len(x), axis=1))
-    mean = stack.mean_gradient or _one_by_one
-    return _of_gradients(stack, functools.partial(mean, _loss(stack)), xs)
+    mean = functools.partial(stack.mean_gradient or _one_by_one, _loss(stack))
+    return _of_gradients(stack, mean, jnp.multiply.outer(scales, x))
 
 
 def _one_by_one(
@@ -193,12 +178,10 @@ def _train(stack: models.Stack, x: jax.Array) -> Task | None:
         return optax.apply_updates(params, updates), state, value
 
     def values(run: Compiled) -> Values:
-        params, state, before = run(*args)
-        known = jax.device_put((params, state), _shardings(args[:2]))
+        *known, before = run(*args)
         return {"output": [before, run(*known, x)[2]]}
 
-    state = jax.device_put(optimiser.init(stack.params), _split_batch(len(x)))
-    args = stack.params, state, x
+    args = stack.params, optimiser.init(stack.params), x
     return Task(step, args, values)
 
 
@@ -217,21 +200,21 @@ def _init(stack: models.Stack, x: jax.Array) -> Task | None:
 
 def _decode(decoder: models.Decoder, x: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
-    args = _decoded(decoder, x)
+    first = x, decoder.states
 
     def values(run: Compiled) -> Values:
-        carry, outputs = args[1:], []
+        carry, outputs = first, []
         for _ in range(3):
-            carry = jax.device_put(run(args[0], *carry), _shardings(args[1:]))
+            carry = run(decoder.params, *carry)
             outputs.append(carry[0])
         return {"output": outputs}
 
-    return Task(decoder.step, args, values)
+    return Task(decoder.step, (decoder.params, *first), values)
 
 
 def _generate(decoder: models.Decoder, x: jax.Array) -> Task:
     """Steps of time, each of which is given what the one before it returned."""
-    args = _decoded(decoder, x)
+    args = decoder.params, x, decoder.states
 
     def run(params: Any, x: jax.Array, states: Any) -> Any:
         def turn(carry: Any, _: None) -> tuple[Any, jax.Array]:
@@ -242,15 +225,6 @@ def _generate(decoder: models.Decoder, x: jax.Array) -> Task:
 
     # What small differences grow to after many steps is no measure.
     return Task(run, args, lambda run: {"output": run(*args)[1][:3]})
-
-
-def _decoded(decoder: models.Decoder, x: jax.Array) -> tuple[Any, ...]:
-    states = jax.device_put(decoder.states, _split_batch(len(x), axis=1))
-    return decoder.params, x, states
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 _TASKS: Mapping[str, Callable[..., Task | None]] = {
@@ -267,15 +241,9 @@ _TASKS: Mapping[str, Callable[..., Task | None]] = {
 }
 
 
-@functools.lru_cache(maxsize=1)
-def _port_programs() -> dict[str, Callable[[], Any]]:
-    porting.keep_memory()
-    return porting.programs()
-
-
 def _port(way: str) -> Task:
     """Compared by the number of values in the tree, and their sum."""
-    program = _port_programs()[way]
+    program = functools.partial(porting.PROGRAMS[way], porting.trees())
 
     def values(run: Compiled) -> Values:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(run())]

@@ -5,7 +5,6 @@ framework's; a way has its own marker.
 """
 
 import io
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -46,20 +45,17 @@ class Picture(NamedTuple):
       name: The name of its file, without a suffix.
       case: The deepest case that it shows.
       text: What it shows, in a sentence for those who cannot see it.
-      figure: The figure.
+      svg: The picture as an SVG element.
     """
 
     name: str
     case: results.Case
     text: str
-    figure: Figure
+    svg: str
 
 
 def pictures(result: results.Result) -> Iterator[Picture]:
-    """A picture for each model and mode that was measured at several depths.
-
-    Each is drawn only when it is asked for: together they take much memory.
-    """
+    """A picture for each model and mode that was measured at several depths."""
     for depths in results.by_depth(result):
         if len(depths) > 1:
             case = depths[-1]
@@ -67,7 +63,11 @@ def pictures(result: results.Result) -> Iterator[Picture]:
             parts = ("scaling", model, mode, dtype, f"b{batch}", f"t{length}")
             name = re.sub(r"[^\w-]+", "-", "_".join((*parts, f"d{width}")))
             text = f"Run and build time of each way by number of layers: {title(case)}"
-            yield Picture(name, case, text, scaling(result, depths))
+            # Names inside of it are made of its own name: a page has no two alike.
+            settings: Any = _SETTINGS | {"svg.hashsalt": name}
+            with matplotlib.rc_context(settings):
+                svg = _svg(scaling(result, depths))
+            yield Picture(name, case, text, svg)
 
 
 def title(case: results.Case) -> str:
@@ -84,15 +84,14 @@ def scaling(result: results.Result, cases: Sequence[results.Case]) -> Figure:
     """
     rows = [row for case in cases for row in result.of(case).values()]
     run = show.run_measure(rows[-1])
-    with _settings():
-        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-        both = figure.subplots(1, 2)
-        for axes, measure in zip(both, (run, "build_s"), strict=True):
-            _lines(axes, result.ways(), rows, measure)
-            _log_axes(axes, [case.layers for case in cases])
-        about = title(cases[-1])
-        figure.suptitle(about, x=0.01, ha="left", fontsize=10, color=INK)
-        figure.legend(*both[0].get_legend_handles_labels(), **_BESIDE)
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    both = figure.subplots(1, 2)
+    for axes, measure in zip(both, (run, "build_s"), strict=True):
+        _lines(axes, result.ways(), rows, measure)
+        _log_axes(axes, [case.layers for case in cases])
+    about = title(cases[-1])
+    figure.suptitle(about, x=0.01, ha="left", fontsize=10, color=INK)
+    figure.legend(*both[0].get_legend_handles_labels(), **_BESIDE)
     return figure
 
 
@@ -137,32 +136,9 @@ def _colours(ways: Sequence[str]) -> dict[str, str]:
     return {way: colours.get(way.split()[0], _OURS) for way in ways}
 
 
-def svg(picture: Picture) -> str:
-    """A picture as an SVG element, for a file or for a page with several of them."""
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-    # Names inside of it are made of its own name: a page has no two alike.
-    with _settings(picture.name):
-        picture.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     drawn = buffer.getvalue()
     return re.sub(r'<g id="[^"]*"', "<g", drawn[drawn.index("<svg") :]).rstrip()
-
-
-def write(result: results.Result, folder: pathlib.Path) -> None:
-    """Writes every picture as PNG and as SVG to a folder, made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures(result):
-        with _settings():
-            file = folder / f"{picture.name}.png"
-            picture.figure.savefig(file, dpi=160, transparent=True)
-        (folder / f"{picture.name}.svg").write_text(svg(picture) + "\n")
-
-
-def _settings(salt: str = "") -> Any:
-    """How pictures look while one is drawn or written.
-
-    Args:
-      salt: What the names inside of an SVG are made of.
-    """
-    settings: Any = _SETTINGS | {"svg.hashsalt": salt}
-    return matplotlib.rc_context(settings)

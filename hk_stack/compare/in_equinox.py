@@ -5,7 +5,7 @@ Its linear layers hold their weights transposed, and its modules see one vector 
 time, so they are vmapped over batch and time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -154,33 +154,31 @@ _MODULES = {
 }
 
 
-def _haiku_names(path: Any) -> tuple[str, str, bool]:
-    """Module and name of a leaf in Haiku, and whether it is transposed there."""
+def _haiku_name(path: Any) -> tuple[str, str]:
+    """Module and name of a leaf in Haiku."""
     names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
     *modules, name = [_MODULES.get(name, name) for name in names if name != "parts"]
+    norm = {"weight": "scale", "bias": "offset"}
     is_norm = bool(modules) and modules[-1].endswith("norm")
-    found = {"weight": "scale" if is_norm else "w", "bias": "b"}.get(name, name)
-    if is_norm and name == "bias":
-        found = "offset"
-    return "/".join(["layers/block", *modules]), found, found == "w"
+    known = norm if is_norm else {"weight": "w", "bias": "b"}
+    return "/".join(["layers/block", *modules]), known.get(name, name)
 
 
-def _leaves(tree: Any) -> Iterator[tuple[tuple[str, str, bool], Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield _haiku_names(path), leaf
+def _transposed(name: str, leaf: jax.Array) -> jax.Array:
+    return jnp.swapaxes(leaf, -1, -2) if name == "w" else leaf
 
 
 def _from_haiku(params: models.Params, like: Any) -> Any:
-    leaves = []
-    for (module, name, is_transposed), _ in _leaves(like):
-        leaf = params[module][name]
-        leaves.append(jnp.swapaxes(leaf, -1, -2) if is_transposed else leaf)
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    def leaf(path: Any, _: Any) -> jax.Array:
+        module, name = _haiku_name(path)
+        return _transposed(name, params[module][name])
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def _to_haiku(tree: Any) -> models.Params:
     params: dict[str, dict[str, jax.Array]] = {}
-    for (module, name, is_transposed), leaf in _leaves(tree):
-        found = jnp.swapaxes(leaf, -1, -2) if is_transposed else leaf
-        params.setdefault(module, {})[name] = found
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        module, name = _haiku_name(path)
+        params.setdefault(module, {})[name] = _transposed(name, leaf)
     return params

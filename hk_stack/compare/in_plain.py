@@ -214,13 +214,13 @@ def decoder(way: str, given: models.Given) -> models.Decoder:
 
     def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
         known, params, state = scanned
-        parts = _bound(model, {}, params)
         system = setup(params) if known is None else known
 
         def run(u: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
             state, y = s4.step(system, state, u)
             return y + params["layers/block/s4"]["d"][None] * u, state
 
+        parts = _bound(model, {}, params)
         parts.s4 = run
         return models.s4_step(parts, x, state)
 

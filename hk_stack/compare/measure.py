@@ -67,9 +67,7 @@ def _jitted(task: cases.Task) -> Any:
 
 def number_of_equations(jaxpr: jex.Jaxpr) -> int:
     """All equations of a jaxpr, with those inside of others."""
-    return sum(
-        1 + sum(map(number_of_equations, _equations.bodies(eqn))) for eqn in jaxpr.eqns
-    )
+    return sum(1 for _ in _equations.with_inner(jaxpr.eqns))
 
 
 def _analysed(compiled: Any) -> dict[str, float]:
@@ -78,16 +76,15 @@ def _analysed(compiled: Any) -> dict[str, float]:
     On a GPU or TPU that is the most of the process so far; a CPU does not know.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    kinds = ("temp", "argument", "output") if memory is not None else ()
     sizes = {
-        f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes") for kind in kinds
+        f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes")
+        for kind in ("temp", "argument", "output")
+        if memory is not None
     }
     names = {"flops": "flops", "bytes accessed": "accessed_bytes"}
     sizes |= {ours: cost[xla] for xla, ours in names.items() if xla in cost}
     held = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [
-        found["peak_bytes_in_use"] for found in held if "peak_bytes_in_use" in found
-    ]
+    peaks = [x["peak_bytes_in_use"] for x in held if "peak_bytes_in_use" in x]
     return sizes | ({"peak_bytes": max(peaks)} if peaks else {})
 
 
@@ -130,23 +127,13 @@ class Measured(NamedTuple):
 
 
 def measured(
-    case: results.Case,
-    ways: Sequence[tuple[str, str]],
-    options: Options,
-    tick: Callable[[str], None] = lambda way: None,
+    case: results.Case, ways: Sequence[tuple[str, str]], options: Options
 ) -> Measured:
-    """Measures a case in some ways, given as pairs of a framework and a way.
-
-    Args:
-      case: What to do.
-      ways: By what.
-      options: How to measure.
-      tick: Told of each way before it is built for the first time.
-    """
+    """Measures a case in some ways, given as pairs of a framework and a way."""
     ways_of = _Ways(case, options)
     is_stopped = False
     try:
-        ways_of.build(ways, tick)
+        ways_of.build(ways)
         for i, rounds in enumerate(_split(options.repeat, options.builds)):
             if i:
                 ways_of.each(_Way.build)
@@ -158,7 +145,8 @@ def measured(
         ways_of.rounds("eager_s", rounds)
     except KeyboardInterrupt:
         is_stopped = True
-    rows = [way.row() for way in ways_of.built.values() if way.has_run]
+    rows = [way.row() for way in ways_of.built.values()]
+    rows = [row for row in rows if {"run_s", "eager_s"} & row.measures.keys()]
     failed = [results.Failure(case, *pair) for pair in ways_of.failed.items()]
     return Measured(rows, failed, is_stopped)
 
@@ -177,9 +165,7 @@ class _Ways:
         self.built: dict[str, _Way] = {}
         self.failed: dict[str, str] = {}
 
-    def build(
-        self, ways: Sequence[tuple[str, str]], tick: Callable[[str], None]
-    ) -> None:
+    def build(self, ways: Sequence[tuple[str, str]]) -> None:
         """Builds each way, and checks it against the first that there is."""
         expected: dict[str, Any] = {}
 
@@ -188,7 +174,7 @@ class _Ways:
             if task is None:
                 return
             way = _Way(self.case, name, task, self.options)
-            values = way.values()
+            values = task.values(way.program)
             if not expected:
                 expected.update(cases.finite(values))
             way.parity = cases.parity(values, expected, self.case.dtype)
@@ -196,7 +182,6 @@ class _Ways:
 
         for pair in ways:
             name = " ".join(pair)
-            tick(name)
             self._try(name, functools.partial(build, name, *pair))
 
     def each(self, do: "Callable[[_Way], None]") -> None:
@@ -259,11 +244,11 @@ class _Way:
         self.task, self.options = task, options
         self.measures: dict[str, list[Any]] = {}
         self.parity: dict[str, float] = {}
-        self._program = task.function
+        self.program = task.function
         if task.is_compiled:
             # What programs have in common JAX keeps, and the first would pay for it.
             _jitted(task).lower(*task.args)
-            self.build()
+        self.build()
         if task.temp_bytes is not None:
             self.measures["temp_bytes"] = [task.temp_bytes()]
 
@@ -273,10 +258,10 @@ class _Way:
         if not self.task.is_compiled or last > self.options.patience:
             return
         built = build(self.task)
-        self._program = built.run
-        for name, value in built.seconds.items():
+        self.program = built.run
+        first = seconds(lambda: built.run(*self.task.args))
+        for name, value in {**built.seconds, "first_s": first}.items():
             self.add(name, value)
-        self.add("first_s", seconds(lambda: self._program(*self.task.args)))
         self.measures |= {name: [value] for name, value in built.sizes.items()}
 
     def first_without_jit(self) -> None:
@@ -288,19 +273,12 @@ class _Way:
         """What is measured by `run_s` or by `eager_s`; None if that is not."""
         task = self.task
         if measure == "run_s":
-            return (lambda: self._program(*task.args)) if task.is_compiled else None
+            return (lambda: self.program(*task.args)) if task.is_compiled else None
         is_eager = not task.is_compiled or self.case.mode == "init"
         return (lambda: task.function(*task.args)) if is_eager else None
 
-    def values(self) -> dict[str, Any]:
-        return self.task.values(self._program)
-
     def add(self, measure: str, value: Any) -> None:
         self.measures.setdefault(measure, []).append(value)
-
-    @property
-    def has_run(self) -> bool:
-        return bool({"run_s", "eager_s"} & self.measures.keys())
 
     def row(self) -> results.Row:
         return results.Row(self.case, self.name, self.measures, self.parity)
@@ -318,10 +296,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": {
-            "hk_stack": hk_stack.__version__,
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": {"hk_stack": hk_stack.__version__}
+        | {name: _version(name) for name in _PACKAGES},
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": time.strftime("%Y-%m-%d"),

@@ -1,17 +1,7 @@
 """What is compared: the models, and what a framework's file must provide.
 
 Each model is `L` blocks, `[B, T, D] -> [B, T, D]`. Mathematics that no framework has is
-here and in `s4`, modules are in the file of each framework, `in_*.py`:
-
-| model | setup | call |
-|---|---|---|
-| `s4` | a convolution kernel; to decode, a discretised system | FFTs, a linear layer |
-| `s4_terms` | the same, computed as most published code does, at more cost | as `s4` |
-| `recurrence` | a kernel made by `T` small steps in sequence | FFTs |
-| `transformer` | none | causal attention, MLP |
-| `spectral` | the largest singular value of two matrices, by iteration | an MLP |
-| `mlp` | none | layer norm, MLP |
-| `shapes` | sums of 24 parameters, each of another shape, for `init` | an addition |
+here and in `s4`, modules are in the file of each framework, `in_*.py`.
 
 A framework makes the *parts* of a block and stacks blocks. To add one, add a file
 `in_NAME.py` with
@@ -105,7 +95,7 @@ def bound(
 
 
 def _s4_block(parts: Any, x: jax.Array) -> jax.Array:
-    """`x + dropout(glu(dropout(gelu(S4(norm(x))))))`."""
+    """Setup: a convolution kernel; to decode, a discretised system."""
     return x + _gated(parts, parts.s4(parts.norm(x)))
 
 
@@ -148,7 +138,7 @@ def _mlp_block(parts: Any, x: jax.Array) -> jax.Array:
 
 
 def spectral_block(parts: Any, x: jax.Array) -> jax.Array:
-    """A residual MLP without a norm."""
+    """A residual MLP. Setup: the largest singular values of two matrices."""
     return x + _up_then_down(parts, x)
 
 
@@ -158,6 +148,7 @@ def _recurrence_parts(width: int) -> dict[str, Part]:
 
 
 def _recurrence_block(parts: Any, x: jax.Array) -> jax.Array:
+    """Setup: a kernel, by `T` small steps in sequence."""
     return recurrence_call(recurrence_kernel(parts.decay, parts.b, x.shape[1]), x)
 
 
@@ -184,6 +175,7 @@ def _shapes_parts(width: int) -> dict[str, Part]:
 
 
 def _shapes_block(parts: Any, x: jax.Array) -> jax.Array:
+    """Setup: sums of 24 parameters, each of another shape; for `init`."""
     return x + sum(jnp.sum(getattr(parts, name)) for name in _SIZES)
 
 

@@ -23,6 +23,7 @@ def html(result: results.Result) -> str:
     return made.get_template("page.html.jinja").render(
         result=result,
         groups=_groups(result),
+        ink=draw.INK,
         glance=show.glance(result),
         reading=show.READING,
         measured=show.environment(result),
@@ -33,11 +34,7 @@ def html(result: results.Result) -> str:
 
 def _groups(result: results.Result) -> list[dict[str, Any]]:
     """What the page has of cases that differ in the number of layers only."""
-    pictures = {
-        # In the colour of the page's text.
-        picture.case: (draw.svg(picture).replace(draw.INK, "currentColor"), picture)
-        for picture in draw.pictures(result)
-    }
+    pictures = {picture.case: picture for picture in draw.pictures(result)}
     return [
         {
             "title": draw.title(depths[-1]),

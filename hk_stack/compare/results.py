@@ -21,9 +21,7 @@ list of rounds for each time that programs were built anew, others one number fo
 
 import functools
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -251,11 +249,9 @@ def save(path: pathlib.Path, result: Result) -> None:
         "failed": [failure._asdict() for failure in result.failed],
         "skipped": result.skipped,
     }
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(_line_by_line(document))
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    new = path.with_suffix(".new")
+    new.write_text(_line_by_line(document))
+    new.replace(path)
 
 
 def _rounded(tree: Any) -> Any:
