@@ -107,11 +107,15 @@ def _inputs(case: Case) -> tuple[models.Params, jax.Array]:
     model = models.MODELS[case.model]._replace(width=case.width)
     given = models.Given(model, case.layers, None, x)
     init, _ = in_haiku.transformed(given, hk.layer_stack)
-    params = jax.jit(init)(jax.random.key(1), x)
+    params = _initialised(init, jax.random.key(1), x)
     found: tuple[models.Params, jax.Array] = jax.tree.map(
         lambda leaf: leaf.astype(case.dtype), (params, x)
     )
     return found
+
+
+def _initialised(init: Callable[..., models.Params], *args: jax.Array) -> Any:
+    return jax.jit(init)(*args)
 
 
 def _forward(stack: models.Stack, x: jax.Array, is_compiled: bool = True) -> Task:
