@@ -193,13 +193,13 @@ def test_decoding_is_the_forward_pass_step_by_step():
     task = cases.task(one, "haiku", "layer_stack")
     model = models.MODELS["s4"]._replace(width=8)
     decoder = in_plain.decoder("reused", models.Given(model, 2, *task.args))
-    _, (_, outputs) = jax.lax.scan(
-        lambda states, u: (lambda y, s: (s, (s, y)))(
-            *decoder.step(decoder.params, u, states)
-        ),
-        decoder.states,
-        jnp.swapaxes(task.args[1], 0, 1),
-    )
+
+    def step(states, u):
+        y, states = decoder.step(decoder.params, u, states)
+        return states, y
+
+    us = jnp.swapaxes(task.args[1], 0, 1)
+    _, outputs = computed(lambda us: jax.lax.scan(step, decoder.states, us), us)
     expected = expected_of(one)["output"]
     assert jnp.allclose(jnp.swapaxes(outputs, 0, 1), expected, atol=1e-4)
 
@@ -216,9 +216,17 @@ def test_initial_parameters_have_the_shapes_of_haiku(framework):
     one = case(mode="init", layers=1)
     task = cases.task(one, framework, ways_of(framework)[0])
     assert (task is None) == (framework == "plain")
-    assert (
-        task is None
-        or not cases.parity(compiled(task), expected_of(one), "float32")["output"]
+
+    def shapes(task):
+        def run(*args):
+            types = jax.eval_shape(task.function, *args)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+
+        return task.values(run)
+
+    expected = shapes(cases.task(one, "haiku", "layer_stack"))
+    assert task is None or not any(
+        cases.parity(shapes(task), expected, "float32").values()
     )
 
 

@@ -45,33 +45,25 @@ def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
 _RUN = {"norm": _each, "linear": _each, "attention": _attend, "spectral": _spectral}
 
 
-def _attention(part: Part, key: jax.Array) -> Any:
-    names = ("query", "key", "value", "output")
-    biases: dict[str, Any] = {f"use_{name}_bias": True for name in names}
-    return eqx.nn.MultiheadAttention(int(part.other), part.size, key=key, **biases)
-
-
-def _linear(part: Part, key: jax.Array) -> Any:
-    return eqx.nn.Linear(part.size, int(part.other), key=key)
-
-
-def _s4(part: Part, key: jax.Array) -> dict[str, jax.Array]:
-    table = s4.parameters(part.size, int(part.other))
-    keys = jax.random.split(key, len(table))
-    return {
-        name: init(key, shape, jnp.float32)
-        for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
-    }
-
-
-_MAKE: dict[str, Callable[[Part, jax.Array], Any]] = {
-    "norm": lambda part, key: eqx.nn.LayerNorm(part.size),
-    "linear": _linear,
-    "attention": _attention,
-    "spectral": _linear,
-    "s4": _s4,
-    "vector": lambda part, key: part.other * jax.random.normal(key, (part.size,)),
-}
+def _made(part: Part, key: jax.Array) -> Any:
+    size, other = part.size, int(part.other)
+    match part.kind:
+        case "norm":
+            return eqx.nn.LayerNorm(size)
+        case "attention":
+            names = ("query", "key", "value", "output")
+            biases: dict[str, Any] = {f"use_{name}_bias": True for name in names}
+            return eqx.nn.MultiheadAttention(other, size, key=key, **biases)
+        case "s4":
+            table = s4.parameters(size, other)
+            keys = jax.random.split(key, len(table))
+            return {
+                name: init(key, shape, jnp.float32)
+                for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
+            }
+        case "vector":
+            return part.other * jax.random.normal(key, (size,))
+    return eqx.nn.Linear(size, other, key=key)
 
 
 class Block(eqx.Module):
@@ -84,7 +76,7 @@ class Block(eqx.Module):
         self.model = model
         keys = jax.random.split(key, len(model.parts))
         self.parts = {
-            name: _MAKE[part.kind](part, key)
+            name: _made(part, key)
             for key, (name, part) in zip(keys, model.parts.items(), strict=True)
         }
 

@@ -114,60 +114,48 @@ def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], La
 def _parts(model: models.Model, width: int, **options: Any) -> Any:
     """The parts of a block, made by Haiku."""
     parts = model.make_parts(width)
-    made = {name: _MAKE[part.kind](name, part) for name, part in parts.items()}
-    return models.bound(parts, made, {}, **options)
+    made = {name: _made(name, part) for name, part in parts.items()}
+    return models.bound(parts, made, {"attention": _attend}, **options)
 
 
-def _attention(name: str, part: Part) -> Layer:
-    attention = hk.MultiHeadAttention(
-        int(part.other),
-        part.size // int(part.other),
-        w_init=hk.initializers.VarianceScaling(),
-        model_size=part.size,
-        name=name,
-    )
-    return lambda h: attention(
-        h, h, h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None]
-    )
+def _attend(part: Part, attention: Callable[..., jax.Array], h: jax.Array) -> jax.Array:
+    return attention(h, h, h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None])
 
 
-def _linear(name: str, part: Part) -> Layer:
-    init = hk.initializers.VarianceScaling()
-    return hk.Linear(int(part.other), w_init=init, name=name)
-
-
-def _spectral(name: str, part: Part) -> Layer:
+def _made(name: str, part: Part) -> Any:
+    size, other = part.size, int(part.other)
+    match part.kind:
+        case "norm":
+            return hk.LayerNorm(-1, True, True, eps=1e-5, name=name)
+        case "linear":
+            return hk.Linear(other, w_init=hk.initializers.VarianceScaling(), name=name)
+        case "attention":
+            w_init = hk.initializers.VarianceScaling()
+            return hk.MultiHeadAttention(
+                other, size // other, w_init=w_init, model_size=size, name=name
+            )
+        case "vector":
+            init = hk.initializers.RandomNormal(part.other)
+            return hk.get_parameter(name, [size], init=init)
     with hk.name_scope(name):
-        init = hk.initializers.VarianceScaling()
-        w = hk.get_parameter("w", [part.size, int(part.other)], init=init)
-        b = hk.get_parameter("b", [int(part.other)], init=jnp.zeros)
+        return {"spectral": _spectral, "s4": _s4}[part.kind](size, other)
+
+
+def _spectral(size: int, features: int) -> Layer:
+    w_init = hk.initializers.VarianceScaling()
+    w = hk.get_parameter("w", [size, features], init=w_init)
+    b = hk.get_parameter("b", [features], init=jnp.zeros)
     return functools.partial(models.spectral, w, b)
 
 
-def _s4(name: str, part: Part) -> dict[str, jax.Array]:
+def _s4(size: int, states: int) -> dict[str, jax.Array]:
     def with_next_key(init: s4.Initializer) -> hk.initializers.Initializer:
         return lambda shape, dtype: init(hk.next_rng_key(), shape, dtype)
 
-    with hk.name_scope(name):
-        return {
-            name: hk.get_parameter(name, shape, init=with_next_key(init))
-            for name, (shape, init) in s4.parameters(part.size, int(part.other)).items()
-        }
-
-
-def _vector(name: str, part: Part) -> jax.Array:
-    init = hk.initializers.RandomNormal(part.other)
-    return hk.get_parameter(name, [part.size], init=init)
-
-
-_MAKE: dict[str, Callable[[str, Part], Any]] = {
-    "norm": lambda name, part: hk.LayerNorm(-1, True, True, eps=1e-5, name=name),
-    "linear": _linear,
-    "attention": _attention,
-    "spectral": _spectral,
-    "s4": _s4,
-    "vector": _vector,
-}
+    return {
+        name: hk.get_parameter(name, shape, init=with_next_key(init))
+        for name, (shape, init) in s4.parameters(size, states).items()
+    }
 
 
 # What `models` asks of a framework

@@ -101,20 +101,20 @@ class Block(nn.Module):
         return self.model.block(models.bound(parts, made, _RUN, dropout), x)
 
     def _made(self, name: str, part: Part) -> Any:
-        if part.kind == "norm":
-            return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
-        if part.kind == "s4":
-            return S4(part, self.length, self.is_primed, name=name)
-        if part.kind == "vector":
-            return self.param(name, nn.initializers.normal(part.other), (part.size,))
-        return _MODULES[part.kind](int(part.other), name=name)
-
-
-_MODULES: dict[str, Callable[..., nn.Module]] = {
-    "linear": nn.Dense,
-    "spectral": SpectralDense,
-    "attention": nn.MultiHeadDotProductAttention,
-}
+        other = int(part.other)
+        match part.kind:
+            case "norm":
+                return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+            case "attention":
+                return nn.MultiHeadDotProductAttention(other, name=name)
+            case "s4":
+                return S4(part, self.length, self.is_primed, name=name)
+            case "vector":
+                init = nn.initializers.normal(part.other)
+                return self.param(name, init, (part.size,))
+            case "spectral":
+                return SpectralDense(other, name=name)
+        return nn.Dense(other, name=name)
 
 
 def _attend(part: Part, attention: Callable[..., Array], h: Array) -> Array:

@@ -33,48 +33,29 @@ class S4(nnx.Module):
         return getattr(self, name)[...]
 
 
-def _apply(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    if part.kind == "attention":
-        return module(x, mask=jnp.tri(x.shape[1], dtype=bool)[None, None])
-    return module(x)
+def _attend(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    return module(x, mask=jnp.tri(x.shape[1], dtype=bool)[None, None])
 
 
 def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
     return models.spectral(module.kernel[...], module.bias[...], x)
 
 
-_RUN: dict[str, Callable[[Part, Any, jax.Array], jax.Array]] = {
-    "norm": _apply,
-    "linear": _apply,
-    "attention": _apply,
-    "spectral": _spectral,
-}
+_RUN = {"attention": _attend, "spectral": _spectral}
 
 
-def _norm(part: Part, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(part.size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
-def _linear(part: Part, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(part.size, int(part.other), rngs=rngs)
-
-
-def _attention(part: Part, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
-    return nnx.MultiHeadAttention(int(part.other), part.size, decode=False, rngs=rngs)
-
-
-def _vector(part: Part, rngs: nnx.Rngs) -> Any:
-    return nnx.Param(part.other * jax.random.normal(rngs.params(), (part.size,)))
-
-
-_MAKE: dict[str, Callable[[Part, nnx.Rngs], Any]] = {
-    "norm": _norm,
-    "linear": _linear,
-    "attention": _attention,
-    "spectral": _linear,
-    "s4": S4,
-    "vector": _vector,
-}
+def _made(part: Part, rngs: nnx.Rngs) -> Any:
+    size, other = part.size, int(part.other)
+    match part.kind:
+        case "norm":
+            return nnx.LayerNorm(size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        case "attention":
+            return nnx.MultiHeadAttention(other, size, decode=False, rngs=rngs)
+        case "s4":
+            return S4(part, rngs)
+        case "vector":
+            return nnx.Param(part.other * jax.random.normal(rngs.params(), (size,)))
+    return nnx.Linear(size, other, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -83,7 +64,7 @@ class Block(nnx.Module):
     def __init__(self, model: models.Model, rngs: nnx.Rngs):
         self.model = model
         for name, part in model.parts.items():
-            setattr(self, name, _MAKE[part.kind](part, rngs))
+            setattr(self, name, _made(part, rngs))
 
     def parts(self, length: int | None = None) -> Any:
         """What `models.MODELS` takes as parts."""
