@@ -15,7 +15,6 @@ from hk_stack import _table
 from hk_stack.compare import against, draw, page, results, show
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
 
 WAYS = ["haiku layer_stack", "haiku loop", "hk_stack auto", "linen scan"]
 SPEED = dict(zip(WAYS, [1.0, 2.0, 0.5, 1.5], strict=True))

@@ -202,7 +202,7 @@ def _init(stack: models.Stack, x: jax.Array) -> Task | None:
     return Task(init, args, values)
 
 
-def _decode(decoder: models.Decoder, x: jax.Array) -> Task:
+def _decode(decoder: models.Stack, x: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
     first = x, decoder.states
 
@@ -213,16 +213,16 @@ def _decode(decoder: models.Decoder, x: jax.Array) -> Task:
             outputs.append(carry[0])
         return {"output": outputs}
 
-    return Task(decoder.step, (decoder.params, *first), values)
+    return Task(decoder.apply, (decoder.params, *first), values)
 
 
-def _generate(decoder: models.Decoder, x: jax.Array) -> Task:
+def _generate(decoder: models.Stack, x: jax.Array) -> Task:
     """Steps of time, each of which is given what the one before it returned."""
     args = decoder.params, x, decoder.states
 
     def run(params: Any, x: jax.Array, states: Any) -> Any:
         def turn(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            carry = decoder.step(params, *carry)
+            carry = decoder.apply(params, *carry)
             return carry, carry[0]
 
         return jax.lax.scan(turn, (x, states), length=GENERATED)

@@ -117,7 +117,7 @@ def stack(way: str, given: models.Given) -> models.Stack:
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
     known = stack(way, given).params
     length = given.x.shape[1]
@@ -129,7 +129,7 @@ def decoder(way: str, given: models.Given) -> models.Decoder:
     def step(blocks: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         return jax.lax.scan(layer, x, (blocks, states))
 
-    return models.Decoder(known, step, given.states)
+    return models.Stack(known, step, states=given.states)
 
 
 def _parts(make: Any) -> tuple[Any, Any]:

@@ -198,9 +198,9 @@ def transformed(
     return net.init, lambda params, *args: net.apply(params, None, *args)
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder | None:
+def decoder(way: str, given: models.Given) -> models.Stack | None:
     """The S4 blocks of `hk.layer_stack`, one step of time."""
     if way != "layer_stack":
         return None
     _, step = transformed(given, hk.layer_stack, length=given.x.shape[1])
-    return models.Decoder(given.params, step, given.states)
+    return models.Stack(given.params, step, states=given.states)

@@ -45,17 +45,17 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
     init, apply = in_haiku.transformed(given, hk_stack.layer_stack, **options)
     if way == "prepared":
         split = hk_stack.partition(apply, params, given.x)
-        return models.Stack(split.setup(params), split.call, None, None)
+        return models.Stack(split.setup(params), split.call)
     mean = hk_stack.accumulate if way == "accumulate" else None
     return models.Stack(params, apply, init, lambda params: params, mean)
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
     params, x, states = given.params, given.x, given.states
     options = {"length": x.shape[1], **_OPTIONS.get(way, {})}
     _, step = in_haiku.transformed(given, hk_stack.layer_stack, **options)
     if way != "prepared":
-        return models.Decoder(params, step, states)
+        return models.Stack(params, step, states=states)
     split = hk_stack.partition(step, params, x[:, 0], states)
-    return models.Decoder(split.setup(params), split.call, states)
+    return models.Stack(split.setup(params), split.call, states=states)

@@ -246,7 +246,7 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder | None:
+def decoder(way: str, given: models.Given) -> models.Stack | None:
     """The S4 blocks, one step of time; "cache" has the systems in a collection."""
     if way not in ("nn.scan", "nn.scan, cache"):
         return None
@@ -265,4 +265,4 @@ def decoder(way: str, given: models.Given) -> models.Decoder | None:
     def step(known: Any, x: Array, states: Any) -> Any:
         return net.apply({**known, **states}, x, mutable=["cache"])
 
-    return models.Decoder(variables, step, states)
+    return models.Stack(variables, step, states=states)

@@ -123,7 +123,7 @@ def stack(way: str, given: models.Given) -> models.Stack:
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
     graph, _ = _split(given)
     length = given.x.shape[1]
@@ -131,7 +131,7 @@ def decoder(way: str, given: models.Given) -> models.Decoder:
     def step(state: Any, x: jax.Array, states: Any) -> Any:
         return nnx.merge(graph, state).step(x, states, length)
 
-    return models.Decoder(stack(way, given).params, step, given.states)
+    return models.Stack(stack(way, given).params, step, states=given.states)
 
 
 def _split(given: models.Given) -> tuple[Any, Any]:

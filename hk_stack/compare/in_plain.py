@@ -57,7 +57,7 @@ def _layer_by_layer(model: Model, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _checkpointed(
-    model: Model, params: Params, x: jax.Array, group: int = 1
+    model: Model, params: Params, x: jax.Array, in_groups: bool = False
 ) -> jax.Array:
     """As `scan`; gradients compute each layer again, and groups of layers before."""
     again = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -66,17 +66,13 @@ def _checkpointed(
     def layers(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
         return jax.lax.scan(layer, x, params)
 
-    if group == 1:
+    if not in_groups:
         return layers(x, params)[0]
-    folded = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), params)
-    return jax.lax.scan(again(layers), x, folded)[0]
-
-
-def _in_groups(model: Model, params: Params, x: jax.Array) -> jax.Array:
     num_layers = len(jax.tree.leaves(params)[0])
     sizes = range(1, math.isqrt(num_layers) + 1)
     group = max(size for size in sizes if num_layers % size == 0)
-    return _checkpointed(model, params, x, group)
+    folded = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), params)
+    return jax.lax.scan(again(layers), x, folded)[0]
 
 
 # One layer
@@ -183,12 +179,12 @@ WAYS_OF: dict[str, tuple[str, ...]] = {
     "setup": ("scan", "split", "layer by layer"),
     "remat": ("scan", "checkpoint", "checkpoint, groups"),
 }
-_RUNS: dict[str, Callable[[Model, Params, jax.Array], jax.Array]] = {
+_RUNS: dict[str, Callable[..., jax.Array]] = {
     "scan": scan,
     "split": split,
     "layer by layer": _layer_by_layer,
     "checkpoint": _checkpointed,
-    "checkpoint, groups": _in_groups,
+    "checkpoint, groups": functools.partial(_checkpointed, in_groups=True),
 }
 _NEED_SETUP = ("split", "layer by layer", "reused")
 
@@ -200,12 +196,12 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
         return None
     if way == "reused":
         known = setup(model, params, length), params
-        return models.Stack(known, functools.partial(call, model), None, None)
+        return models.Stack(known, functools.partial(call, model))
     apply = functools.partial(_RUNS[way], model)
     return models.Stack(params, apply, None, lambda params: params)
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
     model, params, length = given.model, given.params, given.x.shape[1]
 
@@ -230,7 +226,6 @@ def decoder(way: str, given: models.Given) -> models.Decoder:
     def split(known: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         return step((jax.vmap(setup)(known[1]), known[1]), x, states)
 
-    if way == "reused":
-        return models.Decoder((jax.vmap(setup)(params), params), step, given.states)
+    known = jax.vmap(setup)(params) if way == "reused" else None
     run = split if way == "split" else step
-    return models.Decoder((None, params), run, given.states)
+    return models.Stack((known, params), run, states=given.states)

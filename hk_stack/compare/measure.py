@@ -10,7 +10,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -25,22 +25,13 @@ Run = Callable[[], Any]
 _T = TypeVar("_T")
 
 
-class Build(NamedTuple):
-    """A program, made from scratch.
+def build(task: cases.Task) -> tuple[Callable[..., Any], dict[str, float]]:
+    """Traces, lowers and compiles a program.
 
-    Attributes:
-      run: The compiled function, which takes the arguments.
-      seconds: To trace, lower and compile, by the names in `results.MEASURES`.
-      sizes: What XLA and the jaxpr say of it, by the same names.
+    Returns:
+      The compiled function, and measures: times of the three steps, and what XLA and
+      the jaxpr say of it.
     """
-
-    run: Callable[..., Any]
-    seconds: Mapping[str, float]
-    sizes: Mapping[str, float]
-
-
-def build(task: cases.Task) -> Build:
-    """Traces, lowers and compiles a program."""
     function = _jitted(task)
     gc.collect()  # Not in one of the phases.
     times = [time.perf_counter()]
@@ -52,12 +43,12 @@ def build(task: cases.Task) -> Build:
     times.append(time.perf_counter())
     names = ("trace_s", "lower_s", "compile_s")
     spent = (end - start for start, end in itertools.pairwise(times))
-    sizes = {
+    return compiled, {
+        **dict(zip(names, spent, strict=True)),
         "equations": number_of_equations(traced.jaxpr.jaxpr),
         "hlo_bytes": len(lowered.as_text()),
         **_analysed(compiled),
     }
-    return Build(compiled, dict(zip(names, spent, strict=True)), sizes)
 
 
 def _jitted(task: cases.Task) -> Any:
@@ -257,12 +248,12 @@ class _Way:
         last = self.measures.get("compile_s", [0.0])[-1]
         if not self.task.is_compiled or last > self.options.patience:
             return
-        built = build(self.task)
-        self.program = built.run
-        first = seconds(lambda: built.run(*self.task.args))
-        for name, value in {**built.seconds, "first_s": first}.items():
+        self.program, found = build(self.task)
+        found["first_s"] = seconds(lambda: self.program(*self.task.args))
+        for name, value in found.items():
+            if not name.endswith("_s"):  # Sizes are the same each time.
+                self.measures.pop(name, None)
             self.add(name, value)
-        self.measures |= {name: [value] for name, value in built.sizes.items()}
 
     def first_without_jit(self) -> None:
         """The first run outside of `jit`, if there are any."""

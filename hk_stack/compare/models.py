@@ -9,7 +9,7 @@ A framework makes the *parts* of a block and stacks blocks. To add one, add a fi
 - `WAYS`, the names of its ways to stack layers, and `WAYS_OF`, those of modes that have
   others;
 - `stack(way, given) -> Stack`;
-- `decoder(way, given) -> Decoder`, for models that decode.
+- `decoder(way, given) -> Stack`, for models that decode.
 
 They are given the parameters of Haiku's stack,
 `{"layers/block/...": {name: [L, ...]}}`, and take them over. Both return None for what
@@ -281,33 +281,22 @@ class Stack(NamedTuple):
 
     Attributes:
       params: In the framework's own tree, or derived values.
-      apply: `(params, x [B, T, D]) -> y [B, T, D]`.
+      apply: `(params, x [B, T, D]) -> y [B, T, D]`; to decode, one step of time
+        `(params, x [B, D], states) -> (y [B, D], states)`.
       init: `(key, x) -> params`; None if there is nothing to initialise.
       to_haiku: A tree like `params` as the parameters of Haiku's stack; None if
         `params` are derived values, of which no gradient is compared.
       mean_gradient: Of microbatches, `(loss, params, xs) -> (loss, gradient)`; None for
         the gradients of one after the other.
+      states: To decode, those before the first step.
     """
 
     params: Params
-    apply: Callable[[Params, jax.Array], jax.Array]
-    init: Callable[[jax.Array, jax.Array], Params] | None
-    to_haiku: Callable[[Params], Params] | None
+    apply: Callable[..., Any]
+    init: Callable[[jax.Array, jax.Array], Params] | None = None
+    to_haiku: Callable[[Params], Params] | None = None
     mean_gradient: Callable[..., tuple[jax.Array, Params]] | None = None
-
-
-class Decoder(NamedTuple):
-    """One step of time of a model.
-
-    Attributes:
-      params: Parameters, or derived values.
-      step: `(params, x [B, D], states) -> (y [B, D], states)`.
-      states: The states before the first step.
-    """
-
-    params: Params
-    step: Callable[[Params, jax.Array, States], tuple[jax.Array, States]]
-    states: States
+    states: States = None
 
 
 def framework_names() -> list[str]:

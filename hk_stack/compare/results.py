@@ -2,21 +2,18 @@
 
 A *case* is what all frameworks do alike: a model in a mode, at some sizes. A *row* is
 one way of doing it, with all samples of each measure. The file is JSON, with a line for
-each row:
+each row, all of them with the fields of the classes below:
 
 ```
-{"schema": 2,
- "environment": {"device": ..., "versions": {...}, "flags": {...}, ...},
+{"schema": 2, "environment": {"device": ..., "versions": {...}, "flags": {...}, ...},
  "rows": [{"case": ["s4", "grad", 8, "float32", 4, 256, 64], "way": "hk_stack auto",
-           "parity": {"output": 1e-7, "gradient": 3e-7},
-           "measures": {"trace_s": [...], "run_s": [[...], [...]], ...}}],
- "failed": [{"case": [...], "way": ..., "error": ...}],
+           "measures": {"trace_s": [...], "run_s": [[...], [...]], ...},
+           "parity": {"output": 1e-7, "gradient": 3e-7}}], "failed": [...],
  "skipped": [{"what": ..., "why": ...}]}
 ```
 
-`case` is in the order of `Case`. `parity` is the largest difference from the first way,
-over the largest value. `MEASURES` has the names and units. `run_s` and `eager_s` have a
-list of rounds for each time that programs were built anew, others one number for each.
+`run_s` and `eager_s` have a list of rounds for each time that programs were built anew,
+others one number for each.
 """
 
 import functools
