@@ -34,8 +34,6 @@ from common import flag
 from example_data import NUM_CHARACTERS
 from port_walk_through import Case, walk_through
 
-from hk_stack.compare import in_haiku, in_linen
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(s4_model.Config, port_walk_through.Config):
@@ -52,19 +50,16 @@ def haiku_model(config: Config) -> hk.TransformedWithState:
 
     def model(tokens: jax.Array, is_training: bool) -> jax.Array:
         layers = s4_model.haiku_layers(config, is_training)
-        return in_haiku.next_token(
-            tokens, layers, width=config.width, num_tokens=NUM_CHARACTERS
-        )
+        return s4_model.haiku_ends(tokens, layers, config, NUM_CHARACTERS)
 
     return hk.transform_with_state(model)
 
 
 def main(config: Config) -> None:
     """Takes the walk-through with the S4 model that the flags ask for."""
-    layers = s4_model.linen_layers(config)
     case = Case(
         title="S4 on Python's manual: trained in Flax, then in Haiku",
-        flax=in_linen.NextToken(layers, config.width, NUM_CHARACTERS),
+        flax=s4_model.linen_ends(config, NUM_CHARACTERS),
         haiku=haiku_model(config),
         rules={},  # All names are the same in both.
         batch=functools.partial(example_data.text_batch, config.length, config),

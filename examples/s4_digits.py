@@ -28,6 +28,7 @@ import common
 import example_data
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 import s4_model
 from common import flag
@@ -37,7 +38,6 @@ from matplotlib.figure import Figure
 from s4_model import Model
 
 import hk_stack
-from hk_stack.compare import in_haiku
 
 NUM_CLASSES = 10
 STACKS = {"hk_stack": hk_stack.layer_stack, "haiku": hk.layer_stack}
@@ -85,19 +85,16 @@ def haiku_model(config: Config) -> Model:
     def classify(x: jax.Array, is_training: bool) -> jax.Array:
         stack = STACKS[config.layer_stack or "hk_stack"]
         layers = s4_model.haiku_layers(config, is_training, stack)
-        return in_haiku.classifier(
-            x, layers, width=config.width, num_classes=NUM_CLASSES
-        )
+        logits = s4_model.haiku_ends(x, layers, config, NUM_CLASSES)
+        return jnp.mean(logits, axis=1)
 
     return s4_model.of_haiku(classify)
 
 
 def linen_model(config: Config) -> Model:
     """The same classifier in Flax Linen, on `nn.scan`."""
-    from hk_stack.compare import in_linen  # Flax is not needed for Haiku.
-
-    layers = s4_model.linen_layers(config)
-    return s4_model.of_linen(in_linen.Classifier(layers, config.width, NUM_CLASSES))
+    init, apply = s4_model.of_linen(s4_model.linen_ends(config, NUM_CLASSES))
+    return Model(init, lambda *args: jnp.mean(apply(*args), axis=1))
 
 
 def named_as_in_haiku(config: Config, params: Any, x: np.ndarray) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from example_data import Batch
 from matplotlib.figure import Figure
 
 import hk_stack
-from hk_stack.compare import in_haiku
+from hk_stack.compare import in_haiku, models
 
 SIDE = 8
 LENGTH = SIDE * SIDE  # pixels of an image, the steps of time
@@ -98,36 +98,37 @@ class Decoder(NamedTuple):
 
 def model_of(config: Config) -> s4_model.Model:
     """The model by convolution."""
-    sizes = {"width": config.width, "num_tokens": NUM_SHADES}
-    return s4_model.of_haiku(
-        lambda tokens, is_training: in_haiku.next_token(
-            tokens, s4_model.haiku_layers(config, is_training), **sizes
-        )
-    )
+
+    def model(tokens: jax.Array, is_training: bool) -> jax.Array:
+        layers = s4_model.haiku_layers(config, is_training)
+        return s4_model.haiku_ends(tokens, layers, config, NUM_SHADES)
+
+    return s4_model.of_haiku(model)
 
 
 def step_of(config: Config, layer_stack: Any) -> Callable[..., tuple[jax.Array, Any]]:
     """One step of the recurrence, `(params, tokens, states) -> (logits, states)`."""
     layers = functools.partial(
-        in_haiku.s4_stack_step,
+        in_haiku.layers_step,
+        model=models.s4_model(config.state_size),
         layer_stack=layer_stack,
         num_layers=config.layers,
-        state_size=config.state_size,
         length=LENGTH,
     )
-    model = functools.partial(
-        in_haiku.next_token_step,
-        layers=layers,
-        width=config.width,
-        num_tokens=NUM_SHADES,
-    )
-    return hk.without_apply_rng(hk.transform(model)).apply
+
+    def step(tokens: jax.Array, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = s4_model.features(tokens, NUM_SHADES)
+        h, states = layers(s4_model.linear(config.width, "encoder")(x), states)
+        return s4_model.linear(NUM_SHADES, "decoder")(h), states
+
+    return hk.without_apply_rng(hk.transform(step)).apply
 
 
 def decoders_of(config: Config, params: Any, size: int) -> dict[str, Decoder]:
     """A step cut into setup and call, or whole on either stack."""
     tokens = jax.ShapeDtypeStruct([size], jnp.int32)
-    states = in_haiku.s4_states(config.layers, size, config.width, config.state_size)
+    sizes = config.layers, size, config.width, config.state_size
+    states = jnp.zeros(sizes, jnp.complex64)
     step = step_of(config, hk_stack.layer_stack)
     split = hk_stack.partition(step, params, tokens, states)
     print(split, end="\n\n")

@@ -12,12 +12,13 @@ import common
 import example_data
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import optax
 from common import Losses, flag
 from example_data import Batch
 
 import hk_stack
-from hk_stack.compare import in_haiku
+from hk_stack.compare import in_haiku, models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,10 @@ def haiku_layers(
 ) -> Callable[[jax.Array], jax.Array]:
     """Layers `[B, T, D] -> [B, T, D]` on a stack of Haiku's kind."""
     return functools.partial(
-        in_haiku.s4_stack,
+        in_haiku.layers,
+        model=models.s4_model(config.state_size),
         layer_stack=layer_stack,
         num_layers=config.layers,
-        state_size=config.state_size,
         dropout_rate=config.dropout,
         is_training=is_training,
     )
@@ -48,10 +49,45 @@ def linen_layers(config: Config) -> Any:
     """The same layers in Flax Linen, on `nn.scan`."""
     from hk_stack.compare import in_linen  # Flax is not needed for Haiku.
 
-    block = functools.partial(
-        in_linen.S4Block, state_size=config.state_size, dropout_rate=config.dropout
-    )
+    model = models.s4_model(config.state_size)
+    block = functools.partial(in_linen.Block, model, config.dropout)
     return in_linen.ScanStack(block, config.layers)
+
+
+def features(x: jax.Array, outputs: int) -> jax.Array:
+    """Tokens, integers below `outputs` or `outputs` itself: the start, as vectors."""
+    is_token = jnp.issubdtype(x.dtype, jnp.integer)
+    return jax.nn.one_hot(x, outputs + 1) if is_token else x
+
+
+def linear(size: int, name: str) -> hk.Linear:
+    """A linear layer that starts as Flax's do."""
+    return hk.Linear(size, w_init=hk.initializers.VarianceScaling(), name=name)
+
+
+def haiku_ends(
+    x: jax.Array, layers: Callable[[jax.Array], jax.Array], config: Config, outputs: int
+) -> jax.Array:
+    """Layers between linear ones: tokens or `[B, T, features]` to `[B, T, outputs]`."""
+    h = layers(linear(config.width, "encoder")(features(x, outputs)))
+    return linear(outputs, "decoder")(h)
+
+
+def linen_ends(config: Config, outputs: int) -> Any:
+    """The same around `linen_layers`, a module to call with `(x, is_training)`."""
+    import flax.linen as nn
+
+    class Ends(nn.Module):
+        layers: nn.Module
+
+        @nn.compact
+        def __call__(self, x: jax.Array, is_training: bool = False) -> jax.Array:
+            h = nn.Dense(config.width, name="encoder")(features(x, outputs))
+            h = self.layers(h, is_training)
+            logits: jax.Array = nn.Dense(outputs, name="decoder")(h)
+            return logits
+
+    return Ends(linen_layers(config))
 
 
 class Model(NamedTuple):

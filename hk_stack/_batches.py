@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def in_batches(
@@ -13,6 +14,7 @@ def in_batches(
     *,
     size: int,
     remat: bool | None = None,
+    vmap: Callable[..., Any] = jax.vmap,
 ) -> list[Any]:
     """Runs all layers independently of one another, `size` of them at a time.
 
@@ -31,6 +33,7 @@ def in_batches(
         primitives have none, or not of all their uses.
       remat: Whether the backward pass runs each batch again instead of keeping what it
         computed on the way, which may be large; by default, if there is more than one.
+      vmap: What makes a batch of `run`.
 
     Returns:
       Arrays `[L, ...]`.
@@ -38,12 +41,12 @@ def in_batches(
     num_layers = values[0].shape[0]
     if size > 1 and num_layers > 1:
         with contextlib.suppress(Exception):  # Of any kind: the primitive's author's.
-            return _in_batches(run, values, size, remat)
+            return _in_batches(vmap(run), values, size, remat)
     return _in_batches(run, values, 1, remat)
 
 
 def _in_batches(
-    run: Callable[[list[Any]], list[Any]],
+    batch: Callable[[list[Any]], list[Any]],
     values: list[Any],
     size: int,
     remat: bool | None,
@@ -52,12 +55,21 @@ def _in_batches(
     if size < num_layers if remat is None else remat:
         # In the loop over batches nothing can be merged with the backward pass; outside
         # of one XLA would undo the rematerialisation.
-        run = jax.checkpoint(run, prevent_cse=size >= num_layers)
+        batch = jax.checkpoint(batch, prevent_cse=size >= num_layers)
     if num_layers == 1:
-        return [result[None] for result in run([v[0] for v in values])]
+        return [result[None] for result in batch([v[0] for v in values])]
+    if size == 1:
+        return list(jax.lax.map(batch, values))
     if size >= num_layers:
-        return jax.vmap(run)(values)
-    return list(jax.lax.map(run, values, batch_size=size if size > 1 else None))
+        return batch(values)
+    whole = num_layers - num_layers % size
+    split = [v[:whole].reshape(-1, size, *v.shape[1:]) for v in values]
+    results = jax.lax.map(batch, split)
+    results = [r.reshape(whole, *r.shape[2:]) for r in results]
+    if whole == num_layers:
+        return results
+    rest = batch([v[whole:] for v in values])
+    return [jnp.concatenate(pair) for pair in zip(results, rest, strict=True)]
 
 
 def batch_size(num_layers: int, nbytes: int) -> int:

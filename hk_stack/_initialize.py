@@ -7,9 +7,11 @@ batch takes longer to compile than it saves. Where an initial value depends on t
 activations, the layers have to run one after the other.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
@@ -126,11 +128,19 @@ class _Initialisers(NamedTuple):
         if self.kind:
             keys = _in_turn(lambda key: key, self.num_layers, True, own[:1])
             own = [*keys, *own[1:]]
-        # The layer's number is mapped over too, as nothing else may be.
-        numbered = [jnp.arange(self.num_layers), *own]
-        return _batches.in_batches(
-            lambda numbered: one(numbered[1:]), numbered, size=self.size, remat=False
+        # The layer's number is mapped over too, as nothing else may be. A transform of
+        # its own keeps all this pure, so that it can be compiled.
+        batches = hk.transform(
+            functools.partial(
+                _batches.in_batches,
+                lambda numbered: one(numbered[1:]),
+                size=self.size,
+                remat=False,
+                vmap=functools.partial(hk.vmap, split_rng=False),
+            )
         )
+        numbered = [jnp.arange(self.num_layers), *own]
+        return list(batches.apply({}, None, numbered))
 
 
 def _run_initialisers(

@@ -18,24 +18,14 @@ import pytest
 from interpreter import computed
 
 import hk_stack
-from hk_stack.compare import in_haiku
+from hk_stack.compare import in_haiku, models
 
 flax = pytest.importorskip("flax")
 in_linen = importlib.import_module("hk_stack.compare.in_linen")
 
 LAYERS, BATCH, LENGTH, WIDTH, CLASSES = 3, 2, 32, 8, 4
 
-# Name -> the stack in Haiku, the block in Linen.
-MODELS = {
-    "s4": (
-        functools.partial(in_haiku.s4_stack, state_size=8),
-        functools.partial(in_linen.S4Block, state_size=8),
-    ),
-    "transformer": (
-        functools.partial(in_haiku.transformer_stack, num_heads=2),
-        functools.partial(in_linen.TransformerBlock, num_heads=2),
-    ),
-}
+MODELS = {"s4": models.s4_model(8), "transformer": models.transformer_model(2)}
 LAYER_STACKS = {"hk_stack": hk_stack.layer_stack, "haiku": hk.layer_stack}
 
 every_model = pytest.mark.parametrize("model", MODELS)
@@ -49,7 +39,8 @@ def inputs(seed=0):
 
 def haiku_layers(model, layer_stack="hk_stack", **options):
     return functools.partial(
-        MODELS[model][0],
+        in_haiku.layers,
+        model=MODELS[model],
         layer_stack=LAYER_STACKS[layer_stack],
         num_layers=LAYERS,
         **options,
@@ -57,17 +48,14 @@ def haiku_layers(model, layer_stack="hk_stack", **options):
 
 
 def linen_layers(model, way, **options):
-    return in_linen.STACKS[way](functools.partial(MODELS[model][1], **options), LAYERS)
-
-
-def linen_classifier(model, way, **options):
-    return in_linen.Classifier(linen_layers(model, way, **options), WIDTH, CLASSES)
+    block = functools.partial(in_linen.Block, MODELS[model], **options)
+    return in_linen.STACKS[way](block, LAYERS)
 
 
 @functools.cache
-def scan_variables(model, **options):
-    """A classifier's, moved a little so that no scale is one and no bias is zero."""
-    init = linen_classifier(model, "scan", **options).init
+def scan_variables(model):
+    """A stack's, moved a little so that no scale is one and no bias is zero."""
+    init = linen_layers(model, "scan").init
     variables = computed(init, jax.random.key(0), inputs())
     rng = np.random.default_rng(0)
 
@@ -77,12 +65,13 @@ def scan_variables(model, **options):
     return {**variables, "params": jax.tree.map(move, variables["params"])}
 
 
-def layers_variables(model, way, **options):
+def layers_variables(model, way):
     """The same values, as the layers of each way hold them."""
-    variables = scan_variables(model, **options)
-    return {name: in_way(way, values["layers"]) for name, values in variables.items()}
+    variables = scan_variables(model)
+    return {name: in_way(way, values) for name, values in variables.items()}
 
 
+<<<<<<< HEAD
 # The scopes of layers in Haiku, by the first module in Flax.
 RENAMES = {
     "block_0": {"block_*": "layers/block_*"},
@@ -95,13 +84,16 @@ def to_haiku(variables, model, **options):
     rename = RENAMES.get(min(variables["params"]))
     like = haiku_types(model, **options)
     return hk_stack.flax_to_haiku(variables, like, rename=rename)
+=======
+def to_haiku(variables, model):
+    """Parameters and state of the layers in Haiku."""
+    return hk_stack.flax_to_haiku(variables, haiku_types(model))
+>>>>>>> h-compare2
 
 
 @functools.cache
-def haiku_types(model, **options):
-    init = hk.transform_with_state(haiku_layers(model, **options)).init
-    training = {"is_training": True} if options else {}
-    init = functools.partial(init, **training)
+def haiku_types(model):
+    init = hk.transform_with_state(haiku_layers(model)).init
     return jax.eval_shape(init, jax.random.key(0), inputs())
 
 
@@ -243,37 +235,71 @@ def test_linen_draws_its_own_keys_unless_given_some(way):
 # Running statistics
 
 
-@pytest.mark.parametrize("way", ["scan", "loop"])  # HackStack has no place for them.
+class Normed(flax.linen.Module):
+    """A block that normalises over the batch."""
+
+    @flax.linen.compact
+    def __call__(self, x, is_training=False, keys=None):
+        nn = flax.linen
+        norm = nn.BatchNorm(not is_training, momentum=0.9, epsilon=1e-5, name="norm")
+        return x + nn.Dense(WIDTH, name="gate")(norm(x))
+
+
+def normed(x, is_training=False):
+    def layer(x):
+        with hk.name_scope("block"):
+            norm = hk.BatchNorm(True, True, decay_rate=0.9, eps=1e-5, name="norm")
+            # hk.BatchNorm raises a float to an integer, which strict promotion refuses.
+            with jax.numpy_dtype_promotion("standard"):
+                h = norm(x, is_training)
+            return x + hk.Linear(WIDTH, name="gate")(h)
+
+    return hk_stack.layer_stack(LAYERS, name="layers")(layer)(x)
+
+
+class NormedStack(flax.linen.Module):
+    """Blocks by `nn.scan`, as one does with running statistics."""
+
+    @flax.linen.compact
+    def __call__(self, x, is_training=False):
+        scan = flax.linen.scan(
+            lambda block, x, _: (block(x, is_training), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+        )
+        return scan(Normed(name="block"), x, None)[0]
+
+
+NORMED = {"scan": NormedStack(), "loop": in_linen.LoopStack(Normed, LAYERS)}
+
+
+@pytest.mark.parametrize("way", NORMED)
 def test_running_statistics(way):
-    variables = layers_variables("s4", way, norm="batch")
-    params, state = to_haiku(variables, "s4", norm="batch")
-    haiku = haiku_with_statistics()
-    layers = linen_layers("s4", way, norm="batch")
+    model, layers = hk.transform_with_state(normed), NORMED[way]
+    init = functools.partial(model.init, is_training=True)
+    types = jax.eval_shape(init, jax.random.key(0), inputs())
+    variables = computed(layers.init, jax.random.key(0), inputs())
+    params, state = hk_stack.flax_to_haiku(variables, types)
+
+    def haiku(state, x, is_training):
+        run = functools.partial(model.apply, is_training=is_training)
+        return computed(run, params, state, None, x)
 
     def linen(variables, x, is_training):
         run = functools.partial(layers.apply, mutable="batch_stats")
         return computed(lambda *given: run(*given, is_training), variables, x)
 
     for step in range(3):
-        y, state = haiku(params, state, None, inputs(step), is_training=True)
+        y, state = haiku(state, inputs(step), True)
         expected, statistics = linen(variables, inputs(step), True)
         variables = {**variables, **statistics}
         assert_close(y, expected)
-    expected = to_haiku(variables, "s4", norm="batch")[1]
+    expected = hk_stack.flax_to_haiku(variables, types)[1]
     assert_close(averages(state), averages(expected))
-    y, after = haiku(params, state, None, inputs(3), is_training=False)
+    y, after = haiku(state, inputs(3), False)
     assert_close(y, linen(variables, inputs(3), False)[0])
     jax.tree.map(np.testing.assert_array_equal, after, state)
-
-
-@functools.cache
-def haiku_with_statistics():
-    model = hk.transform_with_state(haiku_layers("s4", norm="batch"))
-
-    def run(*args, is_training):
-        return computed(functools.partial(model.apply, is_training=is_training), *args)
-
-    return run
 
 
 def averages(state):
@@ -286,17 +312,10 @@ def averages(state):
 @every_model
 def test_loss_curves(model):
     variables = scan_variables(model)
-    classifier = functools.partial(
-        in_haiku.classifier,
-        layers=haiku_layers(model),
-        width=WIDTH,
-        num_classes=CLASSES,
-    )
-    haiku = hk.without_apply_rng(hk.transform(classifier))
-    like = jax.eval_shape(haiku.init, jax.random.key(0), inputs())
-    params, _ = hk_stack.flax_to_haiku(variables, (like, {}))
+    haiku = hk.without_apply_rng(hk.transform(haiku_layers(model)))
+    params, _ = to_haiku(variables, model)
     curve = train(haiku.apply, params)
-    linen = linen_classifier(model, "scan")
+    linen = linen_layers(model, "scan")
     expected = train(
         lambda params, x: linen.apply({"params": params}, x), variables["params"]
     )
@@ -310,7 +329,7 @@ def train(apply, params):
     labels = jnp.arange(BATCH)
 
     def loss(params):
-        logits = apply(params, inputs())
+        logits = jnp.mean(apply(params, inputs()), axis=1)[:, :CLASSES]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses)
 

@@ -86,9 +86,9 @@ class TestModels:
     @pytest.mark.parametrize("stack", ["scan", "loop", "hack"])
     def test_flax(self, stack):
         pytest.importorskip("flax")
-        from hk_stack.compare import in_linen
+        from hk_stack.compare import in_linen, models
 
-        block = functools.partial(in_linen.S4Block, state_size=2)
+        block = functools.partial(in_linen.Block, models.s4_model(2))
         model = in_linen.STACKS[stack](block, 2)
         x = jax.random.normal(KEY, (1, 8, 4))
         variables = computed(model.init, KEY, x)

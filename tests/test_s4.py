@@ -11,7 +11,7 @@ import pytest
 from run_example import compiling_fast
 
 import hk_stack
-from hk_stack.compare import in_haiku, in_plain, s4
+from hk_stack.compare import in_haiku, in_plain, models, s4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,12 +54,13 @@ def relative_error(value, reference):
     return np.max(np.abs(value - reference)) / np.max(np.abs(reference))
 
 
-def make_stack(layer_stack, **options):
-    def run(x):
-        return in_haiku.s4_stack(
-            x, layer_stack=layer_stack, num_layers=3, state_size=8, **options
-        )
+MODEL = models.s4_model(8)
 
+
+def make_stack(layer_stack, model=MODEL):
+    run = functools.partial(
+        in_haiku.layers, model=model, layer_stack=layer_stack, num_layers=3
+    )
     return hk.without_apply_rng(hk.transform(run))
 
 
@@ -130,7 +131,11 @@ def test_kernel_is_the_impulse_response(features, state_size, length):
     def run(system, u):
         kernel = s4.kernel(system, length)
         convolved = s4.convolve(u, kernel)
-        recurred = s4.recur(u, s4.discretise(system, length))
+        recurrence = s4.discretise(system, length)
+        state = jnp.zeros((2, features, state_size), jnp.complex64)
+        step = functools.partial(s4.step, recurrence)
+        recurred = jax.lax.scan(step, state, jnp.swapaxes(u, 0, 1))[1]
+        recurred = jnp.swapaxes(recurred, 0, 1)
         return kernel, s4.kernel_term_by_term(system, length), convolved, recurred
 
     kernel, published, convolved, recurred = run(system, u)
@@ -158,22 +163,28 @@ def test_gradients_are_finite_and_reach_every_parameter(expected):
         assert np.any(leaf)
 
 
-def test_modes_of_the_stack_agree(value_and_grad, params, x, expected):
-    recurrence = make_stack(hk_stack.layer_stack, mode="recurrence")
-    assert_same(value_and_grad(recurrence.apply)(params, x), expected, 1e-3)
+PLAIN = MODEL._replace(width=4)
 
 
 def test_plain_twin_equals_the_haiku_stack(value_and_grad, params, x, expected):
-    assert_same(value_and_grad(in_plain.scan_inside)(params, x), expected, 1e-4)
+    scan = functools.partial(in_plain.scan, PLAIN)
+    assert_same(value_and_grad(scan)(params, x), expected, 1e-4)
 
 
 def test_plain_derived_values_can_be_reused(params, x):
-    derived = jax.jit(in_plain.setup, static_argnums=1)(params, 32)
-    assert derived.shape == (3, 4, 33)
-    call, setup_first = jax.jit(in_plain.call), jax.jit(in_plain.setup_first)
+    setup, call, split = (
+        jax.jit(functools.partial(fn, PLAIN), **static)
+        for fn, static in (
+            (in_plain.setup, {"static_argnums": 1}),
+            (in_plain.call, {}),
+            (in_plain.split, {}),
+        )
+    )
+    derived = setup(params, 32)
+    assert derived["s4"]["spectrum"].shape == (3, 4, 33)
     for u in (x, 2 * x):
-        y = call(derived, params, u)
-        np.testing.assert_allclose(y, setup_first(params, u), atol=1e-5)
+        y = call((derived, params), u)
+        np.testing.assert_allclose(y, split(params, u), atol=1e-5)
 
 
 def test_loop_equals_stack(params, x, expected):
@@ -195,11 +206,11 @@ STATES = 13  # No other dimension: what has it is the kernel's computation.
 def layer_loop_of(setup, shape, layers):
     """The body of the loop over layers in the apply of an S4 stack."""
     model = hk.transform(
-        lambda x: in_haiku.s4_stack(
+        lambda x: in_haiku.layers(
             x,
+            model=models.s4_model(STATES),
             layer_stack=hk_stack.layer_stack,
             num_layers=layers,
-            state_size=STATES,
             setup=setup,
         )
     )
@@ -234,16 +245,13 @@ LAYER_STACKS = {"hk_stack": hk_stack.layer_stack, "haiku": hk.layer_stack}
 
 
 def make_step(layer_stack=hk_stack.layer_stack, length=32):
-    def run(x, states):
-        return in_haiku.s4_stack_step(
-            x,
-            states,
-            layer_stack=layer_stack,
-            num_layers=3,
-            state_size=8,
-            length=length,
-        )
-
+    run = functools.partial(
+        in_haiku.layers_step,
+        model=MODEL,
+        layer_stack=layer_stack,
+        num_layers=3,
+        length=length,
+    )
     return hk.without_apply_rng(hk.transform(run))
 
 
@@ -273,7 +281,7 @@ def inside_time_loop(run, *args):
 
 @pytest.fixture(scope="module")
 def states():
-    return in_haiku.s4_states(3, 2, 4, 8)
+    return jnp.zeros((3, 2, 4, 8), jnp.complex64)
 
 
 @pytest.mark.parametrize("layer_stack", LAYER_STACKS)
@@ -313,61 +321,23 @@ def test_partition_takes_the_setup_out_of_the_loop_over_time(
 # Decoding in Flax Linen
 
 
-TOKENS, KINDS = (2, 16), 5
-
-
-def linen_next_token(in_linen, **decoding):
-    block = functools.partial(in_linen.S4Block, state_size=8, **decoding)
-    return in_linen.NextToken(in_linen.ScanStack(block, 3), 4, KINDS)
-
-
-def haiku_next_token(tokens, states=None):
-    """Logits; with `states`, of one step."""
-    options = dict(layer_stack=hk_stack.layer_stack, num_layers=3, state_size=8)
-    sizes = dict(width=4, num_tokens=KINDS)
-    if states is None:
-        layers = functools.partial(in_haiku.s4_stack, **options)
-        return in_haiku.next_token(tokens, layers, **sizes)
-    layers = functools.partial(in_haiku.s4_stack_step, length=TOKENS[1], **options)
-    return in_haiku.next_token_step(tokens, states, layers, **sizes)
-
-
-def linen_step(model):
-    def step(variables, tokens, cache):
-        variables = {**variables, **cache}
-        logits, cache = model.apply(variables, tokens[:, None], mutable=["cache"])
-        return logits[:, 0], cache
-
-    return step
-
-
-def test_linen_decodes_as_haiku_does(states):
+def test_linen_decodes_as_haiku_does(params, x, states, expected):
     in_linen = pytest.importorskip("hk_stack.compare.in_linen")
-    tokens = jax.random.randint(jax.random.key(0), TOKENS, 0, KINDS)
-    tokens = tokens.at[:, 0].set(KINDS)  # the start
-    init = jax.jit(linen_next_token(in_linen).init)
-    variables = init(jax.random.key(1), tokens)
-    haiku = hk.without_apply_rng(hk.transform(haiku_next_token))
-    like = jax.eval_shape(haiku.init, jax.random.key(0), tokens)
-    params, _ = hk_stack.flax_to_haiku(variables, (like, {}))
-    steps = jax.jit(over_time(haiku.apply))(params, tokens, states)
-    assert relative_error(steps, jax.jit(haiku.apply)(params, tokens)) < 1e-3
-    for mode, expected in (("step", SOLVES), ("primed step", set())):
-        model = linen_next_token(in_linen, mode=mode, length=TOKENS[1])
-        cache = dict(in_linen.prime(model, variables["params"], tokens[:, :1]))
+    stack = functools.partial(in_linen.Block, MODEL)
+    like = jax.eval_shape(in_linen.ScanStack(stack, 3).init, jax.random.key(0), x)
+    variables = hk_stack.haiku_to_flax((params, {}), like)
+    for is_primed, solves in ((False, SOLVES), (True, set())):
+        block = functools.partial(stack, length=32, is_primed=is_primed)
+        model = in_linen.ScanStack(block, 3)
+        cache = dict(in_linen.prime(model, variables["params"], x[:, 0]))
         assert not np.any(jax.tree.leaves(cache["cache"])[0])
         primed = {**variables, "prime": cache.pop("prime", {})}
-        run = over_time(linen_step(model))
-        assert inside_time_loop(run, primed, tokens, cache) & SOLVES == expected
-        logits = jax.jit(run)(primed, tokens, cache)
-        assert logits.shape == (*TOKENS, KINDS)
-        assert relative_error(logits, steps) < 1e-4
+        assert bool(primed["prime"]) == is_primed
 
+        def step(variables, x, cache, model=model):
+            return model.apply({**variables, **cache}, x, mutable=["cache"])
 
-@pytest.mark.parametrize("decoding", [{"length": None}, {"length": 16}])
-def test_linen_decodes_one_step_of_a_known_length(decoding):
-    in_linen = pytest.importorskip("hk_stack.compare.in_linen")
-    steps = 1 if decoding["length"] is None else 2
-    model = linen_next_token(in_linen, mode="step", **decoding)
-    with pytest.raises(ValueError, match=r"needs field length and input \[B, 1, D\]"):
-        model.init(jax.random.key(0), jnp.zeros((2, steps), jnp.int32))
+        run = over_time(step)
+        assert inside_time_loop(run, primed, x, cache) & SOLVES == solves
+        y = jax.jit(run)(primed, x, cache)
+        assert relative_error(y, expected[0][1]) < 1e-3

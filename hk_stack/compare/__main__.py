@@ -6,29 +6,24 @@ machines are noisy, and ratios within a round much less so. Ratios are to the ba
 below 1 is better.
 
 With `--out=FOLDER`, every sample goes to `FOLDER/results.json`, beside a report
-(`report.html`), a table for a README (`table.md`) and the plots. Ctrl-C stops, and
-keeps what was measured so far.
-
-To look at results again, to make one of several, or to compare two, give files:
+(`report.html`), a table for a README (`table.md`) and pictures. Ctrl-C stops, and keeps
+what was measured so far. To look at results again, to make one of several, or to
+compare two, give files:
 
     python -m hk_stack.compare results.json more.json --out=FOLDER
     python -m hk_stack.compare results.json --against=old.json
 """
 
-import contextlib
 import itertools
-import math
 import pathlib
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 try:
-    import rich.console
-    import rich.progress
     from absl import app, flags
 
     # Now, not after hours of measuring.
@@ -71,13 +66,10 @@ _BUILDS = flags.DEFINE_integer(
     "takes more than ten seconds to compile is built once.",
     lower_bound=1,
 )
-_FRESH = flags.DEFINE_bool(
-    "fresh", False, "Time each build in a process that has built nothing before."
-)
 _PATIENCE = flags.DEFINE_float(
     "patience",
-    90.0,
-    "Seconds; what would take longer to build, going by fewer layers, is left out.",
+    8.0,
+    "Seconds; what took longer to build with fewer layers is left out.",
     lower_bound=0.0,
 )
 _BASELINE = flags.DEFINE_string(
@@ -90,7 +82,7 @@ _AGAINST = flags.DEFINE_string(
 # What says how to measure the same again.
 _ASKED: tuple[flags.FlagHolder[Any], ...] = (
     *(_MODEL, _FRAMEWORKS, _LAYERS, _DTYPE, _BATCH, _LENGTH, _WIDTH, _MODE),
-    *(_REPEAT, _BUILDS, _PATIENCE, _FRESH, _BASELINE),
+    *(_REPEAT, _BUILDS, _PATIENCE, _BASELINE),
 )
 
 _Ways = list[tuple[str, str]]
@@ -109,11 +101,11 @@ def main(argv: list[str]) -> int:
         for case in result.cases():
             _show(result, case)
     else:
-        with _configured():
-            result, status = _measure(out, old)
+        _configure()
+        result, status = _measure(out, old)
     if out is not None and result.rows:
         _write(out, result)
-        _say(f"Written to {out}: results.json, report.html, table.md, plots")
+        _say(f"Written to {out}: results.json, report.html, table.md, pictures")
     if old is not None:
         text, is_worse = _compared(old, result)
         _say(text)
@@ -144,12 +136,10 @@ def _folder(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise app.UsageError(
-            f"--out: cannot write to the folder {path}: {error.strerror}"
-        ) from None
+        why = f"cannot write to the folder {path}: {error.strerror}"
+        raise app.UsageError(f"--out: {why}") from None
     return path
 
 
@@ -157,26 +147,14 @@ def _write(out: pathlib.Path, result: Result) -> None:
     results.save(out / "results.json", result)
     (out / "table.md").write_text(show.markdown(result))
     (out / "report.html").write_text(page.html(result))
-    draw.write(result, out / "plots")
+    for picture in draw.pictures(result):
+        (out / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
-@contextlib.contextmanager
-def _configured() -> Iterator[None]:
+def _configure() -> None:
     """JAX as it has to be to measure; what was compiled before would be loaded."""
-    if _FRESH.value and jax.default_backend() == "tpu":
-        raise app.UsageError("--fresh: a TPU belongs to one process")
-    values = {
-        "jax_enable_x64": _DTYPE.value == "float64",
-        "jax_enable_compilation_cache": False,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    jax.config.update("jax_enable_x64", _DTYPE.value == "float64")
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]:
@@ -184,28 +162,21 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
     result = Result(measure.environment(), [], [], [])
     todo = _planned(result, old)
     result.environment.update(_asked())
-    options = measure.Options(_REPEAT.value, _BUILDS.value, fresh=_FRESH.value)
+    options = measure.Options(_REPEAT.value, _BUILDS.value)
     status = 0
-    with _progress() as progress:
-        bar = progress.add_task("", total=sum(map(len, todo.values())))
-        for case, ways in todo.items():
-
-            def tick(way: str, case: Case = case) -> None:
-                text = f"{case.model} {case.mode}, {case.layers} layers: {way}"
-                progress.update(bar, advance=1, description=text)
-
-            able = _in_time(result, case, ways)
-            found = measure.measured(case, able, options, tick)
-            result.rows.extend(found.rows)
-            result.failed.extend(found.failed)
-            result.environment["seconds"] = round(time.perf_counter() - start, 1)
-            _show(result, case)
-            status = status or int(bool(found.failed))
-            if out is not None:
-                results.save(out / "results.json", result)
-            if found.is_stopped:
-                _say("stopped; what was measured is kept")
-                return result, 130
+    for i, (case, ways) in enumerate(todo.items()):
+        print(f"{i + 1} of {len(todo)}: {case.title}", file=sys.stderr)
+        found = measure.measured(case, _in_time(result, case, ways), options)
+        result.rows.extend(found.rows)
+        result.failed.extend(found.failed)
+        result.environment["seconds"] = round(time.perf_counter() - start, 1)
+        _show(result, case)
+        status = status or int(bool(found.failed))
+        if out is not None:
+            results.save(out / "results.json", result)
+        if found.is_stopped:
+            _say("stopped; what was measured is kept")
+            return result, 130
     return result, status
 
 
@@ -232,54 +203,24 @@ def _show(result: Result, case: Case) -> None:
 
 
 def _in_time(result: Result, case: Case, ways: _Ways) -> _Ways:
-    """Leaves out what would take too long to build."""
-    found = []
-    for pair in ways:
-        way = " ".join(pair)
-        expected = _expected_build(result, case, way)
-        if expected > _PATIENCE.value and pair != ways[0]:
-            why = f"would take about {expected:.0f} s to build; see --patience"
-            _skip(result, f"{case.title}: {way}", why)
-        else:
-            found.append(pair)
-    return found
+    """Leaves out what was slow to build with fewer layers, but for the baseline."""
+    slow = {
+        row.way
+        for row in result.rows
+        if row.case._replace(layers=case.layers) == case
+        and row.case.layers < case.layers
+        and (row.median("build_s") or 0.0) > _PATIENCE.value
+    }
+    late = [pair for pair in ways[1:] if " ".join(pair) in slow]
+    for pair in late:
+        why = "with fewer layers it took long to build; see --patience"
+        _skip(result, f"{case.title}: {' '.join(pair)}", why)
+    return [pair for pair in ways if pair not in late]
 
 
 def _skip(result: Result, what: str, why: str) -> None:
     result.skipped.append({"what": what, "why": why})
     _say(f"left out: {what}: {why}")
-
-
-def _expected_build(result: Result, case: Case, way: str) -> float:
-    """Seconds, going by the last two cases with fewer layers; 0 if there is none.
-
-    A loop's build grows faster the deeper it is, hence the extra half in the exponent.
-    """
-    fewer = [
-        (row.case.layers, seconds)
-        for row in result.rows
-        if row.way == way
-        and row.case.layers < case.layers
-        and row.case._replace(layers=case.layers) == case
-        and (seconds := row.median("build_s"))
-    ]
-    if not fewer:
-        return 0.0
-    (first, before), (last, seconds) = fewer[-2:] if len(fewer) > 1 else fewer * 2
-    power = math.log(seconds / before) / math.log(last / first) if first < last else 0.5
-    return float(seconds * (case.layers / last) ** (power + 0.5))
-
-
-def _progress() -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.BarColumn(20),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        console=rich.console.Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # A file gets what is printed.
-    )
 
 
 def _asked() -> dict[str, Any]:
@@ -298,11 +239,9 @@ def _cases() -> list[Case]:
     found: list[Case] = []
     reasons: dict[str, None] = {}
     sizes = _DTYPE.value, _BATCH.value, _LENGTH.value
-    for model, mode, layers in itertools.product(
-        dict.fromkeys(_MODEL.value),
-        dict.fromkeys(_MODE.value),
-        dict.fromkeys(_numbers_of_layers()),
-    ):
+    depths = _numbers_of_layers()
+    asked = itertools.product(_MODEL.value, _MODE.value, depths)
+    for model, mode, layers in dict.fromkeys(asked):
         width = _WIDTH.value or models.MODELS[model].width
         case = Case(model, mode, layers, *sizes, width)
         if reason := cases.reason(case):

@@ -6,7 +6,7 @@ what is compared.
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hk_stack import _table
@@ -82,20 +82,16 @@ def _moved(
 ) -> Iterator[Move]:
     """What has moved of a case."""
     _check_baseline(case, old, new)
-    before, after = old.of(case), new.of(case)
-    bases = old.baseline(case), new.baseline(case)
-    for way in [way for way in before if way in after and way != bases[0].way]:
-        rows = before[way], after[way]
-        for measure in show.SHOWN:
-            found = [
-                results.ratio(row, base, measure)
-                for row, base in zip(rows, bases, strict=True)
-            ]
-            if None in found:
-                continue
-            move = Move(case, way, measure, *found)  # type: ignore[arg-type]
-            if _has_moved(move, (*rows, *bases)):
-                yield move
+    before, after = (
+        {line.row.way: line.ratios for line in show.lines(result, case)}
+        for result in (old, new)
+    )
+    for way, ratios in before.items():
+        for measure, ratio in ratios.items():
+            if found := after.get(way, {}).get(measure):
+                move = Move(case, way, measure, ratio, found)
+                if _has_moved(move):
+                    yield move
 
 
 def _check_baseline(
@@ -113,12 +109,12 @@ def _check_baseline(
     )
 
 
-def _has_moved(move: Move, rows: tuple[results.Row, ...]) -> bool:
-    counts = [sum(map(len, row.samples(move.measure))) for row in rows]
-    is_few = move.measure.endswith("_s") and min(counts) < _FEW
-    low, high = sorted([move.old.value, move.new.value])
+def _has_moved(move: Move) -> bool:
+    count = min(move.old.rounds, move.new.rounds)
+    is_few = move.measure.endswith("_s") and count < _FEW
     least = _LARGE if is_few else _SMALL
-    return not move.old.agrees(move.new) and (low == 0 or high / low - 1 > least)
+    change = max(move.factor, 1 / move.factor if move.factor else math.inf)
+    return not move.old.agrees(move.new) and change - 1 > least
 
 
 def report(old: results.Result, new: results.Result) -> tuple[str, bool]:
@@ -138,21 +134,20 @@ def report(old: results.Result, new: results.Result) -> tuple[str, bool]:
     moves = sorted(moved(old, new), key=lambda move: move.factor)
     worse = [move for move in reversed(moves) if move.is_worse]
     better = [move for move in moves if not move.is_worse]
-    before, after = (
-        dict.fromkeys((row.case, row.way) for row in result.rows)
-        for result in (old, new)
-    )
-    failed = dict.fromkeys((failure.case, failure.way) for failure in new.failed)
-    broken = {row: None for row in failed if row in before and row not in after}
+    before, after = ([(row.case, row.way) for row in x.rows] for x in (old, new))
+    failed = [(failure.case, failure.way) for failure in new.failed]
+    broken = [row for row in failed if row in before and row not in after]
+    gone = [row for row in before if row not in after + broken]
+    added = [row for row in after if row not in before]
     lines = [
         *_environments(old.environment, new.environment),
         *_section("worse", worse),
         *_section("better", better),
         *_listed("failed, and did not in the old result", broken),
-        *_listed("in the old result only", before, after | broken),
-        *_listed("in the new result only", after, before),
+        *_listed("in the old result only", gone),
+        *_listed("in the new result only", added),
         f"{len(worse)} ratios are worse and {len(better)} are better, of "
-        f"{len(before.keys() & after)} rows in both results",
+        f"{len(after) - len(added)} rows in both results",
     ]
     return "\n".join(lines), bool(worse or broken)
 
@@ -179,17 +174,10 @@ def _section(title: str, moves: list[Move]) -> list[str]:
     return _table.aligned(_table.Table(titles, rows)) if moves else []
 
 
-# Rows of a result by case and way, in their order.
-_Rows = Mapping[tuple[results.Case, str], None]
-
-
-def _listed(
-    title: str, rows: _Rows, but: Container[tuple[results.Case, str]] = ()
-) -> list[str]:
-    """Rows without some others, a line for each case."""
+def _listed(title: str, rows: list[tuple[results.Case, str]]) -> list[str]:
+    """A line for each case, with its ways."""
     found: dict[results.Case, list[str]] = {}
     for case, way in rows:
-        if (case, way) not in but:
-            found.setdefault(case, []).append(way)
+        found.setdefault(case, []).append(way)
     lines = [f"  {case.title}: {', '.join(ways)}" for case, ways in found.items()]
     return [f"{title}:", *lines] if lines else []

@@ -39,7 +39,7 @@ TOLERANCES = {
     "bfloat16": {"output": 5e-2, "gradient": 2e-1, "smallest": 1e-1},
 }
 
-# Values by the names in `TOLERANCES`, and "shapes", which have to be equal.
+# Values by the names in `TOLERANCES`.
 Values = dict[str, Any]
 # A program, compiled or not.
 Compiled = Callable[..., Any]
@@ -81,7 +81,7 @@ def reason(case: Case) -> str:
 def all_ways(frameworks: Iterable[str], mode: str) -> list[tuple[str, str]]:
     """Pairs of a framework and a way, of frameworks that are installed."""
     if mode == "port":
-        pairs = (way.split(" ", 1) for way in porting.WAYS)
+        pairs = (way.split(" ", 1) for way in porting.PROGRAMS)
         return [(name, way) for name, way in pairs if name in frameworks]
     return [(name, way) for name in frameworks for way in models.ways(name, mode)]
 
@@ -96,45 +96,31 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     given = models.Given(model, case.layers, params, x)
     decodes = case.mode in ("decode", "generate")
     made = (module.decoder if decodes else module.stack)(way, given)
-    if made is None:
-        return None
-    made = made._replace(params=jax.device_put(made.params, _split_batch(case.batch)))
-    return _TASKS[case.mode](made, x[:, 0] if decodes else x)
+    return made and _TASKS[case.mode](made, x[:, 0] if decodes else x)
 
 
 @functools.lru_cache(maxsize=1)
 def _inputs(case: Case) -> tuple[models.Params, jax.Array]:
-    """Parameters of Haiku's stack and activations, the same for all ways.
-
-    On several devices, the batch is split over as many as divide it.
-    """
-    dtype = jnp.dtype(case.dtype)
+    """Parameters of Haiku's stack and activations, the same for all ways."""
     shape = (case.batch, case.length, case.width)
     x = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    layers = hk.layer_stack(case.layers, name="layers")
     model = models.MODELS[case.model]._replace(width=case.width)
-    init = jax.jit(in_haiku.network(model, layers).init)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init(jax.random.key(1), x))
-    x = jax.device_put(x.astype(dtype), _split_batch(case.batch, axis=0))
-    return jax.device_put(params, _split_batch(case.batch)), x
+    given = models.Given(model, case.layers, None, x)
+    init, _ = in_haiku.transformed(given, hk.layer_stack)
+    params = _initialised(init, jax.random.key(1), x)
+    found: tuple[models.Params, jax.Array] = jax.tree.map(
+        lambda leaf: leaf.astype(case.dtype), (params, x)
+    )
+    return found
 
 
-def _split_batch(batch: int, axis: int | None = None) -> jax.NamedSharding:
-    """Over as many devices as divide a batch; without an axis, whole on each."""
-    devices = max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(auto,))
-    parts = [None] * axis + ["batch"] if axis is not None else []
-    return jax.NamedSharding(mesh, jax.P(*parts))
+def _initialised(init: Callable[..., models.Params], *args: jax.Array) -> Any:
+    return jax.jit(init)(*args)
 
 
-def _forward(stack: models.Stack, x: jax.Array) -> Task:
+def _forward(stack: models.Stack, x: jax.Array, is_compiled: bool = True) -> Task:
     args = stack.params, x
-    return Task(stack.apply, args, lambda run: {"output": run(*args)})
-
-
-def _eager(stack: models.Stack, x: jax.Array) -> Task:
-    return _forward(stack, x)._replace(is_compiled=False)
+    return Task(stack.apply, args, lambda run: {"output": run(*args)}, is_compiled)
 
 
 def _loss(stack: models.Stack) -> Callable[[Any, jax.Array], jax.Array]:
@@ -151,9 +137,8 @@ def _gradient(stack: models.Stack, x: jax.Array) -> Task | None:
 
 def _accumulate(stack: models.Stack, x: jax.Array) -> Task | None:
     scales = jnp.linspace(0.5, 1.5, MICROBATCHES, dtype=x.dtype)
-    xs = jax.device_put(jnp.multiply.outer(scales, x), _split_batch(len(x), axis=1))
-    mean = stack.mean_gradient or _one_by_one
-    return _of_gradients(stack, functools.partial(mean, _loss(stack)), xs)
+    mean = functools.partial(stack.mean_gradient or _one_by_one, _loss(stack))
+    return _of_gradients(stack, mean, jnp.multiply.outer(scales, x))
 
 
 def _one_by_one(
@@ -197,12 +182,10 @@ def _train(stack: models.Stack, x: jax.Array) -> Task | None:
         return optax.apply_updates(params, updates), state, value
 
     def values(run: Compiled) -> Values:
-        params, state, before = run(*args)
-        known = jax.device_put((params, state), _shardings(args[:2]))
+        *known, before = run(*args)
         return {"output": [before, run(*known, x)[2]]}
 
-    state = jax.device_put(optimiser.init(stack.params), _split_batch(len(x)))
-    args = stack.params, state, x
+    args = stack.params, optimiser.init(stack.params), x
     return Task(step, args, values)
 
 
@@ -213,47 +196,39 @@ def _init(stack: models.Stack, x: jax.Array) -> Task | None:
     args = jax.random.key(2), x
 
     def values(run: Compiled) -> Values:
-        return {"shapes": _shapes(to_haiku(run(*args)))}
+        # Ways draw other values, but of the same names and shapes.
+        return {"output": jax.tree.map(jnp.zeros_like, to_haiku(run(*args)))}
 
     return Task(init, args, values)
 
 
-def _decode(decoder: models.Decoder, x: jax.Array) -> Task:
+def _decode(decoder: models.Stack, x: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
-    args = _decoded(decoder, x)
+    first = x, decoder.states
 
     def values(run: Compiled) -> Values:
-        carry, outputs = args[1:], []
+        carry, outputs = first, []
         for _ in range(3):
-            carry = jax.device_put(run(args[0], *carry), _shardings(args[1:]))
+            carry = run(decoder.params, *carry)
             outputs.append(carry[0])
         return {"output": outputs}
 
-    return Task(decoder.step, args, values)
+    return Task(decoder.apply, (decoder.params, *first), values)
 
 
-def _generate(decoder: models.Decoder, x: jax.Array) -> Task:
+def _generate(decoder: models.Stack, x: jax.Array) -> Task:
     """Steps of time, each of which is given what the one before it returned."""
-    args = _decoded(decoder, x)
+    args = decoder.params, x, decoder.states
 
     def run(params: Any, x: jax.Array, states: Any) -> Any:
         def turn(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            carry = decoder.step(params, *carry)
+            carry = decoder.apply(params, *carry)
             return carry, carry[0]
 
         return jax.lax.scan(turn, (x, states), length=GENERATED)
 
     # What small differences grow to after many steps is no measure.
     return Task(run, args, lambda run: {"output": run(*args)[1][:3]})
-
-
-def _decoded(decoder: models.Decoder, x: jax.Array) -> tuple[Any, ...]:
-    states = jax.device_put(decoder.states, _split_batch(len(x), axis=1))
-    return decoder.params, x, states
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 _TASKS: Mapping[str, Callable[..., Task | None]] = {
@@ -266,19 +241,13 @@ _TASKS: Mapping[str, Callable[..., Task | None]] = {
     "accumulate": _accumulate,
     "setup": _gradient,
     "remat": _gradient,
-    "eager": _eager,
+    "eager": functools.partial(_forward, is_compiled=False),
 }
-
-
-@functools.lru_cache(maxsize=1)
-def _port_programs() -> dict[str, Callable[[], Any]]:
-    porting.keep_memory()
-    return porting.programs()
 
 
 def _port(way: str) -> Task:
     """Compared by the number of values in the tree, and their sum."""
-    program = _port_programs()[way]
+    program = functools.partial(porting.PROGRAMS[way], porting.trees())
 
     def values(run: Compiled) -> Values:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(run())]
@@ -299,8 +268,7 @@ def finite(values: Values) -> Values:
       ValueError: If one is not finite.
     """
     for name, tree in values.items():
-        leaves = jax.tree.leaves(tree) if name != "shapes" else []
-        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+        if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree)):
             raise ValueError(f"its {name} is not finite; not measured")
     return values
 
@@ -314,19 +282,12 @@ def parity(values: Values, expected: Values, dtype: str) -> dict[str, float]:
     found = {}
     tolerance = TOLERANCES[dtype]
     for name in [name for name in values if values[name] is not expected[name]]:
-        if name != "shapes":
-            trees = values[name], expected[name]
-            found[name] = largest_difference(*trees, tolerance["smallest"])
-            if not found[name] <= tolerance[name]:
-                raise ValueError(
-                    f"its {name} differs from that of the first way by "
-                    f"{found[name]:.2g} of the largest value, more than "
-                    f"{tolerance[name]}; not measured"
-                )
-        elif values[name] != expected[name]:
+        trees = values[name], expected[name]
+        found[name] = largest_difference(*trees, tolerance["smallest"])
+        if not found[name] <= tolerance[name]:
             raise ValueError(
-                "its initial parameters are not those of the first way in names and "
-                "shapes"
+                f"its {name} differs from that of the first way by {found[name]:.2g} "
+                f"of the largest value, more than {tolerance[name]}; not measured"
             )
     return found
 

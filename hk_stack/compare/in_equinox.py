@@ -5,7 +5,7 @@ Its linear layers hold their weights transposed, and its modules see one vector 
 time, so they are vmapped over batch and time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,52 +22,48 @@ except ImportError as error:
     ) from error
 
 
-def _each(part: Part, module: Any, x: jax.Array) -> jax.Array:
+def _each(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """A module of vectors, for each of `x` `[..., D]`."""
     for _ in range(x.ndim - 1):
         module = jax.vmap(module)
     return module(x)
 
 
-def _attend(part: Part, module: Any, x: jax.Array) -> jax.Array:
+def _attend(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     mask = jnp.tri(x.shape[1], dtype=bool)
-    return jax.vmap(lambda h: module(h, h, h, mask))(x)
+
+    def attend(h: jax.Array) -> jax.Array:
+        return module(h, h, h, mask)
+
+    return jax.vmap(attend)(x)
 
 
 def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
-    return x @ models.normalised(module.weight.T) + module.bias[None, None]
+    return models.spectral(module.weight.T, module.bias, x)
 
 
 _RUN = {"norm": _each, "linear": _each, "attention": _attend, "spectral": _spectral}
 
 
-def _attention(part: Part, key: jax.Array) -> Any:
-    names = ("query", "key", "value", "output")
-    biases: dict[str, Any] = {f"use_{name}_bias": True for name in names}
-    return eqx.nn.MultiheadAttention(int(part.other), part.size, key=key, **biases)
-
-
-def _linear(part: Part, key: jax.Array) -> Any:
-    return eqx.nn.Linear(part.size, int(part.other), key=key)
-
-
-def _s4(part: Part, key: jax.Array) -> dict[str, jax.Array]:
-    table = s4.parameters(part.size, int(part.other))
-    keys = jax.random.split(key, len(table))
-    return {
-        name: init(key, shape, jnp.float32)
-        for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
-    }
-
-
-_MAKE: dict[str, Callable[[Part, jax.Array], Any]] = {
-    "norm": lambda part, key: eqx.nn.LayerNorm(part.size),
-    "linear": _linear,
-    "attention": _attention,
-    "spectral": _linear,
-    "s4": _s4,
-    "vector": lambda part, key: part.other * jax.random.normal(key, (part.size,)),
-}
+def _made(part: Part, key: jax.Array) -> Any:
+    size, other = part.size, int(part.other)
+    match part.kind:
+        case "norm":
+            return eqx.nn.LayerNorm(size)
+        case "attention":
+            names = ("query", "key", "value", "output")
+            biases: dict[str, Any] = {f"use_{name}_bias": True for name in names}
+            return eqx.nn.MultiheadAttention(other, size, key=key, **biases)
+        case "s4":
+            table = s4.parameters(size, other)
+            keys = jax.random.split(key, len(table))
+            return {
+                name: init(key, shape, jnp.float32)
+                for key, (name, (shape, init)) in zip(keys, table.items(), strict=True)
+            }
+        case "vector":
+            return part.other * jax.random.normal(key, (size,))
+    return eqx.nn.Linear(size, other, key=key)
 
 
 class Block(eqx.Module):
@@ -80,17 +76,13 @@ class Block(eqx.Module):
         self.model = model
         keys = jax.random.split(key, len(model.parts))
         self.parts = {
-            name: _MAKE[part.kind](part, key)
+            name: _made(part, key)
             for key, (name, part) in zip(keys, model.parts.items(), strict=True)
         }
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From `x` `[B, T, D]` to `[B, T, D]`."""
-        return self.model.block(self.bound(), x)
-
-    def bound(self) -> Any:
+    def bound(self, length: int | None = None) -> Any:
         """The parts as functions."""
-        return models.bound(self.model.parts, self.parts, _RUN)
+        return models.bound(self.model.parts, self.parts, _RUN, length=length)
 
 
 # What `models` asks of a framework
@@ -112,7 +104,8 @@ def stack(way: str, given: models.Given) -> models.Stack:
 
     def apply(arrays: Any, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
-            return eqx.combine(arrays, static)(x), None
+            block = eqx.combine(arrays, static)
+            return block.model.block(block.bound(), x), None
 
         return jax.lax.scan(layer, x, arrays)[0]
 
@@ -124,19 +117,19 @@ def stack(way: str, given: models.Given) -> models.Stack:
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
     known = stack(way, given).params
     length = given.x.shape[1]
 
     def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
         block, state = scanned
-        return models.s4_step(block.bound(), x, state, length)
+        return models.s4_step(block.bound(length), x, state)
 
     def step(blocks: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         return jax.lax.scan(layer, x, (blocks, states))
 
-    return models.Decoder(known, step, given.states)
+    return models.Stack(known, step, states=given.states)
 
 
 def _parts(make: Any) -> tuple[Any, Any]:
@@ -153,33 +146,31 @@ _MODULES = {
 }
 
 
-def _haiku_names(path: Any) -> tuple[str, str, bool]:
-    """Module and name of a leaf in Haiku, and whether it is transposed there."""
+def _haiku_name(path: Any) -> tuple[str, str]:
+    """Module and name of a leaf in Haiku."""
     names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
     *modules, name = [_MODULES.get(name, name) for name in names if name != "parts"]
+    norm = {"weight": "scale", "bias": "offset"}
     is_norm = bool(modules) and modules[-1].endswith("norm")
-    found = {"weight": "scale" if is_norm else "w", "bias": "b"}.get(name, name)
-    if is_norm and name == "bias":
-        found = "offset"
-    return "/".join(["layers/block", *modules]), found, found == "w"
+    known = norm if is_norm else {"weight": "w", "bias": "b"}
+    return "/".join(["layers/block", *modules]), known.get(name, name)
 
 
-def _leaves(tree: Any) -> Iterator[tuple[tuple[str, str, bool], Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield _haiku_names(path), leaf
+def _transposed(name: str, leaf: jax.Array) -> jax.Array:
+    return jnp.swapaxes(leaf, -1, -2) if name == "w" else leaf
 
 
 def _from_haiku(params: models.Params, like: Any) -> Any:
-    leaves = []
-    for (module, name, is_transposed), _ in _leaves(like):
-        leaf = params[module][name]
-        leaves.append(jnp.swapaxes(leaf, -1, -2) if is_transposed else leaf)
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    def leaf(path: Any, _: Any) -> jax.Array:
+        module, name = _haiku_name(path)
+        return _transposed(name, params[module][name])
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def _to_haiku(tree: Any) -> models.Params:
     params: dict[str, dict[str, jax.Array]] = {}
-    for (module, name, is_transposed), leaf in _leaves(tree):
-        found = jnp.swapaxes(leaf, -1, -2) if is_transposed else leaf
-        params.setdefault(module, {})[name] = found
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        module, name = _haiku_name(path)
+        params.setdefault(module, {})[name] = _transposed(name, leaf)
     return params

@@ -5,7 +5,6 @@ argument, that `hk_stack.partition` made before: what is measured is the rest.
 "accumulate" is `hk_stack.accumulate`. Others are named after options.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -40,27 +39,23 @@ WAYS_OF = {
 
 def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks in `hk_stack.layer_stack`."""
-    model, num_layers, params, x = given
-    options = _OPTIONS.get(way, {})
-    if options.get("setup_batch_size", 0) > num_layers:
+    options, params = _OPTIONS.get(way, {}), given.params
+    if options.get("setup_batch_size", 0) > given.num_layers:
         return None
-    layers = hk_stack.layer_stack(num_layers, name="layers", **options)
-    net = in_haiku.network(model, layers)
-    apply = in_haiku.applied(net)
+    init, apply = in_haiku.transformed(given, hk_stack.layer_stack, **options)
     if way == "prepared":
-        split = hk_stack.partition(apply, params, x)
-        return models.Stack(split.setup(params), split.call, None, None)
+        split = hk_stack.partition(apply, params, given.x)
+        return models.Stack(split.setup(params), split.call)
     mean = hk_stack.accumulate if way == "accumulate" else None
-    return models.Stack(params, apply, net.init, lambda params: params, mean)
+    return models.Stack(params, apply, init, lambda params: params, mean)
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
-    model, num_layers, params, x = given
-    layer_stack = functools.partial(hk_stack.layer_stack, **_OPTIONS.get(way, {}))
-    step = in_haiku.stepper(layer_stack, model, num_layers, x.shape[1])
-    states = given.states
+    params, x, states = given.params, given.x, given.states
+    options = {"length": x.shape[1], **_OPTIONS.get(way, {})}
+    _, step = in_haiku.transformed(given, hk_stack.layer_stack, **options)
     if way != "prepared":
-        return models.Decoder(params, step, states)
+        return models.Stack(params, step, states=states)
     split = hk_stack.partition(step, params, x[:, 0], states)
-    return models.Decoder(split.setup(params), split.call, states)
+    return models.Stack(split.setup(params), split.call, states=states)

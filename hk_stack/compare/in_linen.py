@@ -4,16 +4,13 @@ Shapes as in `in_haiku`. Parameters and initial distributions are the same, and
 `hk_stack.flax_to_haiku` copies variables over. Blocks take optional dropout `keys`, one
 for each of their two dropouts: Linen derives its own keys from module paths, so that
 two frameworks can only draw the same masks if the keys are passed in.
-
-S4 blocks can also decode, one step of time per call: see `S4` and `prime`.
 """
 
 # A block's class says what its `__call__` does.
 # ruff: noqa: D102
 import functools
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,119 +29,36 @@ except ImportError as error:
 
 Array = jax.Array
 Keys = Array | None
-Mode = Literal["convolution", "term by term", "step", "primed step"]
 
 
 class S4(nn.Module):
-    """One S4 layer, `[B, T, D] -> [B, T, D]`, its kernel as of one of `s4.KERNELS`.
+    """One S4 layer, `[B, T, D] -> [B, T, D]`; see `Block` for what the fields mean."""
 
-    To decode, it runs one step of time, `[B, 1, D] -> [B, 1, D]`. The state `[B, D, N]`
-    is a variable in collection `"cache"`. With `mode="step"` the system is discretised
-    at each step. With `mode="primed step"` the discretised system is a variable in
-    collection `"prime"`, made when that collection is mutable (see `prime`), then read.
-    """
-
-    features: int
-    state_size: int
-    length: int
-    mode: Mode = "convolution"
+    part: Part
+    length: int | None
+    is_primed: bool
 
     @nn.compact
     def __call__(self, u: Array) -> Array:
-        table = s4.parameters(self.features, self.state_size)
+        table = s4.parameters(self.part.size, int(self.part.other))
         params = {
             name: self.param(name, init, shape, jnp.float32)
             for name, (shape, init) in table.items()
         }
-        if self.mode in s4.KERNELS:
-            return s4.run(params, u, self.mode)
-        return self._step(params, u[:, 0])[:, None]
-
-    def _step(self, params: Mapping[str, Array], u: Array) -> Array:
-        """One step of time, `[B, D] -> [B, D]`, which moves the state on."""
-
-        def discretise() -> s4.Recurrence:
-            return s4.discretise(s4.dplr(params), self.length)
-
-        shape = (*u.shape, self.state_size)
+        if self.length is None:
+            return s4.run(params, u, self.part.mode)
+        discretise = functools.partial(s4.discretise, s4.dplr(params), self.length)
+        shape = (*u.shape, int(self.part.other))
         dtype = np.result_type(u.dtype, np.complex64)
         state = self.variable("cache", "state", jnp.zeros, shape, dtype)
-        if self.mode == "step":
-            system = discretise()
-        else:
+        if self.is_primed:
             system = self.variable("prime", "recurrence", discretise).value
+        else:
+            system = discretise()
         next_state, y = s4.step(system, state.value, u)
         if not self.is_mutable_collection("prime"):  # Neither at init, nor in `prime`.
             state.value = next_state
         return y + params["d"][None] * u
-
-
-class S4Block(nn.Module):
-    """`x + dropout(glu(dropout(gelu(S4(norm(x))))))`, `[B, T, D] -> [B, T, D]`."""
-
-    state_size: int
-    dropout_rate: float = 0.0
-    norm: Literal["layer", "batch"] = "layer"
-    mode: Mode = "convolution"
-    length: int | None = None  # To decode: that of the sequences in training, `T`.
-
-    @nn.compact
-    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
-        _, length, width = x.shape
-        if self.mode not in s4.KERNELS:
-            if self.length is None or length != 1:
-                raise ValueError(
-                    f"S4Block: mode={self.mode!r} needs field length and input "
-                    f"[B, 1, D], found length={self.length} and {x.shape}."
-                )
-            length = self.length
-        dropout = _dropouts(self.dropout_rate, is_training, keys)
-        h = _norm(self.norm, x, is_training, "norm")
-        h = S4(width, self.state_size, length, self.mode, name="s4")(h)
-        gate = SimpleNamespace(gate=nn.Dense(2 * width, name="gate"))
-        return x + models.gated(gate, h, dropout)
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm causal self-attention, then a pre-norm MLP of four times the width."""
-
-    num_heads: int
-    dropout_rate: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
-        dropout = _dropouts(self.dropout_rate, is_training, keys)
-        parts = models.transformer_parts(x.shape[-1], self.num_heads)
-        return models.transformer_block(_made(self, parts), x, dropout)
-
-
-class Block(nn.Module):
-    """A block of a model without dropout."""
-
-    model: models.Model
-
-    @nn.compact
-    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
-        return self.model.block(_made(self, self.model.parts), x)
-
-
-def _made(module: nn.Module, parts: Mapping[str, Part]) -> Any:
-    """The parts of a block as functions and parameters, made in its module."""
-    made = {name: _MAKE[part.kind](module, name, part) for name, part in parts.items()}
-    return SimpleNamespace(**made)
-
-
-def _attention(module: nn.Module, name: str, part: Part) -> Callable[[Array], Array]:
-    attention = nn.MultiHeadDotProductAttention(int(part.other), name=name)
-    return lambda h: attention(h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None])
-
-
-def _vector(module: nn.Module, name: str, part: Part) -> Array:
-    return module.param(name, nn.initializers.normal(part.other), (part.size,))
-
-
-def _layer_norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
 
 
 class SpectralDense(nn.Module):
@@ -158,16 +72,60 @@ class SpectralDense(nn.Module):
         init = nn.initializers
         kernel = self.param("kernel", init.lecun_normal(), shape, x.dtype)
         bias = self.param("bias", init.zeros, (self.features,), x.dtype)
-        return x @ models.normalised(kernel) + bias[None, None]
+        return models.spectral(kernel, bias, x)
 
 
-_MAKE: dict[str, Callable[[nn.Module, str, Part], Any]] = {
-    "norm": lambda module, name, part: _layer_norm(name),
-    "linear": lambda module, name, part: nn.Dense(int(part.other), name=name),
-    "spectral": lambda module, name, part: SpectralDense(int(part.other), name=name),
-    "attention": _attention,
-    "vector": _vector,
-}
+class Block(nn.Module):
+    """A block of a model, `[B, T, D] -> [B, T, D]`.
+
+    With a `length`, that of sequences in training, a block of S4 decodes: it runs one
+    step of time, `[B, D] -> [B, D]`. The state `[B, D, N]` is a variable in collection
+    `"cache"`, and the system is discretised at each step. If it `is_primed`, the
+    discretised system is a variable in collection `"prime"`, made when that collection
+    is mutable (see `prime`), then read.
+    """
+
+    model: models.Model
+    dropout_rate: float = 0.0
+    length: int | None = None
+    is_primed: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
+        def dropout(index: int, x: Array) -> Any:
+            drop: Any = nn.Dropout(self.dropout_rate, deterministic=not is_training)
+            return drop(x, rng=None if keys is None else keys[index])
+
+        parts = self.model.make_parts(x.shape[-1])
+        made = {name: self._made(name, part) for name, part in parts.items()}
+        return self.model.block(models.bound(parts, made, _RUN, dropout), x)
+
+    def _made(self, name: str, part: Part) -> Any:
+        other = int(part.other)
+        match part.kind:
+            case "norm":
+                return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+            case "attention":
+                return nn.MultiHeadDotProductAttention(other, name=name)
+            case "s4":
+                return S4(part, self.length, self.is_primed, name=name)
+            case "vector":
+                init = nn.initializers.normal(part.other)
+                return self.param(name, init, (part.size,))
+            case "spectral":
+                return SpectralDense(other, name=name)
+        return nn.Dense(other, name=name)
+
+
+def _attend(part: Part, attention: Callable[..., Array], h: Array) -> Array:
+    return attention(h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None])
+
+
+def _apply(part: Part, module: Callable[..., Array], u: Array) -> Array:
+    return module(u)
+
+
+_RUN = {"attention": _attend, "s4": _apply}
 
 
 class Stack(nn.Module):
@@ -184,10 +142,10 @@ class ScanStack(Stack):
     """`L` blocks by `nn.scan` with split parameters: setup runs inside the loop."""
 
     @nn.compact
-    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
-        scan = nn.scan(
+    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Any:
+        scan: Any = nn.scan(
             lambda block, x, keys: (block(x, is_training, keys), None),
-            variable_axes={"params": 0, "batch_stats": 0, "cache": 0, "prime": 0},
+            variable_axes={"params": 0, "cache": 0, "prime": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
         )
@@ -197,15 +155,14 @@ class ScanStack(Stack):
 class HackStack(Stack):
     """`L` blocks whose vmapped initialisation is held as one parameter, `"stack"`.
 
-    There is no place for running statistics, nor for the states of decoding: use it
-    with `norm="layer"` and `mode="convolution"`.
+    There is no place for the states of decoding.
     """
 
     @nn.compact
     def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
         block = self.block(parent=None)
 
-        def init(key: Array) -> Mapping[str, Any]:
+        def init(key: Array) -> Any:
             keys = jax.random.split(key, self.num_layers)
             return jax.vmap(lambda key: block.init(key, x)["params"])(keys)
 
@@ -235,38 +192,7 @@ class LoopStack(Stack):
 STACKS = {"scan": ScanStack, "hack": HackStack, "loop": LoopStack}
 
 
-class Classifier(nn.Module):
-    """Sequences `[B, T, features]` -> logits `[B, num_classes]`; `layers`: a stack."""
-
-    layers: nn.Module
-    width: int
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x: Array, is_training: bool = False, keys: Keys = None) -> Array:
-        h = nn.Dense(self.width, name="encoder")(x)
-        h = self.layers(h, is_training, keys)
-        return nn.Dense(self.num_classes, name="decoder")(jnp.mean(h, axis=1))
-
-
-class NextToken(nn.Module):
-    """Tokens `[B, T]` -> logits `[B, T, num_tokens]` of the tokens after them.
-
-    As `in_haiku.next_token`; with `layers` that decode, `T` is one.
-    """
-
-    layers: nn.Module
-    width: int
-    num_tokens: int
-
-    @nn.compact
-    def __call__(self, tokens: Array, is_training: bool = False) -> Array:
-        x = jax.nn.one_hot(tokens, self.num_tokens + 1)
-        h = self.layers(nn.Dense(self.width, name="encoder")(x), is_training)
-        return nn.Dense(self.num_tokens, name="decoder")(h)
-
-
-def prime(model: nn.Module, params: Any, x: Array) -> Mapping[str, Any]:
+def prime(model: nn.Module, params: Any, x: Array) -> Any:
     """What a model that decodes needs beside its parameters.
 
     ```
@@ -277,49 +203,26 @@ def prime(model: nn.Module, params: Any, x: Array) -> Mapping[str, Any]:
     ```
 
     Args:
-      model: a model or a stack of blocks, which decodes.
-      params: its parameters.
-      x: an input of one step; only its shape matters.
+      model: A model or a stack of blocks, which decodes.
+      params: Its parameters.
+      x: An input of one step; only its shape matters.
 
     Returns:
-      States at zero in collection `"cache"`; with `mode="primed step"`, discretised
+      States at zero in collection `"cache"`; of blocks that are primed, discretised
       systems in collection `"prime"`.
     """
-    return model.apply({"params": params}, x, mutable=["cache", "prime"])[1]
-
-
-def _dropouts(
-    rate: float, is_training: bool, keys: Keys
-) -> Callable[[int, Array], Array]:
-    def dropout(index: int, x: Array) -> Array:
-        key = None if keys is None else keys[index]
-        return nn.Dropout(rate)(x, deterministic=not is_training, rng=key)
-
-    return dropout
-
-
-def _norm(kind: str, x: Array, is_training: bool, name: str) -> Array:
-    if kind == "batch":
-        norm = nn.BatchNorm(not is_training, momentum=0.9, epsilon=1e-5, name=name)
-        return norm(x)
-    return _layer_norm(name)(x)
+    _, variables = model.apply({"params": params}, x, mutable=["cache", "prime"])
+    return variables
 
 
 # What `models` asks of a framework
 
 WAYS = ("nn.scan", "nn.scan + nn.remat", "nn.scan, cache", "loop", "hack")
 WAYS_OF = {"eager": ("loop",)}
-_STACKS: dict[str, Callable[..., nn.Module]] = {
-    "nn.scan": ScanStack,
-    "nn.scan + nn.remat": ScanStack,
-    "loop": LoopStack,
-    "hack": HackStack,
-}
 # In a scan, the loop does what is asked of `prevent_cse`.
 _remat = functools.partial(nn.remat, static_argnums=(2,), prevent_cse=False)
 _RULES: dict[str, Any] = {
-    "nn.scan": {"layer_axis": {"block": 0}},
-    "nn.scan + nn.remat": {"layer_axis": {"block": 0}},
+    "scan": {"layer_axis": {"block": 0}},
     "loop": {"rename": {"block_*": "layers/*/block"}, "layer_axis": {"block_*": ()}},
     "hack": {"rename": {"stack": "layers/block"}, "layer_axis": {"stack": 0}},
 }
@@ -327,49 +230,39 @@ _RULES: dict[str, Any] = {
 
 def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned."""
-    model, num_layers, params, x = given
-    if way not in _STACKS:
+    if way == "nn.scan, cache":
         return None
-    block, fields = _block(model)
-    if way == "nn.scan + nn.remat":
-        block = _remat(block)
-    net = _STACKS[way](functools.partial(block, **fields), num_layers)
-    single = models.types(x, jnp.float32)  # Of which parameters are initialised.
+    kind = way if way in STACKS else "scan"
+    block: Any = _remat(Block) if way == "nn.scan + nn.remat" else Block
+    net = STACKS[kind](functools.partial(block, given.model), given.num_layers)
+    single = models.types(given.x, jnp.float32)  # Of which parameters are initialised.
     like = jax.eval_shape(net.init, jax.random.key(0), single)
-    haiku: Any = (models.types(params), {})
-    rules: Any = _RULES[way]
+    typed = models.types(like, given.x.dtype)
     return models.Stack(
-        hk_stack.haiku_to_flax((params, {}), models.types(like, x.dtype), **rules),
+        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES[kind]),
         cast(Any, net.apply),
         net.init,
-        lambda variables: hk_stack.flax_to_haiku(variables, haiku, **rules)[0],
+        lambda tree: hk_stack.flax_to_haiku(tree, given.typed, **_RULES[kind])[0],
     )
 
 
-def _block(model: models.Model) -> tuple[Any, dict[str, Any]]:
-    """The class of a model's block, and its fields."""
-    if not model.state_size:
-        return Block, {"model": model}
-    mode = "term by term" if model.name == "s4_terms" else "convolution"
-    return S4Block, {"state_size": model.state_size, "mode": mode}
-
-
-def decoder(way: str, given: models.Given) -> models.Decoder | None:
+def decoder(way: str, given: models.Given) -> models.Stack | None:
     """The S4 blocks, one step of time; "cache" has the systems in a collection."""
-    model, num_layers, _, x = given
-    modes: dict[str, Mode] = {"nn.scan": "step", "nn.scan, cache": "primed step"}
-    if way not in modes:
+    if way not in ("nn.scan", "nn.scan, cache"):
         return None
-    fields: dict[str, Any] = {"state_size": model.state_size, "length": x.shape[1]}
-    block = functools.partial(S4Block, mode=modes[way], **fields)
-    net = ScanStack(block, num_layers)
+    block = functools.partial(
+        Block,
+        given.model,
+        length=given.x.shape[1],
+        is_primed=way == "nn.scan, cache",
+    )
+    net = ScanStack(block, given.num_layers)
     made = stack("nn.scan", given)
     assert made is not None
-    variables = {**made.params, **prime(net, made.params["params"], x[:, :1])}
+    variables = {**made.params, **prime(net, made.params["params"], given.x[:, 0])}
     states = {"cache": variables.pop("cache")}
 
-    def step(known: Any, x: Array, states: Any) -> tuple[Array, Any]:
-        y, states = net.apply({**known, **states}, x[:, None], mutable=["cache"])
-        return y[:, 0], states
+    def step(known: Any, x: Array, states: Any) -> Any:
+        return net.apply({**known, **states}, x, mutable=["cache"])
 
-    return models.Decoder(variables, step, states)
+    return models.Stack(variables, step, states=states)

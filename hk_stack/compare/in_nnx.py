@@ -29,50 +29,33 @@ class S4(nnx.Module):
         for name, (shape, init) in table.items():
             setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
 
-    def __getitem__(self, name: str) -> jax.Array:
+    def __getitem__(self, name: str) -> Any:
         return getattr(self, name)[...]
 
 
-def _attend(part: Part, module: Any, x: jax.Array) -> jax.Array:
+def _attend(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     return module(x, mask=jnp.tri(x.shape[1], dtype=bool)[None, None])
 
 
 def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
-    return x @ models.normalised(module.kernel[...]) + module.bias[...][None, None]
+    return models.spectral(module.kernel[...], module.bias[...], x)
 
 
-_RUN: dict[str, Callable[[Part, Any, jax.Array], jax.Array]] = {
-    "norm": lambda part, module, x: module(x),
-    "linear": lambda part, module, x: module(x),
-    "attention": _attend,
-    "spectral": _spectral,
-}
+_RUN = {"attention": _attend, "spectral": _spectral}
 
 
-def _norm(part: Part, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(part.size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
-def _linear(part: Part, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(part.size, int(part.other), rngs=rngs)
-
-
-def _attention(part: Part, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
-    return nnx.MultiHeadAttention(int(part.other), part.size, decode=False, rngs=rngs)
-
-
-def _vector(part: Part, rngs: nnx.Rngs) -> Any:
-    return nnx.Param(part.other * jax.random.normal(rngs.params(), (part.size,)))
-
-
-_MAKE: dict[str, Callable[[Part, nnx.Rngs], Any]] = {
-    "norm": _norm,
-    "linear": _linear,
-    "attention": _attention,
-    "spectral": _linear,
-    "s4": S4,
-    "vector": _vector,
-}
+def _made(part: Part, rngs: nnx.Rngs) -> Any:
+    size, other = part.size, int(part.other)
+    match part.kind:
+        case "norm":
+            return nnx.LayerNorm(size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        case "attention":
+            return nnx.MultiHeadAttention(other, size, decode=False, rngs=rngs)
+        case "s4":
+            return S4(part, rngs)
+        case "vector":
+            return nnx.Param(part.other * jax.random.normal(rngs.params(), (size,)))
+    return nnx.Linear(size, other, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -81,41 +64,37 @@ class Block(nnx.Module):
     def __init__(self, model: models.Model, rngs: nnx.Rngs):
         self.model = model
         for name, part in model.parts.items():
-            setattr(self, name, _MAKE[part.kind](part, rngs))
+            setattr(self, name, _made(part, rngs))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From `x` `[B, T, D]` to `[B, T, D]`."""
-        return self.model.block(self.parts(), x)
-
-    def parts(self) -> Any:
+    def parts(self, length: int | None = None) -> Any:
         """What `models.MODELS` takes as parts."""
+        made = {name: getattr(self, name) for name in self.model.parts}
         made = {
             name: part[...] if isinstance(part, nnx.Param) else part
-            for name, part in ((n, getattr(self, n)) for n in self.model.parts)
+            for name, part in made.items()
         }
-        return models.bound(self.model.parts, made, _RUN)
+        return models.bound(self.model.parts, made, _RUN, length=length)
 
 
 class Layers(nnx.Module):
     """`L` blocks, `[B, T, D] -> [B, T, D]`."""
 
     def __init__(self, model: models.Model, num_layers: int, rngs: nnx.Rngs):
-        make = nnx.vmap(lambda rngs: Block(model, rngs))
-        self.block = nnx.split_rngs(splits=num_layers)(make)(rngs)
+        make: Any = nnx.vmap(lambda rngs: Block(model, rngs))
+        each: Any = nnx.split_rngs(splits=num_layers)
+        self.block = each(make)(rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         """Applies the stack."""
         scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        return scan(lambda block, x: block(x))(self.block, x)
+        return scan(lambda block, x: block.model.block(block.parts(), x))(self.block, x)
 
-    def step(
-        self, x: jax.Array, states: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def step(self, x: jax.Array, states: jax.Array, length: int) -> Any:
         """One step of time, from `x` `[B, D]` and states `[L, B, D, N]`."""
         scan = nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
 
         def step(block: Block, x: jax.Array, state: jax.Array) -> Any:
-            return models.s4_step(block.parts(), x, state, length)
+            return models.s4_step(block.parts(length), x, state)
 
         return scan(step)(self.block, x, states)
 
@@ -129,35 +108,37 @@ _RULES: Any = {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}}
 
 def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks, as pure functions of their NNX state."""
-    model, num_layers, params, x = given
     del way
-    graph, like = _split_abstractly(model, num_layers)
-    haiku: Any = (models.types(params), {})
+    graph, like = _split(given)
+    typed = models.types(like, given.x.dtype)
+
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        return nnx.state(Layers(given.model, given.num_layers, nnx.Rngs(key)))
+
     return models.Stack(
-        hk_stack.haiku_to_flax((params, {}), models.types(like, x.dtype), **_RULES),
+        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES),
         lambda state, x: nnx.merge(graph, state)(x),
-        lambda key, x: nnx.state(Layers(model, num_layers, nnx.Rngs(key))),
-        lambda state: hk_stack.flax_to_haiku(state, haiku, **_RULES)[0],
+        init,
+        lambda state: hk_stack.flax_to_haiku(state, given.typed, **_RULES)[0],
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Decoder:
+def decoder(way: str, given: models.Given) -> models.Stack:
     """The S4 blocks, one step of time."""
-    model, num_layers, _, x = given
-    graph, _ = _split_abstractly(model, num_layers)
-    known = stack(way, given).params
-    length = x.shape[1]
+    graph, _ = _split(given)
+    length = given.x.shape[1]
 
-    def step(state: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
+    def step(state: Any, x: jax.Array, states: Any) -> Any:
         return nnx.merge(graph, state).step(x, states, length)
 
-    return models.Decoder(known, step, given.states)
+    return models.Stack(stack(way, given).params, step, states=given.states)
 
 
-def _split_abstractly(model: models.Model, num_layers: int) -> tuple[Any, Any]:
+def _split(given: models.Given) -> tuple[Any, Any]:
     """The graph and the shapes of the state, without making any array."""
 
     def make() -> Layers:
-        return Layers(model, num_layers, nnx.Rngs(jax.random.key(0)))
+        rngs = nnx.Rngs(jax.random.key(0))
+        return Layers(given.model, given.num_layers, rngs)
 
     return nnx.split(nnx.eval_shape(make))

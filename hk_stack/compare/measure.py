@@ -3,16 +3,14 @@
 What fails in one way is written down, and the other ways go on.
 """
 
-import concurrent.futures
 import functools
 import gc
 import importlib.metadata
 import itertools
-import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -27,22 +25,13 @@ Run = Callable[[], Any]
 _T = TypeVar("_T")
 
 
-class Build(NamedTuple):
-    """A program, made from scratch.
+def build(task: cases.Task) -> tuple[Callable[..., Any], dict[str, float]]:
+    """Traces, lowers and compiles a program.
 
-    Attributes:
-      run: The compiled function, which takes the arguments.
-      seconds: To trace, lower and compile, by the names in `results.MEASURES`.
-      sizes: What XLA and the jaxpr say of it, by the same names.
+    Returns:
+      The compiled function, and measures: times of the three steps, and what XLA and
+      the jaxpr say of it.
     """
-
-    run: Callable[..., Any]
-    seconds: Mapping[str, float]
-    sizes: Mapping[str, float]
-
-
-def build(task: cases.Task) -> Build:
-    """Traces, lowers and compiles a program."""
     function = _jitted(task)
     gc.collect()  # Not in one of the phases.
     times = [time.perf_counter()]
@@ -54,12 +43,12 @@ def build(task: cases.Task) -> Build:
     times.append(time.perf_counter())
     names = ("trace_s", "lower_s", "compile_s")
     spent = (end - start for start, end in itertools.pairwise(times))
-    sizes = {
+    return compiled, {
+        **dict(zip(names, spent, strict=True)),
         "equations": number_of_equations(traced.jaxpr.jaxpr),
         "hlo_bytes": len(lowered.as_text()),
         **_analysed(compiled),
     }
-    return Build(compiled, dict(zip(names, spent, strict=True)), sizes)
 
 
 def _jitted(task: cases.Task) -> Any:
@@ -69,9 +58,7 @@ def _jitted(task: cases.Task) -> Any:
 
 def number_of_equations(jaxpr: jex.Jaxpr) -> int:
     """All equations of a jaxpr, with those inside of others."""
-    return sum(
-        1 + sum(map(number_of_equations, _equations.bodies(eqn))) for eqn in jaxpr.eqns
-    )
+    return sum(1 for _ in _equations.with_inner(jaxpr.eqns))
 
 
 def _analysed(compiled: Any) -> dict[str, float]:
@@ -80,16 +67,15 @@ def _analysed(compiled: Any) -> dict[str, float]:
     On a GPU or TPU that is the most of the process so far; a CPU does not know.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    kinds = ("temp", "argument", "output") if memory is not None else ()
     sizes = {
-        f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes") for kind in kinds
+        f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes")
+        for kind in ("temp", "argument", "output")
+        if memory is not None
     }
     names = {"flops": "flops", "bytes accessed": "accessed_bytes"}
     sizes |= {ours: cost[xla] for xla, ours in names.items() if xla in cost}
     held = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [
-        found["peak_bytes_in_use"] for found in held if "peak_bytes_in_use" in found
-    ]
+    peaks = [x["peak_bytes_in_use"] for x in held if "peak_bytes_in_use" in x]
     return sizes | ({"peak_bytes": max(peaks)} if peaks else {})
 
 
@@ -108,14 +94,12 @@ class Options(NamedTuple):
       repeat: Rounds in all.
       builds: How often to build anew, at most.
       patience: Seconds; what took longer to compile is not built again.
-      fresh: Whether each build is timed in a process of its own.
       shortest: Seconds that a sample takes at least.
     """
 
     repeat: int
     builds: int = 1
     patience: float = 10.0
-    fresh: bool = False
     shortest: float = 0.005
 
 
@@ -134,23 +118,13 @@ class Measured(NamedTuple):
 
 
 def measured(
-    case: results.Case,
-    ways: Sequence[tuple[str, str]],
-    options: Options,
-    tick: Callable[[str], None] = lambda way: None,
+    case: results.Case, ways: Sequence[tuple[str, str]], options: Options
 ) -> Measured:
-    """Measures a case in some ways, given as pairs of a framework and a way.
-
-    Args:
-      case: What to do.
-      ways: By what.
-      options: How to measure.
-      tick: Told of each way before it is built for the first time.
-    """
+    """Measures a case in some ways, given as pairs of a framework and a way."""
     ways_of = _Ways(case, options)
     is_stopped = False
     try:
-        ways_of.build(ways, tick)
+        ways_of.build(ways)
         for i, rounds in enumerate(_split(options.repeat, options.builds)):
             if i:
                 ways_of.each(_Way.build)
@@ -162,7 +136,8 @@ def measured(
         ways_of.rounds("eager_s", rounds)
     except KeyboardInterrupt:
         is_stopped = True
-    rows = [way.row() for way in ways_of.built.values() if way.has_run]
+    rows = [way.row() for way in ways_of.built.values()]
+    rows = [row for row in rows if {"run_s", "eager_s"} & row.measures.keys()]
     failed = [results.Failure(case, *pair) for pair in ways_of.failed.items()]
     return Measured(rows, failed, is_stopped)
 
@@ -181,26 +156,24 @@ class _Ways:
         self.built: dict[str, _Way] = {}
         self.failed: dict[str, str] = {}
 
-    def build(
-        self, ways: Sequence[tuple[str, str]], tick: Callable[[str], None]
-    ) -> None:
+    def build(self, ways: Sequence[tuple[str, str]]) -> None:
         """Builds each way, and checks it against the first that there is."""
         expected: dict[str, Any] = {}
 
-        def build(framework: str, name: str) -> None:
-            task = cases.task(self.case, framework, name)
+        def build(name: str, *pair: str) -> None:
+            task = cases.task(self.case, *pair)
             if task is None:
                 return
-            way = _Way(self.case, framework, name, task, self.options)
-            values = way.values()
+            way = _Way(self.case, name, task, self.options)
+            values = task.values(way.program)
             if not expected:
                 expected.update(cases.finite(values))
             way.parity = cases.parity(values, expected, self.case.dtype)
-            self.built[way.name] = way
+            self.built[name] = way
 
-        for framework, name in ways:
-            tick(f"{framework} {name}")
-            self._try(f"{framework} {name}", functools.partial(build, framework, name))
+        for pair in ways:
+            name = " ".join(pair)
+            self._try(name, functools.partial(build, name, *pair))
 
     def each(self, do: "Callable[[_Way], None]") -> None:
         """Does something with each way."""
@@ -256,23 +229,17 @@ class _Way:
     """A way of doing a case, and its samples so far."""
 
     def __init__(
-        self,
-        case: results.Case,
-        framework: str,
-        way: str,
-        task: cases.Task,
-        options: Options,
+        self, case: results.Case, name: str, task: cases.Task, options: Options
     ):
-        self.case, self.framework, self.way = case, framework, way
+        self.case, self.name = case, name
         self.task, self.options = task, options
-        self.name = f"{framework} {way}"
         self.measures: dict[str, list[Any]] = {}
         self.parity: dict[str, float] = {}
-        self._program = task.function
+        self.program = task.function
         if task.is_compiled:
             # What programs have in common JAX keeps, and the first would pay for it.
             _jitted(task).lower(*task.args)
-            self.build()
+        self.build()
         if task.temp_bytes is not None:
             self.measures["temp_bytes"] = [task.temp_bytes()]
 
@@ -281,15 +248,12 @@ class _Way:
         last = self.measures.get("compile_s", [0.0])[-1]
         if not self.task.is_compiled or last > self.options.patience:
             return
-        built = build(self.task)
-        self._program = built.run
-        times = built.seconds
-        if self.options.fresh:
-            times = _in_fresh_process(self.case, self.framework, self.way)
-        for name, value in times.items():
+        self.program, found = build(self.task)
+        found["first_s"] = seconds(lambda: self.program(*self.task.args))
+        for name, value in found.items():
+            if not name.endswith("_s"):  # Sizes are the same each time.
+                self.measures.pop(name, None)
             self.add(name, value)
-        self.add("first_s", seconds(lambda: self._program(*self.task.args)))
-        self.measures |= {name: [value] for name, value in built.sizes.items()}
 
     def first_without_jit(self) -> None:
         """The first run outside of `jit`, if there are any."""
@@ -300,40 +264,15 @@ class _Way:
         """What is measured by `run_s` or by `eager_s`; None if that is not."""
         task = self.task
         if measure == "run_s":
-            return (lambda: self._program(*task.args)) if task.is_compiled else None
+            return (lambda: self.program(*task.args)) if task.is_compiled else None
         is_eager = not task.is_compiled or self.case.mode == "init"
         return (lambda: task.function(*task.args)) if is_eager else None
-
-    def values(self) -> dict[str, Any]:
-        return self.task.values(self._program)
 
     def add(self, measure: str, value: Any) -> None:
         self.measures.setdefault(measure, []).append(value)
 
-    @property
-    def has_run(self) -> bool:
-        return bool({"run_s", "eager_s"} & self.measures.keys())
-
     def row(self) -> results.Row:
         return results.Row(self.case, self.name, self.measures, self.parity)
-
-
-def _in_fresh_process(case: results.Case, framework: str, way: str) -> dict[str, float]:
-    """Times of a build in a process that has built nothing before."""
-    # A GPU has two processes then: none may take all of its memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(fresh_build, case, framework, way).result()
-
-
-def fresh_build(case: results.Case, framework: str, way: str) -> dict[str, float]:
-    """What `build` finds of a way, in this process."""
-    jax.config.update("jax_enable_x64", case.dtype == "float64")
-    jax.config.update("jax_enable_compilation_cache", False)
-    task = cases.task(case, framework, way)
-    assert task is not None, (case, framework, way)
-    return dict(build(task).seconds)
 
 
 _PACKAGES = ("dm-haiku", "jax", "jaxlib", "flax", "equinox", "optax")
@@ -348,10 +287,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": {
-            "hk_stack": hk_stack.__version__,
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": {"hk_stack": hk_stack.__version__}
+        | {name: _version(name) for name in _PACKAGES},
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": time.strftime("%Y-%m-%d"),

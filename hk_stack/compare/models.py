@@ -1,17 +1,7 @@
 """What is compared: the models, and what a framework's file must provide.
 
 Each model is `L` blocks, `[B, T, D] -> [B, T, D]`. Mathematics that no framework has is
-here and in `s4`, modules are in the file of each framework, `in_*.py`:
-
-| model | setup | call |
-|---|---|---|
-| `s4` | a convolution kernel; to decode, a discretised system | FFTs, a linear layer |
-| `s4_terms` | the same, computed as most published code does, at more cost | as `s4` |
-| `recurrence` | a kernel made by `T` small steps in sequence | FFTs |
-| `transformer` | none | causal attention, MLP |
-| `spectral` | the largest singular value of two matrices, by iteration | an MLP |
-| `mlp` | none | layer norm, MLP |
-| `shapes` | sums of 24 parameters, each of another shape, for `init` | an addition |
+here and in `s4`, modules are in the file of each framework, `in_*.py`.
 
 A framework makes the *parts* of a block and stacks blocks. To add one, add a file
 `in_NAME.py` with
@@ -19,7 +9,7 @@ A framework makes the *parts* of a block and stacks blocks. To add one, add a fi
 - `WAYS`, the names of its ways to stack layers, and `WAYS_OF`, those of modes that have
   others;
 - `stack(way, given) -> Stack`;
-- `decoder(way, given) -> Decoder`, for models that decode.
+- `decoder(way, given) -> Stack`, for models that decode.
 
 They are given the parameters of Haiku's stack,
 `{"layers/block/...": {name: [L, ...]}}`, and take them over. Both return None for what
@@ -51,33 +41,105 @@ class Part(NamedTuple):
     - "linear", "spectral": from `size` features to `other`, the latter with weights
       `normalised`;
     - "attention": causal self-attention of `size` features, with `other` heads;
-    - "s4": the parameters of S4 by name, for `size` features with `other` states;
+    - "s4": S4 for `size` features with `other` states; `mode` as of `s4.run`;
     - "vector": a parameter `[size]`, normal at first, `other` its deviation.
     """
 
     kind: str
     size: int
     other: float = 0
+    mode: str = ""
 
 
-def s4_parts(width: int, state_size: int) -> dict[str, Part]:
-    """The parts of `s4_block`."""
-    return {
-        "norm": Part("norm", width),
-        "s4": Part("s4", width, state_size),
-        "gate": Part("linear", width, 2 * width),
+def keep(index: int, x: jax.Array) -> jax.Array:
+    """Dropout that drops nothing."""
+    del index
+    return x
+
+
+def bound(
+    parts: Mapping[str, Part],
+    made: Mapping[str, Any],
+    run: Mapping[str, Callable[..., Any]],
+    dropout: Dropout = keep,
+    length: int | None = None,
+) -> Any:
+    """What a block takes as `parts`: an attribute for each, and `dropout`.
+
+    Args:
+      parts: Of a block.
+      made: The modules or parameters of each.
+      run: By kinds, functions `(part, made, x) -> y`; others stay as they are made, but
+        for S4, of which the parameters are made.
+      dropout: Called with 0 or 1, as there are two in a block, and activations.
+      length: To run one step of time, that of sequences in training. S4 is then
+        called with its state, too, and returns the next one.
+    """
+
+    def run_s4(part: Part, params: Any, u: jax.Array, state: Any = None) -> Any:
+        if length is None:
+            return s4.run(params, u, part.mode)
+        return s4.run_step(params, u, state, length)
+
+    run = {"s4": run_s4, **run}
+    found = {
+        name: functools.partial(run[part.kind], part, made[name])
+        if part.kind in run
+        else made[name]
+        for name, part in parts.items()
     }
+    return SimpleNamespace(dropout=dropout, **found)
 
 
-def transformer_parts(width: int, num_heads: int) -> dict[str, Part]:
-    """The parts of `transformer_block`."""
-    return {
-        "attention_norm": Part("norm", width),
-        "attention": Part("attention", width, num_heads),
-        "mlp_norm": Part("norm", width),
-        "mlp_in": Part("linear", width, 4 * width),
-        "mlp_out": Part("linear", 4 * width, width),
-    }
+# Parts and blocks; `x` is `[B, T, D]`.
+
+
+def _s4_block(parts: Any, x: jax.Array) -> jax.Array:
+    """Setup: a convolution kernel; to decode, a discretised system."""
+    return x + _gated(parts, parts.s4(parts.norm(x)))
+
+
+def s4_step(parts: Any, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One step of time of a block of S4, from `x` `[B, D]` and a state `[B, D, N]`."""
+    h, state = parts.s4(parts.norm(x), state)
+    return x + _gated(parts, h), state
+
+
+def _gated(parts: Any, h: jax.Array) -> jax.Array:
+    h = parts.dropout(0, jax.nn.gelu(h))
+    gated: jax.Array = parts.dropout(1, jax.nn.glu(parts.gate(h)))
+    return gated
+
+
+def _transformer_block(parts: Any, x: jax.Array) -> jax.Array:
+    """Pre-norm causal self-attention, then a pre-norm MLP of four times the width."""
+    x = x + parts.dropout(0, parts.attention(parts.attention_norm(x)))
+    h: jax.Array = parts.dropout(1, _up_then_down(parts, parts.norm(x)))
+    return x + h
+
+
+def _up_and_down(kind: str, width: int) -> dict[str, Part]:
+    up, down = Part(kind, width, 4 * width), Part(kind, 4 * width, width)
+    return {"up": up, "down": down}
+
+
+def _up_then_down(parts: Any, h: jax.Array) -> jax.Array:
+    y: jax.Array = parts.down(jax.nn.gelu(parts.up(h)))
+    return y
+
+
+def _mlp_parts(width: int) -> dict[str, Part]:
+    return {"norm": Part("norm", width), **_up_and_down("linear", width)}
+
+
+def _mlp_block(parts: Any, x: jax.Array) -> jax.Array:
+    """A residual MLP of four times the width; nothing to hoist."""
+    return x + _up_then_down(parts, parts.norm(x))
+
+
+def spectral_block(parts: Any, x: jax.Array) -> jax.Array:
+    """A residual MLP. Setup: the largest singular values of two matrices."""
+    return x + _up_then_down(parts, x)
 
 
 def _recurrence_parts(width: int) -> dict[str, Part]:
@@ -85,96 +147,36 @@ def _recurrence_parts(width: int) -> dict[str, Part]:
     return {"decay": Part("vector", 64, 1.0), "b": Part("vector", 64, 0.01)}
 
 
-def _spectral_parts(width: int) -> dict[str, Part]:
-    up, down = Part("spectral", width, 4 * width), Part("spectral", 4 * width, width)
-    return {"up": up, "down": down}
+def _recurrence_block(parts: Any, x: jax.Array) -> jax.Array:
+    """Setup: a kernel, by `T` small steps in sequence."""
+    return recurrence_call(recurrence_kernel(parts.decay, parts.b, x.shape[1]), x)
 
 
-def _mlp_parts(width: int) -> dict[str, Part]:
-    up, down = Part("linear", width, 4 * width), Part("linear", 4 * width, width)
-    return {"norm": Part("norm", width), "up": up, "down": down}
+def recurrence_kernel(decay: jax.Array, b: jax.Array, length: int) -> jax.Array:
+    """`K[t] = sum_n sigmoid(decay_n)^t b_n` `[T]`, term after term, from `[N]`."""
+    rate = jax.nn.sigmoid(decay)
+    _, kernel = jax.lax.scan(
+        lambda state, _: (state * rate, jnp.sum(state)), b, length=length
+    )
+    return kernel
+
+
+def recurrence_call(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """The rest of the block: all features of `x` are convolved with one kernel."""
+    return x + jnp.tanh(s4.convolve(x, kernel[None]))
+
+
+_SIZES = {f"w{i}": (8 + i) * (16 + 2 * i) for i in range(24)}
 
 
 def _shapes_parts(width: int) -> dict[str, Part]:
     del width
-    sizes = ((8 + i) * (16 + 2 * i) for i in range(24))
-    return {f"w{i}": Part("vector", size, 0.1) for i, size in enumerate(sizes)}
-
-
-# Blocks: `parts` has an attribute for each part, `x` is `[B, T, D]`.
-
-
-def bound(
-    parts: Mapping[str, Part],
-    made: Mapping[str, Any],
-    run: Mapping[str, Callable[..., Any]],
-) -> Any:
-    """What a block takes as `parts`.
-
-    Args:
-      parts: Of a block.
-      made: The modules or parameters of each.
-      run: By kinds, functions `(part, made, x) -> y`; others stay as they are made.
-    """
-    found = {
-        name: functools.partial(run[part.kind], part, made[name])
-        if part.kind in run
-        else made[name]
-        for name, part in parts.items()
-    }
-    return SimpleNamespace(**found)
-
-
-def _keep(index: int, x: jax.Array) -> jax.Array:
-    del index
-    return x
-
-
-def s4_block(
-    parts: Any, x: jax.Array, dropout: Dropout = _keep, mode: str = "convolution"
-) -> jax.Array:
-    """`x + dropout(glu(dropout(gelu(S4(norm(x))))))`; `mode` as of `s4.run`."""
-    return x + gated(parts, s4.run(parts.s4, parts.norm(x), mode), dropout)
-
-
-def s4_step(
-    parts: Any, x: jax.Array, state: jax.Array, length: int
-) -> tuple[jax.Array, jax.Array]:
-    """One step of time of `s4_block`, from `x` `[B, D]` and a state `[B, D, N]`."""
-    h, state = s4.run_step(parts.s4, parts.norm(x), state, length)
-    return x + gated(parts, h), state
-
-
-def gated(parts: Any, h: jax.Array, dropout: Dropout = _keep) -> jax.Array:
-    """What an S4 block does after S4."""
-    h = dropout(0, jax.nn.gelu(h))
-    return dropout(1, jax.nn.glu(parts.gate(h)))
-
-
-def transformer_block(parts: Any, x: jax.Array, dropout: Dropout = _keep) -> jax.Array:
-    """Pre-norm causal self-attention, then a pre-norm MLP of four times the width."""
-    x = x + dropout(0, parts.attention(parts.attention_norm(x)))
-    h = jax.nn.gelu(parts.mlp_in(parts.mlp_norm(x)))
-    return x + dropout(1, parts.mlp_out(h))
-
-
-def _recurrence_block(parts: Any, x: jax.Array) -> jax.Array:
-    kernel = recurrence_kernel(parts.decay, parts.b, x.shape[1])
-    return x + jnp.tanh(convolve(x, kernel))
-
-
-def spectral_block(parts: Any, x: jax.Array) -> jax.Array:
-    """A residual MLP without a norm."""
-    return x + parts.down(jax.nn.gelu(parts.up(x)))
-
-
-def mlp_block(parts: Any, x: jax.Array) -> jax.Array:
-    """A residual MLP of four times the width; nothing to hoist."""
-    return x + parts.down(jax.nn.gelu(parts.up(parts.norm(x))))
+    return {name: Part("vector", size, 0.1) for name, size in _SIZES.items()}
 
 
 def _shapes_block(parts: Any, x: jax.Array) -> jax.Array:
-    return x + sum(jnp.sum(w) for w in vars(parts).values())
+    """Setup: sums of 24 parameters, each of another shape; for `init`."""
+    return x + sum(jnp.sum(getattr(parts, name)) for name in _SIZES)
 
 
 class Model(NamedTuple):
@@ -182,19 +184,19 @@ class Model(NamedTuple):
 
     Attributes:
       name: Its key in `MODELS`.
-      width: Number of features, `D`.
       make_parts: From `D` to the parts of a block.
       block: From parts and `x` `[B, T, D]` to `[B, T, D]`.
       dtypes: Those that it can be run in.
       state_size: Of a model that can run one step of time.
+      width: Number of features, `D`.
     """
 
     name: str
-    width: int
     make_parts: Callable[[int], dict[str, Part]]
     block: Callable[[Any, jax.Array], jax.Array]
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float64")
     state_size: int = 0
+    width: int = 64
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -203,20 +205,44 @@ class Model(NamedTuple):
 
 
 _WITH_FFT = ("float32", "float64")  # There is no FFT of half precision.
-_s4_parts = functools.partial(s4_parts, state_size=32)
-_term_by_term = functools.partial(s4_block, mode="term by term")
-_transformer_parts = functools.partial(transformer_parts, num_heads=4)
+
+
+def s4_model(
+    state_size: int = 32, mode: str = "convolution", name: str = "s4"
+) -> Model:
+    """S4 blocks with `state_size` states of each feature; `mode` as of `s4.run`."""
+
+    def parts(width: int) -> dict[str, Part]:
+        return {
+            "norm": Part("norm", width),
+            "s4": Part("s4", width, state_size, mode),
+            "gate": Part("linear", width, 2 * width),
+        }
+
+    return Model(name, parts, _s4_block, _WITH_FFT, state_size)
+
+
+def transformer_model(num_heads: int = 4) -> Model:
+    """Transformer blocks with a causal attention of `num_heads` heads."""
+
+    def parts(width: int) -> dict[str, Part]:
+        attention = Part("attention", width, num_heads)
+        before = {"attention_norm": Part("norm", width), "attention": attention}
+        return before | _mlp_parts(width)
+
+    return Model("transformer", parts, _transformer_block)
+
 
 MODELS = {
     model.name: model
     for model in (
-        Model("s4", 64, _s4_parts, s4_block, _WITH_FFT, state_size=32),
-        Model("recurrence", 16, _recurrence_parts, _recurrence_block, _WITH_FFT),
-        Model("transformer", 64, _transformer_parts, transformer_block),
-        Model("spectral", 64, _spectral_parts, spectral_block),
-        Model("mlp", 64, _mlp_parts, mlp_block),
-        Model("shapes", 64, _shapes_parts, _shapes_block),
-        Model("s4_terms", 64, _s4_parts, _term_by_term, _WITH_FFT, state_size=32),
+        s4_model(),
+        Model("recurrence", _recurrence_parts, _recurrence_block, _WITH_FFT, width=16),
+        transformer_model(),
+        Model("spectral", functools.partial(_up_and_down, "spectral"), spectral_block),
+        Model("mlp", _mlp_parts, _mlp_block),
+        Model("shapes", _shapes_parts, _shapes_block),
+        s4_model(mode="term by term", name="s4_terms"),
     )
 }
 # Those that are measured if nobody asks for others.
@@ -244,39 +270,33 @@ class Given(NamedTuple):
         sizes = self.num_layers, len(self.x), self.model.width, self.model.state_size
         return jnp.zeros(sizes, jnp.result_type(self.x.dtype, jnp.complex64))
 
+    @property
+    def typed(self) -> tuple[Any, dict[str, Any]]:
+        """Shapes and dtypes of Haiku's parameters and state."""
+        return types(self.params), {}
+
 
 class Stack(NamedTuple):
     """A model stacked in one way, as pure functions of its parameters.
 
     Attributes:
       params: In the framework's own tree, or derived values.
-      apply: `(params, x [B, T, D]) -> y [B, T, D]`.
+      apply: `(params, x [B, T, D]) -> y [B, T, D]`; to decode, one step of time
+        `(params, x [B, D], states) -> (y [B, D], states)`.
       init: `(key, x) -> params`; None if there is nothing to initialise.
       to_haiku: A tree like `params` as the parameters of Haiku's stack; None if
         `params` are derived values, of which no gradient is compared.
       mean_gradient: Of microbatches, `(loss, params, xs) -> (loss, gradient)`; None for
         the gradients of one after the other.
+      states: To decode, those before the first step.
     """
 
     params: Params
-    apply: Callable[[Params, jax.Array], jax.Array]
-    init: Callable[[jax.Array, jax.Array], Params] | None
-    to_haiku: Callable[[Params], Params] | None
+    apply: Callable[..., Any]
+    init: Callable[[jax.Array, jax.Array], Params] | None = None
+    to_haiku: Callable[[Params], Params] | None = None
     mean_gradient: Callable[..., tuple[jax.Array, Params]] | None = None
-
-
-class Decoder(NamedTuple):
-    """One step of time of a model.
-
-    Attributes:
-      params: Parameters, or derived values.
-      step: `(params, x [B, D], states) -> (y [B, D], states)`.
-      states: The states before the first step.
-    """
-
-    params: Params
-    step: Callable[[Params, jax.Array, States], tuple[jax.Array, States]]
-    states: States
+    states: States = None
 
 
 def framework_names() -> list[str]:
@@ -299,7 +319,8 @@ def framework(name: str) -> ModuleType:
 def ways(name: str, mode: str) -> tuple[str, ...]:
     """The ways of a framework in a mode."""
     module = framework(name)
-    return module.WAYS_OF.get(mode, module.WAYS)
+    found: tuple[str, ...] = module.WAYS_OF.get(mode, module.WAYS)
+    return found
 
 
 def types(tree: Any, dtype: Any = None) -> Any:
@@ -309,21 +330,9 @@ def types(tree: Any, dtype: Any = None) -> Any:
     )
 
 
-def recurrence_kernel(decay: jax.Array, b: jax.Array, length: int) -> jax.Array:
-    """`K[t] = sum_n sigmoid(decay_n)^t b_n` `[T]`, term after term, from `[N]`."""
-    rate = jax.nn.sigmoid(decay)
-    _, kernel = jax.lax.scan(
-        lambda state, _: (state * rate, jnp.sum(state)), b, length=length
-    )
-    return kernel
-
-
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Causal convolution of each feature of `x` `[B, T, D]` with `kernel` `[T]`."""
-    length = x.shape[1]
-    spectrum = jnp.fft.rfft(kernel, n=2 * length)[None, :, None]
-    y = jnp.fft.irfft(jnp.fft.rfft(x, n=2 * length, axis=1) * spectrum, axis=1)
-    return y[:, :length]
+def spectral(w: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+    """A linear layer of `x` `[B, T, n]` with `normalised` weights."""
+    return x @ normalised(w) + b[None, None]
 
 
 def normalised(w: jax.Array, iterations: int = 10) -> jax.Array:

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jinja2
-import markupsafe
 
 from hk_stack import _table
 from hk_stack.compare import draw, results, show
@@ -24,6 +23,7 @@ def html(result: results.Result) -> str:
     return made.get_template("page.html.jinja").render(
         result=result,
         groups=_groups(result),
+        ink=draw.INK,
         glance=show.glance(result),
         reading=show.READING,
         measured=show.environment(result),
@@ -34,12 +34,7 @@ def html(result: results.Result) -> str:
 
 def _groups(result: results.Result) -> list[dict[str, Any]]:
     """What the page has of cases that differ in the number of layers only."""
-    pictures: dict[results.Case, dict[str, Any]] = {}
-    for picture in draw.pictures(result):
-        # In the colour of the page's text.
-        svg = draw.svg(picture).replace(draw.INK, "currentColor")
-        found = markupsafe.Markup(svg), picture.text
-        pictures.setdefault(picture.case, {})[picture.kind] = found
+    pictures = {picture.case: picture for picture in draw.pictures(result)}
     return [
         {
             "title": draw.title(depths[-1]),
@@ -47,7 +42,7 @@ def _groups(result: results.Result) -> list[dict[str, Any]]:
                 (case.layers, show.table(result, case), show.caption(result, case))
                 for case in reversed(depths)
             ],
-            "pictures": pictures.get(depths[-1], {}),
+            "picture": pictures.get(depths[-1]),
         }
         for depths in results.by_depth(result)
     ]

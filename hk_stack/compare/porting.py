@@ -8,6 +8,7 @@ import ctypes
 import functools
 import tracemalloc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import haiku as hk
@@ -16,25 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 
 import hk_stack
-from hk_stack.compare import in_haiku
+from hk_stack.compare import in_haiku, models
 from hk_stack.compare.results import Case
 
 LAYERS, WIDTH, HEADS, TOKENS = 24, 512, 8, 50_000
+_MODEL = models.transformer_model(HEADS)
 _NAMES = hk_stack.NumberedLayers("block_{}", "layers/block")
 _RENAME = {"block_*": "layers/block_*"}
 
 Tree = dict[str, Any]
 
-WAYS = (
-    "plain copy, NumPy",
-    "plain copy, JAX",
-    "hk_stack port a scan",
-    "hk_stack port a loop",
-    "hk_stack port back",
-    "hk_stack stack, NumPy",
-    "hk_stack stack, JAX",
-    "hk_stack unstack, JAX",
-)
+PROGRAMS: dict[str, Callable[[Any], Any]] = {
+    "plain copy, NumPy": lambda t: jax.tree.map(np.copy, t.stack),
+    "plain copy, JAX": lambda t: jax.tree.map(jnp.copy, t.stack_in_jax),
+    "hk_stack port a scan": lambda t: hk_stack.flax_to_haiku(t.scanned, t.types),
+    "hk_stack port a loop": lambda t: hk_stack.flax_to_haiku(t.loop, t.types),
+    "hk_stack port back": lambda t: hk_stack.haiku_to_flax((t.stack, {}), t.scanned),
+    "hk_stack stack, NumPy": lambda t: hk_stack.stack_params(t.numbered, _NAMES),
+    "hk_stack stack, JAX": lambda t: hk_stack.stack_params(t.numbered_in_jax, _NAMES),
+    "hk_stack unstack, JAX": lambda t: hk_stack.unstack_params(t.stack_in_jax, _NAMES),
+}
 
 
 def reason(case: Case) -> str:
@@ -44,6 +46,7 @@ def reason(case: Case) -> str:
     return f"port moves one tree: --model=transformer --layers={LAYERS} --width={WIDTH}"
 
 
+<<<<<<< HEAD
 def programs() -> dict[str, Callable[[], Any]]:
     """What to run, by `WAYS`; the first is the baseline."""
     loop, scanned = _flax(loop=True), _flax(loop=False)
@@ -60,11 +63,27 @@ def programs() -> dict[str, Callable[[], Any]]:
         lambda: hk_stack.stack_params(of_loop, _NAMES),
         lambda: hk_stack.stack_params(in_jax, _NAMES),
         lambda: hk_stack.unstack_params(stack_in_jax, _NAMES),
+=======
+@functools.lru_cache
+def trees() -> SimpleNamespace:
+    """What `PROGRAMS` take."""
+    _keep_memory()
+    stack = _haiku()
+    numbered = hk_stack.unstack_params(stack, _NAMES)
+    in_jax, stack_in_jax = jax.tree.map(jnp.asarray, (numbered, stack))
+    return SimpleNamespace(
+        loop=_flax(loop=True),
+        scanned=_flax(loop=False),
+        stack=stack,
+        stack_in_jax=stack_in_jax,
+        types=(models.types(stack), {}),
+        numbered=numbered,
+        numbered_in_jax=in_jax,
+>>>>>>> h-compare2
     )
-    return dict(zip(WAYS, runs, strict=True))
 
 
-def keep_memory() -> None:
+def _keep_memory() -> None:
     """Makes this process keep what memory it has once been given.
 
     To get new memory from a system can take many times as long as to copy something
@@ -89,7 +108,7 @@ def extra_bytes(run: Callable[[], Any]) -> int:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    made = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+    made: int = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
     return max(0, peak - made)
 
 
@@ -102,7 +121,7 @@ def _block() -> Tree:
     """Shapes of Linen's variables of one block."""
     from hk_stack.compare import in_linen  # Other modes do without Flax.
 
-    block, x = in_linen.TransformerBlock(HEADS), jnp.ones([1, 1, WIDTH])
+    block, x = in_linen.Block(_MODEL), jnp.ones([1, 1, WIDTH])
     params: Tree = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
     return params
 
@@ -126,11 +145,13 @@ def _flax(*, loop: bool) -> Tree:
 
 def _haiku() -> Tree:
     """Haiku's parameters of the same model, stacked."""
-    options: dict[str, Any] = {
-        "layer_stack": hk_stack.layer_stack,
-        "num_layers": LAYERS,
-    }
-    layers = functools.partial(in_haiku.transformer_stack, num_heads=HEADS, **options)
+    layers = functools.partial(
+        in_haiku.layers,
+        model=_MODEL,
+        layer_stack=hk_stack.layer_stack,
+        num_layers=LAYERS,
+    )
     x = jnp.ones([1, 1, WIDTH])
     types = jax.eval_shape(hk.transform(layers).init, jax.random.key(0), x)
-    return {"embed": {"embeddings": np.full((TOKENS, WIDTH), _VALUE)}} | _full(types)
+    embed: Tree = {"embed": {"embeddings": np.full((TOKENS, WIDTH), _VALUE)}}
+    return {**embed, **_full(types)}

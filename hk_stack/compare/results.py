@@ -2,28 +2,23 @@
 
 A *case* is what all frameworks do alike: a model in a mode, at some sizes. A *row* is
 one way of doing it, with all samples of each measure. The file is JSON, with a line for
-each row:
+each row, all of them with the fields of the classes below:
 
 ```
-{"schema": 2,
- "environment": {"device": ..., "versions": {...}, "flags": {...}, ...},
+{"schema": 2, "environment": {"device": ..., "versions": {...}, "flags": {...}, ...},
  "rows": [{"case": ["s4", "grad", 8, "float32", 4, 256, 64], "way": "hk_stack auto",
-           "parity": {"output": 1e-7, "gradient": 3e-7},
-           "measures": {"trace_s": [...], "run_s": [[...], [...]], ...}}],
- "failed": [{"case": [...], "way": ..., "error": ...}],
+           "measures": {"trace_s": [...], "run_s": [[...], [...]], ...},
+           "parity": {"output": 1e-7, "gradient": 3e-7}}], "failed": [...],
  "skipped": [{"what": ..., "why": ...}]}
 ```
 
-`case` is in the order of `Case`. `parity` is the largest difference from the first way,
-over the largest value. `MEASURES` has the names and units. `run_s` and `eager_s` have a
-list of rounds for each time that programs were built anew, others one number for each.
+`run_s` and `eager_s` have a list of rounds for each time that programs were built anew,
+others one number for each.
 """
 
 import functools
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,15 +98,19 @@ class Row(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A ratio to a baseline, and the interval that holds 95 % of its bootstrap."""
+    """A ratio to a baseline, of so many rounds.
+
+    From `low` to `high` is the interval that holds 95 % of its bootstrap.
+    """
 
     value: float
     low: float
     high: float
+    rounds: int
 
     def __str__(self) -> str:
         digits = 2 if self.value > 0.095 else 3
-        value, low, high = (f"{x:.{digits}f}" for x in self)
+        value, low, high = (f"{x:.{digits}f}" for x in self[:3])
         return value if self.low == self.high else f"{value} [{low}, {high}]"
 
     def agrees(self, other: "Ratio") -> bool:
@@ -137,12 +136,13 @@ def ratio(row: Row, base: Row, measure: str) -> Ratio | None:
     if not ratios:
         return None
     value = float(np.median(np.concatenate(ratios)))
-    low, high = _interval([part for found in ratios for part in _in_a_row(found)])
-    return Ratio(value, min(low, value), max(high, value))
-
-
-def _in_a_row(ratios: np.ndarray) -> list[np.ndarray]:
-    return np.array_split(ratios, max(1, len(ratios) // _ROUNDS_IN_A_ROW))
+    runs = [
+        part
+        for found in ratios
+        for part in np.array_split(found, max(1, len(found) // _ROUNDS_IN_A_ROW))
+    ]
+    low, high = _interval(runs)
+    return Ratio(value, min(low, value), max(high, value), sum(map(len, runs)))
 
 
 def _interval(ratios: Sequence[np.ndarray], draws: int = 1000) -> tuple[float, float]:
@@ -246,11 +246,9 @@ def save(path: pathlib.Path, result: Result) -> None:
         "failed": [failure._asdict() for failure in result.failed],
         "skipped": result.skipped,
     }
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(_line_by_line(document))
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    new = path.with_suffix(".new")
+    new.write_text(_line_by_line(document))
+    new.replace(path)
 
 
 def _rounded(tree: Any) -> Any:

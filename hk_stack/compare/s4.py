@@ -6,7 +6,7 @@ Each of `H` features is a linear system of `N` states with step size `delta`,
 
 of which `T` samples are taken by the bilinear rule. *Setup* turns the parameters into
 a convolution kernel `[H, T]` (`kernel`) or a recurrence (`discretise`); *call* applies
-it to activations `[B, T, H]` (`convolve` or `recur`). Both give the same outputs.
+it to activations `[B, T, H]` (`convolve` or `step`). Both give the same outputs.
 
 As in the paper, the learned readout is `C~ = C (I - Abar^T)`, which spares the kernel
 all powers of `Abar`; it belongs to one length `T`, so both forms are told that length.
@@ -34,12 +34,13 @@ class Dplr(NamedTuple):
     """Continuous systems, diagonal plus low rank: `A = diag(Lambda) - P P^*`.
 
     `A + A^*` is negative definite while `Re(Lambda) < 0`, hence every system is stable.
+    All are complex `[H, N]`, but for `step`.
     """
 
-    eigenvalues: jax.Array  # Lambda, complex [H, N]
-    p: jax.Array  # complex [H, N]
-    b: jax.Array  # complex [H, N]
-    c: jax.Array  # C~, complex [H, N]
+    eigenvalues: jax.Array  # Lambda
+    p: jax.Array
+    b: jax.Array
+    c: jax.Array  # C~
     step: jax.Array  # delta, [H]
 
 
@@ -178,15 +179,11 @@ def run(
     """One S4 layer, `[B, T, H] -> [B, T, H]`: `y = K * u + d u`.
 
     Args:
-      params: as listed by `parameters`.
-      u: activations `[B, T, H]`.
-      mode: one of `KERNELS`, or "recurrence"; same parameters, same outputs.
+      params: As listed by `parameters`.
+      u: Activations `[B, T, H]`.
+      mode: One of `KERNELS`; same parameters, same outputs.
     """
-    system, length = dplr(params), u.shape[1]
-    if mode == "recurrence":
-        y = recur(u, discretise(system, length))
-    else:
-        y = convolve(u, KERNELS[mode](system, length))
+    y = convolve(u, KERNELS[mode](dplr(params), u.shape[1]))
     return y + params["d"][None, None] * u
 
 
@@ -215,12 +212,7 @@ def convolve_spectrum(u: jax.Array, spectrum: jax.Array) -> jax.Array:
 def convolve(u: jax.Array, kernel: jax.Array) -> jax.Array:
     """Causal convolution `y[t] = sum_{s <= t} K[s] u[t - s]`, feature by feature.
 
-    Args:
-      u: activations `[B, T, H]`.
-      kernel: `[H, T]`.
-
-    Returns:
-      `[B, T, H]`.
+    From activations `[B, T, H]` and a kernel `[H, T]` to `[B, T, H]`.
     """
     return convolve_spectrum(u, spectrum(kernel))
 
@@ -253,30 +245,12 @@ def discretise(system: Dplr, length: int) -> Recurrence:
 def step(
     system: Recurrence, state: jax.Array, u: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of the recurrence.
-
-    Args:
-      system: the discrete systems of `H` features.
-      state: complex `[B, H, N]`, zeros at first.
-      u: activations at one time `[B, H]`.
-
-    Returns:
-      The next state `[B, H, N]` and the output `[B, H]`.
-    """
+    """The next state `[B, H, N]` and outputs, from a state and `u` `[B, H]`."""
     driven = system.b[None] * u.astype(system.b.dtype)[:, :, None]
     moved = jnp.einsum("hmn,bhn->bhm", system.a, state, precision="highest")
     state = moved + driven
     y = jnp.einsum("hn,bhn->bh", system.c, state, precision="highest")
     return state, y.real
-
-
-def recur(u: jax.Array, system: Recurrence) -> jax.Array:
-    """The recurrence from a zero state over activations `[B, T, H]` -> `[B, T, H]`."""
-    state = jnp.zeros((u.shape[0], *system.b.shape), system.b.dtype)
-    _, y = jax.lax.scan(
-        lambda state, u: step(system, state, u), state, jnp.swapaxes(u, 0, 1)
-    )
-    return jnp.swapaxes(y, 0, 1)
 
 
 def _constant(value: np.ndarray) -> Initializer:
