@@ -71,7 +71,6 @@ def layers_variables(model, way):
     return {name: in_way(way, values) for name, values in variables.items()}
 
 
-<<<<<<< HEAD
 # The scopes of layers in Haiku, by the first module in Flax.
 RENAMES = {
     "block_0": {"block_*": "layers/block_*"},
@@ -79,16 +78,10 @@ RENAMES = {
 }
 
 
-def to_haiku(variables, model, **options):
-    """Parameters and state of the layers in Haiku."""
-    rename = RENAMES.get(min(variables["params"]))
-    like = haiku_types(model, **options)
-    return hk_stack.flax_to_haiku(variables, like, rename=rename)
-=======
 def to_haiku(variables, model):
     """Parameters and state of the layers in Haiku."""
-    return hk_stack.flax_to_haiku(variables, haiku_types(model))
->>>>>>> h-compare2
+    rename = RENAMES.get(min(variables["params"]))
+    return hk_stack.flax_to_haiku(variables, haiku_types(model), rename=rename)
 
 
 @functools.cache

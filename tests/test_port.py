@@ -2,8 +2,6 @@
 
 import tracemalloc
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -62,7 +60,6 @@ def test_a_port_needs_no_second_copy(layout):
     assert_equal(hk_stack.flax_to_haiku(flax, numpy[1]), haiku)
 
 
-<<<<<<< HEAD
 def extra_bytes(run):
     tracemalloc.start()
     try:
@@ -71,17 +68,6 @@ def extra_bytes(run):
     finally:
         tracemalloc.stop()
     return peak - sum(leaf.nbytes for leaf in jax.tree.leaves(result))
-=======
-def test_porting_and_stacking_need_no_second_copy(monkeypatch):
-    """At most one leaf more than the result, whatever way the layers are kept."""
-    for name, size in {"LAYERS": 4, "WIDTH": 128, "TOKENS": 20_000}.items():
-        monkeypatch.setattr(porting, name, size)
-    trees = porting.trees.__wrapped__()
-    assert len(porting.PROGRAMS) == 8
-    for name, run in porting.PROGRAMS.items():
-        extra = porting.extra_bytes(functools.partial(run, trees))
-        assert extra <= porting.largest_leaf(), name
->>>>>>> h-compare2
 
 
 def test_results_share_no_memory_with_what_they_are_made_of():

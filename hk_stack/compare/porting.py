@@ -31,7 +31,9 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "plain copy, NumPy": lambda t: jax.tree.map(np.copy, t.stack),
     "plain copy, JAX": lambda t: jax.tree.map(jnp.copy, t.stack_in_jax),
     "hk_stack port a scan": lambda t: hk_stack.flax_to_haiku(t.scanned, t.types),
-    "hk_stack port a loop": lambda t: hk_stack.flax_to_haiku(t.loop, t.types),
+    "hk_stack port a loop": lambda t: hk_stack.flax_to_haiku(
+        t.loop, t.types, rename=_RENAME
+    ),
     "hk_stack port back": lambda t: hk_stack.haiku_to_flax((t.stack, {}), t.scanned),
     "hk_stack stack, NumPy": lambda t: hk_stack.stack_params(t.numbered, _NAMES),
     "hk_stack stack, JAX": lambda t: hk_stack.stack_params(t.numbered_in_jax, _NAMES),
@@ -46,24 +48,6 @@ def reason(case: Case) -> str:
     return f"port moves one tree: --model=transformer --layers={LAYERS} --width={WIDTH}"
 
 
-<<<<<<< HEAD
-def programs() -> dict[str, Callable[[], Any]]:
-    """What to run, by `WAYS`; the first is the baseline."""
-    loop, scanned = _flax(loop=True), _flax(loop=False)
-    of_stack = _haiku()
-    of_loop = hk_stack.unstack_params(of_stack, _NAMES)
-    in_jax, stack_in_jax = jax.tree.map(jnp.asarray, (of_loop, of_stack))
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), of_stack)
-    runs = (
-        lambda: jax.tree.map(np.copy, of_stack),
-        lambda: jax.tree.map(jnp.copy, stack_in_jax),
-        lambda: hk_stack.flax_to_haiku(scanned, (types, {})),
-        lambda: hk_stack.flax_to_haiku(loop, (types, {}), rename=_RENAME),
-        lambda: hk_stack.haiku_to_flax((of_stack, {}), scanned),
-        lambda: hk_stack.stack_params(of_loop, _NAMES),
-        lambda: hk_stack.stack_params(in_jax, _NAMES),
-        lambda: hk_stack.unstack_params(stack_in_jax, _NAMES),
-=======
 @functools.lru_cache
 def trees() -> SimpleNamespace:
     """What `PROGRAMS` take."""
@@ -79,7 +63,6 @@ def trees() -> SimpleNamespace:
         types=(models.types(stack), {}),
         numbered=numbered,
         numbered_in_jax=in_jax,
->>>>>>> h-compare2
     )
 
 
