@@ -946,7 +946,7 @@ def test_a_rule_for_a_stack_that_does_not_fit_is_an_error(axis, scope):
     assert text in str(error.value).replace(
         " -> params/layers/alpha float32[4,3,5]", ""
     )
-    assert 'this fits: layer_axis={"layers": ()}' in str(error.value)
+    assert 'Say layer_axis={"layers": ()}' in str(error.value)
     assert port.plan(flax, haiku, layer_axis={"layers": ()}).ok
     both = port.plan(flax, haiku, layer_axis={scope: axis, "layers": ()})
     assert {row.status for row in both.rows} == {"ok"}

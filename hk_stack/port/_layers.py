@@ -79,12 +79,6 @@ class Side(NamedTuple):
         return tuple(axis - 1 for axis in self.axes if axis)
 
     @property
-    def steps(self) -> list[tuple[int, int]]:
-        """These with their sizes."""
-        pairs = zip(self.axes, self.sizes, strict=True)
-        return [(axis, size) for axis, size in pairs if axis]
-
-    @property
     def interleaved(self) -> bool | None:
         """Whether a step along an axis passes all numbered leaves; None without such.
 
@@ -164,17 +158,6 @@ def read(groups: Sequence[Group], said: Said) -> list[Reading | Refusal]:
         if group.flax[0].is_bias:  # It has one axis in a layer of Haiku.
             depths[group.haiku[0].path[:-1]] = len(group.haiku[0].shape) - 1
     tried = [_Reader(group, depths, said) for group in groups]
-    steps: dict[str, set[tuple[int, int]]] = {}
-    for one in tried:
-        if one.fits:
-            each = {step for reading in one.fits for step in reading.flax.steps}
-            steps[one.block] = steps.get(one.block, each) & each
-    for one in tried:  # A scan over numbered blocks has all of their leaves.
-        one.fits = [
-            reading
-            for reading in one.fits
-            if not reading.flax.interleaved or reading.flax.steps[0] in steps[one.block]
-        ]
     where: dict[Hashable, set[Hashable]] = {}
     for one in tried:
         if one.fits:  # A scan puts all of a module on the same axes.
@@ -189,7 +172,6 @@ class _Reader:
     def __init__(self, group: Group, depths: Mapping[Hashable, int], said: Said):
         self.group = group
         self.module = group.flax[0].collection, group.flax[0].raw[:-1]
-        self.block = _scope(group).partition("*")[0]
         self.fits: list[Reading] = []
         self._said = said
         self._depth = _depth(group, depths)
@@ -213,8 +195,10 @@ class _Reader:
             self._depth = None
         self.fits = list(self._readings(meant))
         if not self.fits and not self._why:
+            text = f"its layers are not on axis {axes}, as layer_axis= says"
             others = _by_effect(list(self._readings(every)))
-            self._why = _not_on_axis(self.group, axes, others)
+            sure = [one for one in others if one.is_sure]
+            self._why = _say(self.group, text, sure[:4], ["layer_axis"])
 
     def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
@@ -422,14 +406,6 @@ def _difference(group: Group) -> str:
     )
 
 
-def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> str:
-    """What to say where a rule does not fit, and what would."""
-    rules = [_rule(group, one, {"layer_axis"}) for one in others if one.is_sure]
-    fitting = f"; this fits: {'; or '.join(rules[:4])}" if rules else ""
-    text = f"its layers are not on axis {said}, as layer_axis= says"
-    return f"{text}: {_difference(group)}{fitting}"
-
-
 _MEANING = {
     "leaf": (
         'it may be a transposed convolution; leaf={"": hk_stack.port.SAME} says that '
@@ -456,20 +432,27 @@ def _unclear(group: Group, found: Sequence[Reading]) -> str:
         "layer_axis": len({one.flax.own_axes for one in found}) > 1,
         "interleave": len({one.interleaved for one in alike}) > 1,
     }
-    arguments = {argument for argument, is_open in differ.items() if is_open}
-    texts = [_MEANING[argument] for argument in differ if argument in arguments]
+    arguments = [argument for argument, is_open in differ.items() if is_open]
+    texts = [_MEANING[argument] for argument in arguments]
     for one in [one for one in found if not one.is_alike][:1]:
         texts.append(
             f"its layers may be nested as {one.flax.sizes} in Flax, and as "
             f"{one.haiku.sizes} in Haiku, which are not ported into one another: if "
             "so, port into a tree that is nested alike"
         )
-    rules = dict.fromkeys(_rule(group, one, arguments) for one in alike)
-    what = f". Say {'; or '.join(rules)}" if any(rules) else ""
-    return f"{_difference(group)}: {'; '.join(texts)}{what}"
+    return _say(group, "; ".join(texts), alike, arguments)
 
 
-def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
+def _say(
+    group: Group, why: str, readings: Sequence[Reading], arguments: Sequence[str]
+) -> str:
+    """Why a group does not go, and the values of some arguments with which it does."""
+    rules = list(filter(None, (_rule(group, one, arguments) for one in readings)))
+    what = f". Say {'; or '.join(dict.fromkeys(rules))}" if rules else ""
+    return f"{why}: {_difference(group)}{what}"
+
+
+def _rule(group: Group, one: Reading, arguments: Sequence[str]) -> str:
     """What to write for one reading: its values of these arguments."""
     scope, texts = _scope(group), []
     if "layer_axis" in arguments:

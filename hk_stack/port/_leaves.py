@@ -9,7 +9,7 @@ them apart, one layer at a time.
 import collections
 import math
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from hk_stack.port import _cells, _names
 from hk_stack.port._cells import Array, Codec, Shape
-from hk_stack.port._names import Path
+from hk_stack.port._names import Module, Path
 from hk_stack.port._rules import Rules, paths_of, renamed
 
 
@@ -76,7 +76,7 @@ class Leaf(NamedTuple):
         return "params" if self.collection == "params" else "state"
 
     @property
-    def name(self) -> Hashable:
+    def name(self) -> tuple[str, Module, str]:
         """What it is matched by."""
         return self.kind, _names.parts(self.path[:-1]), _names.leaf(self.path[-1])
 
@@ -97,9 +97,9 @@ class Leaf(NamedTuple):
     @property
     def is_of_batch_norm(self) -> bool:
         """Whether it has one axis in a layer, which other norms may not."""
-        module = _names.parts(self.path[:-1])
-        is_average = self.kind == "state" and self.path[-1] in ("mean", "var")
-        return is_average or (bool(module) and module[-1].base == "batch_norm")
+        kind, module, name = self.name
+        is_average = kind == "state" and name in ("mean", "var")
+        return is_average or [part.base for part in module[-1:]] == ["batch_norm"]
 
     @property
     def dtypes(self) -> set[np.dtype]:

@@ -10,13 +10,13 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hk_stack.port import _layers, _names
 from hk_stack.port._layers import Group, Reading
 from hk_stack.port._leaves import Leaf
-from hk_stack.port._names import Module, Path
+from hk_stack.port._names import Path
 from hk_stack.port._rules import Said
 
 Key = tuple[str, Path]  # Kind; bases of the modules, and the leaf's name.
@@ -65,13 +65,7 @@ def _named_alike(
     flax: Sequence[Leaf], haiku: Sequence[Leaf]
 ) -> tuple[Families, Families]:
     """Families, without the modules that are around everything in one tree only."""
-    written: dict[Hashable, set[Module]] = collections.defaultdict(set)
-    for leaf in haiku:
-        written[leaf.kind, _module(leaf), leaf.path[-1]].add(_module(leaf, True))
-    # `conv1_d` and `conv2_d` are both a first convolution: only rules tell them apart.
-    several = [modules for modules in written.values() if len(modules) > 1]
-    literal = set(itertools.chain.from_iterable(several))
-    theirs, ours = _families(flax, literal), _families(haiku, literal)
+    theirs, ours = _families(flax), _families(haiku)
     for i in itertools.count():
         old, new = _inside(theirs, i), _inside(ours, i)
         if _tops(old) & _tops(ours):
@@ -83,19 +77,13 @@ def _named_alike(
     raise AssertionError
 
 
-def _module(leaf: Leaf, literal: bool = False) -> Module:
-    return _names.parts(leaf.path[:-1], literal)
-
-
-def _families(leaves: Iterable[Leaf], literal: Set[Module]) -> Families:
+def _families(leaves: Iterable[Leaf]) -> Families:
     """Leaves by name. Where two have one name and number, neither has a place."""
     families: Families = collections.defaultdict(dict)
     twice = []
     for leaf in leaves:
-        module = _module(leaf, True)
-        module = module if module in literal else _module(leaf)
-        bases = (*(part.base for part in module), _names.leaf(leaf.path[-1]))
-        family = families[leaf.kind, bases]
+        kind, module, name = leaf.name
+        family = families[kind, (*(part.base for part in module), name)]
         numbers = tuple(part.number for part in module)
         if family.setdefault(numbers, leaf) is not leaf:
             twice.append((family, numbers))
@@ -215,7 +203,7 @@ def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]
     """What is left out around a tree, and all but the last parts of some names."""
     family = families[key].values()
     first = next(iter(family))
-    around = len(_module(first)) + 1 - len(key[1])
+    around = len(first.name[1]) + 1 - len(key[1])
     scopes = [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family]
     return first.path[:around], scopes
 

@@ -47,8 +47,8 @@ class Part(NamedTuple):
 Module = tuple[Part, ...]
 
 
-def parts(path: Iterable[str], literal: bool = False) -> Module:
-    """The parts of a module's name, in either framework's habit; or as it is written.
+def parts(path: Iterable[str]) -> Module:
+    """The parts of a module's name, in either framework's habit.
 
     >>> parts(["Block_2", "Dense_0"]) == parts(["block_2", "~", "linear"])
     True
@@ -63,7 +63,7 @@ def parts(path: Iterable[str], literal: bool = False) -> Module:
         if name.isdecimal() and before and not before.isdecimal():
             found[-1] = Part(before, int(name))
         else:
-            found.append(_part(name, literal))
+            found.append(_part(name))
         before = name
     return tuple(found)
 
@@ -74,16 +74,18 @@ def written(module: Module) -> str:
 
 
 @functools.cache
-def _part(name: str, literal: bool) -> Part:
+def _part(name: str) -> Part:
     if name.isdecimal():
         return Part("", int(name))
-    match = re.fullmatch(r"(.+?)_(\d+)", name)
-    base, number = (match[1], int(match[2])) if match else (name, 0)
-    if literal:
-        return Part(base, number)
+    base, number = _numbered(name)
     if convolution := _CONVOLUTION.fullmatch(base):
         base = "conv" + (convolution[2] or "")
     return Part(_ALIASES.get(base) or _snake_case(base), number)
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.+?)_(\d+)", name)
+    return (match[1], int(match[2])) if match else (name, 0)
 
 
 def _snake_case(name: str) -> str:
@@ -101,9 +103,10 @@ def leaf(name: str) -> str:
 def kernel_rank(module: Sequence[str]) -> int | None:
     """How many axes the kernel of a module of Haiku has, if the name tells."""
     last = next((name for name in reversed(module) if name != "~"), "")
-    if _part(last, False).base == "linear":
+    base, _ = _numbered(last)
+    if base == "linear":
         return 2
-    match = _CONVOLUTION.fullmatch(_part(last, True).base)
+    match = _CONVOLUTION.fullmatch(base)
     return int(match[1]) + 2 if match else None
 
 
