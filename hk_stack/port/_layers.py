@@ -155,7 +155,7 @@ def read(groups: Sequence[Group], said: Said) -> list[Reading | Refusal]:
     """How each group goes from one tree to the other, or why it does not."""
     depths: dict[Hashable, int] = {}
     for group in groups:
-        if group.flax[0].is_bias:  # It has one axis in a layer of Haiku.
+        if group.flax[0].role == "bias":  # It has one axis in a layer of Haiku.
             depths[group.haiku[0].path[:-1]] = len(group.haiku[0].shape) - 1
     tried = [_Reader(group, depths, said) for group in groups]
     where: dict[Hashable, set[Hashable]] = {}
@@ -232,12 +232,13 @@ class _Reader:
         if len(old) < least or (leaf.is_of_batch_norm and len(old) > 1):
             return
         if rule not in (None, SAME):
-            found = _by_rule(rule, old, new, leaf.pieces[-1].dtype)
+            dtypes = leaf.pieces[-1].dtype, haiku.leaves[0].pieces[-1].dtype
+            found = _by_rule(rule, old, new, dtypes)
             if isinstance(found, Change):
                 yield found
             else:
                 self._why = self._why or found
-        elif leaf.is_kernel and len(old) == len(new) >= 3:
+        elif leaf.role == "kernel" and len(old) == len(new) >= 3:
             yield from _convolution(leaf, haiku.leaves[0], old, new, rule is not None)
         elif old == new:
             yield _SAME
@@ -254,10 +255,10 @@ def _depth(group: Group, depths: Mapping[Hashable, int]) -> int | None:
     flax, leaf = group.flax[0], group.haiku[0]
     if isinstance(leaf.codec, Average):
         return len(leaf.pieces[0].shape)  # A counter has no axes of its own.
-    rank = _names.kernel_rank(leaf.raw[:-1]) if flax.is_kernel else None
+    rank = _names.kernel_rank(leaf.raw[:-1]) if flax.role == "kernel" else None
     if rank is not None:
         return max(0, len(leaf.shape) - rank)
-    return depths.get(leaf.path[:-1]) if flax.is_kernel or flax.is_bias else None
+    return depths.get(leaf.path[:-1]) if flax.role else None
 
 
 def _sides(
@@ -345,15 +346,23 @@ _UNSAID = Change("last axes swapped, which nothing says", *TRANSPOSED)
 
 
 @functools.lru_cache(maxsize=1024)
-def _by_rule(rule: Rule, old: Shape, new: Shape, dtype: np.dtype) -> Change | str:
-    """What a user's rule does, or why it does not fit."""
-    try:
-        found = list(np.shape(rule[0](np.zeros(old, dtype))))
-    except Exception as error:
-        return f"its rule in leaf= fails on shape {list(old)}: {error!r}"
-    if found == list(new):
-        return _SWAP if rule == TRANSPOSED else Change(_RULE, *rule)
-    return f"its rule in leaf= makes {found} of {list(old)}, not {list(new)}"
+def _by_rule(
+    rule: Rule, old: Shape, new: Shape, dtypes: tuple[np.dtype, np.dtype]
+) -> Change | str:
+    """What a user's rule does, or why it does not fit: it is tried on zeros."""
+    for function, given, wanted, dtype in zip(
+        rule, (old, new), (new, old), dtypes, strict=True
+    ):
+        try:
+            found = np.asarray(function(np.zeros(given, dtype)))
+        except Exception as error:
+            return f"its rule in leaf= fails on shape {list(given)}: {error!r}"
+        if found.shape != wanted:
+            return (
+                f"its rule in leaf= makes {list(found.shape)} of {list(given)}, not "
+                f"{list(wanted)}"
+            )
+    return _SWAP if rule == TRANSPOSED else Change(_RULE, *rule)
 
 
 def _convolution(
@@ -372,10 +381,10 @@ def _convolution(
 
 
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
-    if leaf.is_kernel:  # Heads, before or after the other axis.
+    if leaf.role == "kernel":  # Heads, before or after the other axis.
         splits = [(math.prod(old[:i]), math.prod(old[i:])) for i in range(1, len(old))]
         return len(old) > 2 and new in splits
-    if leaf.is_bias:
+    if leaf.role == "bias":
         return new == (math.prod(old),)
     # A norm keeps axes of size one in Haiku.
     return [n for n in old if n != 1] == [n for n in new if n != 1]

@@ -61,7 +61,7 @@ class Leaf(NamedTuple):
       path: Its module in Haiku's words, and its name.
       pieces: What it is made of.
       codec: How.
-      has_kernel: Whether it is in a module of Flax with a kernel.
+      role: "kernel" or "bias", in a module of Flax with a kernel.
     """
 
     collection: str
@@ -69,7 +69,7 @@ class Leaf(NamedTuple):
     path: Path
     pieces: tuple[Piece, ...]
     codec: Codec = Codec()
-    has_kernel: bool = False
+    role: str = ""
 
     @property
     def kind(self) -> str:
@@ -84,15 +84,6 @@ class Leaf(NamedTuple):
     def paths(self) -> tuple[str, str]:
         """What rules for it may say."""
         return paths_of(self.collection, self.raw)
-
-    @property
-    def is_kernel(self) -> bool:
-        return self.has_kernel and self.raw[-1] == "kernel"
-
-    @property
-    def is_bias(self) -> bool:
-        """Whether it is the bias beside a `kernel`."""
-        return self.has_kernel and self.raw[-1] == "bias"
 
     @property
     def is_of_batch_norm(self) -> bool:
@@ -134,10 +125,8 @@ Scope = tuple[str, Path]  # A collection, and a module.
 def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
     """The leaves of Linen's variables, an NNX state, or a plain dict of either."""
     arrays = _paths(variables)
-    if isinstance(variables.get("params"), Mapping):
-        at: list[Scope] = [(path[0], path[1:] or path) for path, _ in arrays]
-    else:
-        at = list(zip(_collections(variables, arrays), dict(arrays), strict=True))
+    has_collections = isinstance(variables.get("params"), Mapping)
+    at = [_split(path) if has_collections else _sorted(path) for path, _ in arrays]
     inside: dict[Scope, dict[str, Piece]] = collections.defaultdict(dict)
     for place, ((path, leaf), (collection, inner)) in enumerate(
         zip(arrays, at, strict=True)
@@ -163,25 +152,35 @@ def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
     return leaves
 
 
+def _split(path: Path) -> Scope:
+    return path[0], path[1:] or path
+
+
+def _sorted(path: Path) -> Scope:
+    """Where there are no collections, as in NNX, names tell what is no parameter."""
+    is_statistic = path[-1] in ("mean", "var", "u", "sigma")
+    return "batch_stats" if is_statistic else "params", path
+
+
 def _flax_leaf(
     collection: str,
     path: Path,
     inside: Mapping[Scope, Mapping[str, Piece]],
     rename: Rules[str],
 ) -> Leaf:
-    found = [
-        "linear"
-        if part == "out" and _is_attention(inside["params", path[:i]])
-        else part
-        for i, part in enumerate(path)
-    ]
+    found = list(path)
+    for i, part in enumerate(path):
+        if part == "out" and _is_attention(inside["params", path[:i]]):
+            found[i] = "linear"
     siblings = inside[collection, path[:-1]]
-    is_offset = path[-1] == "bias" and "kernel" not in siblings
+    has_kernel = "kernel" in siblings
+    role = path[-1] if has_kernel and path[-1] in ("kernel", "bias") else ""
+    is_offset = path[-1] == "bias" and not has_kernel
     found[-1] = "offset" if is_offset else _names.leaf(path[-1])
     new, count = renamed(rename, collection, path)
     pieces = (siblings[path[-1]],)
     whole = (*new, *found[count:])
-    return Leaf(collection, path, whole, pieces, has_kernel="kernel" in siblings)
+    return Leaf(collection, path, whole, pieces, role=role)
 
 
 def _is_attention(inside: Iterable[str]) -> bool:
@@ -208,23 +207,6 @@ def _key(key: Any) -> Path:
     inside = getattr(key, "key", getattr(key, "idx", key))
     texts = inside if isinstance(inside, tuple) else str(inside).split("/")
     return tuple(str(text) for text in texts if str(text))
-
-
-def _collections(variables: Any, arrays: Iterable[tuple[Path, Any]]) -> list[str]:
-    """Of an NNX state, in which types tell, or of parameters without a collection."""
-
-    def is_variable(node: Any) -> bool:
-        return hasattr(node, "get_value") and hasattr(node, "get_metadata")
-
-    are_params = [
-        any(parent.__name__ == "Param" for parent in type(node).__mro__)
-        for node in jax.tree.leaves(variables, is_leaf=is_variable)
-        for _ in jax.tree.leaves(node)
-        if is_variable(node)
-    ]
-    if not are_params:
-        are_params = [path[-1] not in ("mean", "var") for path, _ in arrays]
-    return ["params" if is_param else "batch_stats" for is_param in are_params]
 
 
 def _piece(name: str, place: int, leaf: Any) -> Piece:

@@ -242,22 +242,19 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
 def _to_ignore(
     left: Sequence[Leaf], everything: Sequence[Leaf], said: Said
 ) -> tuple[str, ...]:
-    """What is ignored already, and the shortest beginnings of what else is left over.
+    """What is ignored already, and the shortest beginnings of what is left over.
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    ignored = {id(leaf) for leaf in everything if said.ignore.closest(leaf.paths)}
-    rest = [leaf for leaf in left if id(leaf) not in ignored]
-    free = ignored | {id(leaf) for leaf in rest}
-    busy = (leaf for leaf in everything if id(leaf) not in free)
+    open_ = set(map(id, left))
+    busy = (leaf for leaf in everything if id(leaf) not in open_)
     used = {path for leaf in busy for path in _beginnings(leaf)}
-    found = dict.fromkeys(
-        next(
-            (path for path in _beginnings(leaf)[1:] if path not in used), leaf.paths[1]
-        )
-        for leaf in rest
+    rest = [_beginnings(leaf) for leaf in left if not said.ignore.closest(leaf.paths)]
+    found = (
+        next((path for path in paths[1:-1] if path not in used), paths[-1])
+        for paths in rest
     )
-    return (*said.ignore.rules, *found) if found else ()
+    return (*said.ignore.rules, *dict.fromkeys(found)) if rest else ()
 
 
 def _beginnings(leaf: Leaf) -> list[str]:
