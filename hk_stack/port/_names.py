@@ -68,7 +68,7 @@ def parts(path: Iterable[str]) -> Module:
     return tuple(found)
 
 
-def written(module: Module) -> str:
+def written(module: Iterable[Part]) -> str:
     """As Haiku writes it."""
     return "/".join(f"{base}_{n}" if n else base for base, n in module)
 
