@@ -169,7 +169,7 @@ def _planned(variables: Any, like: Any, said: Said) -> Plan:
     flax = _leaves.of_flax(variables, said.rename)
     haiku = _leaves.of_haiku(*like)
     found = _match.match(flax, haiku, said)
-    unused = said.unused([leaf.paths for leaf in (*flax, *haiku)])
+    unused = list(said.unused([leaf.paths for leaf in (*flax, *haiku)]))
     if not (found.unfit or found.flax or found.haiku):
         unused += _layers.unused(found.moves, said)
     return _plan.made(found, (flax, haiku), said, unused)

@@ -56,7 +56,6 @@ class Side(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Of all leaves as one array."""
         return (len(self.leaves), *self.leaves[0].pieces[-1].shape)
 
     @property
@@ -145,7 +144,7 @@ class Reading(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a group does not go; and whether that is as it could go in several ways."""
+    """Why a group does not go, and whether it could in several ways."""
 
     why: str
     fits: bool
@@ -292,7 +291,6 @@ def _one_layer(leaves: tuple[Leaf, ...], axes: Axes) -> Shape | None:
 
 
 def _count_the_same(flax: Side, haiku: Side) -> bool:
-    """Whether both have the same number of layers."""
     # Where names have other numbers in both trees, one of them has axes too.
     is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
     is_other = is_numbered and len(flax.axes) == len(haiku.axes)
@@ -328,7 +326,6 @@ def _by_effect(fits: Sequence[Reading]) -> list[Reading]:
 
 
 def same(array: Array) -> Array:
-    """No change."""
     return array
 
 
@@ -394,25 +391,24 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 
 
 def _difference(group: Group) -> str:
-    """Why the leaves of a group are not the same."""
-    old, new = group.flax[0].shape, group.haiku[0].shape
-    numbered = [
+    sides = ("Flax", group.flax), ("Haiku", group.haiku)
+    numbered = " and ".join(
         f"{len(side)} numbered leaves in {name}"
-        for side, name in ((group.flax, "Flax"), (group.haiku, "Haiku"))
+        for name, side in sides
         if len(side) > 1
-    ]
-    if len(numbered) == 2:
+    )
+    if " and " in numbered:
         return (
-            f"{' and '.join(numbered)}, but with other numbers: where they are the "
-            "same layers, give both the same numbers, module by module, with rename="
+            f"{numbered}, but with other numbers: where they are the same layers, give "
+            "both the same numbers, module by module, with rename="
         )
+    old, new = group.flax[0].shape, group.haiku[0].shape
     text = f"shape {list(old)} in Flax, {list(new)} in Haiku"
     if numbered:
-        return f"{text}, with {numbered[0]}"
+        return f"{text}, with {numbered}"
     pairs = enumerate(zip(old, new, strict=False)) if len(old) == len(new) else ()
-    return text + "".join(
-        f"; axis {i} is {a}, not {b}" for i, (a, b) in pairs if a != b
-    )
+    others = [f"; axis {i} is {a}, not {b}" for i, (a, b) in pairs if a != b]
+    return text + "".join(others)
 
 
 _MEANING = {
@@ -474,19 +470,15 @@ def _rule(group: Group, one: Reading, arguments: Sequence[str]) -> str:
     return ", ".join(texts)
 
 
-def unused(found: Sequence[Reading], said: Said) -> list[str]:
+def unused(found: Sequence[Reading], said: Said) -> Iterator[str]:
     """What to say of an axis for the whole tree, or an order, that nothing has."""
-    lines = []
     for pattern, axes in said.layer_axis.rules.items():
         meant = axes if isinstance(axes, tuple) else (axes,)
         is_in_front = meant == tuple(range(len(meant)))
         if not is_in_front and not any(one.flax.own_axes == meant for one in found):
-            lines.append(
-                f"layer_axis: no layers are on axis {axes}; leave {pattern!r} out."
-            )
+            yield f"layer_axis: no layers are on axis {axes}; leave {pattern!r} out."
     if said.interleave is not None and all(one.interleaved is None for one in found):
-        lines.append(
+        yield (
             f"interleave={said.interleave}: no layers are both numbered and on an "
             "axis in one tree, and otherwise in the other; leave it out."
         )
-    return lines

@@ -59,11 +59,6 @@ def _values(leaf: Any, piece: Piece) -> Array:
         )
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"port: {piece.name} is traced. Port outside of jit and grad.")
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise ValueError(
-            f"port: {piece.name} is spread over several processes. Gather it first, "
-            "for instance with jax.experimental.multihost_utils.process_allgather."
-        )
     return np.asarray(leaf)
 
 

@@ -33,12 +33,7 @@ _CONVOLUTION = re.compile("(?:depthwise_)?conv([123])_d(_transpose)?")
 
 
 class Part(NamedTuple):
-    """One part of a module's name: `block_3` is `("block", 3)`, `block` `("block", 0)`.
-
-    Attributes:
-      base: The name without its number, as Haiku writes it.
-      number: From 0.
-    """
+    """Of a module's name: `block_3` is `("block", 3)`, `block` is `("block", 0)`."""
 
     base: str
     number: int
@@ -104,10 +99,8 @@ def kernel_rank(module: Sequence[str]) -> int | None:
     """How many axes the kernel of a module of Haiku has, if the name tells."""
     last = next((name for name in reversed(module) if name != "~"), "")
     base, _ = _numbered(last)
-    if base == "linear":
-        return 2
     match = _CONVOLUTION.fullmatch(base)
-    return int(match[1]) + 2 if match else None
+    return int(match[1]) + 2 if match else {"linear": 2}.get(base)
 
 
 def is_transposed(module: Module) -> bool | None:

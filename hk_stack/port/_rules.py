@@ -60,18 +60,6 @@ class Rules(Generic[_T]):
         fitting = ((pattern, match) for pattern, match in tried if match)
         return min(fitting, key=lambda found: _left_open(found[1]), default=None)
 
-    def unused(self, everything: Sequence[Sequence[str]]) -> Iterator[str]:
-        """What to say of rules that fit no leaf, of which all paths are given."""
-        raw = dict.fromkeys(paths[0] for paths in everything)
-        for pattern in self.rules:
-            tried = (path for paths in everything for path in paths)
-            if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
-                text = (
-                    f"{self.argument}: {pattern!r} is the beginning of no leaf's path."
-                )
-                close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
-                yield text + (f" Near it are: {', '.join(close)}." if close else "")
-
 
 def _is_axes(value: object) -> bool:
     axes = value if isinstance(value, tuple) else (value,)
@@ -119,17 +107,24 @@ class Said:
         if interleave not in (None, True, False):
             raise TypeError(f"port: interleave must be a bool, not {interleave!r}.")
         of_all = isinstance(layer_axis, (int, tuple))
-        axes: Any = {"": layer_axis} if of_all else layer_axis
+        by_path: Any = {"": layer_axis} if of_all else layer_axis
         self.rename = Rules("rename", rename)
         self.leaf = Rules("leaf", leaf)
         self.ignore = Rules("ignore", dict.fromkeys(ignore))
-        self.layer_axis: Rules[Axis] = Rules("layer_axis", axes)
+        self.layer_axis: Rules[Axis] = Rules("layer_axis", by_path)
         self.interleave, self.cast = interleave, cast
 
-    def unused(self, everything: Sequence[Sequence[str]]) -> list[str]:
+    def unused(self, everything: Sequence[Sequence[str]]) -> Iterator[str]:
         """What to say of rules that fit no leaf, of which all paths are given."""
-        rules = (self.rename, self.leaf, self.ignore, self.layer_axis)
-        return [line for each in rules for line in each.unused(everything)]
+        raw = dict.fromkeys(paths[0] for paths in everything)
+        for rules in (self.rename, self.leaf, self.ignore, self.layer_axis):
+            for pattern in rules.rules:
+                tried = (path for paths in everything for path in paths)
+                if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
+                    close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
+                    near = f" Near it are: {', '.join(close)}." if close else ""
+                    what = f"{rules.argument}: {pattern!r} is the beginning of no leaf"
+                    yield f"{what}'s path.{near}"
 
 
 def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]:
