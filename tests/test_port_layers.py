@@ -15,7 +15,7 @@ import pytest
 from agreement import FAST, assert_equal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from port_trees import new, right_or_refused
+from port_trees import compiled, like_of, new, relative_error, right_or_refused
 
 import hk_stack
 
@@ -218,20 +218,10 @@ def inputs(*shape, dtype=np.float32):
     return np.random.default_rng(1).normal(size=shape).astype(dtype)
 
 
-def compiled(run, *args):
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(run, compiler_options=FAST)(*args)
-
-
 def init(linen, *args, seed=0):
     """Variables with random values everywhere."""
     types = jax.eval_shape(linen.init, jax.random.key(0), *args)
     return cases.randomised(types, seed=seed)
-
-
-def like_of(run, *args):
-    """What Haiku's `init` gives for a function, as types."""
-    return jax.eval_shape(hk.transform_with_state(run).init, jax.random.key(0), *args)
 
 
 @functools.cache
@@ -283,12 +273,6 @@ PAIRS = [
     ("scan over blocks at axis 1", "stack over blocks"),
     ("scan over blocks at axis 1", "loop"),
 ]
-
-
-def relative_error(found, expected):
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
 
 
 def assert_round_trips(variables, like, **said):

@@ -227,7 +227,7 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
         module = _names.written(_names.parts(leaf.path[:-1]))
         return (
             f"{', '.join(map(str, twins))} would have its name in Haiku too, "
-            f"{module}/{leaf.path[-1]}; rename one of them, or to a name as it is here"
+            f"{module}/{leaf.path[-1]}; rename one of them"
         )
     if leaf.path[-1] == "b_i" and isinstance(leaf.codec, Gates):
         return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
