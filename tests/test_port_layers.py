@@ -383,7 +383,8 @@ def test_training_goes_on_with_the_same_statistics(axes, width):
     x = inputs(B * T, width)
     run = haiku_stack(functools.partial(haiku_normed, is_training=True))
     variables, like = init(flax_normed(axes), x), like_of(run, x)
-    said = {"layer_axis": axes} if width == L else {}
+    rules = {f"{kind}/layers": axis for kind, axis in axes.items()}
+    said = {"layer_axis": rules} if width == L else {}
     if said:
         with pytest.raises(ValueError, match="layer_axis="):
             hk_stack.flax_to_haiku(variables, like)

@@ -172,7 +172,7 @@ def _planned(variables: Any, like: Any, said: Said) -> Plan:
     unused = list(said.unused([leaf.paths for leaf in (*flax, *haiku)]))
     if not (found.unfit or found.flax or found.haiku):
         unused += _layers.unused(found.moves, said)
-    return _plan.made(found, (flax, haiku), said, unused)
+    return _plan.made(found, said, unused)
 
 
 def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:

@@ -227,8 +227,7 @@ class _Reader:
         """How one layer may change; nothing if it does not fit."""
         leaf, old, new = flax.leaves[0], flax.one_layer, haiku.one_layer
         rule = self._said.leaf.find(leaf.paths)
-        least = _LEAST.get(leaf.raw[-1], 0) if flax.own_axes else 0
-        if len(old) < least or (leaf.is_of_batch_norm and len(old) > 1):
+        if flax.own_axes and len(old) < _LEAST.get(leaf.raw[-1], 0):
             return
         if rule not in (None, SAME):
             dtypes = leaf.pieces[-1].dtype, haiku.leaves[0].pieces[-1].dtype

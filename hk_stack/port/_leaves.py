@@ -9,7 +9,7 @@ them apart, one layer at a time.
 import collections
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,13 +84,6 @@ class Leaf(NamedTuple):
     def paths(self) -> tuple[str, str]:
         """What rules for it may say."""
         return paths_of(self.collection, self.raw)
-
-    @property
-    def is_of_batch_norm(self) -> bool:
-        """Whether it has one axis in a layer, which other norms may not."""
-        kind, module, name = self.name
-        is_average = kind == "state" and name in ("mean", "var")
-        return is_average or [part.base for part in module[-1:]] == ["batch_norm"]
 
     @property
     def dtypes(self) -> set[np.dtype]:
@@ -170,7 +163,8 @@ def _flax_leaf(
 ) -> Leaf:
     found = list(path)
     for i, part in enumerate(path):
-        if part == "out" and _is_attention(inside["params", path[:i]]):
+        beside = {name.partition("/")[0] for name in inside["params", path[:i]]}
+        if part == "out" and beside >= {"query", "key", "value"}:
             found[i] = "linear"
     siblings = inside[collection, path[:-1]]
     has_kernel = "kernel" in siblings
@@ -181,11 +175,6 @@ def _flax_leaf(
     pieces = (siblings[path[-1]],)
     whole = (*new, *found[count:])
     return Leaf(collection, path, whole, pieces, role=role)
-
-
-def _is_attention(inside: Iterable[str]) -> bool:
-    """Whether the output of a module is called `out`, and `linear` in Haiku."""
-    return {name.partition("/")[0] for name in inside} >= {"query", "key", "value"}
 
 
 def _paths(tree: Any) -> list[tuple[Path, Any]]:

@@ -30,6 +30,7 @@ class Matched(NamedTuple):
 
     moves: list[Reading]
     unfit: list[tuple[Group, str]]  # And why.
+    paired: list[Leaf]  # All leaves of both.
     flax: list[Leaf]
     haiku: list[Leaf]
     renames: dict[str, str]
@@ -53,12 +54,13 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
         moves += fits if len(fits) == len(apart) else []
         if not apart or len(fits) < len(apart):
             unfit.append((group, found.why))
-    used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
-    used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
+    paired = [x for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)]
+    paired += [x for group, _ in unfit for x in (*group.flax, *group.haiku)]
+    used = set(map(id, paired))
     left, others = (
         [leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)
     )
-    return Matched(moves, unfit, left, others, _proposed(theirs, ours))
+    return Matched(moves, unfit, paired, left, others, _proposed(theirs, ours))
 
 
 def _named_alike(

@@ -136,12 +136,7 @@ class Plan(Shown):
             yield "There is no state in Haiku's tree: give (params, state)."
 
 
-def made(
-    found: Matched,
-    trees: Sequence[Sequence[Leaf]],
-    said: Said,
-    unused: Sequence[str],
-) -> Plan:
+def made(found: Matched, said: Said, unused: Sequence[str]) -> Plan:
     """The plan of a match of the leaves of both trees."""
     moves = sorted(found.moves, key=lambda move: move.flax.leaves[0].pieces[0].place)
     of_moves = [_moved(move, said.cast) for move in moves]
@@ -159,7 +154,7 @@ def made(
         tuple(move for move, row in zip(moves, of_moves, strict=True) if row.ok),
         tuple(unused),
         tuple(rename.items()),
-        _to_ignore([*found.flax, *found.haiku], [*trees[0], *trees[1]], said),
+        _to_ignore([*found.flax, *found.haiku], found.paired, said),
     )
 
 
@@ -240,15 +235,13 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
 
 
 def _to_ignore(
-    left: Sequence[Leaf], everything: Sequence[Leaf], said: Said
+    left: Sequence[Leaf], paired: Sequence[Leaf], said: Said
 ) -> tuple[str, ...]:
     """What is ignored already, and the shortest beginnings of what is left over.
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    open_ = set(map(id, left))
-    busy = (leaf for leaf in everything if id(leaf) not in open_)
-    used = {path for leaf in busy for path in _beginnings(leaf)}
+    used = {path for leaf in paired for path in _beginnings(leaf)}
     rest = [_beginnings(leaf) for leaf in left if not said.ignore.closest(leaf.paths)]
     found = (
         next((path for path in paths[1:-1] if path not in used), paths[-1])
