@@ -15,7 +15,7 @@ import pytest
 from agreement import FAST, assert_equal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from port_trees import compiled, like_of, new, relative_error, right_or_refused
+from port_trees import compiled, like_of, new, relative_error
 
 import hk_stack
 
@@ -448,17 +448,6 @@ def test_an_ensemble_of_stacks_is_no_stack_of_ensembles():
     like = {"layers/linear": {"w": new(L, 3, 5, 5)}}, {}
     with pytest.raises(ValueError, match=r"layers/linear/w.*nested as \(3, 4\)"):
         hk_stack.flax_to_haiku({"params": flax}, like)
-
-
-def test_two_stacks():
-    """One loop of layers, and a scan of as many on another axis."""
-    loop = {f"encoder_{i}": {"Dense_0": {"kernel": new(4, 5)}} for i in range(3)}
-    scan = new(4, 3, 5)
-    flax = {**loop, "decoder": {"layers": {"Dense_0": {"kernel": scan}}}}
-    w = np.stack([layer["Dense_0"]["kernel"] for layer in loop.values()])
-    haiku = {"encoder/linear": {"w": w}}
-    haiku |= {"decoder/layers/linear": {"w": np.moveaxis(scan, 1, 0)}}
-    assert right_or_refused({"params": flax}, (haiku, {}))
 
 
 class Boxed(nn.Module):

@@ -51,15 +51,12 @@ def parts(path: Iterable[str]) -> Module:
     (Part(base='layers', number=3), Part(base='kernel', number=0))
     """
     found: list[Part] = []
-    before = ""
-    for name in path:
-        if name == "~":
-            continue
+    names = [name for name in path if name != "~"]
+    for before, name in zip(["", *names], names, strict=False):
         if name.isdecimal() and before and not before.isdecimal():
             found[-1] = Part(before, int(name))
         else:
             found.append(_part(name))
-        before = name
     return tuple(found)
 
 

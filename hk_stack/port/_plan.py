@@ -117,9 +117,9 @@ class Plan(Shown):
 
     def _calls(self, what: str) -> Iterator[str]:
         """What to write for leaves that are left over: renamings, or to ignore them."""
-        source = "variables" if what == "flax_to_haiku" else "params_and_state"
         if not self.ignore:
             return
+        source = "variables" if what == "flax_to_haiku" else "params_and_state"
         rename = ", ".join(f'"{old}": "{new}"' for old, new in self.rename)
         call = f"{what}({source}, like, "
         if rename:
