@@ -225,9 +225,8 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
             path = (*module[:-1], module[-1].removesuffix("_ema"))
             leaves.append(Leaf(kind, module, path, pieces, Average()))
         else:
-            for name, piece in found.items():
-                path = (*module, name)
-                leaves.append(Leaf(kind, path, path, (piece,)))
+            paths = [(*module, name) for name in found]
+            leaves += [Leaf(kind, path, path, (found[path[-1]],)) for path in paths]
     return leaves
 
 

@@ -80,7 +80,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
 
 @functools.cache
 def _pattern(pattern: str) -> str:
-    template = "/".join(part for part in pattern.split("/") if part)
+    template = "/".join(_parts(pattern))
     return _naming.pattern(template) if template else "(?P<inside>.*)"
 
 
@@ -144,8 +144,11 @@ def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]
         new = new.replace("*", text, 1)
     if match.string != "/".join(path):  # The rule names the collection.
         new = new.removeprefix(f"{collection}/")
-    rest = len([part for part in (inside or "").split("/") if part])
-    return tuple(part for part in new.split("/") if part), len(path) - rest
+    return _parts(new), len(path) - len(_parts(inside or ""))
+
+
+def _parts(text: str) -> Path:
+    return tuple(part for part in text.split("/") if part)
 
 
 def paths_of(collection: str, path: Path) -> tuple[str, str]:
