@@ -3,8 +3,8 @@
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -27,14 +27,15 @@ class Rules(Generic[_T]):
     leaves least to `*`, and then the last.
     """
 
-    def __init__(self, argument: str, rules: Mapping[str, _T]):
+    def __init__(self, argument: str, rules: Mapping[str, _T] | None):
         """Takes rules as the user wrote them, in the argument of that name."""
+        rules = {} if rules is None else rules
+        is_right, expected = _EXPECTED[argument]
         if not isinstance(rules, Mapping) or not all(isinstance(k, str) for k in rules):
             raise TypeError(
                 f"port: {argument} must be a dict by the beginnings of paths, such as "
                 f'{{"encoder/block_*": ...}}, not {rules!r}.'
             )
-        is_right, expected = _EXPECTED[argument]
         for pattern, value in rules.items():
             if not is_right(value):
                 raise TypeError(
@@ -59,20 +60,6 @@ class Rules(Generic[_T]):
         fitting = ((pattern, match) for pattern, match in tried if match)
         return min(fitting, key=lambda found: _left_open(found[1]), default=None)
 
-    def unused(self, everything: Sequence[Sequence[str]]) -> list[str]:
-        """What to say of rules that fit no leaf, of which all paths are given."""
-        raw = list(dict.fromkeys(paths[0] for paths in everything))
-        lines = []
-        for pattern in self.rules:
-            tried = (path for paths in everything for path in paths)
-            if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
-                close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
-                lines.append(
-                    f"{self.argument}: {pattern!r} is the beginning of no leaf's path."
-                    + (f" Near it are: {', '.join(close)}." if close else "")
-                )
-        return lines
-
 
 def _is_axes(value: object) -> bool:
     axes = value if isinstance(value, tuple) else (value,)
@@ -93,7 +80,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
 
 @functools.cache
 def _pattern(pattern: str) -> str:
-    template = "/".join(part for part in pattern.split("/") if part)
+    template = "/".join(_parts(pattern))
     return _naming.pattern(template) if template else "(?P<inside>.*)"
 
 
@@ -103,20 +90,41 @@ def _left_open(match: "re.Match[str]") -> tuple[int, int]:
     return len((inside or "").strip("/")), sum(map(len, texts))
 
 
-class Said(NamedTuple):
+class Said:
     """All that users say; see `flax_to_haiku`."""
 
-    rename: Rules[str]
-    leaf: Rules[Rule]
-    ignore: Rules[None]
-    layer_axis: Rules[Axis]
-    interleave: bool | None
-    cast: bool
+    def __init__(
+        self,
+        rename: Mapping[str, str] | None,
+        leaf: Mapping[str, Rule] | None,
+        ignore: Sequence[str],
+        layer_axis: Axis | Mapping[str, Axis] | None,
+        interleave: bool | None,
+        cast: bool,
+    ):
+        if isinstance(ignore, str) or not all(isinstance(path, str) for path in ignore):
+            raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
+        if interleave not in (None, True, False):
+            raise TypeError(f"port: interleave must be a bool, not {interleave!r}.")
+        of_all = isinstance(layer_axis, (int, tuple))
+        by_path: Any = {"": layer_axis} if of_all else layer_axis
+        self.rename = Rules("rename", rename)
+        self.leaf = Rules("leaf", leaf)
+        self.ignore = Rules("ignore", dict.fromkeys(ignore))
+        self.layer_axis: Rules[Axis] = Rules("layer_axis", by_path)
+        self.interleave, self.cast = interleave, cast
 
-    def unused(self, everything: Sequence[Sequence[str]]) -> list[str]:
-        """What to say of rules that fit no leaf."""
-        rules = (self.rename, self.leaf, self.ignore, self.layer_axis)
-        return [line for each in rules for line in each.unused(everything)]
+    def unused(self, everything: Sequence[Sequence[str]]) -> Iterator[str]:
+        """What to say of rules that fit no leaf, of which all paths are given."""
+        raw = dict.fromkeys(paths[0] for paths in everything)
+        for rules in (self.rename, self.leaf, self.ignore, self.layer_axis):
+            for pattern in rules.rules:
+                tried = (path for paths in everything for path in paths)
+                if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
+                    close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
+                    near = f" Near it are: {', '.join(close)}." if close else ""
+                    what = f"{rules.argument}: {pattern!r} is the beginning of no leaf"
+                    yield f"{what}'s path.{near}"
 
 
 def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]:
@@ -136,8 +144,11 @@ def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]
         new = new.replace("*", text, 1)
     if match.string != "/".join(path):  # The rule names the collection.
         new = new.removeprefix(f"{collection}/")
-    rest = len([part for part in (inside or "").split("/") if part])
-    return tuple(part for part in new.split("/") if part), len(path) - rest
+    return _parts(new), len(path) - len(_parts(inside or ""))
+
+
+def _parts(text: str) -> Path:
+    return tuple(part for part in text.split("/") if part)
 
 
 def paths_of(collection: str, path: Path) -> tuple[str, str]:
