@@ -102,7 +102,7 @@ def _split(
         if not node.reads & layered and _is_expensive(flattened, node)
         for v in node.eqn.outvars
     ]
-    before = [*shared, *_used(flattened, own, [v for v in once if v not in shared])]
+    before = [*shared, *_used(flattened, own, once)]
     shared_program, shared_inputs = _flat.program(flattened, before)
     setup, setup_inputs = _flat.program(flattened, own, before)
     call, call_inputs = _flat.program(

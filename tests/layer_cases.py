@@ -165,6 +165,11 @@ def vectors() -> tuple[jax.Array]:
     return (normal(0, B, D),)
 
 
+def numbers() -> tuple[jax.Array]:
+    """One for each layer."""
+    return (normal(5, L),)
+
+
 def weight(name: str = "w", scale: float = 0.3) -> jax.Array:
     return hk.get_parameter(name, [D, D], init=hk.initializers.RandomNormal(scale))
 
@@ -607,10 +612,7 @@ CASES = [
         with_per_layer=True,
     ),
     Case(
-        "per_layer_no_output",
-        always(per_layer_no_output),
-        vectors,
-        lambda: (normal(5, L),),
+        *("per_layer_no_output", always(per_layer_no_output), vectors, numbers),
         with_per_layer=True,
         reverse=True,
     ),
@@ -620,10 +622,7 @@ CASES = [
     Case("reverse", always(short), vectors, reverse=True, hoists=True),
     Case("knows_forward", always(knows_direction), vectors, pass_reverse=True),
     Case(
-        "per_layer_reverse",
-        always(per_layer_reversed),
-        vectors,
-        lambda: (normal(5, L),),
+        *("per_layer_reverse", always(per_layer_reversed), vectors, numbers),
         with_per_layer=True,
         pass_reverse=True,
         reverse=True,

@@ -313,14 +313,8 @@ class TestLeftWhole:
         assert_stays(jvp, W, X)
 
     def test_custom_derivatives_of_known_values_leave(self):
-        @jax.custom_jvp
-        def rule(w):
-            return slow(w)
-
-        @rule.defjvp
-        def _(primals, tangents):
-            return rule(*primals), 2 * tangents[0]
-
+        rule = jax.custom_jvp(slow)
+        rule.defjvp(lambda primals, tangents: (rule(*primals), 2 * tangents[0]))
         assert_hoisted(lambda w, x: x @ rule(w), W, X)
 
     def test_shard_map(self):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import hypothesis
 import jax
 import numpy as np
+from drawn import over
 from hypothesis import strategies as st
 from port_trees import new, right_or_refused, types
 
@@ -355,22 +356,6 @@ def rename_of(model):
         if stack.flax.template != new:
             found[around + old] = around + new
     return found
-
-
-def over(strategy, count, seed=0):
-    """Runs a check on `count` random values, which are the same in each run."""
-
-    def decorate(check):
-        settings = hypothesis.settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            print_blob=False,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        return hypothesis.seed(seed)(settings(hypothesis.given(strategy)(check)))
-
-    return decorate
 
 
 def trees_of(model):

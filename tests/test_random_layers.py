@@ -21,6 +21,7 @@ import jaxprs
 import numpy as np
 import pytest
 from agreement import FAST
+from drawn import over
 from interpreter import evaluate, is_key
 from jax.extend import core as jex
 from layer_cases import layer_loop
@@ -33,25 +34,9 @@ SHARD = 20  # Layers in one test, so that the long run shows how far it is.
 COMPILED = 50  # One in so many is compiled too.
 
 
-def over_programs(shard: int, count: int) -> Callable[..., Callable[[], None]]:
-    """Runs a check on `count` programs: others in each shard, but always the same."""
-
-    def decorate(check: Callable[[Program], None]) -> Callable[[], None]:
-        settings = hypothesis.settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            print_blob=False,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        return hypothesis.seed(shard)(settings(hypothesis.given(programs())(check)))
-
-    return decorate
-
-
 @pytest.mark.parametrize("shard", range(-(-LAYERS // SHARD)))
 def test_all_ways_to_run_a_layer_agree(shard):
-    @over_programs(shard, min(LAYERS, SHARD))
+    @over(programs(), min(LAYERS, SHARD), shard)
     def check(program):
         given = Given(program)
         assert_agree(given.trace_all(), given, evaluate)
@@ -64,7 +49,7 @@ def test_all_ways_to_run_a_layer_agree(shard):
 @pytest.mark.parametrize("shard", range(-(-LAYERS // COMPILED)))
 def test_compiled(shard):
     # One more, as Hypothesis begins with the smallest.
-    @over_programs(1_000_000 + shard, 2)
+    @over(programs(), 2, 1_000_000 + shard)
     def check(program):
         given = Given(program)
         traced = given.trace_all()
@@ -89,7 +74,7 @@ def test_programs_hoist_and_mix():
     """The layers are such that the checks above mean something."""
     hoists, mixes = [], []
 
-    @over_programs(0, 60)
+    @over(programs(), 60, 0)
     def look(program):
         given = Given(program)
         arguments = given.arguments(given.leaves)

@@ -63,11 +63,7 @@ class TestSharing:
             def __call__(self, x):
                 return hk_stack.layer_stack(3, name="layers")(layer)(x)
 
-        def model(x):
-            tower = Tower()
-            return tower(tower(x))
-
-        model = hk.transform(model)
+        model = hk.transform(lambda x: (tower := Tower())(tower(x)))
         params = model.init(jax.random.key(0), X)
         assert set(params) == {"tower/layers/linear", "tower/layers/pre"}
         once = hk.transform(lambda x: Tower()(x)).apply
