@@ -168,7 +168,8 @@ def _stayed(
       known: Which inputs are known; None for constants, of which nobody needs to hear.
       caller: The source line of that equation.
     """
-    flags = dict(zip(jaxpr.invars, known, strict=True))
+    flags: dict[jex.Var, bool | None] = dict.fromkeys(jaxpr.constvars)
+    flags.update(zip(jaxpr.invars, known, strict=True))
     for eqn in jaxpr.eqns:
         read = [None if isinstance(a, jex.Literal) else flags[a] for a in eqn.invars]
         source, name = _flat.source_line(eqn), eqn.primitive.name
