@@ -71,6 +71,21 @@ class TestSharing:
         np.testing.assert_allclose(model.apply(params, None, X), twice, rtol=1e-6)
 
 
+def test_a_report_names_lines_of_the_users_own_functions_under_jit():
+    @jax.jit
+    def kernel(w):
+        return jax.scipy.linalg.expm(w)
+
+    def model(params, x):
+        return x @ kernel(params)
+
+    split = hk_stack.partition(model, jnp.eye(16), jnp.eye(16))
+    assert [group.source.split(" in ")[1] for group in split.report.hoisted] == [
+        f"{test_a_report_names_lines_of_the_users_own_functions_under_jit.__name__}"
+        ".<locals>.kernel"
+    ]
+
+
 class TestConstants:
     """What depends on no parameter is no setup: the compiler computes it."""
 
