@@ -213,8 +213,6 @@ def _expose_cond(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
     def run(index: jax.Array, *values: jax.Array) -> list[Any]:
         branches = list(map(filling, cuts, slots))
         derived: list[Any] = jax.lax.switch(index, branches, [values[i] for i in read])
-        if task.policy == "marked":
-            return [checkpoint_name(v, HOISTED) for v in derived]
         return derived
 
     after = functools.partial(_rest_of_cond, eqn, cuts, slots)

@@ -269,6 +269,7 @@ class TestWrongHoist:
             "vmap": ("argument `x",),
         }
         assert all(text in message for text in expected[where]), message
+        assert "random key" not in message
 
     def test_outside_the_inner_stack_is_found_by_the_outer_one(self):
         def layer(x):
@@ -351,6 +352,39 @@ class TestWhatLeaves:
         (shape,) = per_layer_shapes(trace(layer))
         assert np.prod(shape) == D
         assert_same_results(layer)
+
+    def test_what_several_small_values_come_from_is_handed_over_instead(self):
+        def layer(x):
+            angle = jnp.linalg.norm(weight(), axis=0)
+            return x * jnp.sin(angle)[None] + jnp.cos(angle)[None]
+
+        jaxpr = trace(layer)
+        assert per_layer_shapes(jaxpr) == [(D,)]
+        assert {"sin", "cos"} <= set(jaxprs.names(jaxprs.body(jaxpr, L)))
+
+    def test_layout_of_derived_values_stays(self):
+        outside, inside = cut(lambda x: x @ slow(weight()).T)
+        assert "transpose" in inside
+
+    @pytest.mark.parametrize("setup", ["auto", "inline"])
+    def test_the_loop_is_given_only_what_the_layer_reads(self, setup):
+        def layer(x):
+            hk.get_parameter("unread", [3], init=jnp.ones)
+            return jnp.tanh(x @ weight())
+
+        assert per_layer_shapes(trace(layer, setup=setup)) == [(D, D)]
+
+    def test_marks_in_branches_that_parameters_choose(self):
+        def layer(x):
+            w = weight()
+            chosen = jax.lax.cond(
+                w[0, 0] > 0, lambda w: hk_stack.hoist(jnp.sort(w)), lambda w: w, w
+            )
+            return x @ chosen
+
+        outside, inside = cut(layer, setup="marked")
+        assert "sort" in outside
+        assert "sort" not in inside
 
     def test_parameters_that_only_setup_reads_are_not_handed_over(self):
         def layer(x):

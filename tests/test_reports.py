@@ -71,6 +71,22 @@ class TestSharing:
         np.testing.assert_allclose(model.apply(params, None, X), twice, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("remat", "said"),
+    [
+        (False, "no"),
+        (True, "all"),
+        (jax.checkpoint_policies.dots_saveable, "dots_saveable"),
+        (lambda prim, *_, **__: False, "<lambda>"),
+    ],
+)
+def test_a_summary_names_policies(remat, said):
+    model = hk.transform(hk_stack.layer_stack(2, remat=remat)(layer))
+    params = jax.eval_shape(model.init, jax.random.key(0), X)
+    [stack] = hk_stack.summary(model.apply, params, None, X).stacks
+    assert stack.remat == said
+
+
 def test_a_report_names_lines_of_the_users_own_functions_under_jit():
     @jax.jit
     def kernel(w):
