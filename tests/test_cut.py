@@ -240,7 +240,9 @@ class TestWrongHoist:
 
         assert "argument `x" in self.message(layer, setup=setup)
 
-    @pytest.mark.parametrize("where", ["scan", "cond", "while", "custom_jvp", "vmap"])
+    @pytest.mark.parametrize(
+        "where", ["scan", "cond", "known cond", "while", "custom_jvp", "vmap"]
+    )
     def test_is_an_error_inside_other_calls(self, where):
         @jax.custom_jvp
         def custom(x):
@@ -256,6 +258,8 @@ class TestWrongHoist:
                 return jax.lax.scan(lambda x, _: (step(x), None), x, None, length=2)[0]
             if where == "cond":
                 return jax.lax.cond(x.sum() > 0, step, lambda x: x, x)
+            if where == "known cond":
+                return jax.lax.cond(weight().sum() > 0, step, lambda x: x, x)
             if where == "while":
                 return jax.lax.while_loop(lambda x: x.sum() > 0, step, x)
             return custom(x) if where == "custom_jvp" else jax.vmap(step)(x)
@@ -265,6 +269,7 @@ class TestWrongHoist:
             "scan": ("inside a scan", "the carry of a scan"),
             "while": ("inside a while", "the carry of a while"),
             "cond": ("inside a cond", "argument `x"),
+            "known cond": ("inside a cond", "argument `x"),
             "custom_jvp": ("called inside a custom_jvp_call", "argument `x"),
             "vmap": ("argument `x",),
         }
@@ -363,7 +368,7 @@ class TestWhatLeaves:
         assert {"sin", "cos"} <= set(jaxprs.names(jaxprs.body(jaxpr, L)))
 
     def test_layout_of_derived_values_stays(self):
-        outside, inside = cut(lambda x: x @ slow(weight()).T)
+        _, inside = cut(lambda x: x @ slow(weight()).T)
         assert "transpose" in inside
 
     @pytest.mark.parametrize("setup", ["auto", "inline"])
