@@ -371,6 +371,11 @@ class TestWhatLeaves:
         _, inside = cut(lambda x: x @ slow(weight()).T)
         assert "transpose" in inside
 
+    def test_setup_of_one_layer_is_in_no_loop(self):
+        jaxpr = trace(lambda x: x @ jnp.sort(weight()), layers=1)
+        loops = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "scan"]
+        assert len(loops) == 1
+
     @pytest.mark.parametrize("setup", ["auto", "inline"])
     def test_the_loop_is_given_only_what_the_layer_reads(self, setup):
         def layer(x):
