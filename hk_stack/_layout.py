@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from hk_stack import _naming
+from hk_stack import _checks, _naming
 from hk_stack._checks import path_name
 from hk_stack._naming import NumberedLayers
 
@@ -95,6 +95,8 @@ def unstack_params(
         module, or leaves are of different depth.
     """
     names = _naming.naming_map(naming_map, "naming_map", "unstack_params")
+    if num_layers is not None:
+        num_layers = _checks.positive(num_layers, "num_layers", "unstack_params")
 
     def convert(modules: Modules, trees: Sequence[Modules]) -> dict[str, Any]:
         is_stacked = {m: _naming.is_stacked(names, m) for m in modules}

@@ -205,31 +205,32 @@ def _run(
         kwargs = {**kwargs, "reverse": reverse}
     key = hk.maybe_next_rng_key()
 
-    def run(*args: Any) -> Any:
-        return _invoke(options, f, key, reverse, args, kwargs)
-
     if options.naming_map is not None:
-        return run(*args)
-    return LayerStack(options.num_layers, _checks.name_of(f), run, options.name)(*args)
+        return _invoke(options, f, key, reverse, args, kwargs)
+    # Haiku numbers scopes of one name, so only inside is it known what this is called.
+    with hk.name_scope(options.name):
+        result = _invoke(options, f, key, reverse, args, kwargs)
+        own = hk.force_name(hk.experimental.current_name())
+        LayerStack(options.num_layers, _checks.name_of(f), result, own).ran(*args)
+    return result
 
 
 class LayerStack(hk.Module):
-    """The scope of a stack that is not transparent, and its row in a table of modules.
+    """The row of a stack in `hk.experimental.tabulate`.
 
-    Haiku numbers modules of one name, so only inside is it known what this is called.
+    The stack has run already: who intercepts methods can change nothing here.
     """
 
-    def __init__(
-        self, num_layers: int, layer: str, run: Callable[..., Any], name: str
-    ) -> None:
+    def __init__(self, num_layers: int, layer: str, result: Any, name: str) -> None:
         super().__init__(name=name)
         self.num_layers = num_layers
         self.layer = layer
-        self._run = run
+        self._result = result
 
-    def __call__(self, *args: Any) -> Any:
-        """Runs the stack."""
-        return self._run(*args)
+    def ran(self, *args: Any) -> Any:
+        """What the stack has made of its arguments."""
+        del args
+        return self._result
 
     def __repr__(self) -> str:
         return f"LayerStack(num_layers={self.num_layers}, layer={self.layer!r})"

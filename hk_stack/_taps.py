@@ -207,7 +207,7 @@ def collect(
         which no value can leave.
     """
     patterns = _patterns(fn, select)
-    values = None if add is None else {k: jnp.asarray(v) for k, v in add.items()}
+    values = None if add is None else _values(add)
 
     @functools.wraps(fn)
     def collected(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
@@ -227,6 +227,24 @@ def collect(
         return result, dict(zip(names, found, strict=True))
 
     return collected
+
+
+def _values(add: object) -> dict[str, jax.Array]:
+    """What is to be added, checked."""
+    if not isinstance(add, Mapping):
+        raise TypeError(
+            f"hk_stack.collect: add must be a dict of arrays by path, not {add!r}. "
+            'Write add={"layers/hidden": array}.'
+        )
+    for path, value in add.items():
+        if not isinstance(path, str):
+            raise TypeError(
+                f"hk_stack.collect: the paths in add must be text, not {path!r}."
+            )
+        _checks.arrays(value, f"hk_stack.collect: add at {path}", "expected an array.")
+        if value is None:
+            raise TypeError(f"hk_stack.collect: add at {path} is None; leave it out.")
+    return {path: jnp.asarray(value) for path, value in add.items()}
 
 
 def _patterns(fn: object, select: Any) -> tuple[str, ...]:

@@ -94,10 +94,10 @@ def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
         folder exists, or the library cannot write the path.
       ImportError: If safetensors or orbax is not installed.
     """
+    path = _absolute(path)
     if not _is_file(path):
         save_async(path, tree, layers=layers).wait()
         return
-    path = os.path.abspath(path)
     where = f"checkpoint.save to {path}"
     if os.path.isdir(path):
         raise ValueError(f"{where}: this is a folder; expected the path of a file.")
@@ -146,7 +146,7 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
       ValueError: As `save`, or if the path ends with `.safetensors`.
       ImportError: If orbax is not installed.
     """
-    path = os.path.abspath(path)
+    path = _absolute(path)
     where = f"checkpoint.save to {path}"
     if _is_file(path):
         raise ValueError(
@@ -492,7 +492,7 @@ def _checksum_of_content(content: Mapping[str, Any]) -> int:
 
 def _existing(path: Path, verb: str) -> tuple[str, str]:
     """How errors name the path, and the path, after a check of what is there."""
-    path = os.path.abspath(path)
+    path = _absolute(path)
     where = f"checkpoint.{verb} of {path}"
     if not os.path.exists(path):
         other = path.removesuffix(_SUFFIX) if _is_file(path) else f"{path}{_SUFFIX}"
@@ -778,6 +778,15 @@ def _misplaced(like: _Leaf) -> Iterator[str]:
 
 def _is_file(path: Path) -> bool:
     return os.fspath(path).endswith(_SUFFIX)
+
+
+def _absolute(path: Path) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            "checkpoint: the path must be a str or an os.PathLike, not a "
+            f"{type(path).__name__}. It comes first: checkpoint.save(path, tree)."
+        )
+    return os.path.abspath(path)
 
 
 def _library(name: str) -> Any:

@@ -31,7 +31,7 @@ class TestTabulate:
         assert params["layers/linear/w"].shape == (4, 8, 8)
         assert (row.args_spec[0].shape, row.output_spec.shape) == ((2, 8), (2, 8))
         table = hk.experimental.tabulate(hk.transform(model))(X)
-        assert "layers (LayerStack)" in table
+        assert "layers (LayerStack.ran)" in table
         assert "LayerStack(num_layers=4, layer='layer')" in table
 
     @pytest.mark.parametrize("name", ["f", "key", "options", "self", "reverse_"])
@@ -41,6 +41,30 @@ class TestTabulate:
 
         model = hk.transform(lambda x: hk_stack.layer_stack(2)(layer)(x, **{name: 3}))
         np.testing.assert_array_equal(model.apply({}, None, X), 9 * X)
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+def test_interceptors_of_methods_change_what_they_change_in_haikus_stack(loop):
+    def doubled(next_f, args, kwargs, context):
+        result = next_f(*args, **kwargs)
+        is_call = context.method_name == "__call__" and isinstance(result, jax.Array)
+        return 2 * result if is_call else result
+
+    def run(layer_stack):
+        def inner(x):
+            return layer_stack(2, name="inner")(layer)(x)
+
+        def model(x):
+            with hk.intercept_methods(doubled):
+                return layer_stack(3, name="outer")(inner)(x)
+
+        return hk.transform(model)
+
+    params = run(hk.layer_stack).init(jax.random.key(0), X)
+    with hk_stack.use_loop(loop):
+        found = run(hk_stack.layer_stack).apply(params, None, X)
+    expected = run(hk.layer_stack).apply(params, None, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 class TestSharing:

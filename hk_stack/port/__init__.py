@@ -8,6 +8,7 @@ itself is not needed: Linen's variables and NNX's states are the trees that they
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hk_stack import _checks
 from hk_stack.port import _layers, _leaves, _match, _move, _plan
 from hk_stack.port._gru import GRU
 from hk_stack.port._layers import SAME, TRANSPOSED
@@ -177,6 +178,7 @@ def _planned(variables: Any, like: Any, said: Said) -> Plan:
 
 def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:
     """Carries out a plan from one side, if nothing is wrong."""
+    _checks.flag(strict, "strict", "port")
     bad = [row for row in found.rows if not row.ok]
     if found.unused_rules or (strict and bad):
         what = ("flax_to_haiku", "haiku_to_flax")[source]

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from hk_stack import _naming
+from hk_stack import _checks, _naming
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
@@ -102,10 +102,12 @@ class Said:
         interleave: bool | None,
         cast: bool,
     ):
-        if isinstance(ignore, str) or not all(isinstance(path, str) for path in ignore):
+        are_paths = isinstance(ignore, Sequence) and not isinstance(ignore, str)
+        if not are_paths or not all(isinstance(path, str) for path in ignore):
             raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
         if interleave not in (None, True, False):
             raise TypeError(f"port: interleave must be a bool, not {interleave!r}.")
+        _checks.flag(cast, "cast", "port")
         of_all = isinstance(layer_axis, (int, tuple))
         by_path: Any = {"": layer_axis} if of_all else layer_axis
         self.rename = Rules("rename", rename)
