@@ -471,7 +471,7 @@ def _sharding(
     leaf: Any, change: Callable[[Any], Sequence[Any]]
 ) -> jax.sharding.Sharding | None:
     """The sharding of a leaf, if it says one, with the axes that `change` gives."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, jax.core.Tracer) or not hasattr(leaf, "sharding"):
         return None
     sharding = leaf.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):

@@ -1050,3 +1050,14 @@ def test_trees_of_flax_keep_their_modules_inside():
     stacked = stack_params(tree, NumberedLayers("block_{}", "blocks"))
     assert stacked["params"]["blocks"]["dense"]["kernel"].shape == (L, *W.shape)
     assert_same(unstack_params(stacked, NumberedLayers("block_{}", "blocks")), tree)
+
+
+def test_layers_may_be_traced_in_part():
+    w = np.arange(2, dtype=np.float32)
+
+    def run(first):
+        of_loop = {"l_0/a": {"w": first}, "l_1/a": {"w": w}}
+        return stack_params(of_loop, NumberedLayers("l_{}", "l"))
+
+    found = jax.jit(run)(w + 1)["l/a"]["w"]
+    np.testing.assert_array_equal(found, [w + 1, w])

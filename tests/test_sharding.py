@@ -6,6 +6,7 @@ from typing import ClassVar
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jaxprs
 import pytest
 from agreement import FAST, assert_close
 from interpreter import computed
@@ -529,6 +530,14 @@ class TestGathers:
         )
         share = 4 * LAYERS * self.width**2 // DEVICES
         assert here <= share + 4 * LAYERS * self.width
+
+    def test_from_two_devices_stay_in_the_loop(self):
+        devices = jax.devices()[:2]
+        mesh = jax.make_mesh((2,), ("b",), (AxisType.Auto,), devices=devices)
+        model = make(hk_stack.layer_stack, self.layers(mesh)["as large"])
+        params = jax.eval_shape(model.init, KEY, self.inputs())
+        jaxpr = jax.make_jaxpr(model.apply)(params, self.inputs()).jaxpr
+        assert "lu" in jaxprs.names(jaxprs.body(jaxpr, LAYERS))
 
     @pytest.mark.parametrize("name", ["bare", "cheap", "as large", "small"])
     def test_take_no_more_memory_than_in_the_loop(self, mesh, name):
