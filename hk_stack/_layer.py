@@ -116,8 +116,8 @@ class Invocation:
         self.situation = situation
         self.options = options = situation.options
         self.arguments = list(situation.arguments)
-        self.where = _checks.describe(path, situation.f)
         self.path = _frames.path_below(path)
+        self.where = _checks.describe(self.path, situation.f)
         self.reverse = reverse
         self.loop = _loop.in_force(options.loop)
         self.all_layers = f"all {options.num_layers} layers at once"
