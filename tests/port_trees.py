@@ -3,10 +3,8 @@
 import itertools
 import math
 
-import haiku as hk
 import jax
 import numpy as np
-from agreement import FAST
 
 import hk_stack
 
@@ -52,19 +50,3 @@ def assert_right_as_far_as_it_goes(flax, haiku, **said):
         for leaf, right in pairs:
             if not isinstance(leaf, jax.ShapeDtypeStruct):
                 np.testing.assert_array_equal(leaf, right)
-
-
-def relative_error(found, expected):
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
-
-
-def compiled(run, *args):
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(run, compiler_options=FAST)(*args)
-
-
-def like_of(run, *args):
-    """What Haiku's `init` gives for a function, as types."""
-    return jax.eval_shape(hk.transform_with_state(run).init, jax.random.key(0), *args)

@@ -98,7 +98,9 @@ class Mistake(NamedTuple):
 
 
 LSTM = "LSTMCell_0/i{i,f,g,o}/kernel 3,4; LSTMCell_0/h{i,f,g,o} 4,4"
+HALF = {"kernel": new(4, 4, dtype=np.float16), "bias": new(4, dtype=np.float16)}
 HAIKU_LSTM = "lstm/linear 7,16"
+GRU = "GRUCell_0/i{r,z,n} 3,4; GRUCell_0/h{r,z}/kernel 4,4; GRUCell_0/hn 4,4"
 HAIKU_GRU = {"gru": {"w_i": new(3, 12), "w_h": new(4, 12), "b": new(12)}}
 NORM = flax("BatchNorm_0/{scale,bias} 4")
 HAIKU_NORM = haiku("batch_norm/{scale,offset} 1,4")
@@ -128,7 +130,11 @@ MISTAKES = {
     "more in Flax": Mistake(
         "Dense_{0,1} 3,4", "linear 3,4", ("in Flax only (2)", "params/Dense_1/kernel")
     ),
+    "more leaves in a module": Mistake(
+        "Dense_0 3,4", "linear/w 3,4", ("in Flax only (1)", "params/Dense_0/bias")
+    ),
     "nothing in Haiku": Mistake("Dense_0 3,4", "", ("params/Dense_0/kernel",)),
+    "nothing in Flax": Mistake("", "linear 3,4", ("params/linear/w float32[3,4]",)),
     "none where a leaf is wanted": Mistake(
         {"Dense_0": {"kernel": None}}, "linear/w 3,4", ("in Haiku only (1)",)
     ),
@@ -140,6 +146,12 @@ MISTAKES = {
             "would have its name in Haiku too, linear/w; rename one of them",
             "params/linear_1/w float32[3,3]",
         ),
+    ),
+    "two of one name by renaming": Mistake(
+        "Dense_{0,1} 3,3",
+        "linear_{0,1} 3,3",
+        ("params/Dense_0/kernel", "params/Dense_1/kernel", "rename one of them"),
+        {"rename": {"Dense_0": "linear_1"}},
     ),
     "statistics twice": Mistake(
         {**STATISTICS, "averages": MEAN_AND_VAR},
@@ -161,7 +173,17 @@ MISTAKES = {
         (HAIKU_NORM, statistics()),
         ("params/BatchNorm_0/mean float32[4]", "state/batch_norm/~/mean_ema/{"),
     ),
+    "another collection": Mistake(
+        {"params": flax("Dense_0 3,4"), "cache": flax("Dense_0/index 2")},
+        "linear 3,4",
+        ("in Flax only (1)", "cache/Dense_0/index float32[2]"),
+    ),
     # The same names, with something else in them
+    "bias of another norm": Mistake(
+        "LayerNorm_{0,1}/scale 4; LayerNorm_0/bias 4",
+        "layer_norm_{0,1}/scale 4; layer_norm_1/offset 4",
+        ("params/LayerNorm_0/bias float32[4]", "params/layer_norm_1/offset float32[4]"),
+    ),
     "bias of another layer": Mistake(
         "Dense_{0,1,2}/kernel 4,4; Dense_{0,1}/bias 4",
         "linear_{0,1,2}/w 4,4; linear_{0,2}/b 4",
@@ -177,6 +199,12 @@ MISTAKES = {
             "params/block_2/moe/b float32[5]",
         ),
     ),
+    "another model beside the same": Mistake(
+        "{generator,critic}/layers/Dense_0 3,4,5",
+        "{generator,ema_generator}/layers/linear 3,4,5",
+        ("params/critic/layers/Dense_0/kernel", "params/ema_generator/layers/linear/w"),
+    ),
+    "query and key": Mistake("query 4,4", "key 4,4", ("params/query/kernel",)),
     # Shapes
     "other size": Mistake(
         "Dense_0 3,4",
@@ -194,6 +222,12 @@ MISTAKES = {
     ),
     "other heads": Mistake(
         "query/kernel 6,2,4", "query/w 6,9", ("float32[6,2,4] -> params/query/w",)
+    ),
+    "other rank": Mistake(
+        "mixer/alpha 3,4", "mixer/alpha 12", ("shape [3, 4] in Flax, [12] in Haiku",)
+    ),
+    "convolution of another direction": Mistake(
+        "Conv_0 3,4,5", "conv1_d/w 3,5,4; conv1_d/b 5", ("axis 1 is 4, not 5",)
     ),
     "transposed convolution of another name": Mistake(
         "up/kernel 3,3,4,5",
@@ -231,10 +265,21 @@ MISTAKES = {
         "block 4,3,4",
         ("params/block_0/kernel", "params/block/w float32[4,3,4]", "float64"),
     ),
+    "other dtype in one gate": Mistake(
+        {"LSTMCell_0": {**flax(LSTM)["LSTMCell_0"], "hg": HALF}},
+        HAIKU_LSTM,
+        ("LSTMCell_0", "float16"),
+    ),
     "no integer in one layer": Mistake(
         {**flax("block_{0,2,3} 3,4"), **flax("block_1 3,4", dtype=np.int32)},
         "block 4,3,4",
         ("params/block_0/kernel", "int32"),
+        {"cast": True},
+    ),
+    "no integers": Mistake(
+        "Dense_0 3,4",
+        haiku("linear 3,4", dtype=np.int32),
+        ("params/linear/w int32[3,4]", "float32 in Flax, int32 in Haiku"),
         {"cast": True},
     ),
     # Layers
@@ -246,13 +291,26 @@ MISTAKES = {
     "a layer is missing in a loop": Mistake(
         "block_{0,1,3} 3,4", "block_{0,1,2,3} 3,4", ("params/block_2/w float32[3,4]",)
     ),
+    "a module of a layer is missing": Mistake(
+        "block_{0,1,2,3}/Dense_0 3,4; block_{0,1,3}/Dense_1 4,3",
+        "block/linear 4,3,4; block/linear_1 4,4,3",
+        ("params/block_0/Dense_1/kernel", "block_*/Dense_1/kernel has the numbers"),
+    ),
     "fewer layers": Mistake(
         "layers/Dense_0 4,3,5", "layers/linear 6,3,5", ("axis 0 is 4, not 6",)
+    ),
+    "fewer layers in a loop": Mistake(
+        "block_{0,1,2,3} 3,5", "block 6,3,5", ("4 numbered leaves in Flax",)
     ),
     "more layers in a loop": Mistake(
         "block_{0,1,2,3,4} 3,5",
         "block_{0,1,2,3} 3,5",
         ("in Flax only (2)", "params/block_4/kernel float32[3,5]"),
+    ),
+    "one layer is larger": Mistake(
+        "block_{0,1,3} 3,4; block_2 3,5",
+        "block 4,3,4",
+        ("params/block_0/kernel float32[3,4]", "params/block/w float32[4,3,4]"),
     ),
     "layers on which axis": Mistake(
         "layers/Dense_0 4,4,4",
@@ -310,6 +368,9 @@ MISTAKES = {
     "a norm in an LSTM": Mistake(
         f"{LSTM}; LSTMCell_0/ln/scale 4", HAIKU_LSTM, ("LSTMCell_0/ln/scale",)
     ),
+    "input biases of an LSTM": Mistake(
+        f"{LSTM}; LSTMCell_0/i{{i,f,g,o}}/bias 4", HAIKU_LSTM, ("LSTMCell_0/ii/bias",)
+    ),
     "a fused GRU to one of Haiku": Mistake(
         "gru/dense_i 3,12; gru/dense_h/kernel 4,12",
         HAIKU_GRU,
@@ -321,6 +382,11 @@ MISTAKES = {
         HAIKU_LSTM,
         ("LSTMCell_0", "hi/bias float32[4]", "params/lstm/linear/b float32[16]"),
     ),
+    "an LSTM without a gate": Mistake(
+        "LSTMCell_0/i{i,f,o}/kernel 3,4; LSTMCell_0/h{i,f,g,o} 4,4",
+        HAIKU_LSTM,
+        ("LSTMCell_0/hg/kernel float32[4,4]", "params/lstm/linear/w float32[7,16]"),
+    ),
     "an LSTM with gates of other widths": Mistake(
         "LSTMCell_0/i{i,f}/kernel 3,4; LSTMCell_0/ig/kernel 3,5; "
         "LSTMCell_0/io/kernel 3,3; LSTMCell_0/h{i,f} 4,4; LSTMCell_0/hg 4,5; "
@@ -328,11 +394,22 @@ MISTAKES = {
         HAIKU_LSTM,
         ("LSTMCell_0", "float32[3,5]"),
     ),
+    "an LSTM of another width": Mistake(
+        LSTM, "lstm/linear 8,20", ("LSTMCell_0", "axis 0 is 7, not 8")
+    ),
+    "a GRU of Haiku": Mistake(
+        GRU, HAIKU_GRU, ("GRUCell_0", "params/gru/b float32[12]", "hk_stack.port.GRU")
+    ),
     # Moving averages
     "a moving average of two shapes": Mistake(
         STATISTICS,
         (HAIKU_NORM, statistics(hidden=new(1, 5))),
         ("state/batch_norm/~/mean_ema", "float32[1,5]"),
+    ),
+    "a moving average of two dtypes": Mistake(
+        STATISTICS,
+        (HAIKU_NORM, statistics(hidden=new(1, 4, dtype=np.float16))),
+        ("state/batch_norm/~/mean_ema", "float16"),
     ),
     "a moving average with more in it": Mistake(
         STATISTICS,
@@ -638,12 +715,21 @@ class Riddle(NamedTuple):
 
 def on_axis(axis, **modules):
     """Layers of Dense in Flax that are on an axis, and in Haiku in front."""
-    flax = {name: {"kernel": new(*shape)} for name, shape in modules.items()}
-    haiku = {
-        f"layers/{name}": {"w": np.moveaxis(leaves["kernel"], axis, 0)}
-        for name, leaves in flax.items()
-    }
-    return {"layers": flax}, haiku
+    flax = {"layers": {}}
+    haiku = {}
+    for name, shape in modules.items():
+        kernel = new(*shape)
+        front = np.moveaxis(kernel, axis, 0)
+        flax["layers"][name] = {"kernel": kernel}
+        haiku[f"layers/{name}"] = {"w": front}
+        if len(shape) == 2:
+            flax["layers"][name] = {"scale": kernel}
+            haiku[f"layers/{name}"] = {"scale": front}
+    return flax, haiku
+
+
+def beside(riddle, flax, haiku):
+    return {**riddle[0], **flax}, {**riddle[1], **haiku}
 
 
 def cells(axis, width=3):
@@ -658,6 +744,15 @@ def cells(axis, width=3):
     b = np.concatenate([bias - (name == "hf") for name, bias in biases.items()], -1)
     w = np.concatenate(rows, 1)
     return {"layers": {"LSTMCell_0": flax}}, {"layers/lstm/linear": {"w": w, "b": b}}
+
+
+def same(name, **leaves):
+    """A module that is the same in both trees, outside of all stacks."""
+    translated = (
+        {"kernel": "w", "bias": "b"} if "kernel" in leaves else {"bias": "offset"}
+    )
+    haiku = {translated.get(leaf, leaf): value for leaf, value in leaves.items()}
+    return {name: leaves}, {name: haiku}
 
 
 def attention(axis):
@@ -676,16 +771,22 @@ def attention(axis):
     return {"layers": {"attention": flax}}, haiku
 
 
+def stacked(flax, name="block_{}"):
+    """What a loop of layers in Flax is as a stack in Haiku."""
+    numbers = range(len(flax))
+    return np.stack([flax[name.format(i)]["kernel"] for i in numbers])
+
+
 def members_in_layers(axis, interleave):
     """`nn.vmap` on an axis, in as many numbered layers as there are members."""
     layers = {f"layer_{i}": {"kernel": new(3, 3, 3)} for i in range(3)}
     members = np.stack([x["kernel"] for x in layers.values()])
     members = np.moveaxis(members, axis + 1, 1)
     members = members.swapaxes(0, 1) if interleave else members
-    head = new(8, 3)
+    head, logits = same("head", kernel=new(8, 3))
     return (
-        {"model": {**layers, "head": {"kernel": head}}},
-        {"model/layer": {"w": members}, "model/head": {"w": head}},
+        {"model": {**layers, **head}},
+        {"model/layer": {"w": members}, "model/head": logits["head"]},
     )
 
 
@@ -706,6 +807,72 @@ def riddles():
     for axis in range(2):
         said = {"layer_axis": {"layers": axis}}
         yield f"attention on axis {axis}", *attention(axis), said
+        for width in (4, 5):
+            module = same("logits", kernel=new(4, width))
+            yield (
+                f"beside layers on axis {axis}, a kernel [4, {width}]",
+                *beside(on_axis(axis, a=(4, 4, 5), norm=(4, 4)), *module),
+                said,
+            )
+            module = same("norm", scale=new(4, width), bias=new(4, width))
+            yield (
+                f"beside layers on axis {axis}, a norm over [4, {width}]",
+                *beside(on_axis(axis, a=(4, 4, 5), norm=(4, 4)), *module),
+                {"layer_axis": {"layers": axis, "norm": ()}},
+            )
+    one, kernel, bias = new(1, 3, 3), new(2, 4, 4, 4), new(2, 4, 4)
+    bias_of_one = new(3, 3)
+    yield (
+        "one feature, on axis 1",
+        {"layers": {"a": {"kernel": one, "bias": bias_of_one}}},
+        {"layers/a": {"w": np.moveaxis(one, 1, 0), "b": bias_of_one.T}},
+        {"layer_axis": {"layers": 1}},
+    )
+    yield (
+        "a scan on axis 0 around one on axis 1",
+        {"layers": {"inner": {"a": {"kernel": kernel, "bias": bias}}}},
+        {
+            "layers/inner/a": {
+                "w": np.moveaxis(kernel, 2, 1),
+                "b": np.moveaxis(bias, 2, 1),
+            }
+        },
+        {"layer_axis": {"layers": (0, 2)}},
+    )
+    for shape in ((3, 4, 4), (4, 4, 4), (3, 3, 4, 4)):
+        kernel = new(*shape)
+        module = f"conv{len(shape) - 2}_d_transpose"
+        yield (
+            f"beside layers on axis 0, a transposed convolution {shape}",
+            *beside(
+                on_axis(0, a=(4, 4, 5), norm=(4, 5)),
+                {"ConvTranspose_0": {"kernel": kernel}},
+                {module: {"w": kernel.swapaxes(-1, -2)}},
+            ),
+            {"layer_axis": {"": 0}},
+        )
+    kernel, scale, bias = new(2, 2, 4, 4, 4), new(2, 2, 2, 3), new(2, 2, 2, 3)
+    inner = {"taps": {"kernel": kernel}, "norm": {"scale": scale, "bias": bias}}
+    yield (
+        "convolutions of another name in nested scans",
+        {"layers": {"inner": inner}},
+        {
+            "layers/inner/taps": {"w": kernel.reshape(4, 4, 4, 4)},
+            "layers/inner/norm": {
+                "scale": scale.reshape(4, 2, 3),
+                "offset": bias.reshape(4, 2, 3),
+            },
+        },
+        {
+            "layer_axis": {"layers/inner": (0, 1)},
+            "leaf": {"layers/inner/taps": port.SAME},
+        },
+    )
+    yield (
+        "beside layers on axis 1, a convolution of another name",
+        *beside(on_axis(1, a=(4, 2, 5)), *same("taps", kernel=new(2, 2, 2))),
+        {"layer_axis": {"layers": 1, "taps": 0}, "leaf": {"taps": port.SAME}},
+    )
     alpha = new(4, 5)
     yield (
         "a rule for one layer",
@@ -715,12 +882,37 @@ def riddles():
         {"leaf": {"layers/mixer": (lambda x: x[::-1], lambda x: x[::-1])}},
     )
     loop = layers(dense, 3, 3, numbers=range(12), bias=False)
+    yield "twelve layers", loop, {"block": {"w": stacked(loop)}}, {}
+    stages = {
+        f"stage_{i}": layers(dense, 2, 2, numbers=range(2), bias=False)
+        for i in range(2)
+    }
+    of_stages = np.stack([stacked(stage) for stage in stages.values()])
+    yield "stages of blocks, nested", stages, {"stage/block": {"w": of_stages}}, {}
     yield (
-        "twelve layers",
-        loop,
-        {"block": {"w": np.stack([x["kernel"] for x in loop.values()])}},
+        "stages of blocks, a loop over stacks",
+        stages,
+        {"stage/block": {"w": of_stages[0]}, "stage_1/block": {"w": of_stages[1]}},
         {},
     )
+    yield (
+        "stages of blocks, a stack over blocks",
+        stages,
+        {
+            "stage/block": {"w": of_stages[:, 0]},
+            "stage/block_1": {"w": of_stages[:, 1]},
+        },
+        {},
+    )
+    blocks = {"layers": layers(dense, 2, 2, 2, numbers=range(2), bias=False)}
+    of_blocks = stacked(blocks["layers"])
+    for interleave, layout in ((True, of_blocks.swapaxes(0, 1)), (False, of_blocks)):
+        yield (
+            f"blocks of layers, interleave={interleave}",
+            blocks,
+            {"layers/block": {"w": layout.reshape(4, 2, 2)}},
+            {"interleave": interleave, "layer_axis": {"layers": 0}},
+        )
 
 
 RIDDLES = {name: Riddle(*riddle) for name, *riddle in riddles()}
@@ -754,7 +946,7 @@ def test_a_rule_for_a_stack_that_does_not_fit_is_an_error(axis, scope):
     assert text in str(error.value).replace(
         " -> params/layers/alpha float32[4,3,5]", ""
     )
-    assert 'Say layer_axis={"layers": ()}' in str(error.value)
+    assert 'this fits: layer_axis={"layers": ()}' in str(error.value)
     assert port.plan(flax, haiku, layer_axis={"layers": ()}).ok
     both = port.plan(flax, haiku, layer_axis={scope: axis, "layers": ()})
     assert {row.status for row in both.rows} == {"ok"}

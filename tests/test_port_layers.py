@@ -15,7 +15,7 @@ import pytest
 from agreement import FAST, assert_equal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from port_trees import compiled, like_of, new, relative_error
+from port_trees import new, right_or_refused
 
 import hk_stack
 
@@ -218,10 +218,20 @@ def inputs(*shape, dtype=np.float32):
     return np.random.default_rng(1).normal(size=shape).astype(dtype)
 
 
+def compiled(run, *args):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(run, compiler_options=FAST)(*args)
+
+
 def init(linen, *args, seed=0):
     """Variables with random values everywhere."""
     types = jax.eval_shape(linen.init, jax.random.key(0), *args)
     return cases.randomised(types, seed=seed)
+
+
+def like_of(run, *args):
+    """What Haiku's `init` gives for a function, as types."""
+    return jax.eval_shape(hk.transform_with_state(run).init, jax.random.key(0), *args)
 
 
 @functools.cache
@@ -273,6 +283,12 @@ PAIRS = [
     ("scan over blocks at axis 1", "stack over blocks"),
     ("scan over blocks at axis 1", "loop"),
 ]
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
 
 
 def assert_round_trips(variables, like, **said):
@@ -383,8 +399,7 @@ def test_training_goes_on_with_the_same_statistics(axes, width):
     x = inputs(B * T, width)
     run = haiku_stack(functools.partial(haiku_normed, is_training=True))
     variables, like = init(flax_normed(axes), x), like_of(run, x)
-    rules = {f"{kind}/layers": axis for kind, axis in axes.items()}
-    said = {"layer_axis": rules} if width == L else {}
+    said = {"layer_axis": axes} if width == L else {}
     if said:
         with pytest.raises(ValueError, match="layer_axis="):
             hk_stack.flax_to_haiku(variables, like)
@@ -448,6 +463,17 @@ def test_an_ensemble_of_stacks_is_no_stack_of_ensembles():
     like = {"layers/linear": {"w": new(L, 3, 5, 5)}}, {}
     with pytest.raises(ValueError, match=r"layers/linear/w.*nested as \(3, 4\)"):
         hk_stack.flax_to_haiku({"params": flax}, like)
+
+
+def test_two_stacks():
+    """One loop of layers, and a scan of as many on another axis."""
+    loop = {f"encoder_{i}": {"Dense_0": {"kernel": new(4, 5)}} for i in range(3)}
+    scan = new(4, 3, 5)
+    flax = {**loop, "decoder": {"layers": {"Dense_0": {"kernel": scan}}}}
+    w = np.stack([layer["Dense_0"]["kernel"] for layer in loop.values()])
+    haiku = {"encoder/linear": {"w": w}}
+    haiku |= {"decoder/layers/linear": {"w": np.moveaxis(scan, 1, 0)}}
+    assert right_or_refused({"params": flax}, (haiku, {}))
 
 
 class Boxed(nn.Module):

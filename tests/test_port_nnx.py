@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_equal
-from port_trees import compiled, like_of, relative_error
+from agreement import FAST, assert_equal
 
 import hk_stack
 from hk_stack import port
@@ -101,8 +100,11 @@ MODULES = {
 RULES = {"transposed conv": {"leaf": {"layer/kernel": port.TRANSPOSED}}}
 
 
-def inputs():
-    return np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+def inputs(name="", shape=(B, T, D)):
+    rng = np.random.default_rng(0)
+    if name == "embed":
+        return rng.integers(0, 4, shape[:-1]).astype(np.int32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def types_of(make):
@@ -116,6 +118,15 @@ def made(name):
     return graph, cases.randomised(types), haiku_run
 
 
+def like_of(run, *args):
+    return jax.eval_shape(hk.transform_with_state(run).init, jax.random.key(0), *args)
+
+
+def compiled(run, *args):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(run, compiler_options=FAST)(*args)
+
+
 def apply_nnx(graph, state, x):
     state = jax.tree.map(jnp.asarray, state)
     return compiled(lambda state, x: nnx.merge(graph, state)(x), state, x)
@@ -127,11 +138,17 @@ def apply_haiku(run, params, state, x):
     return found
 
 
+def relative_error(found, expected):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_kind_of_module(name):
     """Outputs agree, and each form of a state comes back bit for bit."""
     graph, state, run = made(name)
-    x, rules = inputs(), RULES.get(name, {})
+    x, rules = inputs(name), RULES.get(name, {})
     like = like_of(run, x)
     if "lstm" in name:  # Haiku adds one to a forget gate; of eighths that is exact.
         state = jax.tree.map(lambda leaf: np.round(8 * leaf) / 8, state)
@@ -279,14 +296,16 @@ def test_more_than_ten_layers_stay_in_their_order():
         lambda: nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(12)])
     )
     state = cases.randomised(nnx.state(layers))
-    spec = jax.ShapeDtypeStruct
-    like = {"w": spec([12, 2, 2], np.float32), "b": spec([12, 2], np.float32)}
-    for form in (state, nnx.to_pure_dict(state)):
-        found = hk_stack.flax_to_haiku(
-            form, ({"linear": like}, {}), rename={"*": "linear_*"}
-        )
-        expected = [np.asarray(state[i]["kernel"][...]) for i in range(12)]
-        np.testing.assert_array_equal(found[0]["linear"]["w"], np.stack(expected))
+    stacked = {"linear": {"w": np.zeros([12, 2, 2]), "b": np.zeros([12, 2])}}
+    like = jax.tree.map(np.float32, stacked), {}
+    for given in (state, nnx.to_pure_dict(state)):
+        pair = {"linear": given} if isinstance(given, dict) else given
+        rename = {} if isinstance(given, dict) else {"*": "linear_*"}
+        params, _ = hk_stack.flax_to_haiku(pair, like, rename=rename)
+        for i in range(12):
+            np.testing.assert_array_equal(
+                params["linear"]["w"][i], np.asarray(state[i]["kernel"][...])
+            )
 
 
 def test_activations_between_layers_leave_gaps():
@@ -358,5 +377,7 @@ def test_parameters_and_statistics_apart():
     expected = hk_stack.flax_to_haiku(state, like)
     with pytest.raises(ValueError, match="mean_ema"):
         hk_stack.flax_to_haiku(params, like)
+    with pytest.raises(ValueError, match="layer/mean"):
+        hk_stack.flax_to_haiku(state, (like[0], {}))
     assert_equal(hk_stack.flax_to_haiku(params, (like[0], {}))[0], expected[0])
     assert_equal(hk_stack.flax_to_haiku(statistics, ({}, like[1]))[1], expected[1])

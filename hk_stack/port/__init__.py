@@ -13,7 +13,7 @@ from hk_stack.port import _layers, _leaves, _match, _move, _plan
 from hk_stack.port._gru import GRU
 from hk_stack.port._layers import SAME, TRANSPOSED
 from hk_stack.port._plan import Plan, Row
-from hk_stack.port._rules import Axis, Rule, Said
+from hk_stack.port._rules import Axis, Rule, Rules, Said
 
 __all__ = (
     "GRU",
@@ -90,8 +90,9 @@ def flax_to_haiku(
       ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
         rule is not used.
     """
-    said = Said(rename, leaf, ignore, layer_axis, interleave, cast)
-    return _port(_planned(variables, like, said), 0, variables, like, strict)
+    said = rename, leaf, ignore, layer_axis, interleave, cast
+    found = _planned(variables, like, *said)
+    return _port(found, 0, variables, like, strict)
 
 
 def haiku_to_flax(
@@ -108,9 +109,17 @@ def haiku_to_flax(
 ) -> Any:
     """The inverse of `flax_to_haiku`: parameters and state as Flax variables.
 
-    `params_and_state` is Haiku's `(params, state)`, and `like` what the model's `init`
-    gives, an NNX state or a plain dict of either; or what `jax.eval_shape` gives for
-    it. All rules are those of `flax_to_haiku`, also in their direction.
+    Args:
+      params_and_state: Haiku's `(params, state)`; `state` is `{}` for a model without.
+      like: Variables, an NNX state or a plain dict of either, as the model's `init`
+        gives them, or as `jax.eval_shape` gives them for it.
+      rename: As in `flax_to_haiku`, from Flax to Haiku.
+      leaf: As in `flax_to_haiku`.
+      ignore: As in `flax_to_haiku`.
+      layer_axis: As in `flax_to_haiku`.
+      interleave: As in `flax_to_haiku`.
+      cast: As in `flax_to_haiku`.
+      strict: As in `flax_to_haiku`.
 
     Returns:
       A tree as `like`, with new arrays; as in `flax_to_haiku`.
@@ -120,8 +129,8 @@ def haiku_to_flax(
       ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
         rule is not used.
     """
-    said = Said(rename, leaf, ignore, layer_axis, interleave, cast)
-    found = _planned(like, params_and_state, said)
+    said = rename, leaf, ignore, layer_axis, interleave, cast
+    found = _planned(like, params_and_state, *said)
     return _port(found, 1, params_and_state, like, strict)
 
 
@@ -148,7 +157,15 @@ def plan(
       Flax                                Haiku                        change ...
       params/query/kernel float32[8,2,4]  params/query/w float32[8,8]  reshape ...
 
-    The arguments are those of `flax_to_haiku`; arrays or `jax.ShapeDtypeStruct`s.
+    Args:
+      variables: As in `flax_to_haiku`; arrays or `jax.ShapeDtypeStruct`s.
+      like: As in `flax_to_haiku`.
+      rename: As in `flax_to_haiku`.
+      leaf: As in `flax_to_haiku`.
+      ignore: As in `flax_to_haiku`.
+      layer_axis: As in `flax_to_haiku`.
+      interleave: As in `flax_to_haiku`.
+      cast: As in `flax_to_haiku`.
 
     Returns:
       A plan: a table as text, and in colour with `rich.print`.
@@ -157,11 +174,12 @@ def plan(
       TypeError: If an argument is of the wrong type.
       ValueError: If a rule has another number of `*` than its path.
     """
-    said = Said(rename, leaf, ignore, layer_axis, interleave, cast)
-    return _planned(variables, like, said)
+    said = rename, leaf, ignore, layer_axis, interleave, cast
+    return _planned(variables, like, *said)
 
 
-def _planned(variables: Any, like: Any, said: Said) -> Plan:
+def _planned(variables: Any, like: Any, *options: Any) -> Plan:
+    said = _checked(*options)
     if not isinstance(like, (tuple, list)) or len(like) != 2:
         raise TypeError(
             "port: Haiku's side must be a pair (params, state), not "
@@ -170,10 +188,32 @@ def _planned(variables: Any, like: Any, said: Said) -> Plan:
     flax = _leaves.of_flax(variables, said.rename)
     haiku = _leaves.of_haiku(*like)
     found = _match.match(flax, haiku, said)
-    unused = list(said.unused([leaf.paths for leaf in (*flax, *haiku)]))
+    unused = said.unused([leaf.paths for leaf in (*flax, *haiku)])
     if not (found.unfit or found.flax or found.haiku):
         unused += _layers.unused(found.moves, said)
-    return _plan.made(found, said, unused)
+    return _plan.made(found, (flax, haiku), said, unused)
+
+
+def _checked(
+    rename: Any, leaf: Any, ignore: Any, layer_axis: Any, interleave: Any, cast: bool
+) -> Said:
+    """What the user says, after a check of what it is."""
+    are_paths = isinstance(ignore, Sequence) and not isinstance(ignore, str)
+    if not are_paths or not all(isinstance(path, str) for path in ignore):
+        raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
+    if interleave not in (None, True, False):
+        raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
+    _checks.flag(cast, "cast", "port")
+    if isinstance(layer_axis, (int, tuple)):
+        layer_axis = {"": layer_axis}
+    return Said(
+        Rules("rename", rename or {}),
+        Rules("leaf", leaf or {}),
+        Rules("ignore", dict.fromkeys(ignore)),
+        Rules("layer_axis", {} if layer_axis is None else layer_axis),
+        interleave,
+        cast,
+    )
 
 
 def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:

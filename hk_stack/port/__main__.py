@@ -29,6 +29,7 @@ from hk_stack import _table, checkpoint
 from hk_stack.port import _leaves, _names, _rules, plan
 
 Tree = dict[str, Any]
+Leaves = Mapping[str, Any]  # By their paths; what has a shape and a dtype.
 _of: Callable[[Any, Any], Any] = jax.ShapeDtypeStruct
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
@@ -95,30 +96,29 @@ def _collections(tree: Tree) -> Tree:
 
 def inspected(tree: Tree) -> str:
     """A table of the leaves of Flax variables, numbered ones together."""
-    rows: dict[str, list[_leaves.Leaf]] = {}
-    leaves = _leaves.of_flax(tree, _rules.Rules("rename", None))
-    for leaf in leaves:
-        rows.setdefault(re.sub("[0-9]+(?=/)", "0", str(leaf)), []).append(leaf)
-    cells = [[*_names_of(x), str(len(x)), _size(x)] for x in rows.values()]
-    pieces = [piece for leaf in leaves for piece in leaf.pieces]
+    rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
+    for leaf in _leaves.of_flax(tree, _rules.Rules("rename", {})):
+        alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
+        rows.setdefault(tuple(alike), []).append(leaf)
+    pieces = [piece for leaves in rows.values() for x in leaves for piece in x.pieces]
     numbers = sum(math.prod(piece.shape) for piece in pieces)
-    head = f"{len(pieces)} leaves, {numbers:,} numbers, {_size(leaves)}"
+    head = f"{len(pieces)} leaves, {numbers:,} numbers, {_size(pieces)}"
+    cells = [_cells(leaves) for leaves in rows.values()]
     table = _table.Table(["Flax", "in Haiku", "times", "bytes"], cells)
     return "\n".join([head, *_table.aligned(table)])
 
 
-def _names_of(leaves: list[_leaves.Leaf]) -> tuple[str, str]:
-    """In both trees; in Haiku without numbers if there are several."""
+def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
     *path, name = leaves[0].path
-    several = len(leaves) > 1
-    module = [
-        part._replace(number=0) if several else part for part in _names.parts(path)
-    ]
-    return str(leaves[0]), "/".join(filter(None, (_names.written(module), name)))
+    module = _names.parts(path)
+    if len(leaves) > 1:
+        module = tuple(part._replace(number=0) for part in module)
+    in_haiku = "/".join(filter(None, (_names.written(module), name)))
+    size = _size([piece for leaf in leaves for piece in leaf.pieces])
+    return [str(leaves[0]), in_haiku, str(len(leaves)), size]
 
 
-def _size(leaves: list[_leaves.Leaf]) -> str:
-    pieces = (piece for leaf in leaves for piece in leaf.pieces)
+def _size(pieces: list[_leaves.Piece]) -> str:
     return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
 
 
@@ -156,12 +156,11 @@ def read(path: str) -> Tree:
     return tree
 
 
-def _nested(leaves: Any) -> Tree:
-    """Nested dicts of types, by their paths; `value` is a box of NNX, no name."""
+def _nested(leaves: Leaves) -> Tree:
+    """Nested dicts of types."""
     tree: Tree = {}
-    for keys, leaf in jax.tree.leaves_with_path(leaves):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        *path, last = name.removesuffix("/value").split("/")
+    for name, leaf in leaves.items():
+        *path, last = name.split("/")
         node = tree
         for part in path:
             node = node.setdefault(part, {})
@@ -170,7 +169,7 @@ def _nested(leaves: Any) -> Tree:
     return tree
 
 
-def _of_safetensors(path: str) -> Tree:
+def _of_safetensors(path: str) -> Leaves:
     """Names have slashes, or dots instead."""
     library = _library("safetensors", "checkpoint")
     with library.safe_open(path, "numpy") as file:
@@ -190,27 +189,37 @@ def _dtype(name: str) -> str:
     return kinds.get(kind, kind.lower()) + bits
 
 
-def _of_npz(path: str) -> Tree:
+def _of_npz(path: str) -> Leaves:
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
 
-def _of_msgpack(path: str) -> Any:
+def _of_msgpack(path: str) -> Leaves:
     flax = _library("flax.serialization", "flax")
-    return flax.msgpack_restore(pathlib.Path(path).read_bytes())
+    tree = flax.msgpack_restore(pathlib.Path(path).read_bytes())
+    return _named(tree)
 
 
-def _of_folder(path: str) -> Any:
+def _of_folder(path: str) -> Leaves:
     """What orbax says of a folder, a checkpoint manager's or our own ones, too."""
     orbax = _library("orbax.checkpoint", "checkpoint")
     if os.path.isdir(os.path.join(path, "about")):
-        return checkpoint.metadata(path).leaves
+        return dict(checkpoint.metadata(path).leaves)
     folder = os.path.abspath(path)
     inside = os.path.join(folder, "default")
     with orbax.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.metadata(inside if os.path.isdir(inside) else folder)
     found = getattr(found, "item_metadata", found)
-    return getattr(found, "tree", found)
+    return _named(getattr(found, "tree", found))
+
+
+def _named(tree: Any) -> Leaves:
+    """By their paths; `value` is a box of NNX, no name."""
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name.removesuffix("/value")] = leaf
+    return found
 
 
 def _library(name: str, extra: str) -> Any:
@@ -223,7 +232,7 @@ def _library(name: str, extra: str) -> Any:
         ) from error
 
 
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+_READERS: dict[str, tuple[Callable[[str], Leaves], str]] = {
     ".msgpack": (_of_msgpack, "file of Flax's msgpack"),
     ".npz": (_of_npz, "file of NumPy"),
     ".safetensors": (_of_safetensors, "file of safetensors"),

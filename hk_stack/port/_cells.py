@@ -1,6 +1,7 @@
 """Recurrent cells: their gates are apart in Flax, and side by side in Haiku."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,8 +83,12 @@ class Gates(Codec):
         ]
 
 
-# A leaf in Haiku, its pieces in Flax, and how these go together.
-Row = tuple[Path, list[str], Codec]
+class Row(NamedTuple):
+    """A leaf in Haiku, its pieces in Flax, and how these go together."""
+
+    path: Path
+    pieces: list[str]
+    codec: Codec
 
 
 def _named(sides: str, gates: Sequence[str], name: str) -> list[str]:
@@ -94,17 +99,17 @@ def _lstm(gates: Sequence[str]) -> list[Row]:
     order = (0, 2, 1, 3)  # Haiku has i, g, f, o; and adds one to the forget gate.
     biases = Gates(order, 0, offsets=(0, 0, 1, 0))
     return [
-        (("linear", "w"), _named("ih", gates, "kernel"), Gates(order, 2)),
-        (("linear", "b"), _named("h", gates, "bias"), biases),
+        Row(("linear", "w"), _named("ih", gates, "kernel"), Gates(order, 2)),
+        Row(("linear", "b"), _named("h", gates, "bias"), biases),
     ]
 
 
 def _gru(gates: Sequence[str]) -> list[Row]:
     return [
-        (("w_i",), _named("i", gates, "kernel"), Gates(range(3), 1)),
-        (("w_h",), _named("h", gates, "kernel"), Gates(range(3), 1)),
-        (("b_i",), _named("i", gates, "bias"), Gates(range(3), 0)),
-        (("b_h",), ["hn/bias"], Codec()),
+        Row(("w_i",), _named("i", gates, "kernel"), Gates(range(3), 1)),
+        Row(("w_h",), _named("h", gates, "kernel"), Gates(range(3), 1)),
+        Row(("b_i",), _named("i", gates, "bias"), Gates(range(3), 0)),
+        Row(("b_h",), ["hn/bias"], Codec()),
     ]
 
 
@@ -131,5 +136,5 @@ def leaves_of(found: Mapping[str, Shape]) -> list[Row]:
             # Gates of other widths are those of another cell.
             if not is_even or any(len(shapes) > 1 for shapes in sides):
                 return []
-            return [row for row in rows if all(name in found for name in row[1])]
+            return [row for row in rows if all(name in found for name in row.pieces)]
     return []

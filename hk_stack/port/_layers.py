@@ -56,6 +56,7 @@ class Side(NamedTuple):
 
     @property
     def shape(self) -> Shape:
+        """Of all leaves as one array."""
         return (len(self.leaves), *self.leaves[0].pieces[-1].shape)
 
     @property
@@ -76,6 +77,12 @@ class Side(NamedTuple):
     def own_axes(self) -> Axes:
         """Those of the leaves themselves."""
         return tuple(axis - 1 for axis in self.axes if axis)
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """These with their sizes."""
+        pairs = zip(self.axes, self.sizes, strict=True)
+        return [(axis, size) for axis, size in pairs if axis]
 
     @property
     def interleaved(self) -> bool | None:
@@ -144,7 +151,7 @@ class Reading(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a group does not go, and whether it could in several ways."""
+    """Why a group does not go; and whether that is as it could go in several ways."""
 
     why: str
     fits: bool
@@ -154,9 +161,20 @@ def read(groups: Sequence[Group], said: Said) -> list[Reading | Refusal]:
     """How each group goes from one tree to the other, or why it does not."""
     depths: dict[Hashable, int] = {}
     for group in groups:
-        if group.flax[0].role == "bias":  # It has one axis in a layer of Haiku.
+        if group.flax[0].is_bias:  # It has one axis in a layer of Haiku.
             depths[group.haiku[0].path[:-1]] = len(group.haiku[0].shape) - 1
     tried = [_Reader(group, depths, said) for group in groups]
+    steps: dict[str, set[tuple[int, int]]] = {}
+    for one in tried:
+        if one.fits:
+            each = {step for reading in one.fits for step in reading.flax.steps}
+            steps[one.block] = steps.get(one.block, each) & each
+    for one in tried:  # A scan over numbered blocks has all of their leaves.
+        one.fits = [
+            reading
+            for reading in one.fits
+            if not reading.flax.interleaved or reading.flax.steps[0] in steps[one.block]
+        ]
     where: dict[Hashable, set[Hashable]] = {}
     for one in tried:
         if one.fits:  # A scan puts all of a module on the same axes.
@@ -171,6 +189,7 @@ class _Reader:
     def __init__(self, group: Group, depths: Mapping[Hashable, int], said: Said):
         self.group = group
         self.module = group.flax[0].collection, group.flax[0].raw[:-1]
+        self.block = _scope(group).partition("*")[0]
         self.fits: list[Reading] = []
         self._said = said
         self._depth = _depth(group, depths)
@@ -194,10 +213,8 @@ class _Reader:
             self._depth = None
         self.fits = list(self._readings(meant))
         if not self.fits and not self._why:
-            text = f"its layers are not on axis {axes}, as layer_axis= says"
             others = _by_effect(list(self._readings(every)))
-            sure = [one for one in others if one.is_sure]
-            self._why = _say(self.group, text, sure[:4], ["layer_axis"])
+            self._why = _not_on_axis(self.group, axes, others)
 
     def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
@@ -227,16 +244,16 @@ class _Reader:
         """How one layer may change; nothing if it does not fit."""
         leaf, old, new = flax.leaves[0], flax.one_layer, haiku.one_layer
         rule = self._said.leaf.find(leaf.paths)
-        if flax.own_axes and len(old) < _LEAST.get(leaf.raw[-1], 0):
+        least = _LEAST.get(leaf.raw[-1], 0) if flax.own_axes else 0
+        if len(old) < least or (leaf.is_of_batch_norm and len(old) > 1):
             return
         if rule not in (None, SAME):
-            dtypes = leaf.pieces[-1].dtype, haiku.leaves[0].pieces[-1].dtype
-            found = _by_rule(rule, old, new, dtypes)
+            found = _by_rule(rule, old, new, leaf.pieces[-1].dtype)
             if isinstance(found, Change):
                 yield found
             else:
                 self._why = self._why or found
-        elif leaf.role == "kernel" and len(old) == len(new) >= 3:
+        elif leaf.is_kernel and len(old) == len(new) >= 3:
             yield from _convolution(leaf, haiku.leaves[0], old, new, rule is not None)
         elif old == new:
             yield _SAME
@@ -253,10 +270,10 @@ def _depth(group: Group, depths: Mapping[Hashable, int]) -> int | None:
     flax, leaf = group.flax[0], group.haiku[0]
     if isinstance(leaf.codec, Average):
         return len(leaf.pieces[0].shape)  # A counter has no axes of its own.
-    rank = _names.kernel_rank(leaf.raw[:-1]) if flax.role == "kernel" else None
+    rank = _names.kernel_rank(leaf.raw[:-1]) if flax.is_kernel else None
     if rank is not None:
         return max(0, len(leaf.shape) - rank)
-    return depths.get(leaf.path[:-1]) if flax.role else None
+    return depths.get(leaf.path[:-1]) if flax.is_kernel or flax.is_bias else None
 
 
 def _sides(
@@ -290,6 +307,7 @@ def _one_layer(leaves: tuple[Leaf, ...], axes: Axes) -> Shape | None:
 
 
 def _count_the_same(flax: Side, haiku: Side) -> bool:
+    """Whether both have the same number of layers."""
     # Where names have other numbers in both trees, one of them has axes too.
     is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
     is_other = is_numbered and len(flax.axes) == len(haiku.axes)
@@ -325,6 +343,7 @@ def _by_effect(fits: Sequence[Reading]) -> list[Reading]:
 
 
 def same(array: Array) -> Array:
+    """No change."""
     return array
 
 
@@ -342,23 +361,15 @@ _UNSAID = Change("last axes swapped, which nothing says", *TRANSPOSED)
 
 
 @functools.lru_cache(maxsize=1024)
-def _by_rule(
-    rule: Rule, old: Shape, new: Shape, dtypes: tuple[np.dtype, np.dtype]
-) -> Change | str:
-    """What a user's rule does, or why it does not fit: it is tried on zeros."""
-    for function, given, wanted, dtype in zip(
-        rule, (old, new), (new, old), dtypes, strict=True
-    ):
-        try:
-            found = np.asarray(function(np.zeros(given, dtype)))
-        except Exception as error:
-            return f"its rule in leaf= fails on shape {list(given)}: {error!r}"
-        if found.shape != wanted:
-            return (
-                f"its rule in leaf= makes {list(found.shape)} of {list(given)}, not "
-                f"{list(wanted)}"
-            )
-    return _SWAP if rule == TRANSPOSED else Change(_RULE, *rule)
+def _by_rule(rule: Rule, old: Shape, new: Shape, dtype: np.dtype) -> Change | str:
+    """What a user's rule does, or why it does not fit."""
+    try:
+        found = list(np.shape(rule[0](np.zeros(old, dtype))))
+    except Exception as error:
+        return f"its rule in leaf= fails on shape {list(old)}: {error!r}"
+    if found == list(new):
+        return _SWAP if rule == TRANSPOSED else Change(_RULE, *rule)
+    return f"its rule in leaf= makes {found} of {list(old)}, not {list(new)}"
 
 
 def _convolution(
@@ -377,10 +388,10 @@ def _convolution(
 
 
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
-    if leaf.role == "kernel":  # Heads, before or after the other axis.
+    if leaf.is_kernel:  # Heads, before or after the other axis.
         splits = [(math.prod(old[:i]), math.prod(old[i:])) for i in range(1, len(old))]
         return len(old) > 2 and new in splits
-    if leaf.role == "bias":
+    if leaf.is_bias:
         return new == (math.prod(old),)
     # A norm keeps axes of size one in Haiku.
     return [n for n in old if n != 1] == [n for n in new if n != 1]
@@ -390,24 +401,33 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 
 
 def _difference(group: Group) -> str:
-    sides = ("Flax", group.flax), ("Haiku", group.haiku)
-    numbered = " and ".join(
-        f"{len(side)} numbered leaves in {name}"
-        for name, side in sides
-        if len(side) > 1
-    )
-    if " and " in numbered:
-        return (
-            f"{numbered}, but with other numbers: where they are the same layers, give "
-            "both the same numbers, module by module, with rename="
-        )
+    """Why the leaves of a group are not the same."""
     old, new = group.flax[0].shape, group.haiku[0].shape
+    numbered = [
+        f"{len(side)} numbered leaves in {name}"
+        for side, name in ((group.flax, "Flax"), (group.haiku, "Haiku"))
+        if len(side) > 1
+    ]
+    if len(numbered) == 2:
+        return (
+            f"{' and '.join(numbered)}, but with other numbers: where they are the "
+            "same layers, give both the same numbers, module by module, with rename="
+        )
     text = f"shape {list(old)} in Flax, {list(new)} in Haiku"
     if numbered:
-        return f"{text}, with {numbered}"
+        return f"{text}, with {numbered[0]}"
     pairs = enumerate(zip(old, new, strict=False)) if len(old) == len(new) else ()
-    others = [f"; axis {i} is {a}, not {b}" for i, (a, b) in pairs if a != b]
-    return text + "".join(others)
+    return text + "".join(
+        f"; axis {i} is {a}, not {b}" for i, (a, b) in pairs if a != b
+    )
+
+
+def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> str:
+    """What to say where a rule does not fit, and what would."""
+    rules = [_rule(group, one, {"layer_axis"}) for one in others if one.is_sure]
+    fitting = f"; this fits: {'; or '.join(rules[:4])}" if rules else ""
+    text = f"its layers are not on axis {said}, as layer_axis= says"
+    return f"{text}: {_difference(group)}{fitting}"
 
 
 _MEANING = {
@@ -436,27 +456,20 @@ def _unclear(group: Group, found: Sequence[Reading]) -> str:
         "layer_axis": len({one.flax.own_axes for one in found}) > 1,
         "interleave": len({one.interleaved for one in alike}) > 1,
     }
-    arguments = [argument for argument, is_open in differ.items() if is_open]
-    texts = [_MEANING[argument] for argument in arguments]
+    arguments = {argument for argument, is_open in differ.items() if is_open}
+    texts = [_MEANING[argument] for argument in differ if argument in arguments]
     for one in [one for one in found if not one.is_alike][:1]:
         texts.append(
             f"its layers may be nested as {one.flax.sizes} in Flax, and as "
             f"{one.haiku.sizes} in Haiku, which are not ported into one another: if "
             "so, port into a tree that is nested alike"
         )
-    return _say(group, "; ".join(texts), alike, arguments)
+    rules = dict.fromkeys(_rule(group, one, arguments) for one in alike)
+    what = f". Say {'; or '.join(rules)}" if any(rules) else ""
+    return f"{_difference(group)}: {'; '.join(texts)}{what}"
 
 
-def _say(
-    group: Group, why: str, readings: Sequence[Reading], arguments: Sequence[str]
-) -> str:
-    """Why a group does not go, and the values of some arguments with which it does."""
-    rules = list(filter(None, (_rule(group, one, arguments) for one in readings)))
-    what = f". Say {'; or '.join(dict.fromkeys(rules))}" if rules else ""
-    return f"{why}: {_difference(group)}{what}"
-
-
-def _rule(group: Group, one: Reading, arguments: Sequence[str]) -> str:
+def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
     """What to write for one reading: its values of these arguments."""
     scope, texts = _scope(group), []
     if "layer_axis" in arguments:
@@ -469,15 +482,19 @@ def _rule(group: Group, one: Reading, arguments: Sequence[str]) -> str:
     return ", ".join(texts)
 
 
-def unused(found: Sequence[Reading], said: Said) -> Iterator[str]:
+def unused(found: Sequence[Reading], said: Said) -> list[str]:
     """What to say of an axis for the whole tree, or an order, that nothing has."""
+    lines = []
     for pattern, axes in said.layer_axis.rules.items():
         meant = axes if isinstance(axes, tuple) else (axes,)
         is_in_front = meant == tuple(range(len(meant)))
         if not is_in_front and not any(one.flax.own_axes == meant for one in found):
-            yield f"layer_axis: no layers are on axis {axes}; leave {pattern!r} out."
+            lines.append(
+                f"layer_axis: no layers are on axis {axes}; leave {pattern!r} out."
+            )
     if said.interleave is not None and all(one.interleaved is None for one in found):
-        yield (
+        lines.append(
             f"interleave={said.interleave}: no layers are both numbered and on an "
             "axis in one tree, and otherwise in the other; leave it out."
         )
+    return lines

@@ -9,7 +9,7 @@ them apart, one layer at a time.
 import collections
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from hk_stack.port import _cells, _names
 from hk_stack.port._cells import Array, Codec, Shape
-from hk_stack.port._names import Module, Path
+from hk_stack.port._names import Path
 from hk_stack.port._rules import Rules, paths_of, renamed
 
 
@@ -61,7 +61,7 @@ class Leaf(NamedTuple):
       path: Its module in Haiku's words, and its name.
       pieces: What it is made of.
       codec: How.
-      role: "kernel" or "bias", in a module of Flax with a kernel.
+      has_kernel: Whether it is in a module of Flax with a kernel.
     """
 
     collection: str
@@ -69,14 +69,14 @@ class Leaf(NamedTuple):
     path: Path
     pieces: tuple[Piece, ...]
     codec: Codec = Codec()
-    role: str = ""
+    has_kernel: bool = False
 
     @property
     def kind(self) -> str:
         return "params" if self.collection == "params" else "state"
 
     @property
-    def name(self) -> tuple[str, Module, str]:
+    def name(self) -> Hashable:
         """What it is matched by."""
         return self.kind, _names.parts(self.path[:-1]), _names.leaf(self.path[-1])
 
@@ -84,6 +84,22 @@ class Leaf(NamedTuple):
     def paths(self) -> tuple[str, str]:
         """What rules for it may say."""
         return paths_of(self.collection, self.raw)
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.has_kernel and self.raw[-1] == "kernel"
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias beside a `kernel`."""
+        return self.has_kernel and self.raw[-1] == "bias"
+
+    @property
+    def is_of_batch_norm(self) -> bool:
+        """Whether it has one axis in a layer, which other norms may not."""
+        module = _names.parts(self.path[:-1])
+        is_average = self.kind == "state" and self.path[-1] in ("mean", "var")
+        return is_average or (bool(module) and module[-1].base == "batch_norm")
 
     @property
     def dtypes(self) -> set[np.dtype]:
@@ -118,8 +134,10 @@ Scope = tuple[str, Path]  # A collection, and a module.
 def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
     """The leaves of Linen's variables, an NNX state, or a plain dict of either."""
     arrays = _paths(variables)
-    has_collections = isinstance(variables.get("params"), Mapping)
-    at = [_split(path) if has_collections else _sorted(path) for path, _ in arrays]
+    if isinstance(variables.get("params"), Mapping):
+        at: list[Scope] = [(path[0], path[1:] or path) for path, _ in arrays]
+    else:
+        at = list(zip(_collections(variables, arrays), dict(arrays), strict=True))
     inside: dict[Scope, dict[str, Piece]] = collections.defaultdict(dict)
     for place, ((path, leaf), (collection, inner)) in enumerate(
         zip(arrays, at, strict=True)
@@ -145,36 +163,30 @@ def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
     return leaves
 
 
-def _split(path: Path) -> Scope:
-    return path[0], path[1:] or path
-
-
-def _sorted(path: Path) -> Scope:
-    """Where there are no collections, as in NNX, names tell what is no parameter."""
-    is_statistic = path[-1] in ("mean", "var", "u", "sigma")
-    return "batch_stats" if is_statistic else "params", path
-
-
 def _flax_leaf(
     collection: str,
     path: Path,
     inside: Mapping[Scope, Mapping[str, Piece]],
     rename: Rules[str],
 ) -> Leaf:
-    found = list(path)
-    for i, part in enumerate(path):
-        beside = {name.partition("/")[0] for name in inside["params", path[:i]]}
-        if part == "out" and beside >= {"query", "key", "value"}:
-            found[i] = "linear"
+    found = [
+        "linear"
+        if part == "out" and _is_attention(inside["params", path[:i]])
+        else part
+        for i, part in enumerate(path)
+    ]
     siblings = inside[collection, path[:-1]]
-    has_kernel = "kernel" in siblings
-    role = path[-1] if has_kernel and path[-1] in ("kernel", "bias") else ""
-    is_offset = path[-1] == "bias" and not has_kernel
+    is_offset = path[-1] == "bias" and "kernel" not in siblings
     found[-1] = "offset" if is_offset else _names.leaf(path[-1])
     new, count = renamed(rename, collection, path)
     pieces = (siblings[path[-1]],)
     whole = (*new, *found[count:])
-    return Leaf(collection, path, whole, pieces, role=role)
+    return Leaf(collection, path, whole, pieces, has_kernel="kernel" in siblings)
+
+
+def _is_attention(inside: Iterable[str]) -> bool:
+    """Whether the output of a module is called `out`, and `linear` in Haiku."""
+    return {name.partition("/")[0] for name in inside} >= {"query", "key", "value"}
 
 
 def _paths(tree: Any) -> list[tuple[Path, Any]]:
@@ -196,6 +208,23 @@ def _key(key: Any) -> Path:
     inside = getattr(key, "key", getattr(key, "idx", key))
     texts = inside if isinstance(inside, tuple) else str(inside).split("/")
     return tuple(str(text) for text in texts if str(text))
+
+
+def _collections(variables: Any, arrays: Iterable[tuple[Path, Any]]) -> list[str]:
+    """Of an NNX state, in which types tell, or of parameters without a collection."""
+
+    def is_variable(node: Any) -> bool:
+        return hasattr(node, "get_value") and hasattr(node, "get_metadata")
+
+    are_params = [
+        any(parent.__name__ == "Param" for parent in type(node).__mro__)
+        for node in jax.tree.leaves(variables, is_leaf=is_variable)
+        for _ in jax.tree.leaves(node)
+        if is_variable(node)
+    ]
+    if not are_params:
+        are_params = [path[-1] not in ("mean", "var") for path, _ in arrays]
+    return ["params" if is_param else "batch_stats" for is_param in are_params]
 
 
 def _piece(name: str, place: int, leaf: Any) -> Piece:
@@ -225,8 +254,9 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
             path = (*module[:-1], module[-1].removesuffix("_ema"))
             leaves.append(Leaf(kind, module, path, pieces, Average()))
         else:
-            paths = [(*module, name) for name in found]
-            leaves += [Leaf(kind, path, path, (found[path[-1]],)) for path in paths]
+            for name, piece in found.items():
+                path = (*module, name)
+                leaves.append(Leaf(kind, path, path, (piece,)))
     return leaves
 
 

@@ -10,13 +10,13 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from hk_stack.port import _layers, _names
 from hk_stack.port._layers import Group, Reading
 from hk_stack.port._leaves import Leaf
-from hk_stack.port._names import Path
+from hk_stack.port._names import Module, Path
 from hk_stack.port._rules import Said
 
 Key = tuple[str, Path]  # Kind; bases of the modules, and the leaf's name.
@@ -30,7 +30,6 @@ class Matched(NamedTuple):
 
     moves: list[Reading]
     unfit: list[tuple[Group, str]]  # And why.
-    paired: list[Leaf]  # All leaves of both.
     flax: list[Leaf]
     haiku: list[Leaf]
     renames: dict[str, str]
@@ -54,49 +53,74 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
         moves += fits if len(fits) == len(apart) else []
         if not apart or len(fits) < len(apart):
             unfit.append((group, found.why))
-    paired = [x for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)]
-    paired += [x for group, _ in unfit for x in (*group.flax, *group.haiku)]
-    used = set(map(id, paired))
+    used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
+    used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
     left, others = (
         [leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)
     )
-    return Matched(moves, unfit, paired, left, others, _proposed(theirs, ours))
+    return Matched(moves, unfit, left, others, _proposed(theirs, ours))
 
 
 def _named_alike(
     flax: Sequence[Leaf], haiku: Sequence[Leaf]
 ) -> tuple[Families, Families]:
     """Families, without the modules that are around everything in one tree only."""
-    in_flax = [(i, 0) for i in range(1, _around(flax) + 1)]
-    in_haiku = [(0, i) for i in range(1, _around(haiku) + 1)]
-    for i, j in [(0, 0), *in_flax, *in_haiku]:
-        found = _families(flax, i), _families(haiku, j)
-        theirs, ours = ({key[1][0] for key in side if key[1][1:]} for side in found)
-        if theirs & ours:
-            return found
-    return _families(flax), _families(haiku)
+    written: dict[Hashable, set[Module]] = collections.defaultdict(set)
+    for leaf in haiku:
+        written[leaf.kind, _module(leaf), leaf.path[-1]].add(_module(leaf, True))
+    # `conv1_d` and `conv2_d` are both a first convolution: only rules tell them apart.
+    several = [modules for modules in written.values() if len(modules) > 1]
+    literal = set(itertools.chain.from_iterable(several))
+    theirs, ours = _families(flax, literal), _families(haiku, literal)
+    for i in itertools.count():
+        old, new = _inside(theirs, i), _inside(ours, i)
+        if _tops(old) & _tops(ours):
+            return old, ours
+        if _tops(theirs) & _tops(new):
+            return theirs, new
+        if not old and not new:
+            return theirs, ours
+    raise AssertionError
 
 
-def _around(leaves: Iterable[Leaf]) -> int:
-    """How many modules are around all leaves."""
-    columns = zip(*(leaf.name[1] for leaf in leaves), strict=False)
-    return len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)))
+def _module(leaf: Leaf, literal: bool = False) -> Module:
+    return _names.parts(leaf.path[:-1], literal)
 
 
-def _families(leaves: Iterable[Leaf], around: int = 0) -> Families:
+def _families(leaves: Iterable[Leaf], literal: Set[Module]) -> Families:
     """Leaves by name. Where two have one name and number, neither has a place."""
     families: Families = collections.defaultdict(dict)
     twice = []
     for leaf in leaves:
-        kind, module, name = leaf.name
-        inside = module[around:]
-        family = families[kind, (*(part.base for part in inside), name)]
-        numbers = tuple(part.number for part in inside)
+        module = _module(leaf, True)
+        module = module if module in literal else _module(leaf)
+        bases = (*(part.base for part in module), _names.leaf(leaf.path[-1]))
+        family = families[leaf.kind, bases]
+        numbers = tuple(part.number for part in module)
         if family.setdefault(numbers, leaf) is not leaf:
             twice.append((family, numbers))
     for family, numbers in twice:
         family.pop(numbers, None)
     return {key: family for key, family in families.items() if family}
+
+
+def _tops(families: Families) -> set[str]:
+    return {name[0] for _, name in families if len(name) > 1}
+
+
+def _inside(families: Families, length: int) -> Families:
+    """Without the first parts of all names; nothing if these are not all the same."""
+    first = {
+        (name[:-1][:length], numbers[:length])
+        for (_, name), family in families.items()
+        for numbers in family
+    }
+    if len(first) != 1 or len(first.pop()[0]) < length:
+        return {}
+    return {
+        (kind, name[length:]): {n[length:]: leaf for n, leaf in family.items()}
+        for (kind, name), family in families.items()
+    }
 
 
 # Numbers
@@ -166,28 +190,32 @@ def _holes(family: Family) -> str:
 def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
     """Renamings for what is left over: to the one of its size that is most like it."""
     done = [name for (kind, name) in theirs if (kind, name) in ours]
-    rest = [key for key in ours if key not in theirs]
+    rest = {key: _size(family) for key, family in ours.items() if key not in theirs}
     rules: dict[str, str] = {}
     for key in [key for key in theirs if key not in ours]:
-        sized = [other for other in rest if _size(ours[other]) == _size(theirs[key])]
+        sized = [other for other, size in rest.items() if size == _size(theirs[key])]
         alike = {other: _common_end(key, other) for other in sized}
         most = max(alike.values(), default=0)
         found = [other for other, count in alike.items() if count == most > 0]
-        while most and key[1][:-most] in [name[: len(key[1]) - most] for name in done]:
+        while most and any(_begins(name, key[1][:-most]) for name in done):
             most -= 1  # What has a namesake stays where it is.
         if len(found) == 1 and most:
-            rest.remove(found[0])
+            del rest[found[0]]
             ends = _scopes(theirs, key, most), _scopes(ours, found[0], most)
             if rule := _written(*ends):
                 rules.setdefault(*rule)
     return rules
 
 
+def _begins(name: Path, beginning: Path) -> bool:
+    return name[: len(beginning)] == beginning
+
+
 def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]:
     """What is left out around a tree, and all but the last parts of some names."""
     family = families[key].values()
     first = next(iter(family))
-    around = len(first.name[1]) + 1 - len(key[1])
+    around = len(_module(first)) + 1 - len(key[1])
     scopes = [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family]
     return first.path[:around], scopes
 

@@ -10,7 +10,7 @@ from hk_stack import _layout
 from hk_stack.port import _plan
 from hk_stack.port._cells import Array
 from hk_stack.port._layers import Side
-from hk_stack.port._leaves import Leaf, Piece
+from hk_stack.port._leaves import Piece
 from hk_stack.port._rules import Function
 
 
@@ -34,21 +34,34 @@ def _filled(
     filled = {p.place: _layout.empty(p.shape, p.dtype) for p in new.pieces}
     for layer in range(new.num_layers):
         value = old.leaves[0].codec.read(old.views(layer, arrays))
-        value = _checked(np.asarray(change(value)), new.leaves[0])
+        try:
+            value = np.asarray(change(value))
+        except Exception as error:
+            raise ValueError(
+                f"port: the rule in leaf= for {old.leaves[0]} fails: {error!r}"
+            ) from error
+        _check(value, new)
         new.leaves[0].codec.write(value, new.views(layer, filled))
     return filled
 
 
-def _checked(value: Array, leaf: Leaf) -> Array:
+def _check(value: Array, new: Side) -> None:
+    leaf = new.leaves[0]
     dtype = leaf.pieces[-1].dtype
-    if value.dtype != dtype and not _plan.is_castable(value.dtype, dtype):
+    if value.shape != new.one_layer:
+        raise ValueError(
+            f"port: {leaf} is given shape {list(value.shape)} for one layer, not "
+            f"{list(new.one_layer)}. What does its rule in leaf= return?"
+        )
+    if value.dtype == dtype:
+        return
+    if not _plan.is_castable(value.dtype, dtype):
         raise ValueError(
             f"port: {leaf} is given {value.dtype}. What does its rule in leaf= return?"
         )
     is_whole = jax.numpy.issubdtype(dtype, jax.numpy.integer)
     if is_whole and not np.array_equal(value.astype(dtype), value):
         raise ValueError(f"port: {leaf} cannot hold the values of {value.dtype}.")
-    return value
 
 
 def _values(leaf: Any, piece: Piece) -> Array:
@@ -59,6 +72,11 @@ def _values(leaf: Any, piece: Piece) -> Array:
         )
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"port: {piece.name} is traced. Port outside of jit and grad.")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(
+            f"port: {piece.name} is spread over several processes. Gather it first, "
+            "for instance with jax.experimental.multihost_utils.process_allgather."
+        )
     return np.asarray(leaf)
 
 

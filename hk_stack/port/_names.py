@@ -33,7 +33,12 @@ _CONVOLUTION = re.compile("(?:depthwise_)?conv([123])_d(_transpose)?")
 
 
 class Part(NamedTuple):
-    """Of a module's name: `block_3` is `("block", 3)`, `block` is `("block", 0)`."""
+    """One part of a module's name: `block_3` is `("block", 3)`, `block` `("block", 0)`.
+
+    Attributes:
+      base: The name without its number, as Haiku writes it.
+      number: From 0.
+    """
 
     base: str
     number: int
@@ -42,8 +47,8 @@ class Part(NamedTuple):
 Module = tuple[Part, ...]
 
 
-def parts(path: Iterable[str]) -> Module:
-    """The parts of a module's name, in either framework's habit.
+def parts(path: Iterable[str], literal: bool = False) -> Module:
+    """The parts of a module's name, in either framework's habit; or as it is written.
 
     >>> parts(["Block_2", "Dense_0"]) == parts(["block_2", "~", "linear"])
     True
@@ -51,33 +56,34 @@ def parts(path: Iterable[str]) -> Module:
     (Part(base='layers', number=3), Part(base='kernel', number=0))
     """
     found: list[Part] = []
-    names = [name for name in path if name != "~"]
-    for before, name in zip(["", *names], names, strict=False):
+    before = ""
+    for name in path:
+        if name == "~":
+            continue
         if name.isdecimal() and before and not before.isdecimal():
             found[-1] = Part(before, int(name))
         else:
-            found.append(_part(name))
+            found.append(_part(name, literal))
+        before = name
     return tuple(found)
 
 
-def written(module: Iterable[Part]) -> str:
+def written(module: Module) -> str:
     """As Haiku writes it."""
     return "/".join(f"{base}_{n}" if n else base for base, n in module)
 
 
 @functools.cache
-def _part(name: str) -> Part:
+def _part(name: str, literal: bool) -> Part:
     if name.isdecimal():
         return Part("", int(name))
-    base, number = _numbered(name)
+    match = re.fullmatch(r"(.+?)_(\d+)", name)
+    base, number = (match[1], int(match[2])) if match else (name, 0)
+    if literal:
+        return Part(base, number)
     if convolution := _CONVOLUTION.fullmatch(base):
         base = "conv" + (convolution[2] or "")
     return Part(_ALIASES.get(base) or _snake_case(base), number)
-
-
-def _numbered(name: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(.+?)_(\d+)", name)
-    return (match[1], int(match[2])) if match else (name, 0)
 
 
 def _snake_case(name: str) -> str:
@@ -95,9 +101,10 @@ def leaf(name: str) -> str:
 def kernel_rank(module: Sequence[str]) -> int | None:
     """How many axes the kernel of a module of Haiku has, if the name tells."""
     last = next((name for name in reversed(module) if name != "~"), "")
-    base, _ = _numbered(last)
-    match = _CONVOLUTION.fullmatch(base)
-    return int(match[1]) + 2 if match else {"linear": 2}.get(base)
+    if _part(last, False).base == "linear":
+        return 2
+    match = _CONVOLUTION.fullmatch(_part(last, True).base)
+    return int(match[1]) + 2 if match else None
 
 
 def is_transposed(module: Module) -> bool | None:

@@ -117,9 +117,9 @@ class Plan(Shown):
 
     def _calls(self, what: str) -> Iterator[str]:
         """What to write for leaves that are left over: renamings, or to ignore them."""
+        source = "variables" if what == "flax_to_haiku" else "params_and_state"
         if not self.ignore:
             return
-        source = "variables" if what == "flax_to_haiku" else "params_and_state"
         rename = ", ".join(f'"{old}": "{new}"' for old, new in self.rename)
         call = f"{what}({source}, like, "
         if rename:
@@ -136,7 +136,12 @@ class Plan(Shown):
             yield "There is no state in Haiku's tree: give (params, state)."
 
 
-def made(found: Matched, said: Said, unused: Sequence[str]) -> Plan:
+def made(
+    found: Matched,
+    trees: Sequence[Sequence[Leaf]],
+    said: Said,
+    unused: Sequence[str],
+) -> Plan:
     """The plan of a match of the leaves of both trees."""
     moves = sorted(found.moves, key=lambda move: move.flax.leaves[0].pieces[0].place)
     of_moves = [_moved(move, said.cast) for move in moves]
@@ -154,7 +159,7 @@ def made(found: Matched, said: Said, unused: Sequence[str]) -> Plan:
         tuple(move for move, row in zip(moves, of_moves, strict=True) if row.ok),
         tuple(unused),
         tuple(rename.items()),
-        _to_ignore([*found.flax, *found.haiku], found.paired, said),
+        _to_ignore([*found.flax, *found.haiku], [*trees[0], *trees[1]], said),
     )
 
 
@@ -222,7 +227,7 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
         module = _names.written(_names.parts(leaf.path[:-1]))
         return (
             f"{', '.join(map(str, twins))} would have its name in Haiku too, "
-            f"{module}/{leaf.path[-1]}; rename one of them"
+            f"{module}/{leaf.path[-1]}; rename one of them, or to a name as it is here"
         )
     if leaf.path[-1] == "b_i" and isinstance(leaf.codec, Gates):
         return "hk.GRU is another function; the one of Flax is hk_stack.port.GRU"
@@ -235,19 +240,24 @@ def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
 
 
 def _to_ignore(
-    left: Sequence[Leaf], paired: Sequence[Leaf], said: Said
+    left: Sequence[Leaf], everything: Sequence[Leaf], said: Said
 ) -> tuple[str, ...]:
-    """What is ignored already, and the shortest beginnings of what is left over.
+    """What is ignored already, and the shortest beginnings of what else is left over.
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    used = {path for leaf in paired for path in _beginnings(leaf)}
-    rest = [_beginnings(leaf) for leaf in left if not said.ignore.closest(leaf.paths)]
-    found = (
-        next((path for path in paths[1:-1] if path not in used), paths[-1])
-        for paths in rest
+    ignored = {id(leaf) for leaf in everything if said.ignore.closest(leaf.paths)}
+    rest = [leaf for leaf in left if id(leaf) not in ignored]
+    free = ignored | {id(leaf) for leaf in rest}
+    busy = (leaf for leaf in everything if id(leaf) not in free)
+    used = {path for leaf in busy for path in _beginnings(leaf)}
+    found = dict.fromkeys(
+        next(
+            (path for path in _beginnings(leaf)[1:] if path not in used), leaf.paths[1]
+        )
+        for leaf in rest
     )
-    return (*said.ignore.rules, *dict.fromkeys(found)) if rest else ()
+    return (*said.ignore.rules, *found) if found else ()
 
 
 def _beginnings(leaf: Leaf) -> list[str]:

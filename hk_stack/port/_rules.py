@@ -3,12 +3,12 @@
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from hk_stack import _checks, _naming
+from hk_stack import _naming
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
@@ -27,15 +27,14 @@ class Rules(Generic[_T]):
     leaves least to `*`, and then the last.
     """
 
-    def __init__(self, argument: str, rules: Mapping[str, _T] | None):
+    def __init__(self, argument: str, rules: Mapping[str, _T]):
         """Takes rules as the user wrote them, in the argument of that name."""
-        rules = {} if rules is None else rules
-        is_right, expected = _EXPECTED[argument]
         if not isinstance(rules, Mapping) or not all(isinstance(k, str) for k in rules):
             raise TypeError(
                 f"port: {argument} must be a dict by the beginnings of paths, such as "
                 f'{{"encoder/block_*": ...}}, not {rules!r}.'
             )
+        is_right, expected = _EXPECTED[argument]
         for pattern, value in rules.items():
             if not is_right(value):
                 raise TypeError(
@@ -60,6 +59,20 @@ class Rules(Generic[_T]):
         fitting = ((pattern, match) for pattern, match in tried if match)
         return min(fitting, key=lambda found: _left_open(found[1]), default=None)
 
+    def unused(self, everything: Sequence[Sequence[str]]) -> list[str]:
+        """What to say of rules that fit no leaf, of which all paths are given."""
+        raw = list(dict.fromkeys(paths[0] for paths in everything))
+        lines = []
+        for pattern in self.rules:
+            tried = (path for paths in everything for path in paths)
+            if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
+                close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
+                lines.append(
+                    f"{self.argument}: {pattern!r} is the beginning of no leaf's path."
+                    + (f" Near it are: {', '.join(close)}." if close else "")
+                )
+        return lines
+
 
 def _is_axes(value: object) -> bool:
     axes = value if isinstance(value, tuple) else (value,)
@@ -80,7 +93,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
 
 @functools.cache
 def _pattern(pattern: str) -> str:
-    template = "/".join(_parts(pattern))
+    template = "/".join(part for part in pattern.split("/") if part)
     return _naming.pattern(template) if template else "(?P<inside>.*)"
 
 
@@ -90,43 +103,20 @@ def _left_open(match: "re.Match[str]") -> tuple[int, int]:
     return len((inside or "").strip("/")), sum(map(len, texts))
 
 
-class Said:
+class Said(NamedTuple):
     """All that users say; see `flax_to_haiku`."""
 
-    def __init__(
-        self,
-        rename: Mapping[str, str] | None,
-        leaf: Mapping[str, Rule] | None,
-        ignore: Sequence[str],
-        layer_axis: Axis | Mapping[str, Axis] | None,
-        interleave: bool | None,
-        cast: bool,
-    ):
-        are_paths = isinstance(ignore, Sequence) and not isinstance(ignore, str)
-        if not are_paths or not all(isinstance(path, str) for path in ignore):
-            raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
-        if interleave not in (None, True, False):
-            raise TypeError(f"port: interleave must be a bool, not {interleave!r}.")
-        _checks.flag(cast, "cast", "port")
-        of_all = isinstance(layer_axis, (int, tuple))
-        by_path: Any = {"": layer_axis} if of_all else layer_axis
-        self.rename = Rules("rename", rename)
-        self.leaf = Rules("leaf", leaf)
-        self.ignore = Rules("ignore", dict.fromkeys(ignore))
-        self.layer_axis: Rules[Axis] = Rules("layer_axis", by_path)
-        self.interleave, self.cast = interleave, cast
+    rename: Rules[str]
+    leaf: Rules[Rule]
+    ignore: Rules[None]
+    layer_axis: Rules[Axis]
+    interleave: bool | None
+    cast: bool
 
-    def unused(self, everything: Sequence[Sequence[str]]) -> Iterator[str]:
-        """What to say of rules that fit no leaf, of which all paths are given."""
-        raw = dict.fromkeys(paths[0] for paths in everything)
-        for rules in (self.rename, self.leaf, self.ignore, self.layer_axis):
-            for pattern in rules.rules:
-                tried = (path for paths in everything for path in paths)
-                if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
-                    close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
-                    near = f" Near it are: {', '.join(close)}." if close else ""
-                    what = f"{rules.argument}: {pattern!r} is the beginning of no leaf"
-                    yield f"{what}'s path.{near}"
+    def unused(self, everything: Sequence[Sequence[str]]) -> list[str]:
+        """What to say of rules that fit no leaf."""
+        rules = (self.rename, self.leaf, self.ignore, self.layer_axis)
+        return [line for each in rules for line in each.unused(everything)]
 
 
 def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]:
@@ -146,11 +136,8 @@ def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]
         new = new.replace("*", text, 1)
     if match.string != "/".join(path):  # The rule names the collection.
         new = new.removeprefix(f"{collection}/")
-    return _parts(new), len(path) - len(_parts(inside or ""))
-
-
-def _parts(text: str) -> Path:
-    return tuple(part for part in text.split("/") if part)
+    rest = len([part for part in (inside or "").split("/") if part])
+    return tuple(part for part in new.split("/") if part), len(path) - rest
 
 
 def paths_of(collection: str, path: Path) -> tuple[str, str]:
