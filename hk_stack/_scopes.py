@@ -41,12 +41,19 @@ def of_layers(stack: str, num_layers: int) -> list[Scope]:
         names = [f"{start}_{i}" for i in range(num_layers)]
         return [Scope(name, hk.name_scope(hk.force_name(name))) for name in names]
 
-    # Making them all at once, without texts that nobody reads, takes half of the time.
-    # The transform keeps names in use out of that in which the stack runs.
-    before = hk.experimental.module_auto_repr(False)
-    try:
+    # Making them all at once takes half of the time. The transform keeps names in use
+    # out of that in which the stack runs.
+    with without_texts():
         scopes: list[Scope] = hk.transform(make).apply({}, None)
         return scopes
+
+
+@contextlib.contextmanager
+def without_texts() -> Iterator[None]:
+    """Modules that are made here get no `repr`, which takes most of the time."""
+    before = hk.experimental.module_auto_repr(False)
+    try:
+        yield
     finally:
         hk.experimental.module_auto_repr(before)
 

@@ -204,14 +204,15 @@ def _run(
     if options.pass_reverse_to_layer_fn:
         kwargs = {**kwargs, "reverse": reverse}
     key = hk.maybe_next_rng_key()
-
     if options.naming_map is not None:
         return _invoke(options, f, key, reverse, args, kwargs)
     # Haiku numbers scopes of one name, so only inside is it known what this is called.
     with hk.name_scope(options.name):
         result = _invoke(options, f, key, reverse, args, kwargs)
         own = hk.force_name(hk.experimental.current_name())
-        LayerStack(options.num_layers, _checks.name_of(f), result, own).ran(*args)
+        with _scopes.without_texts():
+            row = LayerStack(options.num_layers, _checks.name_of(f), result, own)
+        row.ran(*args)
     return result
 
 
