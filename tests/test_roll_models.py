@@ -81,7 +81,7 @@ def lengths(jaxpr):
 def work(jaxpr):
     """How often each primitive stands in a program, where it makes more than a number.
 
-    What a model adds up of its layers, such as their losses, may be one number for each.
+    What a model adds up of its layers, such as losses, may be one number for each.
     """
     return collections.Counter(
         eqn.primitive.name
