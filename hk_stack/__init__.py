@@ -7,6 +7,8 @@ from hk_stack._layout import stack_params, unstack_params
 from hk_stack._loop import use_loop
 from hk_stack._naming import NumberedLayers
 from hk_stack._partition import Partition, partition
+from hk_stack._roll import roll
+from hk_stack._setup_first import setup_first
 from hk_stack._stack import layer_stack
 from hk_stack._summary import summary
 from hk_stack._taps import collect, tap
@@ -23,6 +25,8 @@ __all__ = (
     "layer_index",
     "layer_stack",
     "partition",
+    "roll",
+    "setup_first",
     "stack_params",
     "summary",
     "tap",

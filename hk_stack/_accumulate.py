@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _checks, _layout
-from hk_stack._partition import partition, while_tracing
+from hk_stack import _checks, _function, _layout
+from hk_stack._partition import partition
 from hk_stack._types import Tree
 
 
@@ -61,7 +61,7 @@ def accumulate(
     """
     where = _check_microbatches(loss, params, microbatches)
     one = _layout.drop_layers(microbatches)
-    with while_tracing(where):
+    with _function.while_tracing(where):
         result = jax.eval_shape(loss, params, *one)
     _check_result(result, has_aux, where)
     split = partition(loss, params, *one)

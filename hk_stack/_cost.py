@@ -11,7 +11,7 @@ from hk_stack import _equations
 from hk_stack._equations import Atom, Aval
 
 
-def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
+def is_expensive(eqn: jex.JaxprEqn, parameters: float) -> bool:
     """Whether an equation is worth hoisting for its own sake.
 
     Args:
@@ -31,6 +31,11 @@ def is_expensive(eqn: jex.JaxprEqn, parameters: int) -> bool:
         for body in _equations.bodies(eqn)
         for e in body.eqns
     )
+
+
+def is_reduction(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation adds numbers up, or the like."""
+    return eqn.primitive.name in _REDUCTIONS
 
 
 def is_layout(eqn: jex.JaxprEqn) -> bool:

@@ -87,11 +87,23 @@ def with_bodies(
     eqn: jex.JaxprEqn, change: Callable[[jex.Jaxpr], jex.Jaxpr]
 ) -> jex.JaxprEqn:
     """`eqn` with `change` of each jaxpr that it runs."""
+    return with_closed_bodies(
+        eqn, lambda body: jex.ClosedJaxpr(change(body.jaxpr), body.consts)
+    )
+
+
+def with_closed_bodies(
+    eqn: jex.JaxprEqn, change: Callable[[jex.ClosedJaxpr], jex.ClosedJaxpr]
+) -> jex.JaxprEqn:
+    """The same, for changes that may bring constants along, where there is room."""
 
     def changed(param: Any) -> Any:
         if isinstance(param, jex.ClosedJaxpr):
-            return jex.ClosedJaxpr(change(param.jaxpr), param.consts)
-        return change(param) if isinstance(param, jex.Jaxpr) else param
+            return change(param)
+        if not isinstance(param, jex.Jaxpr):
+            return param
+        made = change(jex.ClosedJaxpr(param, []))
+        return param if made.consts else made.jaxpr
 
     params = list(eqn.params.values())
     made = jax.tree.map(changed, params, is_leaf=_is_one)
@@ -118,7 +130,10 @@ def with_remat_body(
     if isinstance(flags, tuple):  # One for each input.
         atoms = zip(eqn.invars, flags, strict=True)
         known = {a: flag for a, flag in atoms if not isinstance(a, jex.Literal)}
-        params["prevent_cse"] = tuple(known.get(v, any(flags)) for v in invars)
+        params["prevent_cse"] = tuple(
+            any(flags) if isinstance(a, jex.Literal) else known.get(a, any(flags))
+            for a in invars
+        )
     outvars: list[Any] = jaxpr.outvars
     return replace(
         eqn, invars=invars, outvars=outvars, params=params, effects=jaxpr.effects
@@ -128,12 +143,19 @@ def with_remat_body(
 def alone(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """`eqn` as a program of its own, which takes all its inputs, literals too."""
     taken: list[Any] = list(map(fresh, eqn.invars))
+    return program(taken, [replace(eqn, invars=taken)], eqn.outvars)
+
+
+def program(
+    invars: Sequence[jex.Var], eqns: Sequence[jex.JaxprEqn], outvars: Sequence[Atom]
+) -> jex.ClosedJaxpr:
+    """A function of `invars` that runs `eqns`."""
     jaxpr = replace(
         _nothing(),
-        invars=taken,
-        outvars=list(eqn.outvars),
-        eqns=[replace(eqn, invars=taken)],
-        effects=eqn.effects,
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=list(eqns),
+        effects=set().union(*(eqn.effects for eqn in eqns)),
     )
     return jex.ClosedJaxpr(jaxpr, [])
 
@@ -155,11 +177,11 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     run = jex.jaxpr_as_fun(alone(eqn))
 
     def traced(*values: jax.Array) -> Any:
-        moving = {i: v for i, v in enumerate(values) if _is_inexact(v)}
+        moving = {i: v for i, v in enumerate(values) if is_inexact(v)}
 
         def of_moving(moving: dict[int, Any]) -> list[Any]:
             results = run(*(moving.get(i, v) for i, v in enumerate(values)))
-            return list(filter(_is_inexact, results))
+            return list(filter(is_inexact, results))
 
         if eqn.primitive.name == "custom_jvp_call":
             return jax.jvp(of_moving, [moving], [moving])
@@ -169,8 +191,9 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars))
 
 
-def _is_inexact(value: jax.Array) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.inexact)
+def is_inexact(value: jax.Array | Aval) -> bool:
+    """Whether a value has derivatives."""
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def gathers_from(eqn: jex.JaxprEqn) -> int:

@@ -1,19 +1,17 @@
 """How the layers of a stack run: in a compiled loop, or one by one in Python."""
 
 import operator
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import haiku as hk
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from hk_stack import (
     _carry,
     _cut,
     _eager,
-    _equations,
     _finite,
     _layout,
     _loop,
@@ -23,7 +21,7 @@ from hk_stack import (
     _taps,
 )
 from hk_stack._layer import Given, Invocation, Result, describe
-from hk_stack._parts import Input, Parts
+from hk_stack._parts import Input
 from hk_stack._types import Tree
 
 
@@ -44,7 +42,7 @@ def compiled(invocation: Invocation, given: Given) -> Result:
         options.remat,
     )
     sizes = options.setup_batch_size, options.setup_remat
-    plan = _Plan(parts, inputs, schedule, *sizes)
+    plan = _parts.Plan(parts, inputs, schedule, *sizes)
     leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
@@ -70,66 +68,6 @@ def _pass_on(
     num_layers = invocation.options.num_layers
     stack = _finite.Check(invocation.where, num_layers, invocation.reverse)
     return _finite.say_layers(stack, checks, results)
-
-
-class _Plan(NamedTuple):
-    """How a stack runs, once its layer is cut.
-
-    Attributes:
-      parts: Setup and call of one layer, whose outputs begin with the next carry.
-      inputs: What the inputs of a layer are.
-      schedule: How the loop runs the calls.
-      setup_batch_size: See `layer_stack`.
-      setup_remat: See `layer_stack`.
-    """
-
-    parts: Parts
-    inputs: tuple[Input, ...]
-    schedule: _loop.Schedule
-    setup_batch_size: int | None
-    setup_remat: bool | None
-
-    def key(self, structure: _eager.Structure) -> Hashable:
-        """All that `run` depends on."""
-        shared, setup, call, *positions = self.parts
-        programs = tuple(map(structure, (shared, setup, call)))
-        kinds = tuple(i._replace(label="") for i in self.inputs)
-        return programs, tuple(positions), kinds, self[2:]
-
-    def run(self, values: list[Any]) -> list[Any]:
-        """Runs setup for all layers, then the loop over calls."""
-        parts = self.parts
-        shared, own = _parts.derive(
-            parts,
-            values,
-            self.inputs,
-            self.schedule.num_layers,
-            batch_size=self.setup_batch_size,
-            remat=self.setup_remat,
-        )
-        # For policies of `jax.checkpoint` around the stack.
-        shared, own = jax.tree.map(
-            lambda v: checkpoint_name(v, _marks.DERIVED), (shared, own)
-        )
-        carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
-        given = {i: values[i] for i in parts.call_inputs}
-        layered = [i for i in given if self.inputs[i].layered]
-
-        def step(carry: list[Any], mapped: Any) -> tuple[list[Any], list[Any]]:
-            own, rows = mapped
-            now = dict(zip(carried, carry, strict=True))
-            now |= zip(layered, rows, strict=True)
-            read = (now.get(i, value) for i, value in given.items())
-            results = _equations.run(parts.call, *shared, *own, *read)
-            return results[: len(carry)], results[len(carry) :]
-
-        carry, rest = _loop.run(
-            step,
-            [values[i] for i in carried],
-            (own, [given[i] for i in layered]),
-            self.schedule,
-        )
-        return [*carry, *rest]
 
 
 def _trace(invocation: Invocation, given: Given) -> tuple[jex.ClosedJaxpr, Given, Any]:

@@ -47,10 +47,10 @@ def checked(**given: Any) -> Options:
     naming_map, num_layers = given["transparency_map"], found["num_layers"]
     is_transparent = found.pop("transparent")
     return Options(
-        unroll=_unroll(given["unroll"], num_layers, where),
+        unroll=unrolled(given["unroll"], num_layers, where),
         naming_map=_naming_map(naming_map, where) if is_transparent else None,
         name=_name(name, found["with_per_layer_inputs"]),
-        remat=_remat(given["remat"], given["remat_every"], num_layers, where),
+        remat=rematerialised(given["remat"], given["remat_every"], num_layers, where),
         **found,
     )
 
@@ -64,9 +64,10 @@ def _naming_map(naming_map: object, where: str) -> _naming.Map:
     return _naming.naming_map(naming_map, "transparency_map", where)
 
 
-def _remat(
+def rematerialised(
     remat: object, every: object, num_layers: int, where: str
 ) -> _loop.Remat | None:
+    """What the backward pass computes again, of so many layers."""
     policy = _policy(remat, where)
     if not remat:
         if every is not None:
@@ -96,7 +97,7 @@ def _name(name: object, with_per_layer_inputs: bool) -> str:
     return name or f"__layer_stack_{kind}"
 
 
-def _unroll(value: object, num_layers: int, where: str) -> int:
+def unrolled(value: object, num_layers: int, where: str) -> int:
     """How many layers one step of the loop holds; True is all of them."""
     if isinstance(value, (bool, np.bool_)):
         return num_layers if value else 1
@@ -141,6 +142,22 @@ _MAKERS_OF_POLICIES = (
     "save_from_both_policies",
     "save_only_these_names",
 )
+
+
+def of_setup(
+    setup: object, batch_size: object, remat: object, where: str
+) -> tuple[str, int | None, bool | None]:
+    """What leaves a loop, and how it runs; says so if there is nothing to run."""
+    given = {"setup": setup, "setup_batch_size": batch_size, "setup_remat": remat}
+    found = [_CHECKS[name](value, name, where) for name, value in given.items()]
+    for name in list(given)[1:]:
+        if setup == "inline" and given[name] is not None:
+            raise ValueError(
+                f"{where}: {name}={given[name]!r} says how setup runs before a loop, "
+                'but setup="inline" leaves it inside. Leave one of them out.'
+            )
+    kind, size, again = found
+    return kind, size, again
 
 
 def _size(value: object, argument: str, where: str) -> int | None:

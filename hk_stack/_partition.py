@@ -1,18 +1,16 @@
 """`partition`: a function cut into setup and call, to set up once and call often."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _checks, _cut, _equations
-from hk_stack._naming import unique
-from hk_stack._parts import Input, Parts
+from hk_stack import _checks, _cut, _equations, _function
+from hk_stack._parts import Parts
 from hk_stack._report import Report, hoisted_names, report
 from hk_stack._table import Shown, Table
 from hk_stack._types import Derived, Tree
@@ -210,12 +208,9 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
       ValueError: If a value marked with `hoist` depends on another argument.
     """
     where, names = _named(fn, example_args)
-    with while_tracing(where):
-        trace = jax.make_jaxpr(fn, return_shape=True)
-        closed, result = trace(*example_args)
-    constant = Input("a constant", known=True, fixed=True, constant=True)
+    closed, inputs, structure = _function.trace(fn, example_args, where)
     first = len(closed.consts)
-    inputs = [*[constant] * first, *_described(names, example_args)]
+    inputs[:first] = [i._replace(known=True) for i in inputs[:first]]
     parts = _cut.cut(closed, inputs, "auto", where, reuse=True)
     known = [i for i in parts.call_inputs if inputs[i].known and i >= first]
     kept = sorted(known, key=lambda i: inputs[i].label)
@@ -225,19 +220,9 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
         "kept": {inputs[i].label: closed.in_avals[i - first] for i in kept},
     }
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
-    structure = jax.tree.structure(result)
     program = _Program(parts, kept, derived, names, arguments, structure, where)
     described = report(parts, inputs, list(derived["kept"].values()), where)
     return Partition(program, closed.consts, described)
-
-
-def _described(names: list[str], arguments: tuple[Tree, ...]) -> Iterator[Input]:
-    """What the cut must know of each leaf of the arguments: the first is known."""
-    leaves = _checks.leaf_names(arguments[0])
-    for label in unique([name or names[0] for name in leaves]):  # It may be one array.
-        yield Input(label, known=True, fixed=True)
-    for name, tree in zip(names[1:], arguments[1:], strict=True):
-        yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
 
 
 def _named(
@@ -255,20 +240,6 @@ def _named(
     for name, tree in zip(names, example_args, strict=True):
         _checks.arrays(tree, f"{where}: example argument `{name}`")
     return where, names
-
-
-@contextlib.contextmanager
-def while_tracing(where: str) -> Iterator[None]:
-    """Says what to do where a function fails on traced arguments."""
-    try:
-        yield
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        error.add_note(
-            f"{where}: this happened while tracing it on the arguments given, all of "
-            "which are traced. Bind static ones before, as in "
-            "functools.partial(fn, is_training=True)."
-        )
-        raise
 
 
 def _same_leaves(given: Tree, example: Tree, what: str) -> None:

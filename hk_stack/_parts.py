@@ -1,11 +1,13 @@
-"""A traced function in two parts, setup and call, and its setup for many layers."""
+"""A traced function in two parts, setup and call, run for all layers of a stack."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _batches, _cost, _equations
+from hk_stack import _batches, _cost, _equations, _loop, _marks
 
 
 class Input(NamedTuple):
@@ -65,6 +67,14 @@ class Parts(NamedTuple):
         return self.num_shared + len(self.setup.jaxpr.outvars)
 
 
+def all_setup(block: jex.ClosedJaxpr) -> Parts:
+    """The parts of a function of layered inputs that is setup as a whole."""
+    jaxpr = _equations.replace(block.jaxpr, invars=[], outvars=[], eqns=[])
+    nothing = jex.ClosedJaxpr(jaxpr, [])
+    everything = tuple(range(len(block.jaxpr.invars)))
+    return Parts(nothing, block, nothing, (), everything, (), 0)
+
+
 def derive(
     parts: Parts,
     values: Sequence[Any],
@@ -103,6 +113,66 @@ def derive(
     size = _batch_size(setup.jaxpr, num_layers, batch_size)
     rows = [given[i] for i in own]
     return shared, _batches.in_batches(one, rows, size=size, remat=remat)
+
+
+class Plan(NamedTuple):
+    """How a stack runs, once its layer is cut.
+
+    Attributes:
+      parts: Setup and call of one layer, whose outputs begin with the next carry.
+      inputs: What the inputs of a layer are.
+      schedule: How the loop runs the calls.
+      setup_batch_size: See `layer_stack`.
+      setup_remat: See `layer_stack`.
+    """
+
+    parts: Parts
+    inputs: tuple[Input, ...]
+    schedule: _loop.Schedule
+    setup_batch_size: int | None
+    setup_remat: bool | None
+
+    def key(self, structure: Callable[[jex.ClosedJaxpr], Hashable]) -> Hashable:
+        """All that `run` depends on."""
+        shared, setup, call, *positions = self.parts
+        programs = tuple(map(structure, (shared, setup, call)))
+        kinds = tuple(i._replace(label="") for i in self.inputs)
+        return programs, tuple(positions), kinds, self[2:]
+
+    def run(self, values: list[Any]) -> list[Any]:
+        """Runs setup for all layers, then the loop over calls."""
+        parts = self.parts
+        shared, own = derive(
+            parts,
+            values,
+            self.inputs,
+            self.schedule.num_layers,
+            batch_size=self.setup_batch_size,
+            remat=self.setup_remat,
+        )
+        # For policies of `jax.checkpoint` around the stack.
+        shared, own = jax.tree.map(
+            lambda v: checkpoint_name(v, _marks.DERIVED), (shared, own)
+        )
+        carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
+        given = {i: values[i] for i in parts.call_inputs}
+        layered = [i for i in given if self.inputs[i].layered]
+
+        def step(carry: list[Any], mapped: Any) -> tuple[list[Any], list[Any]]:
+            own, rows = mapped
+            now = dict(zip(carried, carry, strict=True))
+            now |= zip(layered, rows, strict=True)
+            read = (now.get(i, value) for i, value in given.items())
+            results = _equations.run(parts.call, *shared, *own, *read)
+            return results[: len(carry)], results[len(carry) :]
+
+        carry, rest = _loop.run(
+            step,
+            [values[i] for i in carried],
+            (own, [given[i] for i in layered]),
+            self.schedule,
+        )
+        return [*carry, *rest]
 
 
 def _batch_size(setup: jex.Jaxpr, num_layers: int, asked: int | None) -> int:
