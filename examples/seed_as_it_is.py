@@ -46,6 +46,7 @@ from matplotlib.figure import Figure
 
 import hk_stack
 from hk_stack.compare import s4
+from hk_stack.compare.s4 import KERNELS
 
 # In single precision some gradients of S4 are small differences of large numbers.
 TOLERANCE = 1e-3
@@ -60,6 +61,7 @@ class Config(common.Output):
     width: int = flag("Features in each layer.", default=64)
     state_size: int = flag("States of each feature.", default=16)
     length: int = flag("Steps of a sequence.", default=256)
+    kernel: str = flag("How setup makes one.", default="convolution", choices=KERNELS)
     batch_size: int = flag("Sequences in a training step.", default=4)
     rounds: int = flag("How often each way is run to measure its time.", default=15)
 
@@ -92,7 +94,7 @@ class SeqInternal(nn.Module):
             for name, (shape, init) in s4.parameters(width, states).items()
         }
         # The slow part: it depends on the parameters alone.
-        self.K = s4.kernel_term_by_term(s4.dplr(params), self.config.length)
+        self.K = KERNELS[self.config.kernel](s4.dplr(params), self.config.length)
         self.D = params["d"]
         self.norm = nn.LayerNorm(use_fast_variance=False)
         self.out, self.gate = nn.Dense(width), nn.Dense(width)
@@ -153,7 +155,7 @@ def in_haiku(config: Config, num_layers: int) -> hk.Transformed:
     def layer(c: jax.Array) -> jax.Array:
         table = s4.parameters(config.width, config.state_size)
         params = {name: parameter(name, *row) for name, row in table.items()}
-        kernel = s4.kernel_term_by_term(s4.dplr(params), config.length)
+        kernel = KERNELS[config.kernel](s4.dplr(params), config.length)
         u = hk.LayerNorm(-1, True, True, eps=1e-6, name="norm")(c)
         y = jax.nn.gelu(s4.convolve(u, kernel) + params["d"][None, None] * u)
         out, gate = (hk.Linear(config.width, name=name)(y) for name in ("out", "gate"))
