@@ -1,7 +1,7 @@
 """The two programs of the Flax thread as they were written, and with one line more.
 
     python examples/seed_as_it_is.py
-    python examples/seed_as_it_is.py --layers=8 --depths=2,4,8
+    python examples/seed_as_it_is.py --kernel="term by term" --depths=8,16
 
 In the thread "Scan with split parameters" someone has layers of S4, of which `setup` is
 slow and the call cheap, and would like the setup batched while the calls are scanned.
@@ -19,7 +19,14 @@ All of them compute the same function: outputs and gradients are compared. Of th
 gradient, three things are measured: seconds of the processor to trace and compile it,
 its time to run (the ways take turns), and its memory beside arguments and results.
 
-Minutes on two cores. Writes to `out/seed_as_it_is` (`--out`):
+What is gained: a list of 32 layers builds in half the time, and 16 layers run in 0.6 of
+the memory, in a quarter with `remat=True`, at the speed of the list or a little faster.
+What is not: four layers build faster as a list. A stack builds faster still, as
+parameters need not be stacked. And memory is paid for in time where setup is dear, for
+gradients compute it again: with the kernel as "The Annotated S4" computes it, term by
+term, the list stays the fastest. `setup_remat=False` makes the other choice.
+
+Three minutes on two cores. Writes to `out/seed_as_it_is` (`--out`):
 
     table.txt    all ways of `--layers` layers
     build.png    the time to build by the number of layers
