@@ -545,7 +545,10 @@ class _Block:
         described = []
         for _, (kind, _, atoms) in self._inputs.values():
             known = kind is not Kind.CARRY and all(map(is_known, atoms))
-            described.append(_INPUTS[kind]._replace(known=known))
+            of_kind = _INPUTS[kind]
+            described.append(
+                of_kind._replace(known=known, fixed=known or of_kind.fixed)
+            )
         return described
 
     def atoms(self) -> list[tuple[Atom, ...]]:
