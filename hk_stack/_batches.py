@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 def in_batches(
     run: Callable[[list[Any]], list[Any]],
+    run_several: Callable[[list[Any]], list[Any]],
     values: list[Any],
     *,
     size: int,
     remat: bool | None = None,
-    vmap: Callable[..., Any] = jax.vmap,
 ) -> list[Any]:
     """Runs all layers independently of one another, `size` of them at a time.
 
@@ -27,13 +27,13 @@ def in_batches(
 
     Args:
       run: One layer.
+      run_several: A batch of layers, all arrays with a leading axis.
       values: Arrays `[L, ...]`.
       size: Layers in a batch; the last batch may be smaller. A batch of one layer is no
-        batch: `run` is not transformed. Nor is it where there is no batch of it: some
-        primitives have none, or not of all their uses.
+        batch: `run` runs it. So it is where `run_several` fails: some primitives have
+        no batches, or not of all their uses.
       remat: Whether the backward pass runs each batch again instead of keeping what it
         computed on the way, which may be large; by default, if there is more than one.
-      vmap: What makes a batch of `run`.
 
     Returns:
       Arrays `[L, ...]`.
@@ -41,7 +41,7 @@ def in_batches(
     num_layers = values[0].shape[0]
     if size > 1 and num_layers > 1:
         with contextlib.suppress(Exception):  # Of any kind: the primitive's author's.
-            return _in_batches(vmap(run), values, size, remat)
+            return _in_batches(run_several, values, size, remat)
     return _in_batches(run, values, 1, remat)
 
 

@@ -46,9 +46,9 @@ def is_layout(eqn: jex.JaxprEqn) -> bool:
 def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
     """Whether a batch computes just what one layer after another would.
 
-    In a batch all branches of a `cond` run, also one that would not end, and random
-    bits of other keys than threefry's are other bits. Rules for batches run outside of
-    the `jax.enable_x64` in which an equation was written, and would narrow its values.
+    Random bits of other keys than threefry's are other bits in a batch. Rules for
+    batches run outside of the `jax.enable_x64` in which an equation was written, and
+    would narrow its values.
 
     Args:
       jaxpr: What each layer runs.
@@ -56,7 +56,7 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
         write what theirs run.
     """
     return not is_narrowed(jaxpr) and all(
-        eqn.primitive.name not in OPAQUE | {"cond", "rng_bit_generator"}
+        eqn.primitive.name not in OPAQUE | {"rng_bit_generator"}
         and not any(map(_is_other_key, eqn.invars))
         and all(can_batch(body, derivatives) for body in _equations.bodies(eqn))
         and (not derivatives or _can_batch_rule(eqn, derivatives - 1))
@@ -79,14 +79,19 @@ def _is_wide(atom: Atom) -> bool:
 
 
 def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
-    """Whether what a derivative of `eqn` runs, if its author has said so, can batch."""
+    """Whether what a derivative of `eqn` runs, if its author has said so, can batch.
+
+    Conditionals are out of reach there: all of their branches would run.
+    """
     if eqn.primitive.name not in _equations.CUSTOM_DERIVATIVES:
         return True
     try:
         rule = _equations.derivative(eqn)
     except Exception:  # Whatever its author wrote; one by one it is as it was.
         return False
-    return can_batch(rule.jaxpr, derivatives)
+    inner = _equations.with_inner([eqn, *rule.eqns])
+    is_conditional = any(e.primitive.name == "cond" for e in inner)
+    return not is_conditional and can_batch(rule.jaxpr, derivatives)
 
 
 def _is_other_key(atom: Atom) -> bool:

@@ -7,7 +7,6 @@ batch takes longer to compile than it saves. Where an initial value depends on t
 activations, the layers have to run one after the other.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import _batches, _checks, _cost, _eager, _equations, _flat, _layout, _loop
+from hk_stack import (
+    _batches,
+    _checks,
+    _cost,
+    _eager,
+    _equations,
+    _flat,
+    _guarded,
+    _layout,
+    _loop,
+)
 from hk_stack._layer import Given, Invocation
 from hk_stack._types import Params, State
 
@@ -128,19 +137,31 @@ class _Initialisers(NamedTuple):
         if self.kind:
             keys = _in_turn(lambda key: key, self.num_layers, True, own[:1])
             own = [*keys, *own[1:]]
-        # The layer's number is mapped over too, as nothing else may be. A transform of
-        # its own keeps all this pure, so that it can be compiled.
-        batches = hk.transform(
-            functools.partial(
-                _batches.in_batches,
-                lambda numbered: one(numbered[1:]),
+        has_branches = _guarded.has_branches(self.program.jaxpr)
+        batch = _guarded.vmap(
+            self.program, [*[False] * len(shared), *[True] * len(own)]
+        )
+
+        def guarded(numbered: list[Any]) -> list[jax.Array]:
+            return batch([*shared, *numbered[1:]])
+
+        def of_numbered(numbered: list[Any]) -> list[jax.Array]:
+            return one(numbered[1:])
+
+        def batches(numbered: list[Any]) -> list[jax.Array]:
+            # The layer's number is mapped over too, as nothing else may be.
+            several: Any = hk.vmap(of_numbered, split_rng=False)
+            return _batches.in_batches(
+                of_numbered,
+                guarded if has_branches else several,
+                numbered,
                 size=self.size,
                 remat=False,
-                vmap=functools.partial(hk.vmap, split_rng=False),
             )
-        )
+
+        # A transform of its own keeps all this pure, so that it can be compiled.
         numbered = [jnp.arange(self.num_layers), *own]
-        return list(batches.apply({}, None, numbered))
+        return list(hk.transform(batches).apply({}, None, numbered))
 
 
 def _run_initialisers(

@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _batches, _cost, _equations, _loop, _marks
+from hk_stack import _batches, _cost, _equations, _guarded, _loop, _marks
 
 
 class Input(NamedTuple):
@@ -106,13 +106,20 @@ def derive(
     given = {i: values[i] for i in parts.setup_inputs}
     own = [i for i in given if inputs[i].layered]
 
+    batched = _guarded.vmap(setup, [*[False] * len(before), *(i in own for i in given)])
+
+    def inputs_of(own_values: list[Any]) -> list[Any]:
+        return [*before, *(given | dict(zip(own, own_values, strict=True))).values()]
+
     def one(own_values: list[Any]) -> list[Any]:
-        read = given | dict(zip(own, own_values, strict=True))
-        return _equations.run(setup, *before, *read.values())
+        return _equations.run(setup, *inputs_of(own_values))
+
+    def several(own_values: list[Any]) -> list[Any]:
+        return batched(inputs_of(own_values))
 
     size = _batch_size(setup.jaxpr, num_layers, batch_size)
     rows = [given[i] for i in own]
-    return shared, _batches.in_batches(one, rows, size=size, remat=remat)
+    return shared, _batches.in_batches(one, several, rows, size=size, remat=remat)
 
 
 class Plan(NamedTuple):
