@@ -110,7 +110,8 @@ class _Guard(NamedTuple):
     ) -> dict[jex.Var, _Value]:
         """Runs equations without conditionals: what no layer changes, then the rest."""
         layered = {v for v, value in env.items() if value.layered}
-        shared, own = [], []
+        shared: list[jex.JaxprEqn] = []
+        own: list[jex.JaxprEqn] = []
         for eqn in eqns:
             is_own = not layered.isdisjoint(_equations.variables(eqn.invars))
             (own if is_own else shared).append(eqn)
@@ -181,7 +182,10 @@ def _cond(guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]) -> list[jax.Ar
     if not index.layered:
         layered = [value.layered for value in operands]
         runs = [guard._function(branch, layered) for branch in branches]
-        return jax.lax.switch(index.array, runs, *(v.array for v in operands))
+        made: list[jax.Array] = jax.lax.switch(
+            index.array, runs, *(v.array for v in operands)
+        )
+        return made
     chosen = jnp.clip(index.array.astype(jnp.int32), 0, len(branches) - 1)
     results = [guard._repeated(_equations.zeros(v.aval)) for v in eqn.outvars]
     for i, branch in enumerate(branches):
@@ -201,7 +205,7 @@ def _guarded(
     operands: list[_Value],
     results: list[jax.Array],
 ) -> list[jax.Array]:
-    """Runs a branch; layers that did not choose it lend the operands of one that did."""
+    """Runs a branch; layers that did not choose it borrow the operands of one."""
     del results  # Of the branches before.
     donor = jnp.argmax(is_mine)
 
@@ -226,7 +230,9 @@ def _remat(guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]) -> list[jax.A
         jex.ClosedJaxpr(params["jaxpr"], []), [value.layered for value in values]
     )
     options = {name: params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(run, **options)(*(value.array for value in values))
+    again = jax.checkpoint(run, **options)
+    made: list[jax.Array] = again(*(value.array for value in values))
+    return made
 
 
 def _scan(guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]) -> list[jax.Array]:
@@ -268,7 +274,7 @@ def _while(guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]) -> list[jax.A
     def test(state: Any) -> jax.Array:
         alive, _ = state
         [goes_on] = run(params["cond_jaxpr"], of_test, state)
-        return goes_on & alive
+        return jnp.logical_and(goes_on, alive)
 
     def turn(state: Any) -> Any:
         alive, carry = state
