@@ -307,7 +307,8 @@ def _is_of_a_library(jaxpr: jex.Jaxpr) -> bool:
 def _is_library(file_name: str) -> bool:
     path = pathlib.Path(file_name)
     ours = path.parent == pathlib.Path(__file__).parent
-    return ours or any(name in path.parts for name in ("jax", "haiku", "flax"))
+    return ours or any(name in path.parts for name in _LIBRARIES)
 
 
+_LIBRARIES = ("jax", "haiku", "flax", "equinox")
 UNKNOWN = "unknown source"

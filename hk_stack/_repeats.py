@@ -381,7 +381,7 @@ class _Places(NamedTuple):
     def leading(self) -> int:
         """How many blocks, from the first on, are a loop."""
         fits = self.fits().all(axis=1)
-        return int(np.argmin([*fits, False]))
+        return int(np.argmin(np.append(fits, False)))
 
     def carried(self) -> Flags:
         """Which operands are made in the block before."""

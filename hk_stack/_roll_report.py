@@ -102,7 +102,9 @@ def _cells(loop: RolledLoop) -> list[str]:
 def report(rolling: Rolling) -> RollReport:
     """Describes what was found in a traced function."""
     misses = dict.fromkeys(map(_miss, rolling.missed))
-    ordered = sorted(misses, key=lambda miss: -miss.blocks * miss.equations)
+    # Nobody can write what is inside of a library otherwise.
+    written = (miss for miss in misses if miss.first != _flat.UNKNOWN)
+    ordered = sorted(written, key=lambda miss: -miss.blocks * miss.equations)
     loops = tuple(map(_loop, rolling.rolled))
     return RollReport(rolling.settings.where, loops, tuple(ordered))
 

@@ -545,7 +545,8 @@ class _Block:
         described = []
         for _, (kind, _, atoms) in self._inputs.values():
             known = kind is not Kind.CARRY and all(map(is_known, atoms))
-            described.append(_INPUTS[kind]._replace(known=known))
+            fixed = known or kind is Kind.SHARED
+            described.append(_INPUTS[kind]._replace(known=known, fixed=fixed))
         return described
 
     def atoms(self) -> list[tuple[Atom, ...]]:
@@ -568,7 +569,7 @@ class _Block:
 
 _INPUTS = {
     Kind.CARRY: Input("what the layer before made", carried=True),
-    Kind.SHARED: Input("a value that all layers share", fixed=True),
+    Kind.SHARED: Input("a value that all layers share"),
     Kind.OWN: Input("a value of each layer", layered=True),
 }
 

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from hk_stack import _equations
@@ -48,7 +49,8 @@ class Numbering:
 
 def strong(aval: Aval) -> Aval:
     """A type, whether it is of a Python number or not."""
-    return aval.update(weak_type=False) if hasattr(aval, "weak_type") else aval
+    is_array = isinstance(aval, jax.core.ShapedArray)
+    return aval.update(weak_type=False) if is_array else aval
 
 
 def is_ordered(eqn: jex.JaxprEqn) -> bool:
