@@ -16,7 +16,7 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -321,12 +321,15 @@ class Program:
     def _unlike(self, at: int, period: int, start: int) -> str:
         """How an equation differs from that of the block before."""
         block = (at - start) // period
-        now, before = (_described(self._eqns[i]) for i in (at, at - period))
-        if now == before:
-            now, before = _differing(self._eqns[at], self._eqns[at - period])
+        now, before = self._eqns[at], self._eqns[at - period]
+        if _structure.is_ordered(now):
+            return f"side effects in order, which no loop keeps: {_described(now)}"
+        words = _described(now), _described(before)
+        if words[0] == words[1]:
+            words = _differing(now, before)
         return (
-            f"layer {block} is not like layer {block - 1}: {now}, where layer "
-            f"{block - 1} has {before}"
+            f"layer {block} is not like layer {block - 1}: {words[0]}, where layer "
+            f"{block - 1} has {words[1]}"
         )
 
     def _misread(self, places: "_Places") -> tuple[int, str]:
@@ -421,15 +424,13 @@ def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
     """The parameter in which two equations of the same operands differ."""
     where = f"`{eqn.primitive.name}` at {_flat.source_line(eqn)} has"
     for name, value in eqn.params.items():
-        other = before.params.get(name)
-        if str(other) != str(value):
-            shown, hidden = f"{where} {name}={value}", f"{name}={other}"
-            if len(shown) + len(hidden) < 200:
-                return shown, hidden
-            return f"{where} another {name}", "its own"
-    if _structure.is_ordered(eqn):
-        return f"{where} side effects", "its own"
-    return f"{where} a derivative that cannot be compared", "its own"
+        shown, other = f"{name}={value}", f"{name}={before.params.get(name)}"
+        if shown != other and len(shown) + len(other) < _SHORT:
+            return f"{where} {shown}", other
+    return f"{where} other parameters, or a derivative of its own", "others"
+
+
+_SHORT = 200  # Characters of parameters that are worth showing.
 
 
 def slices_first(eqns: Sequence[jex.JaxprEqn]) -> list[jex.JaxprEqn]:

@@ -348,7 +348,7 @@ class _Stacking(NamedTuple):
         values = [_strong(v) for v in values]
         if not self.layered:
             return _equations.vary_as(values[0], self.aval)
-        return jax.lax.concatenate([jax.lax.expand_dims(v, (0,)) for v in values], 0)
+        return jnp.stack(values)
 
 
 def _rows(array: jax.Array, rows: range) -> jax.Array:
@@ -505,9 +505,9 @@ class _Block:
 
     def _collect(self, later: dict[jex.Var, None]) -> None:
         """Results: the next carry, what is read of the last block, then of others."""
-        repeat, carried = self.repeat, self._inputs.values()
-        self._next = [self._made_at(operand.place) for _, operand in carried]
-        self._next = self._next[: len(repeat.carried())]
+        repeat = self.repeat
+        carried = repeat.carried().values()
+        self._next = [self._made_at(operand.place) for operand in carried]
         self._rows: list[jex.Var] = []
         self.read_after: list[jex.Var] = []
         self._picks: list[tuple[jex.Var, int]] = []

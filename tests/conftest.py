@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,3 +29,17 @@ gc.set_threshold(200_000, 20, 20)
 
 def pytest_unconfigure():
     shutil.rmtree(_compiled, ignore_errors=True)
+
+
+@pytest.fixture
+def count_of_compilations():
+    """A list that grows with each program that XLA compiles."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        del seconds
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiled

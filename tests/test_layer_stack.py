@@ -252,19 +252,6 @@ def test_without_jit(mixed_values):
     assert_close(found, jax.jit(small.apply)(params, state, KEY, *vectors()))
 
 
-@pytest.fixture
-def count_of_compilations():
-    compiled = []
-
-    def listen(event, seconds, **_):
-        del seconds
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return compiled
-
-
 def test_eager_calls_compile_once(mixed_values, count_of_compilations):
     compiled = count_of_compilations
 
