@@ -48,18 +48,24 @@ def flag(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to train, and how: flags that all examples have."""
+class Output:
+    """The flag of examples that write something."""
 
-    batch_size: int = flag("Examples in a training step.", default=32, below=1025)
-    learning_rate: float = flag("Highest rate of Adam.", default=1e-2)
-    seed: int = flag("Of all that is random.", default=0, least=0, below=2**31)
     out: str = flag("Folder to write to.")
 
     @property
     def folder(self) -> pathlib.Path:
         """Where to write to."""
         return pathlib.Path(self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Output):
+    """What to train, and how: flags of all examples that train."""
+
+    batch_size: int = flag("Examples in a training step.", default=32, below=1025)
+    learning_rate: float = flag("Highest rate of Adam.", default=1e-2)
+    seed: int = flag("Of all that is random.", default=0, least=0, below=2**31)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ def run(
         config = type(default)(**vars(parser.parse_args(argv)))
     except ValueError as error:
         parser.error(str(error))
-    if isinstance(config, Config):
+    if isinstance(config, Output):
         make_writable(config.folder)
     main(config)
 
@@ -264,6 +270,30 @@ def finish(axes: Axes, **labels: Any) -> None:
 
 
 # Measurement
+
+
+class Built(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      run: The program, with its arguments.
+      seconds: Of the processor, to trace and compile it.
+      memory: Bytes that it takes beside arguments and results.
+    """
+
+    run: Callable[[], Any]
+    seconds: float
+    memory: int
+
+
+def build(function: Callable[..., Any], *args: Any) -> Built:
+    """Traces and compiles a function for some arguments."""
+    start = time.process_time()
+    compiled = jax.jit(function).lower(*args).compile()
+    seconds = time.process_time() - start
+    memory: Any = compiled.memory_analysis()
+    run = functools.partial(compiled, *args)
+    return Built(run, seconds, memory.temp_size_in_bytes)
 
 
 def run_times(programs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:

@@ -280,19 +280,18 @@ def compare(config: Config, params: hk.Params, batch: Batch, kind: str) -> None:
     Raises:
       SystemExit: if two ways give different results.
     """
-    programs, temps = [], []
+    all_built = []
     for name, way in WAYS.items():
         of_way = functools.partial(loss, config, way)
         fn: Any = jax.grad(of_way) if kind == "gradient" else of_way
-        args = move(way, params), batch
-        compiled = jax.jit(fn).lower(*args).compile()
-        programs.append(functools.partial(compiled, *args))
-        temps.append(compiled.memory_analysis().temp_size_in_bytes)
-        expected = programs[0]()
+        built = common.build(fn, move(way, params), batch)
+        all_built.append(built)
+        expected = all_built[0].run()
         expected = move(way, expected) if kind == "gradient" else expected
-        if not common.difference(programs[-1](), expected) < 1e-4:
+        if not common.difference(built.run(), expected) < 1e-4:
             raise SystemExit(f"{name}: the {kind} differs from that of the first way")
-    seconds = common.run_times(programs, config.rounds)
+    seconds = common.run_times([each.run for each in all_built], config.rounds)
+    temps = [each.memory for each in all_built]
     low, middle, high = np.quantile(seconds / seconds[0], (0.25, 0.5, 0.75), axis=1)
     print(f"\n{kind:32}{'run':^20}{'memory':>7}")
     for i, name in enumerate(WAYS):

@@ -12,6 +12,7 @@ Blocks that read anything else are no loop. Equations are compared as numbers, a
 once: to find the layers of a program of thousands of equations takes milliseconds.
 """
 
+import collections
 import enum
 import functools
 import itertools
@@ -106,6 +107,27 @@ class Refused(NamedTuple):
     why: str
 
 
+class _Candidate(NamedTuple):
+    """Equations that are those of one period before.
+
+    Attributes:
+      spared: How many equations a loop would spare at most.
+      period: How far apart equal equations are.
+      start: The first of them.
+      length: How many are repeated.
+    """
+
+    spared: int
+    period: int
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """Where the last repeated equation ends."""
+        return self.start + self.length + self.period
+
+
 Worth = Callable[[Repeat], str | None]
 
 
@@ -159,10 +181,10 @@ class Program:
           worth: Says why a repeat is not worth a loop; None if it is.
         """
         best: Repeat | None = None
-        for spared, period, start, length in self._candidates(low, high, least):
-            if best and spared <= best.spared:
+        for candidate in self._candidates(low, high, least):
+            if best and candidate.spared <= best.spared:
                 break
-            found = self._best_of(period, start, length, least)
+            found = self._best_of(candidate, least)
             if found and (not best or found.spared > best.spared):
                 best = found if worth(found) is None else best
         if best is None:
@@ -172,13 +194,8 @@ class Program:
 
     def _candidates(
         self, low: int, high: int, least: int, ids: Numbers | None = None
-    ) -> list[tuple[int, int, int, int]]:
-        """Where equations are those of one period before: the longest first.
-
-        Returns:
-          How many equations a loop would spare at most, its period, the position of
-          the first equation, and how many are repeated.
-        """
+    ) -> list[_Candidate]:
+        """Where equations are those of one period before: the longest first."""
         ids = (self._ids if ids is None else ids)[low:high]
         found = []
         for period in range(1, len(ids) // least + 1):
@@ -190,15 +207,14 @@ class Program:
             for start, length in zip(starts, stops - starts, strict=True):
                 spared = int(length) // period * period
                 if spared >= period * (least - 1):
-                    found.append((spared, period, low + int(start), int(length)))
-        return sorted(found, key=lambda candidate: (-candidate[0], candidate[1]))
+                    first = low + int(start)
+                    found.append(_Candidate(spared, period, first, int(length)))
+        return sorted(found, key=lambda c: (-c.spared, c.period))
 
-    def _best_of(
-        self, period: int, start: int, length: int, least: int
-    ) -> Repeat | None:
+    def _best_of(self, candidate: _Candidate, least: int) -> Repeat | None:
         """The most blocks that are a loop, and of these the ones of smallest carry."""
         best: tuple[tuple[int, int, int], _Places] | None = None
-        stop = start + length + period
+        (_, period, start, _), stop = candidate, candidate.stop
         for phase in range(start, min(start + period, stop - least * period + 1)):
             first = phase
             while first + least * period <= stop:
@@ -266,28 +282,49 @@ class Program:
           least: How many blocks there must be.
           worth: See `find`.
         """
+        yield from self._broken(found)
         taken: Flags = np.zeros(len(self._eqns), bool)
         for repeat in found:
             taken[repeat.start + 1 : repeat.stop] = True
-        pairs = zip(self._eqns, self._atoms, strict=True)
-        names = [(e.primitive.name, len(a)) for e, a in pairs]
-        number_of = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        alike = np.array([number_of[name] for name in names], np.int64)
-        for ids, few in ((self._ids, least), (alike, least), (self._ids, 2)):
-            for _, period, start, length in self._candidates(0, len(ids), few, ids):
-                stop = start + length + period
-                if np.count_nonzero(~taken[start:stop]) < period:
+        told = np.zeros_like(taken)
+        for ids, few in (
+            (self._ids, least),
+            (self._alike(lambda e: e.primitive.name), least),
+            (self._alike(lambda e: str(e.outvars[0].aval)), least),
+            (self._ids, 2),
+        ):
+            for candidate in self._candidates(0, len(ids), few, ids):
+                around = slice(candidate.start, candidate.stop)
+                is_new = np.count_nonzero(~taken[around]) >= candidate.period
+                if not is_new or told[around].any():
                     continue
-                candidate = period, start, length
                 if refused := self._refuse(candidate, least, worth, taken):
-                    taken[start:stop] = True
+                    told[around] = True
                     yield refused
 
+    def _broken(self, found: Sequence[Repeat]) -> Iterator[Refused]:
+        """Why one repeat that was found ends, and the next goes on as it did."""
+        for repeat, after in itertools.pairwise(found):
+            _, period, blocks, _ = repeat
+            at, stop = repeat.stop, after.start
+            while at < stop and self._ids[at] == self._ids[at - period]:
+                at += 1
+            if period == after.period and at < stop:
+                why = self._unlike(at, period, repeat.start)
+                yield Refused(repeat.start, period, blocks + after.blocks, at, why)
+
+    def _alike(self, of: Callable[[jex.JaxprEqn], str]) -> Numbers:
+        """Numbers for equations that have as many operands, and this in common."""
+        pairs = zip(self._eqns, self._atoms, strict=True)
+        kinds = [(of(e) if e.outvars else "", len(a)) for e, a in pairs]
+        number_of = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+        return np.array([number_of[kind] for kind in kinds], np.int64)
+
     def _refuse(
-        self, candidate: tuple[int, int, int], least: int, worth: Worth, taken: Flags
+        self, candidate: _Candidate, least: int, worth: Worth, taken: Flags
     ) -> Refused | None:
         """Why equations that are alike are no loop; None if nobody expects one."""
-        period, start, length = candidate
+        _, period, start, length = candidate
         blocks, end = 1 + length // period, start + length
         places = self._places(start, period, blocks)
         if not self._is_chain(places):
@@ -297,7 +334,7 @@ class Program:
         for at in np.flatnonzero(is_other) + start + period:
             if not taken[at]:
                 return refused(int(at), self._unlike(int(at), period, start))
-        found = self._best_of(period, start, length, 2)
+        found = self._best_of(candidate, 2)
         if found and (why := worth(found)):
             return refused(start, why)
         if places.leading() < blocks:
@@ -433,20 +470,24 @@ def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
 _SHORT = 200  # Characters of parameters that are worth showing.
 
 
-def slices_first(eqns: Sequence[jex.JaxprEqn]) -> list[jex.JaxprEqn]:
+def slices_first(eqns: Sequence[jex.JaxprEqn], least: int) -> list[jex.JaxprEqn]:
     """The same equations, with slices right after what they are slices of.
 
-    So `params[i]`, whose place differs from layer to layer, is in no block.
+    So `params[i]`, whose place differs from layer to layer, is in no block. This is for
+    arrays of which there are at least so many slices of one shape.
     """
+    kinds = collections.Counter(map(_kind_of_slice, eqns))
     made = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
     home: dict[int, int] = {}  # Of a slice, or a row of one: after which equation.
     after: dict[int, list[jex.JaxprEqn]] = {}
     for i, eqn in enumerate(eqns):
-        if eqn.primitive.name not in ("slice", "squeeze"):
+        kind = _kind_of_slice(eqn)
+        is_row = eqn.primitive.name == "squeeze"
+        if not is_row and (kind is None or kinds[kind] < least):
             continue
         [operand] = eqn.invars
         source = -1 if isinstance(operand, jex.Literal) else made.get(operand, -1)
-        if eqn.primitive.name == "slice" or source in home:
+        if not is_row or source in home:
             home[i] = home.get(source, source)
             after.setdefault(home[i], []).append(eqn)
     moved = list(after.get(-1, []))
@@ -454,6 +495,14 @@ def slices_first(eqns: Sequence[jex.JaxprEqn]) -> list[jex.JaxprEqn]:
         if i not in home:
             moved += [eqn, *after.get(i, [])]
     return moved
+
+
+def _kind_of_slice(eqn: jex.JaxprEqn) -> Hashable:
+    """The array that an equation is a slice of, and of which shape; or None."""
+    if eqn.primitive.name != "slice":
+        return None
+    shape: Any = eqn.outvars[0].aval
+    return identity(eqn.invars[0]), shape.shape
 
 
 def is_loop(repeat: Repeat, eqns: Sequence[jex.JaxprEqn]) -> bool:

@@ -150,7 +150,7 @@ class _Level:
     ) -> None:
         self._rolling = rolling
         self._closed = closed
-        self._eqns = _repeats.slices_first(closed.jaxpr.eqns)
+        self._eqns = _repeats.slices_first(closed.jaxpr.eqns, rolling.settings.least)
         self._known = self._find_known(known)
         self._new: list[jex.JaxprEqn] = []
         self._made: Makers = {}

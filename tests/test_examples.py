@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
-from run_example import FOLDER, assert_picture, load, run
+from run_example import FOLDER, as_script, assert_picture, load, run
 
 import hk_stack
 
@@ -58,6 +58,7 @@ def test_help(name, capsys):
         ("pair_transformer", "--points=2", "--points: must be an integer, at least 4"),
         ("pair_transformer", "--heads=3", "--heads must be a divisor of --width"),
         ("transformer_lm", "--heads=3", "--heads must be a divisor of --width"),
+        ("seed_as_it_is", "--depths=4,0", "--depths must be integers, at least 1"),
         ("port_resnet", "--groups=5", "at least 1 and less than 5, not '5'"),
     ],
 )
@@ -94,6 +95,45 @@ def test_slow_kernel_leaves_the_loop():
 
     assert inside(hk.layer_stack)
     assert not inside(hk_stack.layer_stack)
+
+
+# The layers of the Flax thread, small.
+SEED = {"width": 4, "state_size": 2, "length": 8, "batch_size": 1}
+
+
+def test_seed_as_it_is(tmp_path, capsys):
+    flags = [f"--{name}={size}" for name, size in SEED.items()]
+    flags += ["--layers=4", "--depths=4", "--rounds=2", f"--out={tmp_path}"]
+    run("seed_as_it_is", *flags)
+    shown = capsys.readouterr().out
+    table = (tmp_path / "table.txt").read_text()
+    assert table in shown
+    rows = r"^(\S.*?)  +[\d.]+ +[\d.]+ +[\d.]+ +\de[-+]\d\d$"
+    names = re.findall(rows, table, re.M)
+    assert len(names) == 6
+    assert names[:2] == ["list", "list + roll"]
+    assert "are equal, up to rounding" in shown.splitlines()[-1]
+    assert_picture(tmp_path / "build.png")
+
+
+def test_kernels_of_the_seed_leave_the_loop():
+    example = load("seed_as_it_is")
+    config = example.Config(**SEED, out="none")
+
+    def kernels(jaxpr):
+        """Each takes an inverse FFT of complex numbers, which no call does."""
+        found = (eqn.params.get("fft_type") for eqn in jaxprs.equations(jaxpr))
+        return sum(kind == jax.lax.FftType.IFFT for kind in found)
+
+    with as_script():
+        programs = {
+            name: jax.make_jaxpr(way.apply)(way.params, example.inputs(config)).jaxpr
+            for name, way in example.all_ways(config, 4).items()
+        }
+    assert kernels(programs.pop("list")) == 4
+    assert kernels(jaxprs.body(programs.pop("nn.scan"), 4)) == 1
+    for name, jaxpr in programs.items():
+        assert not kernels(jaxprs.body(jaxpr, 4)), name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ SETUP = (ROOT / "docs" / "setup.md").read_text()
 DEPTH = (ROOT / "docs" / "depth.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/depth.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/depth.md", "docs/loops.md"])
 def test_python_blocks_run_one_after_the_other(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert blocks

@@ -410,6 +410,14 @@ def named(params, x):
     return x
 
 
+def broken(params, x):
+    for i, p in enumerate([*params, *params]):
+        x = layer(p, x)
+        if i == 3:
+            x = jnp.sin(x)
+    return x
+
+
 def in_order(params, x):
     for p in params:
         x = layer(p, x)
@@ -433,6 +441,7 @@ def experts(params, x):
             named,
             r"layer 1 .*`name` .* has name=layer_1, where layer 0 has name=layer_0",
         ),
+        (broken, r"layer 4 is not like layer 3: `sin` of float32\[4,4\] at "),
         (in_order, r"side effects in order, which no loop keeps: `debug_print`"),
         (experts, r"nothing expensive in them depends on the block before"),
     ],
