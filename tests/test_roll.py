@@ -4,6 +4,7 @@ import collections
 import functools
 import re
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -109,6 +110,32 @@ def test_rows_of_one_array_are_the_array():
     assert_same(functools.partial(of_rows, order=[0, 2, 1, 4]), stacked, X)
 
 
+def test_a_loop_of_stacked_parameters_is_the_program_of_a_stack():
+    def layer(x):
+        return x + hk.Linear(D)(jnp.tanh(hk.Linear(2 * D)(x)))
+
+    def loop(x):
+        for i in range(L):
+            with hk.name_scope(f"layer_{i}"):
+                x = layer(x)
+        return x
+
+    def rolled(stacked, x):
+        params = hk_stack.unstack_params(stacked, names)
+        return hk.transform(loop).apply(params, None, x)
+
+    names = hk_stack.NumberedLayers("layer_{}", "layers")
+    init = hk.transform(loop).init
+    stacked = hk_stack.stack_params(init(KEY, X), names)
+    stack = hk.transform(hk_stack.layer_stack(L, name="layers")(layer))
+    programs = [
+        traced(jax.grad(loss(f)), stacked, X)
+        for f in (hk_stack.roll(rolled), lambda p, x: stack.apply(p, None, x))
+    ]
+    found, expected = (sorted(jaxprs.names(jaxpr)) for jaxpr in programs)
+    assert found == expected
+
+
 def numbers(params, x):
     """Numbers of each layer, in operands and inside of functions."""
 
@@ -186,6 +213,22 @@ def custom(params, x):
     return x
 
 
+def custom_blocks(params, x):
+    """Blocks that are one equation with a derivative of its own."""
+
+    @jax.custom_vjp
+    def block(p, x):
+        return layer(p, x)
+
+    def backward(given, ct):
+        return jax.vjp(layer, *given)[1](2 * ct)
+
+    block.defvjp(lambda *given: (layer(*given), given), backward)
+    for p in params:
+        x = block(p, x)
+    return x
+
+
 def in_scan(params, x):
     return jax.lax.scan(lambda x, _: (model(params, x), None), x, None, length=2)[0]
 
@@ -208,6 +251,7 @@ ROLLED = {
     two_inputs_of_one_result: [L],
     jitted: [L],
     custom: [L],
+    custom_blocks: [L],
     in_scan: [L],
     in_functions: [L],
 }
