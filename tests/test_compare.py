@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from absl import app, flags
@@ -116,7 +117,7 @@ def assert_agree(one, framework, way):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_way_has_the_losses_and_gradients_of_haiku(framework):
-    one = case("mlp")
+    one = case("mlp", layers=3)  # Of two, nothing is rolled.
     able = [way for way in ways_of(framework) if cases.task(one, framework, way)]
     assert able
     for way in able:
@@ -145,6 +146,7 @@ def test_the_gradient_of_s4_is_that_of_haiku(framework):
         ("recurrence", "hk_stack", "auto"),
         ("spectral", "plain", "reused"),
         ("spectral", "hk_stack", "prepared"),
+        ("s4", "linen", "nn.scan + setup_first"),
     ],
 )
 def test_setup_that_is_done_before_changes_nothing(model, framework, way):
@@ -171,7 +173,7 @@ def test_decoding_is_that_of_haiku(framework, way):
         ("accumulate", "hk_stack", "accumulate"),
         ("remat", "plain", "checkpoint, groups"),
         ("remat", "haiku", "layer_stack + hk.remat"),
-        ("remat", "hk_stack", "remat, sqrt"),
+        ("remat", "hk_stack", "+ remat, sqrt"),
         ("train", "hk_stack", "auto"),
     ],
 )
@@ -285,15 +287,27 @@ def test_trees_are_ported_and_held_against_a_copy(monkeypatch):
     assert all(row.median("temp_bytes") >= 0 for row in found.rows)
 
 
-def equations(framework, way, layers):
+def traced(framework, way, layers):
     task = cases.task(case(layers=layers), framework, way)
-    jaxpr = jax.make_jaxpr(task.function)(*task.args)
-    return measure.number_of_equations(jaxpr.jaxpr)
+    return jax.make_jaxpr(task.function)(*task.args).jaxpr
+
+
+def equations(framework, way, layers):
+    return measure.number_of_equations(traced(framework, way, layers))
 
 
 def test_only_programs_of_loops_grow_with_depth():
     assert equations("hk_stack", "auto", 2) == equations("hk_stack", "auto", 6)
     assert equations("haiku", "loop", 6) > 2 * equations("haiku", "loop", 2)
+
+
+@pytest.mark.parametrize("framework", ["haiku", "linen", "nnx", "equinox"])
+def test_a_loop_that_is_rolled_is_a_loop(framework):
+    few, more = (
+        jaxprs.names(jaxprs.body(traced(framework, "loop + roll", layers), layers))
+        for layers in (3, 5)
+    )
+    assert few == more and few.count("dot_general") >= 2
 
 
 def test_with_batches_of_one_a_stack_holds_no_more_than_its_derived_values():
@@ -454,7 +468,7 @@ def test_what_takes_too_long_to_build_is_left_out(odd, monkeypatch, capsys):
         (["--model="], "--model: [] not among s4"),
         (
             ["--baseline=haiku scan"],
-            "'haiku scan' not among equinox filter_vmap + scan, haiku",
+            "'haiku scan' not among equinox filter_vmap + scan, equinox loop",
         ),
         (["--model=mlp", "--mode=decode"], "mlp does not decode; s4, s4_terms does"),
         (["--mode=port"], "port moves one tree: --model=transformer --layers=24"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import hk_stack
 from hk_stack.compare import in_haiku, models, porting
 from hk_stack.compare.results import Case
 
@@ -95,8 +96,25 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     params, x = _inputs(case)
     given = models.Given(model, case.layers, params, x)
     decodes = case.mode in ("decode", "generate")
-    made = (module.decoder if decodes else module.stack)(way, given)
+    made = _made(module.decoder if decodes else module.stack, way, given)
     return made and _TASKS[case.mode](made, x[:, 0] if decodes else x)
+
+
+# "loop + roll" is the function of "loop", as it is written, given to `hk_stack.roll`.
+_OURS = {"roll": hk_stack.roll, "setup_first": hk_stack.setup_first}
+
+
+def _made(
+    make: Callable[[str, models.Given], models.Stack | None],
+    way: str,
+    given: models.Given,
+) -> models.Stack | None:
+    """What a framework makes, or what one of ours makes of that."""
+    of, _, name = way.rpartition(" + ")
+    if name not in _OURS:
+        return make(way, given)
+    made = make(of, given)  # Of which the initialisation is measured already.
+    return made and made._replace(apply=_OURS[name](made.apply), init=None)
 
 
 @functools.lru_cache(maxsize=1)

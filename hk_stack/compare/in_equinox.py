@@ -1,4 +1,4 @@
-"""The models in Equinox: blocks made by `eqx.filter_vmap`, run by `jax.lax.scan`.
+"""The models in Equinox: blocks made by `eqx.filter_vmap` and scanned; or in a list.
 
 Shapes and parameters as in `in_haiku`; Equinox's own initial distributions, but for S4.
 Its linear layers hold their weights transposed, and its modules see one vector at a
@@ -80,6 +80,10 @@ class Block(eqx.Module):
             for key, (name, part) in zip(keys, model.parts.items(), strict=True)
         }
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the block."""
+        return self.model.block(self.bound(), x)
+
     def bound(self, length: int | None = None) -> Any:
         """The parts as functions."""
         return models.bound(self.model.parts, self.parts, _RUN, length=length)
@@ -87,38 +91,63 @@ class Block(eqx.Module):
 
 # What `models` asks of a framework
 
-WAYS = ("filter_vmap + scan",)
-WAYS_OF: dict[str, tuple[str, ...]] = {"eager": ()}
+WAYS = ("filter_vmap + scan", "loop", "loop + roll")
+WAYS_OF = {"eager": ("loop",)}
 
 
 def stack(way: str, given: models.Given) -> models.Stack:
-    """The blocks, as pure functions of the arrays of a stacked block."""
-    model, num_layers, params, _ = given
-    del way
+    """The blocks, as pure functions of the arrays of a stacked block, or of a list."""
+    return (_loop if way == "loop" else _scan)(given)
 
+
+def _scan(given: models.Given) -> models.Stack:
     def make(key: jax.Array) -> Any:
-        keys = jax.random.split(key, num_layers)
-        return eqx.filter_vmap(lambda key: Block(model, key))(keys)
+        keys = jax.random.split(key, given.num_layers)
+        return eqx.filter_vmap(lambda key: Block(given.model, key))(keys)
 
     arrays, static = _parts(make)
 
     def apply(arrays: Any, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
-            block = eqx.combine(arrays, static)
-            return block.model.block(block.bound(), x), None
+            return eqx.combine(arrays, static)(x), None
 
         return jax.lax.scan(layer, x, arrays)[0]
 
     return models.Stack(
-        _from_haiku(params, arrays),
+        _from_haiku(given.params, arrays),
         apply,
         lambda key, x: eqx.filter(make(key), eqx.is_array),
         _to_haiku,
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Stack:
+def _loop(given: models.Given) -> models.Stack:
+    def make(key: jax.Array) -> list[Block]:
+        keys = jax.random.split(key, given.num_layers)
+        return [Block(given.model, key) for key in keys]
+
+    arrays, static = _parts(make)
+
+    def apply(arrays: Any, x: jax.Array) -> jax.Array:
+        for block in eqx.combine(arrays, static):
+            x = block(x)
+        return x
+
+    def params(i: int) -> models.Params:
+        return jax.tree.map(lambda leaf: leaf[i], given.params)
+
+    return models.Stack(
+        [_from_haiku(params(i), like) for i, like in enumerate(arrays)],
+        apply,
+        lambda key, x: eqx.filter(make(key), eqx.is_array),
+        lambda blocks: _to_haiku(jax.tree.map(lambda *each: jnp.stack(each), *blocks)),
+    )
+
+
+def decoder(way: str, given: models.Given) -> models.Stack | None:
     """The S4 blocks, one step of time."""
+    if way == "loop":
+        return None
     known = stack(way, given).params
     length = given.x.shape[1]
 

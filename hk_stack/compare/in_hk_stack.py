@@ -2,7 +2,8 @@
 
 "inline" runs setup in the loop, "auto" before it. "prepared" has derived values for an
 argument, that `hk_stack.partition` made before: what is measured is the rest.
-"accumulate" is `hk_stack.accumulate`. Others are named after options.
+"accumulate" is `hk_stack.accumulate`. Others are named after options, "+ remat" after
+`remat=True`.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import jax
 import hk_stack
 from hk_stack.compare import in_haiku, models
 
-WAYS = ("inline", "auto", "prepared")
+WAYS = ("inline", "auto", "prepared", "+ remat")
 
 _SETUP: dict[str, Any] = {
     f"{size} at a time{', remat' * again}": {
@@ -23,9 +24,9 @@ _SETUP: dict[str, Any] = {
     for size, again in itertools.product((1, 2, 4, 8, 16), (False, True))
 }
 _REMAT: dict[str, Any] = {
-    "remat": {"remat": True},
-    "remat, sqrt": {"remat": True, "remat_every": "sqrt"},
-    "remat, dots kept": {"remat": jax.checkpoint_policies.dots_saveable},
+    "+ remat": {"remat": True},
+    "+ remat, sqrt": {"remat": True, "remat_every": "sqrt"},
+    "+ remat, dots kept": {"remat": jax.checkpoint_policies.dots_saveable},
 }
 _OPTIONS: dict[str, Any] = {"inline": {"setup": "inline"}, "python": {"loop": "python"}}
 _OPTIONS |= _SETUP | _REMAT
@@ -50,8 +51,10 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
     return models.Stack(params, apply, init, lambda params: params, mean)
 
 
-def decoder(way: str, given: models.Given) -> models.Stack:
-    """The S4 blocks, one step of time."""
+def decoder(way: str, given: models.Given) -> models.Stack | None:
+    """The S4 blocks, one step of time; there is no gradient to save memory in."""
+    if way in _REMAT:
+        return None
     params, x, states = given.params, given.x, given.states
     options = {"length": x.shape[1], **_OPTIONS.get(way, {})}
     _, step = in_haiku.transformed(given, hk_stack.layer_stack, **options)

@@ -217,7 +217,10 @@ def prime(model: nn.Module, params: Any, x: Array) -> Any:
 
 # What `models` asks of a framework
 
-WAYS = ("nn.scan", "nn.scan + nn.remat", "nn.scan, cache", "loop", "hack")
+WAYS = (
+    *("nn.scan", "nn.scan + setup_first", "nn.scan + nn.remat", "nn.scan, cache"),
+    *("loop", "loop + roll", "hack"),
+)
 WAYS_OF = {"eager": ("loop",)}
 # In a scan, the loop does what is asked of `prevent_cse`.
 _remat = functools.partial(nn.remat, static_argnums=(2,), prevent_cse=False)

@@ -1,4 +1,4 @@
-"""The models in Flax NNX: blocks made by `nnx.vmap`, run by `nnx.scan`.
+"""The models in Flax NNX: blocks made by `nnx.vmap`, run by `nnx.scan`; or in a list.
 
 Shapes, parameters and initial distributions as in `in_haiku`.
 """
@@ -66,6 +66,10 @@ class Block(nnx.Module):
         for name, part in model.parts.items():
             setattr(self, name, _made(part, rngs))
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the block."""
+        return self.model.block(self.parts(), x)
+
     def parts(self, length: int | None = None) -> Any:
         """What `models.MODELS` takes as parts."""
         made = {name: getattr(self, name) for name in self.model.parts}
@@ -76,7 +80,7 @@ class Block(nnx.Module):
         return models.bound(self.model.parts, made, _RUN, length=length)
 
 
-class Layers(nnx.Module):
+class ScanStack(nnx.Module):
     """`L` blocks, `[B, T, D] -> [B, T, D]`."""
 
     def __init__(self, model: models.Model, num_layers: int, rngs: nnx.Rngs):
@@ -87,7 +91,7 @@ class Layers(nnx.Module):
     def __call__(self, x: jax.Array) -> Any:
         """Applies the stack."""
         scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        return scan(lambda block, x: block.model.block(block.parts(), x))(self.block, x)
+        return scan(lambda block, x: block(x))(self.block, x)
 
     def step(self, x: jax.Array, states: jax.Array, length: int) -> Any:
         """One step of time, from `x` `[B, D]` and states `[L, B, D, N]`."""
@@ -99,33 +103,51 @@ class Layers(nnx.Module):
         return scan(step)(self.block, x, states)
 
 
+class LoopStack(nnx.Module):
+    """`L` blocks in a list, by a Python loop, with `L` sets of parameters."""
+
+    def __init__(self, model: models.Model, num_layers: int, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(model, rngs) for _ in range(num_layers)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the stack."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 # What `models` asks of a framework
 
-WAYS = ("nnx.scan",)
-WAYS_OF: dict[str, tuple[str, ...]] = {"eager": ()}
-_RULES: Any = {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}}
+STACKS: dict[str, Any] = {"nnx.scan": ScanStack, "loop": LoopStack}
+WAYS = ("nnx.scan", "loop", "loop + roll")
+WAYS_OF = {"eager": ("loop",)}
+_RULES: dict[str, Any] = {
+    "nnx.scan": {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}},
+    "loop": {"rename": {"blocks/*": "layers/*/block"}, "layer_axis": {"blocks": ()}},
+}
 
 
 def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks, as pure functions of their NNX state."""
-    del way
-    graph, like = _split(given)
+    graph, like = _split(way, given)
     typed = models.types(like, given.x.dtype)
 
     def init(key: jax.Array, x: jax.Array) -> Any:
-        return nnx.state(Layers(given.model, given.num_layers, nnx.Rngs(key)))
+        return nnx.state(STACKS[way](given.model, given.num_layers, nnx.Rngs(key)))
 
     return models.Stack(
-        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES),
+        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES[way]),
         lambda state, x: nnx.merge(graph, state)(x),
         init,
-        lambda state: hk_stack.flax_to_haiku(state, given.typed, **_RULES)[0],
+        lambda state: hk_stack.flax_to_haiku(state, given.typed, **_RULES[way])[0],
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Stack:
-    """The S4 blocks, one step of time."""
-    graph, _ = _split(given)
+def decoder(way: str, given: models.Given) -> models.Stack | None:
+    """The S4 blocks of `nnx.scan`, one step of time."""
+    if way != "nnx.scan":
+        return None
+    graph, _ = _split(way, given)
     length = given.x.shape[1]
 
     def step(state: Any, x: jax.Array, states: Any) -> Any:
@@ -134,11 +156,11 @@ def decoder(way: str, given: models.Given) -> models.Stack:
     return models.Stack(stack(way, given).params, step, states=given.states)
 
 
-def _split(given: models.Given) -> tuple[Any, Any]:
+def _split(way: str, given: models.Given) -> tuple[Any, Any]:
     """The graph and the shapes of the state, without making any array."""
 
-    def make() -> Layers:
+    def make() -> Any:
         rngs = nnx.Rngs(jax.random.key(0))
-        return Layers(given.model, given.num_layers, rngs)
+        return STACKS[way](given.model, given.num_layers, rngs)
 
     return nnx.split(nnx.eval_shape(make))

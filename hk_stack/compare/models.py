@@ -7,7 +7,8 @@ A framework makes the *parts* of a block and stacks blocks. To add one, add a fi
 `in_NAME.py` with
 
 - `WAYS`, the names of its ways to stack layers, and `WAYS_OF`, those of modes that have
-  others;
+  others; "loop + roll" is made of the framework's "loop" by `hk_stack.roll`, and so is
+  "... + setup_first";
 - `stack(way, given) -> Stack`;
 - `decoder(way, given) -> Stack`, for models that decode.
 
