@@ -1,6 +1,7 @@
 """Many layers independently of one another: setup and initialisers, in batches."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,24 +73,51 @@ def _in_batches(
     return [jnp.concatenate(pair) for pair in zip(results, rest, strict=True)]
 
 
-def batch_size(num_layers: int, nbytes: int) -> int:
+def batch_size(num_layers: int, nbytes: int, limit: int | None = None) -> int:
     """How many layers to run at once, if the largest value of each takes `nbytes`.
 
-    Batching is for work made of many small steps. Past `BATCH_BYTES` it saves nothing
-    and costs cache and memory: the more so, the larger the values are.
+    Batching is for work made of many small steps. Past a limit it saves nothing and
+    costs cache and memory: the more so, the larger the values are.
 
-    >>> batch_size(12, 2**10)
+    >>> batch_size(12, 2**10, limit=2**23)
     12
-    >>> batch_size(12, 2**21)
+    >>> batch_size(12, 2**21, limit=2**23)
     4
-    >>> batch_size(13, 2**21)  # 3 batches of 4, and one more layer
+    >>> batch_size(13, 2**21, limit=2**23)  # 3 batches of 4, and one more layer
     4
+
+    Args:
+      num_layers: `L`.
+      nbytes: Of the largest value of a layer.
+      limit: How large this value of a batch may be; by default, what is good for the
+        default backend.
     """
-    most = max(1, min(num_layers, BATCH_BYTES // max(1, nbytes)))
+    limit = _limit_of_backend() if limit is None else limit
+    most = max(1, min(num_layers, limit // max(1, nbytes)))
     # A divisor spares the program a second copy of the layer, for the last batch.
     divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
     return divisor if 2 * divisor > most else most
 
 
-# Measured on a CPU, for S4 kernels and for random initial values.
-BATCH_BYTES = 8 * 2**20
+@functools.cache
+def _limit_of_backend() -> int:
+    platform = jax.default_backend()
+    stats = None if platform == "cpu" else jax.local_devices()[0].memory_stats()
+    return limit_of(platform, (stats or {}).get("bytes_limit"))
+
+
+def limit_of(platform: str, memory: int | None) -> int:
+    """How many bytes the largest value of a batch may take.
+
+    A CPU's is measured, for S4 kernels and for random initial values: its caches are
+    small. Accelerators run many small steps one after the other, each far below what
+    they can do at once, so there the memory is the limit.
+
+    >>> limit_of("cpu", None) // 2**20, limit_of("gpu", 80 * 2**30) // 2**20
+    (8, 256)
+    >>> limit_of("tpu", 8 * 2**30) // 2**20
+    128
+    """
+    if platform == "cpu":
+        return 8 * 2**20
+    return min(256 * 2**20, memory // 64) if memory else 256 * 2**20

@@ -116,9 +116,10 @@ def layer_stack(
         values. "inline": nothing, as in `hk.layer_stack`.
       setup_batch_size: How many layers' setup runs at once, as `batch_size` of
         `jax.lax.map`: larger batches take more memory. By default as many as keep the
-        largest array of a batch under 8 MiB, or one if setup gathers sharded values.
-        A setup that a batch would change (one that holds a `cond`, for instance), or of
-        which there is none, runs layer after layer in any case.
+        largest array of a batch under 8 MiB (on accelerators: under 256 MiB, or a 64th
+        of the memory), or one if setup gathers sharded values.
+        A setup that a batch would change (of random bits other than threefry's, for
+        instance), or of which there is none, runs layer after layer in any case.
       setup_remat: Whether gradients run setup again instead of keeping what it computed
         on the way; the derived values are kept. By default, if there is more than one
         batch.
