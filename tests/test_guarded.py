@@ -1,6 +1,5 @@
 """Setup with conditionals in batches: each branch runs only where it was chosen."""
 
-
 import haiku as hk
 import jax
 import jax.numpy as jnp
