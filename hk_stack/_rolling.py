@@ -162,7 +162,7 @@ class _Level:
         """The same function with loops for repeats."""
         program = Program(self._eqns, self._rolling.numbering, _equal(self._closed))
         least, count = self._rolling.settings.least, len(self._eqns)
-        found = program.find(0, count, least, self._why_not)
+        found = program.find(least, self._why_not)
         if self._rolling.explains:
             refused = program.refused(found, least, self._why_not)
             self._rolling.missed += (Missed(r, self._eqns) for r in refused)
