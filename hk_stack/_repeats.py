@@ -535,13 +535,21 @@ def _described(eqn: jex.JaxprEqn) -> str:
 
 
 def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
-    """The parameter in which two equations of the same operands differ."""
+    """What two equations of the same operands differ in: inside, or a parameter."""
+    pairs = zip(_inside(eqn), _inside(before), strict=False)
+    for words in (tuple(map(_described, pair)) for pair in pairs):
+        if words[0] != words[1]:
+            return f"inside of `{eqn.primitive.name}`, {words[0]}", words[1]
     where = f"`{eqn.primitive.name}` at {_flat.source_line(eqn)} has"
     for name, value in eqn.params.items():
         shown, other = f"{name}={value}", f"{name}={before.params.get(name)}"
         if shown != other and len(shown) + len(other) < _SHORT:
             return f"{where} {shown}", other
     return f"{where} other parameters, or a derivative of its own", "others"
+
+
+def _inside(eqn: jex.JaxprEqn) -> Iterator[jex.JaxprEqn]:
+    return _equations.with_inner(e for b in _equations.bodies(eqn) for e in b.eqns)
 
 
 _SHORT = 200  # Characters of parameters that are worth showing.
