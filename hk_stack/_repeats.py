@@ -539,7 +539,8 @@ def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
     pairs = zip(_inside(eqn), _inside(before), strict=False)
     for words in (tuple(map(_described, pair)) for pair in pairs):
         if words[0] != words[1]:
-            return f"inside of `{eqn.primitive.name}`, {words[0]}", words[1]
+            line = _flat.source_line(eqn)
+            return f"inside of `{eqn.primitive.name}` at {line}, {words[0]}", words[1]
     where = f"`{eqn.primitive.name}` at {_flat.source_line(eqn)} has"
     for name, value in eqn.params.items():
         shown, other = f"{name}={value}", f"{name}={before.params.get(name)}"

@@ -52,12 +52,8 @@ def _kind(aval: Aval) -> Hashable:
     if not isinstance(aval, jax.core.ShapedArray):
         return aval
     # A type names the mesh that was set when it was made, even if that is all it says.
-    kind: Hashable = (
-        aval.shape,
-        aval.dtype,
-        _equations.explicit(aval),
-        _equations.varying(aval),
-    )
+    spread = _equations.explicit(aval), _equations.varying(aval)
+    kind: tuple[Hashable, ...] = (aval.shape, aval.dtype, *spread)
     return kind
 
 

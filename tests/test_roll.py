@@ -510,7 +510,10 @@ def experts(params, x):
             r"layer 1 .*`name` .* has name=layer_1, where layer 0 has name=layer_0",
         ),
         (broken, r"layer 4 is not like layer 3: `sin` of float32\[4,4\] at "),
-        (shifted, r"layer \d is not like layer \d: inside of `jit`, `slice` of"),
+        (
+            shifted,
+            r"layer \d is not like layer \d: inside of `jit` at test_roll.py:\d+ in shifted, `",
+        ),
         (in_order, r"side effects in order, which no loop keeps: `debug_print`"),
         (experts, r"nothing expensive in them depends on the block before"),
     ],
