@@ -47,14 +47,13 @@ class Numbering:
         return self._numbers.setdefault(key, len(self._numbers))
 
 
-def _kind(aval: Aval) -> Hashable:
+def _kind(aval: Aval) -> tuple[Hashable, ...]:
     """What of a type tells what an equation computes."""
     if not isinstance(aval, jax.core.ShapedArray):
-        return aval
+        return (aval,)
     # A type names the mesh that was set when it was made, even if that is all it says.
     spread = _equations.explicit(aval), _equations.varying(aval)
-    kind: tuple[Hashable, ...] = (aval.shape, aval.dtype, *spread)
-    return kind
+    return aval.shape, aval.dtype, *spread
 
 
 def is_weak(aval: Aval) -> bool:

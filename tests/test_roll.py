@@ -512,7 +512,7 @@ def experts(params, x):
         (broken, r"layer 4 is not like layer 3: `sin` of float32\[4,4\] at "),
         (
             shifted,
-            r"layer \d is not like layer \d: inside of `jit` at test_roll.py:\d+ in shifted, `",
+            r"layer \d is not like layer \d: inside of `jit` at test_roll.py:\d+ in ",
         ),
         (in_order, r"side effects in order, which no loop keeps: `debug_print`"),
         (experts, r"nothing expensive in them depends on the block before"),
