@@ -190,4 +190,7 @@ def _batch_size(setup: jex.Jaxpr, num_layers: int, asked: int | None) -> int:
         return asked
     if _cost.gathers(setup.eqns):
         return 1  # A batch would hold all of its layers whole on each device.
-    return _batches.batch_size(num_layers, _cost.largest_value(setup))
+    largest = _cost.largest_value(setup)
+    if _guarded.has_branches(setup) and largest > _batches.most_in_branches():
+        return 1
+    return _batches.batch_size(num_layers, largest)
