@@ -287,6 +287,30 @@ def vary_as(value: jax.Array, aval: Aval) -> jax.Array:
     return jax.lax.pcast(value, tuple(missing), to="varying") if missing else value
 
 
+def weak_as(value: jax.Array, aval: Aval) -> jax.Array:
+    """`value`, typed as made of Python numbers alone if `aval` is.
+
+    What is, takes on the type of whatever it meets.
+    """
+    was: Any = jax.typeof(value)
+    if not getattr(aval, "weak_type", False) or was.weak_type:
+        return value
+    eqn = _conversion()
+    params = {**eqn.params, "new_dtype": was.dtype, "weak_type": True}
+    weak: jax.Array = eqn.primitive.bind(value, **params)
+    return weak
+
+
+@functools.cache
+def _conversion() -> jex.JaxprEqn:
+    """The equation that gives a value another type."""
+    number = jax.ShapeDtypeStruct([], "int32")
+    [eqn] = jax.make_jaxpr(lambda a: jax.lax.convert_element_type(a, "int8"))(
+        number
+    ).eqns
+    return eqn
+
+
 def explicit(aval: Aval) -> Any:
     """The sharding that is part of a type, on a mesh with explicit axes; or None."""
     sharding = getattr(aval, "sharding", None)

@@ -287,7 +287,9 @@ class _Level:
 
         def whole(*values: Any) -> list[Any]:
             env = dict(zip(outside, values, strict=True))
-            return block.results(run([stack.value(env) for stack in stacks]))
+            results = block.results(run([stack.value(env) for stack in stacks]))
+            before = (v.aval for v in block.read_after)
+            return list(map(_equations.weak_as, results, before))
 
         traced = jax.make_jaxpr(whole)(*(v.aval for v in outside))
         env: dict[jex.Var, Atom] = dict(zip(traced.jaxpr.invars, outside, strict=True))
