@@ -55,11 +55,7 @@ def strong(aval: Aval) -> Aval:
 
 def is_ordered(eqn: jex.JaxprEqn) -> bool:
     """Whether an equation has effects whose order matters."""
-    return bool(eqn.effects) and any(
-        inner.params.get("ordered") is not False
-        for inner in _equations.with_inner([eqn])
-        if inner.effects and not list(_equations.bodies(inner))
-    )
+    return any(str(effect) not in ("Debug", "IO") for effect in eqn.effects)
 
 
 def inner_literals(eqn: jex.JaxprEqn) -> list[jex.Literal]:
