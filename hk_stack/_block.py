@@ -68,7 +68,7 @@ class Block:
         identities = tuple(map(_repeats.identity, atoms))
         key = (place, identities[0]) if kind is Kind.CARRY else identities
         if (kind, key) not in self._inputs:
-            taken = jex.Var(_structure.strong(atoms[0].aval))
+            taken = jex.Var(_common(atoms))
             self._inputs[kind, key] = taken, operand
         return self._inputs[kind, key][0]
 
@@ -149,6 +149,14 @@ _INPUTS = {
     Kind.SHARED: Input("a value that all layers share"),
     Kind.OWN: Input("a value of each layer", layered=True),
 }
+
+
+def _common(atoms: Sequence[Atom]) -> Aval:
+    """The type of each of several values: that of a Python number only if all are."""
+    aval: Aval = atoms[0].aval
+    if not _structure.is_weak(aval) or all(_structure.is_weak(a.aval) for a in atoms):
+        return aval
+    return aval.update(weak_type=False)
 
 
 def _with_numbers(

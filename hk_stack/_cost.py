@@ -66,14 +66,19 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
 
 def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
     """Whether a batch would compute in 32 bits what `jaxpr` computes in 64."""
-    eqns = _equations.with_inner(jaxpr.eqns)
-    return any(_is_wide(v) for eqn in eqns for v in (*eqn.invars, *eqn.outvars))
+    return is_wide(jaxpr.eqns)
+
+
+def is_wide(eqns: Iterable[jex.JaxprEqn]) -> bool:
+    """Whether there are values of 64 bits where JAX has 32."""
+    inner = _equations.with_inner(eqns)
+    return any(_is_wide(v) for eqn in inner for v in (*eqn.invars, *eqn.outvars))
 
 
 def _is_wide(atom: Atom) -> bool:
     """Whether `atom` is of 64 bits where JAX has 32."""
-    dtype = atom.aval.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    dtype: Any = getattr(atom.aval, "dtype", None)
+    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return False
     return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
 

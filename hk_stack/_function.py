@@ -74,7 +74,8 @@ def check_arguments(fn: Callable[..., Any], args: Sequence[Tree], where: str) ->
     """
     if not args:
         raise TypeError(
-            f"{where}: no arguments. Give the parameters by position, before the rest."
+            f"{where}: no arguments by position. Give the parameters first, by "
+            "position."
         )
     names = _checks.argument_names(fn, len(args))
     for name, tree in zip(names, args, strict=True):

@@ -15,6 +15,7 @@ once: to find the layers of a program of thousands of equations takes millisecon
 import collections
 import enum
 import functools
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -111,21 +112,43 @@ class _Candidate(NamedTuple):
     """Equations that are those of one period before.
 
     Attributes:
-      spared: How many equations a loop would spare at most.
       period: How far apart equal equations are.
       start: The first of them.
       length: How many are repeated.
     """
 
-    spared: int
     period: int
     start: int
     length: int
 
     @property
+    def spared(self) -> int:
+        """How many equations a loop would spare at most."""
+        return self.length // self.period * self.period
+
+    @property
     def stop(self) -> int:
         """Where the last repeated equation ends."""
         return self.start + self.length + self.period
+
+    def pieces(self, free: "Flags", least: int) -> Iterator["_Candidate"]:
+        """The parts of it where equations are free, with so many blocks."""
+        for start, stop in _runs(free[self.start : self.stop]):
+            if stop - start >= self.period * least:
+                length = stop - start - self.period
+                yield _Candidate(self.period, self.start + start, length)
+
+    def is_part_of(self, other: "_Candidate") -> bool:
+        """Whether its blocks are some of the other's, or several of them each."""
+        is_inside = other.start <= self.start and self.stop <= other.stop
+        return is_inside and self.period % other.period == 0
+
+
+def _runs(flags: "Flags") -> Iterator[tuple[int, int]]:
+    """Where flags in a row are true: from, to."""
+    ends = np.diff(np.concatenate([[0], flags.view(np.int8), [0]]))
+    starts, stops = (np.flatnonzero(ends == sign) for sign in (1, -1))
+    yield from zip(map(int, starts), map(int, stops), strict=True)
 
 
 Worth = Callable[[Repeat], str | None]
@@ -171,60 +194,96 @@ class Program:
         self._made_by, self._result = np.array(places, np.int64).reshape(-1, 2).T
         self._numbers = np.array(numbers, np.int64)
 
-    def find(self, low: int, high: int, least: int, worth: Worth) -> list[Repeat]:
-        """The repeats from equation `low` on and before `high`, in order.
+    def find(self, least: int, worth: Worth) -> list[Repeat]:
+        """Repeats that do not overlap, in order; those that spare most come first.
 
         Args:
-          low: Where to begin.
-          high: Where to end.
           least: How many blocks there must be.
           worth: Says why a repeat is not worth a loop; None if it is.
         """
-        best: Repeat | None = None
-        for candidate in self._candidates(low, high, least):
-            if best and candidate.spared <= best.spared:
-                break
-            found = self._best_of(candidate, least)
-            if found and (not best or found.spared > best.spared):
-                best = found if worth(found) is None else best
-        if best is None:
-            return []
-        before = self.find(low, best.start, least, worth)
-        return [*before, best, *self.find(best.stop, high, least, worth)]
+        found: list[Repeat] = []
+        free = np.ones(len(self._eqns), bool)
+        order = itertools.count()
+        heap: list[tuple[int, int, int, _Candidate, Repeat | None]] = []
 
-    def _candidates(
-        self, low: int, high: int, least: int, ids: Numbers | None = None
-    ) -> list[_Candidate]:
-        """Where equations are those of one period before: the longest first."""
-        ids = (self._ids if ids is None else ids)[low:high]
-        found = []
+        def push(candidate: _Candidate, repeat: Repeat | None = None) -> None:
+            spared = repeat.spared if repeat else candidate.spared
+            entry = -spared, candidate.period, next(order), candidate, repeat
+            heapq.heappush(heap, entry)
+
+        branches: list[_Candidate] = []  # Blocks without a carry, that stay.
+        for candidate in self._candidates(least, self._ids):
+            push(candidate)
+        while heap:
+            *_, candidate, repeat = heapq.heappop(heap)
+            if free[candidate.start : candidate.stop].all():
+                if repeat is None:
+                    is_new = not any(map(candidate.is_part_of, branches))
+                    repeat = self._best_of(candidate, least) if is_new else None
+                    if repeat and worth(repeat) is None:
+                        push(candidate, repeat)
+                    elif repeat and not repeat.carried():
+                        branches.append(candidate)
+                    continue
+                found.append(repeat)
+                free[repeat.start : repeat.stop] = False
+            for piece in candidate.pieces(free, least):
+                push(piece)
+        return sorted(found, key=lambda repeat: repeat.start)
+
+    def _candidates(self, least: int, ids: Numbers) -> Iterator[_Candidate]:
+        """Where equations are those of one period before."""
         for period in range(1, len(ids) // least + 1):
             is_same = ids[:-period] == ids[period:]
             if np.count_nonzero(is_same) < period * (least - 1):
                 continue
-            ends = np.diff(np.concatenate([[0], is_same.view(np.int8), [0]]))
-            starts, stops = (np.flatnonzero(ends == sign) for sign in (1, -1))
-            for start, length in zip(starts, stops - starts, strict=True):
-                spared = int(length) // period * period
-                if spared >= period * (least - 1):
-                    first = low + int(start)
-                    found.append(_Candidate(spared, period, first, int(length)))
-        return sorted(found, key=lambda c: (-c.spared, c.period))
+            for start, stop in _runs(is_same):
+                if stop - start >= period * (least - 1):
+                    yield _Candidate(period, start, stop - start)
 
     def _best_of(self, candidate: _Candidate, least: int) -> Repeat | None:
         """The most blocks that are a loop, and of these the ones of smallest carry."""
         best: tuple[tuple[int, int, int], _Places] | None = None
-        (_, period, start, _), stop = candidate, candidate.stop
-        for phase in range(start, min(start + period, stop - least * period + 1)):
-            first = phase
-            while first + least * period <= stop:
-                places = self._places(first, period, (stop - first) // period)
-                blocks = places.leading()
-                if blocks >= least:
-                    rank = blocks, -self._carried_bytes(places), -first
-                    best = max(best or (rank, places), (rank, places), key=_rank)
-                first += max(1, blocks - 1) * period
+        period = candidate.period
+        most = self._most_blocks(candidate)
+        starts = np.argsort(-most, kind="stable")[: 2 * period]
+        for offset in map(int, starts):
+            blocks = int(most[offset])
+            if blocks < max(least, best[0][0] if best else 0):
+                break
+            first = candidate.start + offset
+            places = self._places(first, period, blocks)
+            if (blocks := places.leading()) >= least:
+                rank = blocks, -self._carried_size(places), -first
+                best = max(best or (rank, places), (rank, places), key=_rank)
         return self._repeat(best[1], best[0][0]) if best else None
+
+    def _most_blocks(self, candidate: _Candidate) -> Numbers:
+        """How many blocks a loop can have at most, by where it starts.
+
+        Two operands a period apart fit if what makes them is a period apart, too, or
+        before the loop. If not, a loop may begin after what makes the second, or have
+        both in its first two blocks; else it ends before the second.
+        """
+        _, start, stop = candidate.period, candidate.start, candidate.stop
+        period, first = candidate.period, self._first
+        now = slice(first[start + period], first[stop])
+        before = slice(first[start], first[stop - period])
+        made, made_before = self._made_by[now], self._made_by[before]
+        at = np.repeat(
+            np.arange(start + period, stop), np.diff(first[start + period : stop + 1])
+        )
+        is_moved = (made == made_before + period) & (made_before >= start)
+        is_moved &= self._result[now] == self._result[before]
+        is_moved &= at - made < 2 * period
+        misfits = ~(is_moved | ((made < start) & (made_before < start)))
+        made = np.where(made < start, made_before, np.minimum(made, at - 2 * period))
+        misfits &= made >= start
+        ends = np.full(stop - start, stop)
+        np.minimum.at(ends, made[misfits] - start, at[misfits])
+        ends = np.minimum.accumulate(ends[::-1])[::-1]
+        most: Numbers = (ends - np.arange(start, stop)) // period
+        return most
 
     def _places(self, start: int, period: int, blocks: int) -> "_Places":
         """Where each of so many blocks has its operands from."""
@@ -236,15 +295,16 @@ class Program:
         at = made_by - (start + period * np.arange(blocks)[:, None])
         return _Places(start, period, at, result, numbers, made_by < start)
 
-    def _carried_bytes(self, places: "_Places") -> int:
+    def _carried_size(self, places: "_Places") -> int:
         """The size of the carry."""
         columns = places.at[1], places.result[1], places.numbers[0]
         read, end = places.carried(), places.start + places.period
         carried = {tuple(map(int, row)) for row in np.stack(columns)[:, read].T}
-        return sum(
+        nbytes = sum(
             _cost.nbytes([self._eqns[end + at].outvars[result]])
             for at, result, _ in carried
         )
+        return nbytes if isinstance(nbytes, int) else len(carried)  # Of unknown shapes.
 
     def _repeat(self, places: "_Places", blocks: int) -> Repeat:
         start, period = places.start, places.period
@@ -285,7 +345,7 @@ class Program:
         yield from self._broken(found)
         taken: Flags = np.zeros(len(self._eqns), bool)
         for repeat in found:
-            taken[repeat.start + 1 : repeat.stop] = True
+            taken[repeat.start : repeat.stop] = True
         told = np.zeros_like(taken)
         for ids, few in (
             (self._ids, least),
@@ -293,10 +353,10 @@ class Program:
             (self._alike(lambda e: str(e.outvars[0].aval)), least),
             (self._ids, 2),
         ):
-            for candidate in self._candidates(0, len(ids), few, ids):
+            candidates = self._candidates(few, ids)
+            for candidate in heapq.nlargest(_SHOWN, candidates, key=_spared):
                 around = slice(candidate.start, candidate.stop)
-                is_new = np.count_nonzero(~taken[around]) >= candidate.period
-                if not is_new or told[around].any():
+                if told[around].any() or taken[around].all():
                     continue
                 if refused := self._refuse(candidate, least, worth, taken):
                     told[around] = True
@@ -324,24 +384,36 @@ class Program:
         self, candidate: _Candidate, least: int, worth: Worth, taken: Flags
     ) -> Refused | None:
         """Why equations that are alike are no loop; None if nobody expects one."""
-        _, period, start, length = candidate
+        period, start, length = candidate
         blocks, end = 1 + length // period, start + length
         places = self._places(start, period, blocks)
         if not self._is_chain(places):
             return None
         refused = functools.partial(Refused, start, period, blocks)
         is_other = self._ids[start:end] != self._ids[start + period : end + period]
-        for at in np.flatnonzero(is_other) + start + period:
-            if not taken[at]:
-                return refused(int(at), self._unlike(int(at), period, start))
+        others = np.flatnonzero(is_other) + start + period
+        if len(others):
+            left = (
+                at for at in map(int, others) if self._is_left(at, candidate, taken)
+            )
+            at = next(left, None)
+            return None if at is None else refused(at, self._unlike(at, period, start))
         found = self._best_of(candidate, 2)
         if found and (why := worth(found)):
             return refused(start, why)
         if places.leading() < blocks:
-            return refused(*self._misread(places))
-        if blocks < least:
+            at, why = self._misread(places)
+            return refused(at, why) if self._is_left(at, candidate, taken) else None
+        if blocks < least and not taken[start:end].any():
             return refused(start, f"{blocks} in a row, fewer than min_layers={least}")
         return None
+
+    def _is_left(self, at: int, candidate: _Candidate, taken: Flags) -> bool:
+        """Whether the block of an equation is in no loop, and might be a layer."""
+        first = at - (at - candidate.start) % candidate.period
+        block = slice(first, first + candidate.period)
+        expensive = filter(_is_expensive, self._eqns[block])
+        return not taken[block].any() and not all(map(_cost.is_reduction, expensive))
 
     def _is_chain(self, places: "_Places") -> bool:
         """Whether blocks might be layers: each reads what the one before made."""
@@ -387,6 +459,11 @@ class Program:
 
 
 _OUTSIDE: Place = (-1, 0)
+_SHOWN = 50  # Of blocks that are alike: those with the most equations.
+
+
+def _spared(candidate: _Candidate) -> int:
+    return candidate.spared
 
 
 class _Places(NamedTuple):
@@ -458,13 +535,22 @@ def _described(eqn: jex.JaxprEqn) -> str:
 
 
 def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
-    """The parameter in which two equations of the same operands differ."""
+    """What two equations of the same operands differ in: inside, or a parameter."""
+    pairs = zip(_inside(eqn), _inside(before), strict=False)
+    for words in (tuple(map(_described, pair)) for pair in pairs):
+        if words[0] != words[1]:
+            line = _flat.source_line(eqn)
+            return f"inside of `{eqn.primitive.name}` at {line}, {words[0]}", words[1]
     where = f"`{eqn.primitive.name}` at {_flat.source_line(eqn)} has"
     for name, value in eqn.params.items():
         shown, other = f"{name}={value}", f"{name}={before.params.get(name)}"
         if shown != other and len(shown) + len(other) < _SHORT:
             return f"{where} {shown}", other
     return f"{where} other parameters, or a derivative of its own", "others"
+
+
+def _inside(eqn: jex.JaxprEqn) -> Iterator[jex.JaxprEqn]:
+    return _equations.with_inner(e for b in _equations.bodies(eqn) for e in b.eqns)
 
 
 _SHORT = 200  # Characters of parameters that are worth showing.

@@ -1,6 +1,7 @@
 """`roll`: a Python loop of layers, in any framework, runs as a stack."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -28,7 +29,7 @@ class Roll(Generic[P, R]):
     def __init__(
         self, fn: Callable[P, R], settings: _rolling.Settings, *, strict: bool
     ) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
         self._fn = fn
         self._settings = settings
         self._is_strict = strict
@@ -53,13 +54,20 @@ class Roll(Generic[P, R]):
 
         Args:
           *args: What the function is given, or `jax.ShapeDtypeStruct`s of it.
-          **kwargs: The same by keyword.
+          **kwargs: What it is given by keyword, as it is.
 
         Returns:
           A report to print, with `loops` and `misses` as data.
         """
         *_, rolling = self._roll(args, kwargs, explains=True)
         return _roll_report.report(rolling)
+
+    def __get__(self, instance: object, owner: object = None) -> Any:
+        """As a method, it is given the object first, as a function is."""
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<{self._settings.where}>"
 
     def _roll(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, explains: bool = False

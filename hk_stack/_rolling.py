@@ -162,7 +162,7 @@ class _Level:
         """The same function with loops for repeats."""
         program = Program(self._eqns, self._rolling.numbering, _equal(self._closed))
         least, count = self._rolling.settings.least, len(self._eqns)
-        found = program.find(0, count, least, self._why_not)
+        found = program.find(least, self._why_not)
         if self._rolling.explains:
             refused = program.refused(found, least, self._why_not)
             self._rolling.missed += (Missed(r, self._eqns) for r in refused)
@@ -348,7 +348,8 @@ class _Stacking(NamedTuple):
         ]
         if self.rows is not None:
             return _rows(values[0], self.rows)
-        values = [_strong(v) for v in values]
+        if not _structure.is_weak(self.aval):
+            values = [_strong(v) for v in values]
         if not self.layered:
             return _equations.vary_as(values[0], self.aval)
         return jnp.stack(values)
@@ -363,8 +364,10 @@ def _rows(array: jax.Array, rows: range) -> jax.Array:
 
 
 def _number(literal: jex.Literal) -> jax.Array:
+    """A literal as an array, of a weak type if it is of one."""
     aval: Aval = literal.aval
-    return jnp.full([], literal.val, aval.dtype)
+    number = np.asarray(literal.val, aval.dtype)
+    return jnp.asarray(number.item() if _structure.is_weak(aval) else number)
 
 
 def _strong(value: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from hk_stack import _equations
+from hk_stack import _cost, _equations
 from hk_stack._equations import Atom, Aval
 
 
@@ -37,20 +37,28 @@ class Numbering:
 
     def of(self, eqn: jex.JaxprEqn) -> int:
         """The number of an equation, of its own if nothing can be told of it."""
-        operands = tuple(map(strong, (a.aval for a in eqn.invars)))
-        results = tuple(v.aval for v in eqn.outvars)
         key: Hashable = object()
-        if not is_ordered(eqn):
+        if not is_ordered(eqn) and not _cost.is_wide([eqn]):
             with contextlib.suppress(Exception):  # Of a rule, or of what has no hash.
+                operands = tuple(_kind(a.aval) for a in eqn.invars)
+                results = tuple((_kind(v.aval), is_weak(v.aval)) for v in eqn.outvars)
                 key = self._reading.equation(eqn), operands, results
                 hash(key)
         return self._numbers.setdefault(key, len(self._numbers))
 
 
-def strong(aval: Aval) -> Aval:
-    """A type, whether it is of a Python number or not."""
-    is_array = isinstance(aval, jax.core.ShapedArray)
-    return aval.update(weak_type=False) if is_array else aval
+def _kind(aval: Aval) -> tuple[Hashable, ...]:
+    """What of a type tells what an equation computes."""
+    if not isinstance(aval, jax.core.ShapedArray):
+        return (aval,)
+    # A type names the mesh that was set when it was made, even if that is all it says.
+    spread = _equations.explicit(aval), _equations.varying(aval)
+    return aval.shape, aval.dtype, *spread
+
+
+def is_weak(aval: Aval) -> bool:
+    """Whether a type is that of a Python number."""
+    return bool(getattr(aval, "weak_type", False))
 
 
 def is_ordered(eqn: jex.JaxprEqn) -> bool:

@@ -48,7 +48,12 @@ def with_setup(params, x):
 
 
 def loss(fn):
-    return lambda params, *rest: jnp.mean(jnp.square(fn(params, *rest)))
+    """The mean of the squares of a function's first result."""
+
+    def of(params, *rest):
+        return jnp.mean(jnp.square(jax.tree.leaves(fn(params, *rest))[0]))
+
+    return of
 
 
 def traced(fn, *args):
@@ -70,6 +75,8 @@ def assert_same(fn, *args, **options):
     """Rolled, a function has the same results and gradients."""
     rolled = hk_stack.roll(fn, **options)
     assert_close(computed(rolled, *args), computed(fn, *args))
+    kinds = [jax.tree.leaves(jax.eval_shape(f, *args)) for f in (rolled, fn)]
+    assert [y.weak_type for y in kinds[0]] == [y.weak_type for y in kinds[1]]
     grads = [computed(jax.grad(loss(f)), *args) for f in (rolled, fn)]
     assert_close(*grads)
 
@@ -200,6 +207,16 @@ def jitted(params, x):
     return x
 
 
+def weak(params, x):
+    """Python numbers as carry, as rows and inside of functions."""
+    total, seen = jnp.asarray(1.0), []
+    for i, p in enumerate(params):
+        x = layer(p, x)
+        total = total * jnp.asarray(0.5 + i)
+        seen.append(jnp.asarray(0.5 * i) * 2.0 + total)
+    return x, total, seen
+
+
 def custom(params, x):
     """Blocks with derivatives of their own."""
 
@@ -250,6 +267,7 @@ ROLLED = {
     first_is_a_number: [L],
     two_inputs_of_one_result: [L],
     jitted: [L],
+    weak: [L],
     custom: [L],
     custom_blocks: [L],
     in_scan: [L],
@@ -462,6 +480,12 @@ def broken(params, x):
     return x
 
 
+def shifted(params, x):
+    for i, p in enumerate(params):
+        x = jnp.roll(layer(p, x), i, axis=0)
+    return x
+
+
 def in_order(params, x):
     for p in params:
         x = layer(p, x)
@@ -486,6 +510,10 @@ def experts(params, x):
             r"layer 1 .*`name` .* has name=layer_1, where layer 0 has name=layer_0",
         ),
         (broken, r"layer 4 is not like layer 3: `sin` of float32\[4,4\] at "),
+        (
+            shifted,
+            r"layer \d is not like layer \d: inside of `jit` at test_roll.py:\d+ in ",
+        ),
         (in_order, r"side effects in order, which no loop keeps: `debug_print`"),
         (experts, r"nothing expensive in them depends on the block before"),
     ],
@@ -607,6 +635,44 @@ def test_shapes_that_stay_unknown():
     assert_close(exported.call(PARAMS, X), with_setup(PARAMS, X))
 
 
+def test_values_of_64_bits_stay_where_jax_has_32():
+    def model(params, x):
+        with jax.enable_x64(True):
+            y, small = x.astype(jnp.float64), np.float64(1e-12)
+            for i, p in enumerate(params):
+                y = jnp.tanh(y @ p["w"].astype(jnp.float64)) * np.float64(i + 1)
+                small = small + jnp.sum(y)
+            return y.astype(jnp.float32) + small.astype(jnp.float32)
+
+    assert blocks(model, PARAMS, X) == []
+    assert_close(jax.jit(hk_stack.roll(model))(PARAMS, X), jax.jit(model)(PARAMS, X))
+
+
+def test_shardings_named_in_layers_make_no_difference():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+
+    def model(params, x):
+        for p in params:
+            x = jax.lax.with_sharding_constraint(
+                layer(p, x), NamedSharding(mesh, P("d", None))
+            )
+        return x
+
+    assert blocks(model, PARAMS, X) == [L]
+    assert_close(jax.jit(hk_stack.roll(model))(PARAMS, X), jax.jit(model)(PARAMS, X))
+
+
+def test_as_a_method():
+    class Model:
+        @hk_stack.roll
+        def apply(self, x):
+            return x
+
+    with pytest.raises(TypeError, match=r"`self` is a Model .*expected an array"):
+        Model().apply(X)
+    assert repr(Model.apply) == "<roll of 'apply'>"
+
+
 def test_mutable_references_stay():
     def model(params, x):
         ref = jax.new_ref(x)
@@ -639,7 +705,7 @@ def test_mutable_references_stay():
         (
             lambda: hk_stack.roll(model)(),
             TypeError,
-            "no arguments. Give the parameters",
+            "no arguments by position",
         ),
         (
             lambda: hk_stack.roll(model)(PARAMS, "x"),
