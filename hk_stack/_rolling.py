@@ -287,9 +287,7 @@ class _Level:
 
         def whole(*values: Any) -> list[Any]:
             env = dict(zip(outside, values, strict=True))
-            results = block.results(run([stack.value(env) for stack in stacks]))
-            before = (v.aval for v in block.read_after)
-            return list(map(_equations.weak_as, results, before))
+            return block.results(run([stack.value(env) for stack in stacks]))
 
         traced = jax.make_jaxpr(whole)(*(v.aval for v in outside))
         env: dict[jex.Var, Atom] = dict(zip(traced.jaxpr.invars, outside, strict=True))
