@@ -116,9 +116,25 @@ def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
         return None
     params, body = eqn.params, eqn.params["jaxpr"]
     placed = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
-    if any(isinstance(s, jax.sharding.Sharding) for s in placed) or constants(body):
+    if any(isinstance(s, jax.sharding.Sharding) for s in placed):
         return None
-    return _opened(body)
+    return with_literals(body)
+
+
+def with_literals(body: Body) -> jex.Jaxpr:
+    """A jaxpr in which constants are literals, as arrays may be."""
+    jaxpr, consts = _opened(body), constants(body)
+    if not consts:
+        return jaxpr
+    pairs = zip(jaxpr.constvars, consts, strict=True)
+    values: dict[Atom, jex.Literal] = {v: jex.Literal(c, v.aval) for v, c in pairs}
+
+    def read(atom: Atom) -> Atom:
+        return atom if isinstance(atom, jex.Literal) else values.get(atom, atom)
+
+    eqns = [replace(e, invars=list(map(read, e.invars))) for e in jaxpr.eqns]
+    outvars = list(map(read, jaxpr.outvars))
+    return replace(jaxpr, constvars=[], eqns=eqns, outvars=outvars)
 
 
 def with_remat_body(
@@ -285,30 +301,6 @@ def vary_as(value: jax.Array, aval: Aval) -> jax.Array:
     """`value`, typed as differing over the manual axes over which `aval` does."""
     missing = varying(aval) - varying(jax.typeof(value))
     return jax.lax.pcast(value, tuple(missing), to="varying") if missing else value
-
-
-def weak_as(value: jax.Array, aval: Aval) -> jax.Array:
-    """`value`, typed as made of Python numbers alone if `aval` is.
-
-    What is, takes on the type of whatever it meets.
-    """
-    was: Any = jax.typeof(value)
-    if not getattr(aval, "weak_type", False) or was.weak_type:
-        return value
-    eqn = _conversion()
-    params = {**eqn.params, "new_dtype": was.dtype, "weak_type": True}
-    weak: jax.Array = eqn.primitive.bind(value, **params)
-    return weak
-
-
-@functools.cache
-def _conversion() -> jex.JaxprEqn:
-    """The equation that gives a value another type."""
-    number = jax.ShapeDtypeStruct([], "int32")
-    [eqn] = jax.make_jaxpr(lambda a: jax.lax.convert_element_type(a, "int8"))(
-        number
-    ).eqns
-    return eqn
 
 
 def explicit(aval: Aval) -> Any:

@@ -67,7 +67,10 @@ def is_ordered(eqn: jex.JaxprEqn) -> bool:
 
 
 def inner_literals(eqn: jex.JaxprEqn) -> list[jex.Literal]:
-    """The numbers inside of `jit` and rematerialised functions, which may be others."""
+    """The numbers inside of `jit` and rematerialised functions, which may be others.
+
+    Arrays that they close over are numbers, too.
+    """
     body = _equations.body_in_place(eqn)
     if body is None:
         return []
@@ -179,9 +182,11 @@ class _Reading:
 
     def value(self, value: Any, *, is_blank: bool = False) -> Hashable:
         if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
-            consts = tuple(map(self.value, _equations.constants(value)))
+            consts = () if is_blank else _equations.constants(value)
             jaxpr = value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value
-            return self.program(jaxpr, is_blank=is_blank), consts
+            return self.program(jaxpr, is_blank=is_blank), tuple(
+                map(self.value, consts)
+            )
         if isinstance(value, (tuple, list)):
             return type(value), tuple(self.value(v, is_blank=is_blank) for v in value)
         if hasattr(value, "tobytes"):  # numpy arrays and scalars
