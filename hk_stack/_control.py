@@ -280,7 +280,8 @@ def _taking(parts: Parts, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
 
 def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """`run` of the inputs of `eqn`."""
-    return jax.make_jaxpr(run)(*(atom.aval for atom in eqn.invars))
+    traced = jax.make_jaxpr(run)(*(atom.aval for atom in eqn.invars))
+    return jex.ClosedJaxpr(_equations.with_literals(traced), [])
 
 
 def _describe_carry(

@@ -116,9 +116,25 @@ def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
         return None
     params, body = eqn.params, eqn.params["jaxpr"]
     placed = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
-    if any(isinstance(s, jax.sharding.Sharding) for s in placed) or constants(body):
+    if any(isinstance(s, jax.sharding.Sharding) for s in placed):
         return None
-    return _opened(body)
+    return with_literals(body)
+
+
+def with_literals(body: Body) -> jex.Jaxpr:
+    """A jaxpr in which constants are literals, as arrays may be."""
+    jaxpr, consts = _opened(body), constants(body)
+    if not consts:
+        return jaxpr
+    pairs = zip(jaxpr.constvars, consts, strict=True)
+    values: dict[Atom, jex.Literal] = {v: jex.Literal(c, v.aval) for v, c in pairs}
+
+    def read(atom: Atom) -> Atom:
+        return atom if isinstance(atom, jex.Literal) else values.get(atom, atom)
+
+    eqns = [replace(e, invars=list(map(read, e.invars))) for e in jaxpr.eqns]
+    outvars = list(map(read, jaxpr.outvars))
+    return replace(jaxpr, constvars=[], eqns=eqns, outvars=outvars)
 
 
 def with_remat_body(

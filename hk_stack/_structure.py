@@ -63,15 +63,14 @@ def is_weak(aval: Aval) -> bool:
 
 def is_ordered(eqn: jex.JaxprEqn) -> bool:
     """Whether an equation has effects whose order matters."""
-    return bool(eqn.effects) and any(
-        inner.params.get("ordered") is not False
-        for inner in _equations.with_inner([eqn])
-        if inner.effects and not list(_equations.bodies(inner))
-    )
+    return any(str(effect) not in ("Debug", "IO") for effect in eqn.effects)
 
 
 def inner_literals(eqn: jex.JaxprEqn) -> list[jex.Literal]:
-    """The numbers inside of `jit` and rematerialised functions, which may be others."""
+    """The numbers inside of `jit` and rematerialised functions, which may be others.
+
+    Arrays that they close over are numbers, too.
+    """
     body = _equations.body_in_place(eqn)
     if body is None:
         return []
@@ -183,9 +182,11 @@ class _Reading:
 
     def value(self, value: Any, *, is_blank: bool = False) -> Hashable:
         if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
-            consts = tuple(map(self.value, _equations.constants(value)))
+            consts = () if is_blank else _equations.constants(value)
             jaxpr = value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value
-            return self.program(jaxpr, is_blank=is_blank), consts
+            return self.program(jaxpr, is_blank=is_blank), tuple(
+                map(self.value, consts)
+            )
         if isinstance(value, (tuple, list)):
             return type(value), tuple(self.value(v, is_blank=is_blank) for v in value)
         if hasattr(value, "tobytes"):  # numpy arrays and scalars

@@ -419,9 +419,14 @@ class TestWhatLeaves:
         assert shapes == [(D, D)]
 
     def test_a_known_part_of_a_jit_leaves(self):
-        def layer(x):
-            return jax.jit(lambda w, x: jnp.sin(x) @ slow(w))(weight(), x)
+        table, other = np.eye(D, dtype=np.float32), jnp.ones([D])
 
+        def layer(x):
+            return jax.jit(
+                lambda w, x: jnp.sin(x * other[None]) @ hk_stack.hoist(slow(w) @ table)
+            )(weight(), x)
+
+        assert_same_results(layer)
         outside, inside = cut(layer)
         assert "cumsum" in outside and "cumsum" not in inside
         assert "sin" in inside
