@@ -191,9 +191,11 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     if eqn.params.get("symbolic_zeros"):
         raise ValueError("a rule with symbolic zeros")
     run = jex.jaxpr_as_fun(alone(eqn))
+    closed_over = eqn.params.get("num_consts", 0)  # First, and not differentiated.
 
     def traced(*values: jax.Array) -> Any:
-        moving = {i: v for i, v in enumerate(values) if is_inexact(v)}
+        inexact = {i: v for i, v in enumerate(values) if is_inexact(v)}
+        moving = {i: v for i, v in inexact.items() if i >= closed_over}
 
         def of_moving(moving: dict[int, Any]) -> list[Any]:
             results = run(*(moving.get(i, v) for i, v in enumerate(values)))
