@@ -600,7 +600,7 @@ def loops(draw: Any) -> Loop:
     second = (*draw(random_steps("layer", 1, 3)), Step("algebra", (0,), 2))
     return Loop(
         program._replace(layer=program.layer[: 2 + often(1, 2, 3, 4)]),
-        num_layers=draw(st.integers(2, 6)),
+        num_layers=often(3, 4, 5, 6, 3, 4, 5, 6, 2),
         second=seldom((), second),
         dear=often(True, True, False),
         again=seldom(0, 2, 3, 4),

@@ -38,6 +38,9 @@ FOUND = {
     "weak types": Loop(Program((PARAMETER,)), weak="alone"),
     "arrays in jit": Loop(Program((CONSTANT,)), wrap="jit", factor=True),
     "arrays in rules": Loop(Program((Step("custom_jvp", (0, 0), 1, (CONSTANT,)),))),
+    "arrays in rules of vjp": Loop(
+        Program((CONSTANT._replace(variant=4),)), wrap="custom_vjp"
+    ),
     "effects": Loop(Program((PARAMETER,)), effect="free", around="scan"),
 }
 
