@@ -7,7 +7,7 @@ loop, at which what shrinks arrives.
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -328,6 +328,31 @@ def note(value: Any) -> None:
     """What layers call back."""
 
 
+class Layer(NamedTuple):
+    """A layer of a loop: what it does, and what it is given of its own.
+
+    Attributes:
+      steps: What it does.
+      params: Its parameters.
+      state: Its state.
+      key: Its random key.
+      inputs: Its per-layer inputs.
+      next_key: What is left of the key for the layers after it.
+    """
+
+    steps: tuple[Step, ...]
+    params: Any
+    state: Any
+    key: Any
+    inputs: list[Any]
+    next_key: Any
+
+    def rows(self) -> dict[str, Any]:
+        """What another layer has others of."""
+        names = ("params", "state", "key", "inputs")
+        return {name: getattr(self, name) for name in names}
+
+
 class Model:
     """A loop as a function of `(params, state, key, x, per_layer, memory)`.
 
@@ -356,11 +381,9 @@ class Model:
     def _run(self, steps: tuple[Step, ...], name: str, given: list[Any]) -> list[Any]:
         """The values that steps make."""
         loop = self.loop
-        is_open = loop.around not in ("scan", "cond") and not loop.wrap.startswith(
-            "custom"
-        )
+        is_closed = loop.around in ("scan", "cond") or loop.wrap.startswith("custom")
         pool = [Value(a, False) for a in given]
-        made = self._runner.run(steps, pool, name, is_open)
+        made = self._runner.run(steps, pool, name, marks=not is_closed)
         return [value.array for value in made]
 
     def _transformed(self, steps: tuple[Step, ...]) -> Any:
@@ -416,13 +439,12 @@ class Model:
                 if i and loop.between:
                     first, *others = carry["x"]
                     carry["x"] = [jnp.cos(first), *others]
-                layers = self._layers(count, params[1][i], state[1][i])
+                trees = params[1][i], state[1][i]
+                layers = self._layers(count, *trees, key, per_layer)
                 if loop.early or self.as_scan:
-                    layers = list(layers)
-                run_loop = self._scan if self.as_scan else self._loop
-                carry, results = run_loop(
-                    count, layers, key, pool, per_layer, carry, xs
-                )
+                    layers = iter(list(layers))
+                run_layers = self._scan if self.as_scan else self._loop
+                carry, results = run_layers(count, layers, pool, carry, xs)
                 rest.append(results)
             x = carry.pop("x")
             return x, (carry, rest)
@@ -440,63 +462,70 @@ class Model:
             carry["total"] = jnp.float32(0) if self.as_scan else 0.0
         return carry
 
-    def _layers(self, count: int, params: Any, states: Any) -> Iterator[Any]:
-        """What each layer of a loop does, its parameters and its state."""
+    def _layers(
+        self, count: int, params: Any, states: Any, key: Any, per_layer: Any
+    ) -> Iterator[Layer]:
+        """The layers of a loop."""
         loop, kinds = self.loop, self.loop.kinds(count)
-        fetch = STORAGE[loop.storage]
-        fetches = dict(
-            zip(
-                kinds,
-                zip(map(fetch, params), map(fetch, states), strict=True),
-                strict=True,
-            )
+        fetch, row = STORAGE[loop.storage], ROWS[loop.rows]
+        own_params, own_states = (
+            dict(zip(kinds, map(fetch, trees), strict=True))
+            for trees in (params, states)
         )
+        keys = ALL_KEYS[loop.keys](key, count) if loop.keys in ALL_KEYS else None
         done = collections.Counter[tuple[Step, ...]]()
         for i in range(count):
             steps = loop.steps(i, count)
-            own, old = fetches[steps]
-            row = ROWS[loop.rows](done[steps], kinds[steps])
-            read = own(row)
+            own = own_params[steps](row(done[steps], kinds[steps]))
             if loop.early:
-                read = jax.tree.map(prepared, read)
-            yield steps, read, old(done[steps])
+                own = jax.tree.map(prepared, own)
+            if keys is None:
+                key, own_key = NEXT_KEY[loop.keys](key, i)
+            else:
+                own_key = keys[i]
+            at = count - 1 - i if loop.program.reverse else i
+            inputs = [leaf[at] for leaf in per_layer]
+            state = own_states[steps](done[steps])
+            yield Layer(steps, own, state, own_key, inputs, key)
             done[steps] += 1
 
     def _loop(
-        self,
-        count: int,
-        layers: Iterable[Any],
-        key: Any,
-        pool: Any,
-        per_layer: Any,
-        carry: Any,
-        xs: list[Any],
+        self, count: int, layers: Iterator[Layer], pool: Any, carry: Any, xs: list[Any]
     ) -> Any:
         """Layers, one after the other; adds what each is given to `xs`."""
         loop, results, start = self.loop, [], len(xs)
-        each_key = ALL_KEYS[loop.keys](key, count) if loop.keys in ALL_KEYS else None
-        for i, (steps, params, state) in enumerate(layers):
-            if each_key is None:
-                key, own_key = NEXT_KEY[loop.keys](key, i)
-            else:
-                own_key = each_key[i]
+        for i, layer in enumerate(layers):
             xs.append(carry["x"][0])
             skipped = SKIPS[loop.skip](i, count, start)
             if skipped is not None:
                 carry = self._joined(carry, xs[skipped])
-            own = [
-                leaf[count - 1 - i if loop.program.reverse else i] for leaf in per_layer
-            ]
-            carry, ys, new = self._wrapped(steps)(
-                i if loop.is_numbered else 0,
-                params,
-                state,
-                own_key,
-                [*pool, *own],
-                carry,
-            )
-            results.append((carry["x"][0], ys, new))
-        return carry, self._results(results, key)
+            number = i if loop.is_numbered else 0
+            carry, *found = self._run_one(number, layer, pool, carry)
+            results.append((carry["x"][0], *found))
+        return carry, self._results(results, layer.next_key)
+
+    def _scan(
+        self, count: int, layers: Iterator[Layer], pool: Any, carry: Any, xs: list[Any]
+    ) -> Any:
+        """The same as a scan."""
+        first, *others = layers
+        start = carry["x"][0]
+
+        def step(carry: Any, rows: Any) -> Any:
+            if self.loop.skip:
+                carry = self._joined(carry, start)
+            layer = first._replace(**rows)
+            carry, *found = self._run_one(0, layer, pool, carry)
+            return carry, (carry["x"][0], *found)
+
+        rows = pile([layer.rows() for layer in (first, *others)])
+        carry, results = jax.lax.scan(step, carry, rows)
+        row = sliced(results)
+        return carry, self._results(list(map(row, range(count))), first.next_key)
+
+    def _run_one(self, number: int, layer: Layer, pool: Any, carry: Any) -> Any:
+        own = layer.params, layer.state, layer.key, [*pool, *layer.inputs]
+        return self._wrapped(layer.steps)(number, *own, carry)
 
     def _joined(self, carry: Any, other: Any) -> Any:
         first, *rest = carry["x"]
@@ -536,40 +565,6 @@ class Model:
                 [real(y).mean() for y in ys], scalar(x[0])
             )
         return after, ys, new
-
-    def _scan(
-        self,
-        count: int,
-        layers: list[Any],
-        key: Any,
-        pool: Any,
-        per_layer: Any,
-        carry: Any,
-        _: list[Any],
-    ) -> Any:
-        """The same as a scan."""
-        loop = self.loop
-        steps = layers[0][0]
-        first = carry["x"][0]
-
-        def step(carry: Any, row: Any) -> Any:
-            if loop.skip:
-                carry = self._joined(carry, first)
-            params, state, key, own = row
-            carry, ys, new = self._wrapped(steps)(
-                0, params, state, key, [*pool, *own], carry
-            )
-            return carry, (carry["x"][0], ys, new)
-
-        own = [leaf[:count] for leaf in per_layer]
-        if loop.program.reverse:
-            own = [leaf[::-1] for leaf in own]
-        _, params, states = zip(*layers, strict=True)
-        keys = jnp.stack(ALL_KEYS[loop.keys](key, count))
-        rows = pile(params), pile(states), keys, own
-        carry, results = jax.lax.scan(step, carry, rows)
-        rows = sliced(results)
-        return carry, self._results([rows(i) for i in range(count)], key)
 
     def _results(self, results: list[Any], key: Any) -> dict[str, Any]:
         """What is read of all layers later, and of some."""
