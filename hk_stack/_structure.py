@@ -19,8 +19,8 @@ def of_program(jaxpr: jex.Jaxpr, derivatives: int) -> Hashable:
     """What a jaxpr and so many derivatives of it compute, as a hashable value.
 
     Raises:
-      ValueError: If a rule of a derivative closes over arrays, or asks what it is
-        differentiated by.
+      ValueError: If a rule of a derivative closes over traced values, or asks what it
+        is differentiated by.
     """
     return _Reading(derivatives).program(jaxpr)
 
@@ -167,17 +167,18 @@ class _Reading:
         """The parameters of `eqn` that bear on its value, or on its derivatives.
 
         A rule for derivatives is a function made anew each time: what it runs tells. A
-        program keeps the rule of the first that was like it, so values that a rule
-        closes over must not be others the next time.
+        program keeps the rule of the first that was like it, so what a rule closes over
+        must be known to be the same the next time.
         """
         if eqn.primitive.name not in _equations.CUSTOM_DERIVATIVES:
             return eqn.params
         params = {k: p for k, p in eqn.params.items() if k == "call_jaxpr"}
         if self.derivatives:
             rule = _equations.derivative(eqn)
-            if rule.consts:
-                raise ValueError("a rule that closes over arrays")
-            params["derivative"] = of_program(rule.jaxpr, self.derivatives - 1)
+            if any(isinstance(value, jax.core.Tracer) for value in rule.consts):
+                raise ValueError("a rule that closes over values being traced")
+            runs = of_program(rule.jaxpr, self.derivatives - 1)
+            params["derivative"] = runs, self.value(tuple(rule.consts))
         return params
 
     def value(self, value: Any, *, is_blank: bool = False) -> Hashable:

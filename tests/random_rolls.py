@@ -7,7 +7,7 @@ loop, at which what shrinks arrives.
 
 import collections
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -20,6 +20,7 @@ from random_layers import (
     Runner,
     Step,
     Value,
+    algebra,
     combined,
     integer,
     matrix,
@@ -48,6 +49,7 @@ class Loop(NamedTuple):
       skip: What layers read besides the layer before, one of `SKIPS`.
       rows: Which parameters each layer has, one of `ROWS`.
       storage: How parameters and state are kept, one of `STORAGE`.
+      early: Whether something dear is made of all parameters before the loop.
       keys: How layers come to their random keys, one of `KEYS`.
       raw: Whether keys are arrays of integers.
       wrap: What is around each layer, one of `WRAPS`.
@@ -76,6 +78,7 @@ class Loop(NamedTuple):
     skip: str = ""
     rows: str = "each"
     storage: str = "list"
+    early: bool = False
     keys: str = "split"
     raw: bool = False
     wrap: str = ""
@@ -101,6 +104,7 @@ class Loop(NamedTuple):
     def is_alike(self) -> bool:
         """Whether all layers do the same, and read the same of one another."""
         is_odd = self.odd is not None or self.bare or self.skip in ("two back", "last")
+        is_odd |= self.skip == "across" and self.again > self.num_layers
         # Each callback is a function of its own, and no two functions can be compared.
         return not is_odd and self.effect in ("", "free")
 
@@ -113,11 +117,13 @@ class Loop(NamedTuple):
     def is_scan(self) -> bool:
         """Whether a scan can do the same."""
         is_plain = self.is_alike and not self.second and not self.is_numbered
-        return is_plain and self.keys in ALL_KEYS
+        return is_plain and self.keys in ALL_KEYS and self.skip != "across"
 
     def blocks(self) -> set[tuple[int, ...]]:
         """How many blocks the loops must have, in one of these ways; else none must."""
-        if not self.is_alike or not self.dear or self.wrap == "custom_jvp":
+        if not self.is_alike or not self.dear:
+            return set()
+        if self.wrap.startswith("custom") and self.is_numbered:
             return set()
         # The first layer may be given a Python number, and so be another program.
         is_other = self.weak == "mixed" or (self.wrap and (self.weak or self.total))
@@ -146,13 +152,15 @@ def has_step(op: str, steps: tuple[Step, ...]) -> bool:
     return any(step.op == op or has_step(op, step.body) for step in steps)
 
 
-# What layer i of a loop reads, given what all before have read, and whether it does.
+# What layer i of n reads that is no carry: which of the values that all layers before
+# were given, those of m layers of another loop first; or nothing.
 
-SKIPS: dict[str, Callable[[int, int], int | None]] = {
-    "": lambda i, n: None,
-    "first": lambda i, n: 0,
-    "two back": lambda i, n: i - 1 if i > 1 else None,
-    "last": lambda i, n: 0 if i == n - 1 else None,
+SKIPS: dict[str, Callable[[int, int, int], int | None]] = {
+    "": lambda i, n, m: None,
+    "first": lambda i, n, m: m,
+    "two back": lambda i, n, m: m + i - 1 if i > 1 else None,
+    "last": lambda i, n, m: m if i == n - 1 else None,
+    "across": lambda i, n, m: m - 1 - i if i < m else None,
 }
 
 # Which row of all parameters of its kind the i-th layer of n has.
@@ -165,6 +173,13 @@ ROWS: dict[str, Callable[[int, int], int]] = {
     "later": lambda i, n: i + 1,
     "strided": lambda i, n: 2 * i,
 }
+
+
+def prepared(leaf: Any) -> Any:
+    """What is dear to make of a parameter, of the same type."""
+    is_matrix = leaf.ndim == 2 and leaf.dtype == jnp.float32
+    return algebra(leaf, 2) if is_matrix else leaf
+
 
 # From what is kept of all layers to a function that gives that of one.
 
@@ -249,6 +264,22 @@ def custom_jvp(block: Callable[..., Any]) -> Callable[..., Any]:
     return layer
 
 
+def custom_vjp(block: Callable[..., Any]) -> Callable[..., Any]:
+    """Its derivative is twice that of the block."""
+
+    def layer(number: int, *rest: Any) -> Any:
+        run = functools.partial(block, number)
+
+        def backward(rest: Any, cotangents: Any) -> Any:
+            return jax.tree.map(doubled, jax.vjp(run, *rest)[1](cotangents))
+
+        rule = jax.custom_vjp(run)
+        rule.defvjp(lambda *rest: (run(*rest), rest), backward)
+        return rule(*rest)
+
+    return layer
+
+
 def doubled(tangent: Any) -> Any:
     return tangent if tangent.dtype == jax.dtypes.float0 else tangent + tangent
 
@@ -266,6 +297,7 @@ WRAPS: dict[str, Callable[..., Any]] = {
     "checkpoint closure": closing_over(jax.checkpoint),
     "both": both,
     "custom_jvp": custom_jvp,
+    "custom_vjp": custom_vjp,
 }
 
 # What is around the loops: `run(x) -> (x, rest)`.
@@ -324,7 +356,9 @@ class Model:
     def _run(self, steps: tuple[Step, ...], name: str, given: list[Any]) -> list[Any]:
         """The values that steps make."""
         loop = self.loop
-        is_open = loop.around not in ("scan", "cond") and loop.wrap != "custom_jvp"
+        is_open = loop.around not in ("scan", "cond") and not loop.wrap.startswith(
+            "custom"
+        )
         pool = [Value(a, False) for a in given]
         made = self._runner.run(steps, pool, name, is_open)
         return [value.array for value in made]
@@ -377,14 +411,18 @@ class Model:
         pool = [memory, *values]
 
         def run(x: Any) -> Any:
-            carry, rest = self._start(x), []
+            carry, xs, rest = self._start(x), [], []
             for i, count in enumerate(loop.counts):
                 if i and loop.between:
                     first, *others = carry["x"]
                     carry["x"] = [jnp.cos(first), *others]
                 layers = self._layers(count, params[1][i], state[1][i])
+                if loop.early or self.as_scan:
+                    layers = list(layers)
                 run_loop = self._scan if self.as_scan else self._loop
-                carry, results = run_loop(list(layers), key, pool, per_layer, carry)
+                carry, results = run_loop(
+                    count, layers, key, pool, per_layer, carry, xs
+                )
                 rest.append(results)
             x = carry.pop("x")
             return x, (carry, rest)
@@ -418,23 +456,32 @@ class Model:
             steps = loop.steps(i, count)
             own, old = fetches[steps]
             row = ROWS[loop.rows](done[steps], kinds[steps])
-            yield steps, own(row), old(done[steps])
+            read = own(row)
+            if loop.early:
+                read = jax.tree.map(prepared, read)
+            yield steps, read, old(done[steps])
             done[steps] += 1
 
     def _loop(
-        self, layers: list[Any], key: Any, pool: Any, per_layer: Any, carry: Any
+        self,
+        count: int,
+        layers: Iterable[Any],
+        key: Any,
+        pool: Any,
+        per_layer: Any,
+        carry: Any,
+        xs: list[Any],
     ) -> Any:
-        """Layers, one after the other."""
-        loop, count = self.loop, len(layers)
+        """Layers, one after the other; adds what each is given to `xs`."""
+        loop, results, start = self.loop, [], len(xs)
         each_key = ALL_KEYS[loop.keys](key, count) if loop.keys in ALL_KEYS else None
-        xs, results = [], []
         for i, (steps, params, state) in enumerate(layers):
             if each_key is None:
                 key, own_key = NEXT_KEY[loop.keys](key, i)
             else:
                 own_key = each_key[i]
             xs.append(carry["x"][0])
-            skipped = SKIPS[loop.skip](i, count)
+            skipped = SKIPS[loop.skip](i, count, start)
             if skipped is not None:
                 carry = self._joined(carry, xs[skipped])
             own = [
@@ -491,10 +538,17 @@ class Model:
         return after, ys, new
 
     def _scan(
-        self, layers: list[Any], key: Any, pool: Any, per_layer: Any, carry: Any
+        self,
+        count: int,
+        layers: list[Any],
+        key: Any,
+        pool: Any,
+        per_layer: Any,
+        carry: Any,
+        _: list[Any],
     ) -> Any:
         """The same as a scan."""
-        loop, count = self.loop, len(layers)
+        loop = self.loop
         steps = layers[0][0]
         first = carry["x"][0]
 
@@ -556,6 +610,7 @@ def loops(draw: Any) -> Loop:
         skip=seldom("", *list(SKIPS)[1:]),
         rows=often("each", "each", *ROWS),
         storage=often("list", *STORAGE),
+        early=seldom(False, True),
         keys=often(*KEYS),
         raw=seldom(False, True),
         wrap=often("", "", "", *WRAPS),

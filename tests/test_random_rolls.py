@@ -37,6 +37,7 @@ FOUND = {
     ),
     "weak types": Loop(Program((PARAMETER,)), weak="alone"),
     "arrays in jit": Loop(Program((CONSTANT,)), wrap="jit", factor=True),
+    "arrays in rules": Loop(Program((Step("custom_jvp", (0, 0), 1, (CONSTANT,)),))),
     "effects": Loop(Program((PARAMETER,)), effect="free", around="scan"),
 }
 
