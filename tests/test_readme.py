@@ -139,7 +139,7 @@ def test_committed_results_can_be_read_and_are_small():
 def test_figures_of_loops_are_those_of_one_run_of_the_example():
     text = (ROOT / "docs" / "results" / "seed_as_it_is.txt").read_text()
     measured = re.findall(
-        r"  ([\d.]+) +([\d.]+) +([\d.]+) +[\de.-]+$", text, re.MULTILINE
+        r"  ([\d.]+) +([\d.]+) +([\d.]+) +[\de.+-]+$", text, re.MULTILINE
     )
     page = (ROOT / "docs" / "loops.md").read_text()
     shown = re.findall(
