@@ -179,15 +179,15 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
 
     >>> import haiku as hk, jax, jax.numpy as jnp, hk_stack
     >>> def layer(x):
-    ...     w = hk.get_parameter("w", [8, 8], init=hk.initializers.RandomNormal(0.1))
+    ...     w = hk.get_parameter("w", [32, 32], init=hk.initializers.RandomNormal(0.1))
     ...     return jnp.tanh(x @ jax.scipy.linalg.expm(w))
     >>> model = hk.transform(lambda x: hk_stack.layer_stack(6, name="layers")(layer)(x))
-    >>> x = jnp.ones([2, 8])
+    >>> x = jnp.ones([2, 32])
     >>> params = model.init(jax.random.key(0), x)
     >>> split = hk_stack.partition(model.apply, params, None, x)
     >>> derived = split.setup(params)  # six matrix exponentials
     >>> jax.tree.map(jnp.shape, derived)
-    {'hoisted': {'0_dot_general': (6, 8, 8)}, 'kept': {}}
+    {'hoisted': {'0_dot_general': (6, 32, 32)}, 'kept': {}}
     >>> y = split.call(derived, None, x)  # none
     >>> bool(jnp.allclose(y, model.apply(params, None, x), atol=1e-6))
     True

@@ -108,9 +108,9 @@ def roll(
     >>> rolled = hk_stack.roll(model)
     >>> bool(jnp.allclose(rolled(params, x), model(params, x)))
     True
-    >>> print(rolled.report(params, x))  # doctest: +ELLIPSIS
-    roll of 'model': 12 blocks as 1 loop
-      blocks  equations  carry         own of each  from ...
+    >>> [loop] = rolled.report(params, x).loops  # print the report to read it
+    >>> loop.blocks, loop.equations, loop.carry
+    (12, 3, ('float32[2, 4]',))
 
     A layer is a block of equations that is there several times in a row, one reading
     what the one before made, with something expensive in it that depends on that.

@@ -26,7 +26,7 @@ from ways import Given, assert_agree, rejoined, shape_of
 import hk_stack
 
 ROLLS = int(os.environ.get("HK_STACK_ROLLS", "24"))
-SHARD = 24  # Loops in one test, so that the long run shows how far it is.
+SHARD = 12  # Loops in one test, so that the long run shows how far it is.
 
 # What went wrong once, at its smallest.
 PARAMETER, CONSTANT = Step("parameter", (), 6), Step("constant", (), 3)
@@ -79,7 +79,7 @@ def test_loops_roll_and_do_not():
     """The loops are such that the checks above mean something."""
     drawn = []
     over(loops(), 100)(lambda loop: drawn.append(loop))()
-    assert 0.2 < sum(bool(loop.blocks()) for loop in drawn) / len(drawn) < 0.8
+    assert 0.1 < sum(bool(loop.blocks()) for loop in drawn) / len(drawn) < 0.8
     assert any(loop.is_scan and loop.blocks() for loop in drawn)
 
 

@@ -134,3 +134,16 @@ def test_committed_results_can_be_read_and_are_small():
     np.testing.assert_allclose(*numbers, rtol=0.02, atol=0.011)
     size = sum(x.stat().st_size for x in (ROOT / "docs").rglob("*") if x.is_file())
     assert size < 350_000
+
+
+def test_figures_of_loops_are_those_of_one_run_of_the_example():
+    text = (ROOT / "docs" / "results" / "seed_as_it_is.txt").read_text()
+    measured = re.findall(
+        r"  ([\d.]+) +([\d.]+) +([\d.]+) +[\de.+-]+$", text, re.MULTILINE
+    )
+    page = (ROOT / "docs" / "loops.md").read_text()
+    shown = re.findall(
+        r"^\|.*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE
+    )
+    assert shown == measured
+    assert len(shown) == 6
