@@ -123,7 +123,12 @@ class Loop(NamedTuple):
         """How many blocks the loops must have, in one of these ways; else none must."""
         if not self.is_alike or not self.dear:
             return set()
+        # Rules of derivatives cannot be compared if numbers in them differ, or if they
+        # differentiate a function that has only another kind of rule.
         if self.wrap.startswith("custom") and self.is_numbered:
+            return set()
+        all_steps = (*self.program.layer, *self.second)
+        if self.wrap == "custom_jvp" and has_step("custom_vjp", all_steps):
             return set()
         # The first layer may be given a Python number, and so be another program.
         is_other = self.weak == "mixed" or (self.wrap and (self.weak or self.total))
