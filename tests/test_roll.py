@@ -415,7 +415,7 @@ def test_marks():
         {"unroll": 2},
         {"unroll": True},
     ],
-    ids=str,
+    ids=["remat", "groups", "policy", "unroll", "whole"],
 )
 def test_options(options):
     assert_same(model, PARAMS, X, **options)
