@@ -148,8 +148,8 @@ def _in_tree(params: Tree, axes: Mapping[_Place, int]) -> Any:
         if place in found:
             raise ValueError(
                 f"{_WHERE}: a stack reads {'/'.join(place)}, and `params` has it "
-                f"twice, at {found[place]} and {name}. Give the parameters of one transform, "
-                "and a function that takes these."
+                f"twice, at {found[place]} and {name}. Give the parameters of one "
+                "transform, and a function that takes these."
             )
         found[place] = name
         return axes[place]
@@ -159,7 +159,7 @@ def _in_tree(params: Tree, axes: Mapping[_Place, int]) -> Any:
     if missing := [place for place in axes if place not in found]:
         raise ValueError(
             f"{_WHERE}: a stack reads {'/'.join(missing[0])}, which is not in "
-            f"`params`. It holds: {some or 'nothing'}. Give the model's parameters as the first argument, and what else it takes "
-            "after."
+            f"`params`. It holds: {some or 'nothing'}. Give the "
+            "model's parameters as the first argument, and what else it takes after."
         )
     return made

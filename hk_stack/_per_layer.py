@@ -77,7 +77,7 @@ def per_layer(
 
 
 def scale_by_layer(
-    fn: Callable[[jax.Array, int], Any], layer_axes: Tree
+    fn: Callable[[int, int], float], layer_axes: Tree
 ) -> "optax.GradientTransformation":
     """Scales the updates of each layer by a factor of its own.
 
@@ -94,7 +94,7 @@ def scale_by_layer(
     Array([-0.25, -0.5 , -1.  ], dtype=float32)
 
     Args:
-      fn: From the number of a layer, a traced `int32`, and `L` to a factor.
+      fn: From the number of a layer, from 0, and `L` to a factor.
       layer_axes: How many layer axes parameters begin with: see `per_layer`.
 
     Returns:
@@ -112,9 +112,8 @@ def scale_by_layer(
         if not _depth(depths, path, leaf):
             return leaf
         count = leaf.shape[0]
-        factors = jax.vmap(lambda i: fn(i, count))(jnp.arange(count))
-        of_layers = jnp.asarray(factors, leaf.dtype)
-        return leaf * of_layers.reshape(count, *[1] * (leaf.ndim - 1))
+        factors = jnp.asarray([fn(i, count) for i in range(count)], leaf.dtype)
+        return leaf * factors.reshape(count, *[1] * (leaf.ndim - 1))
 
     def update(updates: Tree, params: Tree = None) -> Tree:
         del params
