@@ -13,13 +13,24 @@ SETUP = (ROOT / "docs" / "setup.md").read_text()
 DEPTH = (ROOT / "docs" / "depth.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/depth.md", "docs/loops.md"])
+PAGES = "README.md docs/depth.md docs/loops.md docs/scale.md".split()
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_python_blocks_run_one_after_the_other(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert blocks
     namespace = {}
     for block in blocks:
         exec(compile(block, name, "exec"), namespace)
+
+
+def test_the_table_of_shardings_is_what_is_printed(capsys):
+    text = (ROOT / "docs" / "scale.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec("\n".join(blocks[:2]), {})
+    (shown,) = re.findall(r"```\n(  leaf .*?)```", text, re.DOTALL)
+    assert capsys.readouterr().out == shown
 
 
 def test_shell_commands_are_those_of_ci():
