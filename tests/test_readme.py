@@ -4,6 +4,7 @@ import functools
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,8 +22,10 @@ def test_python_blocks_run_one_after_the_other(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert blocks
     namespace = {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), namespace)
+    # As a reader has it; optax relies on both.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, name, "exec"), namespace)
 
 
 def test_the_table_of_shardings_is_what_is_printed(capsys):
