@@ -1,6 +1,7 @@
 """`per_layer`: an optimiser to which each layer of a stack is its own parameter."""
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,16 +63,16 @@ def per_layer(
     depths = _by_path(layer_axes)
 
     @functools.cache
-    def split(types: "_Types") -> _Split:
-        return _Split.of(optimizer, types)
+    def layout(types: "_Types", has_params: bool) -> _Layout:
+        return _Layout.of(optimizer, types, has_params)
 
     def init(params: Tree) -> Tree:
-        return split(_Types.of(params, depths)).init(params)
+        return layout(_Types.of(params, depths), True).init(optimizer, params)
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
-        known = updates if params is None else params
-        types = _Types.of(known, depths)._replace(has_params=params is not None)
-        return split(types).update(updates, state, params)
+        given = updates if params is None else params
+        found = layout(_Types.of(given, depths), params is not None)
+        return found.update(optimizer, updates, state, params)
 
     return optax.GradientTransformation(init, update)
 
@@ -126,29 +127,26 @@ _Path = tuple[str, ...]
 
 
 class _Types(NamedTuple):
-    """What an optimiser's program depends on.
+    """What parameters are.
 
     Attributes:
-      structure: Of the parameters.
-      types: Of their leaves: shape without layer axes, dtype.
+      structure: Of their tree.
+      types: Of the leaves: shape without layer axes, dtype.
       paths: Where they are.
       axes: The layer axes of each: its sizes.
-      has_params: Whether `update` is given parameters.
     """
 
     structure: Hashable
     types: tuple[tuple[tuple[int, ...], Any], ...]
     paths: tuple[_Path, ...]
     axes: tuple[tuple[int, ...], ...]
-    has_params: bool = True
 
     @classmethod
     def of(cls, params: Tree, depths: Mapping[_Path, int]) -> "_Types":
         leaves, structure = jax.tree.flatten_with_path(params)
         count = [_depth(depths, path, leaf) for path, leaf in leaves]
-        both = [
-            (jax.typeof(leaf), n) for (_, leaf), n in zip(leaves, count, strict=True)
-        ]
+        kinds = [jax.typeof(leaf) for _, leaf in leaves]
+        both = list(zip(kinds, count, strict=True))
         return cls(
             structure,
             tuple((kind.shape[n:], kind.dtype) for kind, n in both),
@@ -162,79 +160,105 @@ class _Types(NamedTuple):
         return jax.tree.unflatten(self.structure, leaves)
 
 
-class _Split(NamedTuple):
-    """An optimiser, traced on one layer's parameters, and whose its state is.
+_Sizes = list[tuple[int, ...]]
+
+
+class _Layout(NamedTuple):
+    """Which layer axes an optimiser's state begins with.
 
     Attributes:
-      types: Of the parameters.
-      programs: `init` and `update`, of leaves.
       structure: Of the state.
-      owners: For each leaf of the state the parameter that it is of; -1 for none.
+      own: The layer axes of each parameter: its sizes.
+      kept: The layer axes of each leaf of the state.
     """
 
-    types: _Types
-    programs: tuple[jex.ClosedJaxpr, jex.ClosedJaxpr]
     structure: Any
-    owners: tuple[int, ...]
+    own: _Sizes
+    kept: _Sizes
 
     @classmethod
-    def of(cls, optimizer: "optax.GradientTransformation", types: _Types) -> "_Split":
+    def of(
+        cls, optimizer: "optax.GradientTransformation", types: _Types, has_params: bool
+    ) -> "_Layout":
         one = types.one()
-        init, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(one)
-        update = _traced_update(optimizer, one, shapes, types.has_params)
+        init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(one)
+        given = (one, state, one) if has_params else (one, state)
+        update = _traced_update(optimizer, given)
         _check_no_draws(init, update)
-        found = _Flow.of(types, init, update, _named(shapes))
-        return cls(types, (init, update), jax.tree.structure(shapes), found.owners())
+        owners = _Flow.of(types, init, update, state, has_params).owners()
+        kept = [types.axes[i] if i >= 0 else () for i in owners]
+        return cls(jax.tree.structure(state), list(types.axes), kept)
 
-    def init(self, params: Tree) -> Tree:
-        run = self._layers(self.programs[0], self._sizes, self._state_sizes)
-        return jax.tree.unflatten(self.structure, run(*jax.tree.leaves(params)))
+    def init(self, optimizer: "optax.GradientTransformation", params: Tree) -> Tree:
+        """The state for all layers."""
+        return self._for_layers(optimizer.init, [self.own], [self.kept])(params)
 
-    def update(self, updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        trees = updates, state, *([params] if self.types.has_params else [])
-        self._check_state(state)
-        own, kept = self._sizes, self._state_sizes
-        given = own + kept + (own if self.types.has_params else [])
-        run = self._layers(self.programs[1], given, own + kept)
-        made = run(*jax.tree.leaves(trees))
-        return (
-            jax.tree.unflatten(self.types.structure, made[: len(own)]),
-            jax.tree.unflatten(self.structure, made[len(own) :]),
-        )
-
-    @property
-    def _sizes(self) -> list[tuple[int, ...]]:
-        return list(self.types.axes)
-
-    @property
-    def _state_sizes(self) -> list[tuple[int, ...]]:
-        return [self.types.axes[i] if i >= 0 else () for i in self.owners]
-
-    def _layers(
+    def update(
         self,
-        program: jex.ClosedJaxpr,
-        given: Sequence[tuple[int, ...]],
-        made: Sequence[tuple[int, ...]],
-    ) -> Callable[..., Any]:
-        """A program of one layer for all, by the axes of what it takes and makes."""
-        run: Callable[..., Any] = functools.partial(_equations.run, program)
-        deepest = max(map(len, self.types.axes), default=0)
-        for level in reversed(range(deepest)):
-            for size in dict.fromkeys(axes[level] for axes in given if axes[level:]):
-                into, out = (
-                    [_at(axes, level, size) for axes in sizes]
-                    for sizes in (given, made)
-                )
-                run = jax.vmap(run, into, out, axis_size=size)
-        return run
+        optimizer: "optax.GradientTransformation",
+        updates: Tree,
+        state: Tree,
+        params: Tree,
+    ) -> tuple[Tree, Tree]:
+        """Updates and state for all layers."""
+        self._check(updates, state, params)
+        given, sizes = [updates, state], [self.own, self.kept]
+        if params is not None:
+            given, sizes = [*given, params], [*sizes, self.own]
+        run = self._for_layers(optimizer.update, sizes, [self.own, self.kept])
+        made: tuple[Tree, Tree] = run(*given)
+        return made
 
-    def _check_state(self, state: Tree) -> None:
-        if jax.tree.structure(state) != self.structure:
+    def _for_layers(
+        self, run: Callable[..., Any], given: list[_Sizes], made: list[_Sizes]
+    ) -> Callable[..., Any]:
+        """A function of one layer's trees for all, by the axes of their leaves."""
+        into, out = (list(itertools.chain(*sizes)) for sizes in (given, made))
+
+        def on_trees(*trees: Tree) -> Any:
+            leaves, structure = jax.tree.flatten(trees)
+            result: Any = None
+
+            def on_leaves(*leaves: Any) -> list[Any]:
+                nonlocal result
+                made = run(*jax.tree.unflatten(structure, leaves))
+                result = jax.tree.structure(made)
+                return jax.tree.leaves(made)
+
+            found = _mapped(on_leaves, into, out)(*leaves)
+            return jax.tree.unflatten(result, found)
+
+        return on_trees
+
+    def _check(self, updates: Tree, state: Tree, params: Tree) -> None:
+        found: Any = jax.tree.structure(state)
+        if found != self.structure:
             raise ValueError(
                 f"{_WHERE}: the state is of another structure than the optimiser's for "
-                f"these parameters: expected {self.structure}, found "
-                f"{jax.tree.structure(state)}. Make it by optimizer.init(params)."
+                f"these parameters: expected {self.structure}, found {found}. Make it "
+                "by optimizer.init(params)."
             )
+        if params is None:
+            return
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (updates, params)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{_WHERE}: expected updates of the structure and shapes of the "
+                f"parameters, {shapes[1]}, found {shapes[0]}."
+            )
+
+
+def _mapped(run: Callable[..., Any], into: _Sizes, out: _Sizes) -> Callable[..., Any]:
+    """`run` for all layers: a `jax.vmap` for each layer axis, the first outermost."""
+    for level in reversed(range(max(map(len, into), default=0))):
+        for size in dict.fromkeys(axes[level] for axes in into if axes[level:]):
+            run = jax.vmap(
+                run,
+                tuple(_at(axes, level, size) for axes in into),
+                [_at(axes, level, size) for axes in out],
+                axis_size=size,
+            )
+    return run
 
 
 _WHERE = "hk_stack.per_layer"
@@ -253,12 +277,14 @@ class _Flow(NamedTuple):
       update: Its program: of gradients, state and parameters; it makes updates, state.
       names: Where the state's leaves are.
       starts: For each parameter, the leaves of the state that `init` makes of it.
+      has_params: Whether `update` is given parameters.
     """
 
     types: _Types
     update: jex.ClosedJaxpr
     names: list[_Path]
     starts: list[set[int]]
+    has_params: bool
 
     @classmethod
     def of(
@@ -266,10 +292,12 @@ class _Flow(NamedTuple):
         types: _Types,
         init: jex.ClosedJaxpr,
         update: jex.ClosedJaxpr,
-        names: list[_Path],
+        state: Tree,
+        has_params: bool,
     ) -> "_Flow":
         starts = [_reached(init, {i}) for i in range(len(types.paths))]
-        return cls(types, update, names, starts)
+        names = [_names(path) for path, _ in jax.tree.leaves_with_path(state)]
+        return cls(types, update, names, starts, has_params)
 
     def owners(self) -> tuple[int, ...]:
         """The parameter that each leaf of the state is of; -1 for none."""
@@ -302,7 +330,7 @@ class _Flow(NamedTuple):
         """The updates and leaves of the state that depend on a parameter."""
         count, kept = len(self.types.paths), len(self.names)
         given = {parameter}
-        if self.types.has_params:
+        if self.has_params:
             given.add(count + kept + parameter)
         state = set(self.starts[parameter])
         while True:
@@ -351,13 +379,11 @@ def _reached(program: jex.ClosedJaxpr, given: set[int]) -> set[int]:
 
 
 def _traced_update(
-    optimizer: "optax.GradientTransformation", one: Tree, state: Tree, has_params: bool
+    optimizer: "optax.GradientTransformation", given: Sequence[Tree]
 ) -> jex.ClosedJaxpr:
+    """The program of an update of one layer's parameters."""
     try:
-        params = (one,) if has_params else ()
-        closed, shapes = jax.make_jaxpr(optimizer.update, return_shape=True)(
-            one, state, *params
-        )
+        closed, made = jax.make_jaxpr(optimizer.update, return_shape=True)(*given)
     except TypeError as error:
         if "argument" not in str(error):
             raise
@@ -367,9 +393,8 @@ def _traced_update(
             "hk_stack.per_layer(optax.lamb(1e-3), layer_axes), "
             "optax.contrib.reduce_on_plateau())."
         ) from error
-    before: Any = jax.tree.structure(state)
-    after: Any = jax.tree.structure(shapes[1])
-    if after != before:
+    before, after = (jax.tree.structure(state) for state in (given[1], made[1]))
+    if str(before) != str(after):
         raise ValueError(
             f"{_WHERE}: the optimiser's state has another structure after an update, "
             f"{after}, than before, {before}."
@@ -429,7 +454,3 @@ def _depth(depths: Mapping[_Path, int], path: tuple[Any, ...], leaf: Any) -> int
 
 def _names(path: tuple[Any, ...]) -> _Path:
     return tuple(_checks.path_name((key,)) for key in path)
-
-
-def _named(tree: Tree) -> list[_Path]:
-    return [_names(path) for path, _ in jax.tree.leaves_with_path(tree)]

@@ -256,6 +256,15 @@ def test_complex_parameters():
         assert_close(found["layers"][i], expected["layers"], 1e-6)
 
 
+def test_gradients_of_another_dtype():
+    """A state that begins in half precision may go on in single."""
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    optimizer = optax.lamb(RATE)
+    found = steps(hk_stack.per_layer(optimizer, AXES), params, GRADIENTS)
+    expected = steps(optimizer, unstacked(params), list(map(unstacked, GRADIENTS)))
+    assert_close(found, jax.tree.map(jnp.asarray, stacked(expected)), 1e-6)
+
+
 def test_names_two_parameters_that_mix():
     mixing = optax.clip_by_global_norm(1.0)
     with pytest.raises(ValueError, match=re.escape("embed/w with layers/b")):
@@ -350,5 +359,7 @@ def test_mistakes():
     assert "of shape (), is 1" in mistake(lambda: ours.init({"w": jnp.ones([])}))
     params = {"w": jnp.ones([2, 3])}
     assert "another structure" in mistake(lambda: ours.update(params, (), params))
+    found = mistake(lambda: ours.update({"w": jnp.ones(2)}, ours.init(params), params))
+    assert "expected updates of the structure and shapes" in found
     wrong = mistake(lambda: hk_stack.scale_by_layer(0.5, AXES))
     assert wrong.startswith("hk_stack.scale_by_layer: expected a function")
