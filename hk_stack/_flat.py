@@ -9,9 +9,11 @@ import functools
 import itertools
 import operator
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core as jex
 
 from hk_stack import _cost, _equations
@@ -107,12 +109,13 @@ class _Place(NamedTuple):
     Attributes:
       regions: The rematerialised equations around them, outermost first. What runs
         twice is two of them, as each equation on the way here is made anew.
-      caller: The user's equation that runs them, if they are those of a library.
+      source: What they say of their source, if they are those of a library: who called
+        it, and its name.
       is_exposed: Whether they were made of one that was exposed.
     """
 
     regions: tuple[jex.JaxprEqn, ...] = ()
-    caller: jex.JaxprEqn | None = None
+    source: Any = None
     is_exposed: bool = False
 
 
@@ -134,8 +137,8 @@ class _Flattening(NamedTuple):
 
         for eqn in jaxpr.eqns:
             now = _equations.replace(eqn, invars=list(map(read, eqn.invars)))
-            if place.caller:
-                now = now.replace(source_info=place.caller.source_info)
+            if place.source:
+                now = now.replace(source_info=place.source)
             env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
         return list(map(read, jaxpr.outvars))
 
@@ -147,12 +150,12 @@ class _Flattening(NamedTuple):
             regions = place.regions
             if eqn.primitive.name in _equations.REMAT:
                 regions = (*regions, eqn)
-            caller = eqn if _is_of_a_library(body) else None
-            inside = _Place(regions, caller, place.is_exposed)
+            source = _source(eqn, body, place.source)
+            inside = _Place(regions, source, place.is_exposed)
             return self.visit(body, eqn.invars, inside)
         # What an exposed equation became is not exposed again.
         if not place.is_exposed and (exposed := self.expose(eqn, masks)):
-            before = _Place(place.regions, is_exposed=True)
+            before = place._replace(is_exposed=True)
             made = self.visit(exposed.before.jaxpr, eqn.invars, before)
             eqn = exposed.after(made)
         return self._add(eqn, place.regions)
@@ -285,30 +288,87 @@ def _effects(eqns: Iterable[jex.JaxprEqn]) -> set[Any]:
 
 def source_line(eqn: jex.JaxprEqn) -> str:
     """Where the user wrote what became `eqn`: `file.py:line in function`."""
-    traceback: Any = eqn.source_info.traceback
-    for frame in traceback.frames if traceback else ():
+    for frame in _frames(eqn):
         if not _is_library(frame.file_name):
             name = pathlib.Path(frame.file_name).name
             return f"{name}:{frame.line_num} in {frame.function_name}"
     return UNKNOWN
 
 
-def _is_of_a_library(jaxpr: jex.Jaxpr) -> bool:
-    """Whether `jaxpr` is a function that a library wrote, not the user.
+def library_function(eqn: jex.JaxprEqn) -> str:
+    """The function of JAX that the user called to run `eqn`; nothing if none."""
+    if called := re.search(r"\bjit\((\w+)\)", str(eqn.source_info.name_stack)):
+        return called[1]
+    if eqn.primitive.name in (*_equations.JIT, *_equations.CUSTOM_DERIVATIVES):
+        for body in _equations.bodies(eqn):
+            return _name(body) if _is_of_jax(body) else ""
+    return ""
 
-    Such a function is traced once under `jit`, so its equations say who called it
-    first, or nobody.
+
+def is_ours(eqn: jex.JaxprEqn) -> bool:
+    """Whether a cut made `eqn`, and not the user or a function that they called."""
+    files = (frame.file_name for frame in _frames(eqn))
+    return next((_is_in(_HERE, f) for f in files if not _is_below(f)), False)
+
+
+def _frames(eqn: jex.JaxprEqn) -> Sequence[Any]:
+    """Where Python was when `eqn` was traced, innermost first."""
+    traceback: Any = eqn.source_info.traceback
+    return traceback.frames if traceback else ()
+
+
+def _source(eqn: jex.JaxprEqn, body: jex.Jaxpr, around: Any) -> Any:
+    """What the equations of `body` are to say of their source; None: what they do.
+
+    A function of JAX is traced once under `jit`, so its equations say who called it
+    first, or nobody. They are given the line of the call, and the name of the function;
+    of functions in one another, that of the outermost, which is the one that the user
+    knows. Names are written as in the metadata of programs that JAX compiles.
+
+    Args:
+      eqn: A `jit` or rematerialised equation.
+      body: What it runs.
+      around: What the function around it says.
     """
-    file_name = jaxpr.debug_info.func_filename
-    return file_name is None or _is_library(file_name)
+    if not _is_of_jax(body):
+        return None  # The user's, or what a library wraps around the user's.
+    if around or eqn.primitive.name in _equations.REMAT:
+        return around
+    info, name = eqn.source_info, _name(body)
+    return info.replace(name_stack=info.name_stack.extend(f"jit({name})"))
+
+
+def _name(body: jex.Jaxpr) -> str:
+    """The name of a function of JAX, as users know it; nothing if it has none."""
+    name = body.debug_info.func_name.strip("_")
+    return name if name.isidentifier() else ""
+
+
+def _is_of_jax(body: jex.Jaxpr) -> bool:
+    file_name = body.debug_info.func_filename
+    return file_name is None or _is_below(file_name)
 
 
 @functools.cache
 def _is_library(file_name: str) -> bool:
-    path = pathlib.Path(file_name)
-    ours = path.parent == pathlib.Path(__file__).parent
-    return ours or any(name in path.parts for name in _LIBRARIES)
+    parts = pathlib.Path(file_name).parts
+    is_ours = _is_in(_HERE, file_name)
+    return is_ours or _is_below(file_name) or not _LIBRARIES.isdisjoint(parts)
 
 
-_LIBRARIES = ("jax", "haiku", "flax", "equinox")
+@functools.cache
+def _is_below(file_name: str) -> bool:
+    """Whether a file is JAX's or Python's, which run code that is neither's."""
+    return _JAX in pathlib.Path(file_name).parents or _is_in(_PYTHON, file_name)
+
+
+def _is_in(folder: pathlib.Path, file_name: str) -> bool:
+    return pathlib.Path(file_name).parent == folder
+
+
+_HERE, _JAX, _PYTHON = (
+    pathlib.Path(str(file)).parent
+    for file in (__file__, jax.__file__, functools.__file__)
+)
+_LIBRARIES = frozenset(("haiku", "flax", "equinox"))
 UNKNOWN = "unknown source"

@@ -10,12 +10,25 @@ import haiku as hk
 import jax
 from jax.extend import core as jex
 
-from hk_stack import _checks, _cost, _frames, _loop, _taps
+from hk_stack import _checks, _cost, _frames, _loop, _parts, _report, _taps
 from hk_stack._layer import Invocation
-from hk_stack._parts import Parts
-from hk_stack._report import Group, cells, groups
+from hk_stack._parts import Input, Parts
+from hk_stack._report import Group
+from hk_stack._stays import Stayed
 from hk_stack._table import Shown, Table, si
 from hk_stack._types import Params, Tree
+
+
+class Cut(NamedTuple):
+    """How the layer of a stack was cut.
+
+    Attributes:
+      parts: Setup and call.
+      inputs: What the inputs of the layer are.
+    """
+
+    parts: Parts
+    inputs: tuple[Input, ...]
 
 
 class Stack(NamedTuple):
@@ -36,6 +49,10 @@ class Stack(NamedTuple):
       loop: What runs the layers: "scan", "unrolled" or "python".
       remat: What gradients compute again: "no", "all", or what policy keeps some; and
         how many layers are a group.
+      stayed: What a layer computes in the loop that might have been setup, and why.
+      batch: How many layers' setup runs at once; 0 if there is none.
+      setup_remat: Whether gradients run setup again.
+      notes: What else there is to say of setup.
     """
 
     path: str
@@ -49,6 +66,10 @@ class Stack(NamedTuple):
     hoisted: tuple[Group, ...]
     loop: str
     remat: str
+    stayed: tuple[Stayed, ...]
+    batch: int
+    setup_remat: bool
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +87,24 @@ class Summary(Shown):
     nbytes: int
 
     def _parts(self) -> Iterator[str | Table]:
-        yield Table(_TITLES, self._rows(), _TITLES[2:6])
+        yield Table(_TITLES, self._rows(), _TITLES[2:7])
         if hoisted := [
-            [stack.path, *cells(group)[:-1]]
+            [stack.path, *_report.cells(group)[:-1]]
             for stack in self.stacks
             for group in stack.hoisted
         ]:
             yield from ("", Table(_HOISTED, hoisted))
+        if stayed := [
+            [stack.path, *_report.reason_cells(stayed)]
+            for stack in self.stacks
+            for stayed in stack.stayed
+            if not any(stayed in inner.stayed for inner in self._inside(stack))
+        ]:
+            yield from ("", Table(_STAYED, stayed, is_prose=True))
+        if notes := [
+            [stack.path, note] for stack in self.stacks for note in stack.notes
+        ]:
+            yield from ("", Table(_NOTES, notes, is_prose=True))
         for warning in self.warnings:
             yield from ("", warning)
 
@@ -93,8 +125,8 @@ class Summary(Shown):
         nbytes = self.nbytes - sum(s.nbytes for s in in_stacks)
         return [
             *map(self._row, self.stacks),
-            ["outside of stacks", "", "", *_numbers(count, nbytes), "", "", ""],
-            ["total", "", "", *_numbers(self.parameters, self.nbytes), "", "", ""],
+            ["outside of stacks", "", "", *_numbers(count, nbytes), *[""] * 4],
+            ["total", "", "", *_numbers(self.parameters, self.nbytes), *[""] * 4],
         ]
 
     def _row(self, stack: Stack) -> list[str]:
@@ -102,21 +134,31 @@ class Summary(Shown):
         if around:
             name = "  " * len(around) + name.removeprefix(f"{around[-1].path}/")
         derived = f"{si(stack.derived)}B" if stack.derived else "-"
+        batch = f"{stack.batch}{', remat' if stack.setup_remat else ''}"
         start = [name, stack.function, str(stack.num_layers)]
         numbers = _numbers(stack.parameters, stack.nbytes)
-        return [*start, *numbers, derived, stack.loop, stack.remat]
+        how = [derived, batch if stack.batch else "-", stack.loop, stack.remat]
+        return [*start, *numbers, *how]
 
     def _around(self, stack: Stack) -> list[Stack]:
         """The stacks around one."""
         return [s for s in self.stacks if stack.path.startswith(f"{s.path}/")]
+
+    def _inside(self, stack: Stack) -> list[Stack]:
+        """The stacks inside of one."""
+        return [s for s in self.stacks if stack in self._around(s)]
 
 
 def _numbers(count: int, nbytes: int) -> list[str]:
     return [f"{count:,}", f"{si(nbytes)}B"]
 
 
-_TITLES = "stack|layer function|layers|parameters|bytes|derived|loop|remat".split("|")
-_HOISTED = "hoisted from|line|primitive|derived values of a layer|bytes".split("|")
+_TITLES = "stack|layer function|layers|parameters|bytes|derived|batch|loop|remat".split(
+    "|"
+)
+_HOISTED = "hoisted from|line|function|derived values of a layer|bytes".split("|")
+_STAYED = ["stays in", "line", "function", _report.REASON]
+_NOTES = ["stack", "its setup"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,13 +238,13 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     return Summary(stacks, *_size(recorder.stored.values()))
 
 
-def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
+def record(invocation: Invocation, params: Params, cut: Cut | None) -> None:
     """Tells `summary`, if it listens, how a stack runs.
 
     Args:
       invocation: Of the stack.
       params: The parameters of all layers.
-      parts: How its layer was cut; None if it was not.
+      cut: How its layer was cut; None if it was not.
     """
     recorder: _Recorder | None = _recording.value
     if recorder is None:
@@ -216,7 +258,7 @@ def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
         )
     # Only types, as traced values must not outlive what is traced.
     types = jax.tree.map(jax.typeof, params)
-    stack = _stack(invocation, types, parts, recorder.given)
+    stack = _stack(invocation, types, cut, recorder.given)
     key = tuple((v.shape, v.dtype) for v in jax.tree.leaves(types))
     recorder.stacks[stack.path, stack.function, key] = stack
     if not _frames.frames():
@@ -226,13 +268,21 @@ def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
 
 
 def _stack(
-    invocation: Invocation, params: Params, parts: Parts | None, given: Tree
+    invocation: Invocation, params: Params, cut: Cut | None, given: Tree
 ) -> Stack:
-    num_layers, around = invocation.options.num_layers, _frames.frames()
+    options, around = invocation.options, _frames.frames()
+    num_layers, parts = options.num_layers, cut.parts if cut else None
     setups = (parts.shared.jaxpr, parts.setup.jaxpr) if parts else ()
     parameters, nbytes = _size(jax.tree.leaves(params))
     copies = math.prod(frame.num_layers for frame in around)
     share = _share(given, around[0].path if around else invocation.path)
+    hoisted = tuple(g for jaxpr in setups for g in _report.groups(jaxpr))
+    stayed = _report.stayed(cut.parts, cut.inputs, options.setup) if cut else ()
+    batches = _parts.Batches(0)
+    if parts and parts.setup.jaxpr.outvars:
+        asked = options.setup_batch_size
+        batches = _parts.batches(parts.setup.jaxpr, num_layers, asked)
+    size, remat = min(batches.size, num_layers), options.setup_remat
     return Stack(
         invocation.path,
         _checks.name_of(invocation.situation.f),
@@ -242,10 +292,31 @@ def _stack(
         round(_derived(parts, num_layers, 1.0)),
         round(share * copies * nbytes),
         round(_derived(parts, num_layers, share)),
-        tuple(group for jaxpr in setups for group in groups(jaxpr)),
+        hoisted,
         invocation.loop,
-        _loop.describe(invocation.options.remat if parts else None),
+        _loop.describe(options.remat if parts else None),
+        stayed,
+        size,
+        bool(size) and (size < num_layers if remat is None else remat),
+        tuple(_notes(invocation, batches, bool(hoisted or stayed))),
     )
+
+
+def _notes(
+    invocation: Invocation, batches: _parts.Batches, has_setup: bool
+) -> Iterator[str]:
+    """What to know of how setup runs, or why there is none."""
+    options = invocation.options
+    if invocation.loop == "python":
+        asked = (
+            'loop="python"' if options.loop == "python" else "use_loop or HK_STACK_LOOP"
+        )
+        yield f"{asked} runs the layer function as it is, and hoists nothing"
+    elif not has_setup:
+        yield "none: nothing dear in the layer is made of parameters alone"
+    elif batches.why and options.num_layers > 1:
+        why = f"runs layer after layer, as {batches.why}"
+        yield f"{why}: {batches.write}" if batches.write else why
 
 
 def _share(given: Tree, stack: str) -> float:
