@@ -25,7 +25,7 @@ def is_expensive(eqn: jex.JaxprEqn, parameters: float) -> bool:
     if name in _REDUCTIONS:
         return most < max(map(size, eqn.invars))
     if name in _TRANSCENDENTAL:
-        return most > parameters
+        return most > max(1, parameters)  # The logarithm of a constant is no work.
     return any(
         is_expensive(e, parameters)
         for body in _equations.bodies(eqn)

@@ -291,7 +291,8 @@ def source_line(eqn: jex.JaxprEqn) -> str:
     for frame in _frames(eqn):
         if not _is_library(frame.file_name):
             name = pathlib.Path(frame.file_name).name
-            return f"{name}:{frame.line_num} in {frame.function_name}"
+            function = frame.function_name.rpartition("<locals>.")[-1]
+            return f"{name}:{frame.line_num} in {function}"
     return UNKNOWN
 
 

@@ -103,12 +103,13 @@ def hoisted_names(setup: jex.Jaxpr) -> list[str]:
     return [f"{i:0{digits}}_{origin.function}" for i, origin in made]
 
 
-def groups(setup: jex.Jaxpr) -> Iterator[Group]:
-    """The outputs of `setup`, those of one line together."""
-    nodes = [_flat.Node(eqn, (), 0) for eqn in setup.eqns]
+def groups(*setups: jex.Jaxpr) -> Iterator[Group]:
+    """The outputs of programs of setup, those of one line together."""
+    nodes = [_flat.Node(eqn, (), 0) for setup in setups for eqn in setup.eqns]
     found: dict[tuple[str, str], list[Any]] = {}
-    for v, origin in zip(setup.outvars, _origins(setup), strict=True):
-        found.setdefault((origin.line(), origin.function), []).append(v)
+    for setup in setups:
+        for v, origin in zip(setup.outvars, _origins(setup), strict=True):
+            found.setdefault((origin.line(), origin.function), []).append(v)
     counted: set[jex.Var] = set()
     for (source, function), made in found.items():
         new = {
@@ -159,27 +160,28 @@ def _origin(made: _Made, value: Atom) -> _Origin:
     is_moved = _cost.is_layout(eqn) or eqn.primitive.name == "name"
     if is_moved and len(before) == 1 and before[0] in made:
         return _origin(made, before[0])
-    # Of batches nobody wants to hear: what they run is the user's.
-    is_ours = eqn.primitive.name in _OF_BATCHES and _flat.is_ours(eqn)
-    function = _flat.library_function(eqn)
+    name, called = eqn.primitive.name, _flat.library_function(eqn)
+    is_ours = name in _OF_BATCHES and _flat.is_ours(eqn)
     found: list[_Origin] = []
-    if not function and (is_ours or eqn.primitive.name in _PASSED_THROUGH):
+    if not called and (is_ours or name in _CALLS):
         bodies = _equations.bodies(eqn)
         found = [_origins(b)[i] for b in bodies if len(b.outvars) == len(eqn.outvars)]
-    if is_ours:  # `select(flags, no, yes)`
-        found += [_origin(made, v) for v in reversed(before)]
+    if is_ours:  # Nobody wants to hear of that: what it is made of is the user's.
+        called = called if name in _LOOPS else ""
+        found += [
+            _origin(made, v) for v in reversed(before)
+        ]  # `select(flags, no, yes)`
     inner = next((origin for origin in found if origin.eqns), None)
     if inner:
-        return inner._replace(eqns=(eqn, *inner.eqns))
-    return _Origin(function or eqn.primitive.name, () if is_ours else (eqn,))
+        return _Origin(called or inner.function, (eqn, *inner.eqns))
+    return _Origin(called or name, () if is_ours else (eqn,))
 
 
-# What runs functions, and what batches of setup are made of.
-_CALLS = frozenset((*_equations.JIT, *_equations.REMAT))
-_OF_BATCHES = _CALLS.union(
-    ("scan", "while", "cond", "select_n", "concatenate", "broadcast_in_dim")
-)
-_PASSED_THROUGH = _CALLS.union(_equations.CUSTOM_DERIVATIVES)
+# What runs the user's functions, and what batches of setup are made of.
+_JITS = frozenset((*_equations.JIT, *_equations.REMAT))
+_CALLS = _JITS.union(_equations.CUSTOM_DERIVATIVES)
+_LOOPS = frozenset(("scan", "while", "cond"))
+_OF_BATCHES = _JITS | _LOOPS | {"broadcast_in_dim", "concatenate", "select_n"}
 
 
 def cells(group: Group) -> list[str]:

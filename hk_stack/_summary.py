@@ -276,7 +276,7 @@ def _stack(
     parameters, nbytes = _size(jax.tree.leaves(params))
     copies = math.prod(frame.num_layers for frame in around)
     share = _share(given, around[0].path if around else invocation.path)
-    hoisted = tuple(g for jaxpr in setups for g in _report.groups(jaxpr))
+    hoisted = tuple(_report.groups(*setups))
     stayed = _report.stayed(cut.parts, cut.inputs, options.setup) if cut else ()
     batches = _parts.Batches(0)
     if parts and parts.setup.jaxpr.outvars:

@@ -32,15 +32,20 @@ def summary_of(layer, *inputs, **options):
     return stack, str(found)
 
 
+def outer_product(w, x):
+    return (w[:, None] * w[None]).reshape(D, -1)[:, :D]
+
+
 class TestWhatStays:
     """By kind of work: what does it, why it stays, and what to write."""
 
     def test_dense_layers_are_not_worth_a_word(self):
         def layer(x):
-            h = jax.nn.gelu(hk.Linear(D)(hk.LayerNorm(-1, True, True)(x)))
-            h = hk.MultiHeadAttention(2, 4, w_init_scale=1.0)(h, h, h)
-            h = hk.dropout(hk.next_rng_key(), 0.1, h) * (1 + weight("scale", (D,)))
-            return x + h
+            h = jax.nn.gelu(hk.Linear(64)(hk.LayerNorm(-1, True, True)(x)))
+            init = hk.initializers.VarianceScaling()
+            h = hk.MultiHeadAttention(2, 4, w_init=init, model_size=D)(h, h, h)
+            mask = jax.random.uniform(hk.next_rng_key(), h.shape)
+            return x + h * mask * (1 + weight("scale", (1, D)))
 
         stack, text = summary_of(layer)
         assert stack.stayed == () and stack.hoisted == () and stack.batch == 0
@@ -50,9 +55,9 @@ class TestWhatStays:
         ("make", "function", "why", "write"),
         [
             (lambda w, x: jnp.tanh(w), "tanh", "is cheap", "hoist(value) moves it"),
-            (lambda w, x: w[0][:, None] * w[0], "mul", "is larger", "hoist(value)"),
+            (outer_product, "mul", "is larger", "hoist(value)"),
             (
-                lambda w, x: expm(hk.dropout(hk.next_rng_key(), 0.1, w)),
+                lambda w, x: expm(w * jax.random.uniform(hk.next_rng_key(), w.shape)),
                 "expm",
                 "depends on a random key",
                 "draw after it",
@@ -83,7 +88,7 @@ class TestWhatStays:
             ),
             (
                 lambda w, x: jax.lax.while_loop(
-                    lambda y: y.mean() > 1, lambda y: y @ repeated(w), x
+                    lambda y: y.mean() > 1, lambda y: y @ repeated(w), x.T @ x
                 ),
                 "while",
                 "in a while loop",
@@ -132,11 +137,11 @@ class TestWhatStays:
 
         def layer(x):
             w = jax.lax.with_sharding_constraint(weight(), whole)
-            return x @ expm(w) / jnp.linalg.norm(w)
+            return x @ jnp.sort(w) / jnp.linalg.norm(w)
 
         stack, text = summary_of(layer)
         (stayed,) = stack.stayed
-        assert stayed.primitive == "expm" and "gathered" in stayed.why
+        assert stayed.primitive == "sort" and "gathered" in stayed.why
         assert [group.primitive for group in stack.hoisted] == ["norm"]
         assert "as it gathers sharded values: setup_batch_size=k" in flat(text)
 
@@ -198,7 +203,12 @@ class TestBatches:
                 "=k",
             ),
             (
-                lambda w: w * jax.random.normal(jax.random.key(0, impl="rbg"), w.shape),
+                lambda w: jax.random.normal(
+                    jax.random.fold_in(
+                        jax.random.key(0, impl="rbg"), hk_stack.layer_index()
+                    ),
+                    w.shape,
+                ),
                 "keys other than threefry's",
                 "",
             ),
@@ -236,7 +246,6 @@ class TestNames:
             (lambda w: jnp.linalg.inv(w)[None], "inv"),
             (lambda w: jnp.where(w > 0, w, 1.0), "where"),
             (lambda w: jnp.clip(w, 0, 1), "clip"),
-            (lambda w: jax.nn.logsumexp(w, axis=0), "logsumexp"),
             (lambda w: jnp.exp(w), "exp"),
             (lambda w: jax.jit(lambda w: jnp.sin(2 * w))(w), "sin"),
             (lambda w: jax.jit(expm)(w), "expm"),
@@ -248,12 +257,10 @@ class TestNames:
     )
     def test_of_derived_values(self, make, name):
         def fn(w, x):
-            return x[:, None] * make(w).reshape(-1)
+            return x[0, 0] * make(w)
 
-        split = hk_stack.partition(
-            fn, jax.ShapeDtypeStruct([D, D], jnp.float32), X.update(shape=(2,))
-        )
-        derived = jax.eval_shape(split.setup, jax.ShapeDtypeStruct([D, D], jnp.float32))
+        split = hk_stack.partition(fn, W, X)
+        derived = jax.eval_shape(split.setup, W)
         assert list(derived["hoisted"]) == [f"0_{name}"]
         assert [group.primitive for group in split.report.hoisted] == [name]
 
@@ -292,7 +299,7 @@ class TestLines:
         assert group.source.startswith("test_stays.py:")
         assert group.source.endswith("in sorted_rows")
 
-    @pytest.mark.parametrize("around", [lambda f: f, hk.remat, jax.checkpoint])
+    @pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint])
     def test_of_the_body_of_a_scan(self, around):
         def model(w, x):
             def turn(x, w):
@@ -314,9 +321,7 @@ class TestLines:
         model = hk.transform(model)
         params = jax.eval_shape(model.init, KEY, X)
         (group,) = hk_stack.partition(model.apply, params, None, X).report.hoisted
-        assert group.primitive == "expm" and group.source.endswith(
-            "in TestLines.test_of_setup_in_batches.<locals>.layer"
-        )
+        assert group.primitive == "expm" and group.source.endswith("in layer")
 
     def test_of_flax(self):
         nn = pytest.importorskip("flax.linen")
