@@ -153,12 +153,14 @@ class _Look(NamedTuple):
         name, inputs = eqn.primitive.name, list(map(values.describe, eqn.invars))
         look = self
         if name == "cond" and not inputs[0].known:
-            why = f"a conditional runs it that depends on {inputs[0].label}"
+            why = f"it is in a conditional that depends on {inputs[0].label}"
             look = self._where(why)
         elif name == "while":
             look = self._where("it is in a while loop that depends on the rest")
         elif name in _equations.CUSTOM_DERIVATIVES:
-            look = self._where("a function with its own derivative leaves as a whole")
+            look = self._where(
+                "it is in a function with its own derivative, which leaves as a whole"
+            )
         elif name not in ("cond", "scan", *_equations.JIT):
             return
         for body, given in _bodies(eqn, inputs):

@@ -87,7 +87,7 @@ class Summary(Shown):
     nbytes: int
 
     def _parts(self) -> Iterator[str | Table]:
-        yield Table(_TITLES, self._rows(), _TITLES[2:7])
+        yield Table(_TITLES, self._rows(), _TITLES[2:6])
         if hoisted := [
             [stack.path, *_report.cells(group)[:-1]]
             for stack in self.stacks
@@ -98,26 +98,20 @@ class Summary(Shown):
             [stack.path, *_report.reason_cells(stayed)]
             for stack in self.stacks
             for stayed in stack.stayed
-            if not any(stayed in inner.stayed for inner in self._inside(stack))
+            if stayed[:2] not in self._said_inside(stack)
         ]:
             yield from ("", Table(_STAYED, stayed, is_prose=True))
         if notes := [
-            [stack.path, note] for stack in self.stacks for note in stack.notes
+            [stack.path, note]
+            for stack in self.stacks
+            for note in (*stack.notes, *_memory(stack))
         ]:
             yield from ("", Table(_NOTES, notes, is_prose=True))
-        for warning in self.warnings:
-            yield from ("", warning)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Stacks whose derived values take more memory than their parameters."""
-        return tuple(
-            f"{s.path}: derived values take {si(s.derived_per_device)}B on each "
-            f"device, the parameters {si(s.nbytes_per_device)}B. If memory is short, "
-            f'hoist less: setup="marked" with hk_stack.hoist, or setup="inline".'
-            for s in self.stacks
-            if s.derived_per_device > s.nbytes_per_device
-        )
+        return tuple(f"{s.path}: {text}" for s in self.stacks for text in _memory(s))
 
     def _rows(self) -> list[list[str]]:
         in_stacks = [s for s in self.stacks if not self._around(s)]
@@ -144,9 +138,21 @@ class Summary(Shown):
         """The stacks around one."""
         return [s for s in self.stacks if stack.path.startswith(f"{s.path}/")]
 
-    def _inside(self, stack: Stack) -> list[Stack]:
-        """The stacks inside of one."""
-        return [s for s in self.stacks if stack in self._around(s)]
+    def _said_inside(self, stack: Stack) -> set[tuple[str, ...]]:
+        """Lines and functions that stay in the stacks inside of one."""
+        inside = (s for s in self.stacks if stack in self._around(s))
+        return {stayed[:2] for inner in inside for stayed in inner.stayed}
+
+
+def _memory(stack: Stack) -> Iterator[str]:
+    """Says so, if derived values take more memory than parameters."""
+    derived, parameters = stack.derived_per_device, stack.nbytes_per_device
+    if derived > parameters:
+        yield (
+            f"derived values take {si(derived)}B on each device, the parameters "
+            f"{si(parameters)}B. If memory is short, hoist less: "
+            'setup="marked" with hk_stack.hoist, or setup="inline".'
+        )
 
 
 def _numbers(count: int, nbytes: int) -> list[str]:
@@ -156,7 +162,7 @@ def _numbers(count: int, nbytes: int) -> list[str]:
 _TITLES = "stack|layer function|layers|parameters|bytes|derived|batch|loop|remat".split(
     "|"
 )
-_HOISTED = "hoisted from|line|function|derived values of a layer|bytes".split("|")
+_HOISTED = "hoisted from|line|function|of each layer|bytes".split("|")
 _STAYED = ["stays in", "line", "function", _report.REASON]
 _NOTES = ["stack", "its setup"]
 
@@ -194,13 +200,16 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     >>> model, x = hk.transform(model), jnp.ones([2, 8])
     >>> params = model.init(jax.random.key(0), x)
     >>> print(hk_stack.summary(model.apply, params, None, x))
-      stack  layer function  layers  parameters  bytes  derived  loop  remat
-      layers  layer           6       384         1.54 kB  1.54 kB  scan  all
+      stack  layer function  layers  parameters  bytes  derived  batch  loop  remat
+      layers  layer           6       384         1.54 kB  1.54 kB  6   scan  all
       outside of stacks                          18          72 B
       total                                      402         1.61 kB
     <BLANKLINE>
-      hoisted from  line           primitive    derived values of a layer  bytes
-      layers        ...3 in layer  dot_general  float32[8,8]               256 B
+      hoisted from  line           function  of each layer  bytes
+      layers        ...3 in layer  expm      float32[8,8]   256 B
+
+    A table of what stays in the loop although it might leave says why, and what to
+    write; another says so of setup that runs layer after layer.
 
     Args:
       fn: What runs the model: the `apply` of a transform, or a function that calls it.
