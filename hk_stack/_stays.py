@@ -48,10 +48,12 @@ def stayed(
       inputs: What its inputs are; derived values are known.
       policy: What was asked to leave: see `_cut.cut`.
     """
-    is_stack = any(i.carried for i in inputs)
-    look = _Look(is_stack, _OF_POLICY.get(policy))
+    values = [
+        _Value(i.label, i.known, i.known and not i.constant, i.carried) for i in inputs
+    ]
+    look = _Look(any(i.carried for i in inputs), _OF_POLICY.get(policy))
     found: dict[tuple[str, _Reason], dict[str, None]] = {}
-    for line, function, reason in look.through(call, inputs):
+    for line, function, reason in look.through(call, values):
         found.setdefault((line, reason), {})[function] = None
     return tuple(
         Stayed(line, ", ".join(functions), *reason)
@@ -83,7 +85,29 @@ _WRITE = {
     "an array closed over": _HOIST,
 }
 
+
+def _depends(on: str) -> _Reason:
+    write = next((w for label, w in _WRITE.items() if on.startswith(label)), _SPLIT)
+    return _Reason(f"it depends on {on}", write)
+
+
 _Found = tuple[str, str, _Reason]
+
+
+class _Value(NamedTuple):
+    """What an input of a call, or of what is in it, depends on.
+
+    Attributes:
+      label: What keeps it from being known.
+      known: Whether that is nothing.
+      learnt: Whether it depends on parameters.
+      carried: Whether it depends on activations.
+    """
+
+    label: str
+    known: bool = False
+    learnt: bool = False
+    carried: bool = False
 
 
 class _Look(NamedTuple):
@@ -101,31 +125,39 @@ class _Look(NamedTuple):
     line: str = _flat.UNKNOWN
     function: str = ""
 
-    def through(self, jaxpr: jex.Jaxpr, inputs: Sequence[Input]) -> Iterator[_Found]:
+    def through(self, jaxpr: jex.Jaxpr, inputs: Sequence[_Value]) -> Iterator[_Found]:
         """Looks through a call, or what one of its equations runs."""
-        constants = [Input("", known=True, constant=True)] * len(jaxpr.constvars)
+        constants = [_Value("", known=True)] * len(jaxpr.constvars)
         flat = _flat.flatten(jex.ClosedJaxpr(jaxpr, []), lambda body, reads: True)
-        values = _Values(flat, (*constants, *inputs))
+        values = _Values(flat, [*constants, *inputs])
         for node in flat.nodes:
-            # What a function of JAX runs says who called it first, or nobody.
-            function = self.function or _flat.library_function(node.eqn)
-            line = self.line if self.function else _flat.source_line(node.eqn)
-            line = self.line if line == _flat.UNKNOWN else line
-            if reason := self._reason(node, values):
-                yield line, function or node.eqn.primitive.name, reason
-            elif values.unknown(node.reads):
-                inside = self._replace(line=line, function=function)
-                yield from inside._into(node.eqn, values)
+            name = node.eqn.primitive.name
+            reason = self._reason(node, values)
+            if reason or (name in _ENTERED and values.unknown(node.reads)):
+                inside = self._at(node.eqn)
+                if reason:
+                    yield inside.line, inside.function or name, reason
+                else:
+                    yield from inside._into(node.eqn, values)
+
+    def _at(self, eqn: jex.JaxprEqn) -> "_Look":
+        """The look at where an equation is."""
+        if self.function:  # What it runs says who called it first, or nobody.
+            return self
+        line = _flat.source_line(eqn)
+        line = self.line if line == _flat.UNKNOWN else line
+        return self._replace(line=line, function=_flat.library_function(eqn))
 
     def _reason(self, node: Node, values: "_Values") -> _Reason | None:
         """Why an equation stays, if that is worth telling."""
         eqn = node.eqn
-        if not node.reads & values.parameters:
+        if not eqn.outvars or not node.reads & values.learnt:
             return None
         if eqn.primitive.name in _cost.OPAQUE or eqn.effects:
             return None if values.unknown(node.reads) & ~values.effects else _OPAQUE
         if values.unknown(node.reads):
-            return values.depends(node.reads) if self._is_odd(node, values) else None
+            is_odd = self._is_odd(node, values)
+            return _depends(values.what_keeps(node.reads)) if is_odd else None
         if _cost.is_layout(eqn) or eqn.primitive.name in _UNCHANGED:
             return None
         because = self.because
@@ -161,8 +193,6 @@ class _Look(NamedTuple):
             look = self._where(
                 "it is in a function with its own derivative, which leaves as a whole"
             )
-        elif name not in ("cond", "scan", *_equations.JIT):
-            return
         for body, given in _bodies(eqn, inputs):
             yield from look.through(body, given)
 
@@ -170,6 +200,9 @@ class _Look(NamedTuple):
         return self._replace(because=self.because or _Reason(why, _BEFORE))
 
 
+_ENTERED = frozenset(
+    ("cond", "scan", "while", *_equations.JIT, *_equations.CUSTOM_DERIVATIVES)
+)
 # These make no work of a value that is known.
 _UNCHANGED = frozenset(
     "convert_element_type name optimization_barrier pcast pvary reshard "
@@ -181,28 +214,26 @@ class _Values:
     """The values in a call, and what is known of them.
 
     Attributes:
-      nodes: The equations that make them.
-      parameters: The inputs that are known and no constants, as a bit set, as the rest.
-      carried: The inputs that are activations.
+      learnt: The inputs that depend on parameters, as a bit set, as the rest.
+      carried: The inputs that depend on activations.
       effects: What stands for side effects.
     """
 
-    def __init__(self, flat: Flat, inputs: Sequence[Input]) -> None:
+    def __init__(self, flat: Flat, inputs: Sequence[_Value]) -> None:
         """Takes a flattened call.
 
         Args:
           flat: The call.
           inputs: What its inputs are.
         """
-        self.nodes = flat.nodes
-        self.parameters = bits(i.known and not i.constant for i in inputs)
+        self.learnt = bits(i.learnt for i in inputs)
         self.carried = bits(i.carried for i in inputs)
         self.effects = 1 << len(inputs)
         self._flat = flat
         self._known = bits(i.known for i in inputs)
-        self._constant = bits(i.constant for i in inputs)
         self._labels = [*(i.label for i in inputs), "a side effect or callback"]
-        self._elements = sum(map(_cost.size, self._read(self.parameters)))
+        parameters = self._read(self.learnt & self._known)
+        self._elements = sum(map(_cost.size, parameters))
         self._gathered: set[jex.Var] = set()
         for eqn in (node.eqn for node in flat.nodes):
             if _equations.gathers_from(eqn) > 1 or self.is_gathered(eqn):
@@ -212,31 +243,27 @@ class _Values:
         """What of `reads` is not known."""
         return reads & ~self._known
 
-    def describe(self, atom: Atom) -> Input:
+    def describe(self, atom: Atom) -> _Value:
         """A value, as an input of what is run on it."""
         reads = self._flat.dependencies(atom)
-        return Input(
-            self._names(self.unknown(reads)),
+        return _Value(
+            self.what_keeps(reads),
             known=not self.unknown(reads),
+            learnt=bool(reads & self.learnt),
             carried=bool(reads & self.carried),
-            constant=not reads & ~self._constant,
         )
 
-    def depends(self, reads: int) -> _Reason:
-        """Says what keeps a value from being known."""
+    def what_keeps(self, reads: int) -> str:
+        """What keeps a value from being known: activations first, in words."""
         unknown = self.unknown(reads)
-        names = self._names(unknown & self.carried or unknown)
-        write = next((w for k, w in _WRITE.items() if names.startswith(k)), _SPLIT)
-        return _Reason(f"it depends on {names}", write)
-
-    def _names(self, reads: int) -> str:
-        labels = (s for bit, s in enumerate(self._labels) if reads >> bit & 1)
+        unknown = unknown & self.carried or unknown
+        labels = (s for bit, s in enumerate(self._labels) if unknown >> bit & 1)
         return ", ".join(dict.fromkeys(labels))
 
     def is_product(self, eqn: jex.JaxprEqn) -> bool:
         """Whether something is multiplied with parameters, or divided by them."""
         reads = map(self._flat.dependencies, eqn.invars)
-        has_known = any(r & self.parameters and not self.unknown(r) for r in reads)
+        has_known = any(r & self.learnt and not self.unknown(r) for r in reads)
         return _cost.is_product(eqn) and has_known
 
     def is_gathered(self, eqn: jex.JaxprEqn) -> bool:
@@ -263,11 +290,11 @@ class _Values:
 
 
 def _bodies(
-    eqn: jex.JaxprEqn, inputs: list[Input]
-) -> Iterator[tuple[jex.Jaxpr, list[Input]]]:
+    eqn: jex.JaxprEqn, inputs: list[_Value]
+) -> Iterator[tuple[jex.Jaxpr, list[_Value]]]:
     """What an equation runs, with what is known of the inputs of that."""
     name, params = eqn.primitive.name, eqn.params
-    carry = Input(f"the carry of a {name}", carried=True)
+    carry = _Value(f"the carry of a {name}", learnt=True, carried=True)
     if name == "while":
         start = params["cond_nconsts"]
         stop = start + params["body_nconsts"]

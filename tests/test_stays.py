@@ -146,10 +146,12 @@ class TestWhatStays:
         assert "as it gathers sharded values: setup_batch_size=k" in flat(text)
 
     def test_what_an_inner_stack_says_is_said_once(self):
+        def layer(x):
+            run = jax.lax.cond(x[0, 0] > 0, expm, lambda w: w, weight("v"))
+            return x * jnp.tanh(weight()) + run
+
         def outer(x):
-            return hk_stack.layer_stack(2, name="inner")(
-                lambda x: x * jnp.tanh(weight())
-            )(x)
+            return hk_stack.layer_stack(2, name="inner")(layer)(x)
 
         model = hk.transform(hk_stack.layer_stack(3, name="outer")(outer))
         params = jax.eval_shape(model.init, KEY, jnp.ones([D, D]))
