@@ -300,10 +300,21 @@ def library_function(eqn: jex.JaxprEqn) -> str:
     """The function of JAX that the user called to run `eqn`; nothing if none."""
     if called := re.search(r"\bjit\((\w+)\)", str(eqn.source_info.name_stack)):
         return called[1]
+    body = _function(eqn)
+    return _name(body) if body and _is_of_jax(body) else ""
+
+
+def function(eqn: jex.JaxprEqn) -> str:
+    """That, or the user's function that `eqn` runs, or its primitive."""
+    body, name = _function(eqn), eqn.primitive.name
+    return library_function(eqn) or (body and _name(body)) or name
+
+
+def _function(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
+    """The function that `eqn` is a call of, if it is."""
     if eqn.primitive.name in (*_equations.JIT, *_equations.CUSTOM_DERIVATIVES):
-        for body in _equations.bodies(eqn):
-            return _name(body) if _is_of_jax(body) else ""
-    return ""
+        return next(_equations.bodies(eqn), None)
+    return None
 
 
 def is_ours(eqn: jex.JaxprEqn) -> bool:
@@ -340,7 +351,7 @@ def _source(eqn: jex.JaxprEqn, body: jex.Jaxpr, around: Any) -> Any:
 
 
 def _name(body: jex.Jaxpr) -> str:
-    """The name of a function of JAX, as users know it; nothing if it has none."""
+    """The name of a function, as users know it; nothing if it has none."""
     name = body.debug_info.func_name.strip("_")
     return name if name.isidentifier() else ""
 

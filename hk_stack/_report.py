@@ -8,6 +8,7 @@ from jax.extend import core as jex
 
 from hk_stack import _cost, _equations, _flat, _stays
 from hk_stack._equations import Atom
+from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts
 from hk_stack._stays import Stayed
 from hk_stack._table import Shown, Table, si
@@ -174,6 +175,8 @@ def _origin(made: _Made, value: Atom) -> _Origin:
     inner = next((origin for origin in found if origin.eqns), None)
     if inner:
         return _Origin(called or inner.function, (eqn, *inner.eqns))
+    if name == "name" and eqn.params["name"] in (HOIST, HOISTED):
+        called = "hoist"  # Of a parameter as it is.
     return _Origin(called or name, () if is_ours else (eqn,))
 
 

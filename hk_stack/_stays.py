@@ -79,15 +79,14 @@ _OF_POLICY = {
 }
 _BEFORE = "compute it before, and use the result there"
 _SPLIT = "split off what is made of parameters alone"
-# What to write, by how the label begins of what it depends on too.
-_WRITE = {
-    "a random key": "draw after it, or in training only",
-    "an array closed over": _HOIST,
-}
 
 
 def _depends(on: str) -> _Reason:
-    write = next((w for label, w in _WRITE.items() if on.startswith(label)), _SPLIT)
+    write = _SPLIT
+    if on == "an array closed over":
+        write = _HOIST
+    elif "a random key" in on:
+        write = "draw after it, or in training only"
     return _Reason(f"it depends on {on}", write)
 
 
@@ -136,7 +135,11 @@ class _Look(NamedTuple):
             if reason or (name in _ENTERED and values.unknown(node.reads)):
                 inside = self._at(node.eqn)
                 if reason:
-                    yield inside.line, inside.function or name, reason
+                    yield (
+                        inside.line,
+                        inside.function or _flat.function(node.eqn),
+                        reason,
+                    )
                 else:
                     yield from inside._into(node.eqn, values)
 

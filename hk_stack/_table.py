@@ -78,7 +78,7 @@ def _broken(rows: Iterable[Sequence[str]], width: int) -> list[list[str]]:
     return lines
 
 
-_WIDTH, _LEAST = 100, 40  # Of a page, and of a column of prose on it.
+_WIDTH, _LEAST = 100, 30  # Of a page, and of a column of prose on it.
 
 
 def markdown(table: Table) -> str:

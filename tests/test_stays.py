@@ -244,6 +244,7 @@ class TestNames:
             (expm, "expm"),
             (lambda w: jnp.linalg.norm(w, axis=0), "norm"),
             (jax.nn.softplus, "softplus"),
+            (hk_stack.hoist, "hoist"),
             (jax.nn.relu, "relu"),
             (lambda w: jnp.linalg.eigh(w)[1].T, "eigh"),
             (lambda w: jnp.linalg.inv(w)[None], "inv"),
