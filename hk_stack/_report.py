@@ -1,12 +1,13 @@
 """The readable report of a partition: what was hoisted, and what stayed and why."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _equations, _flat, _stays
+from hk_stack import _cost, _equations, _flat, _source, _stays
 from hk_stack._equations import Atom
 from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts
@@ -136,8 +137,10 @@ class _Origin(NamedTuple):
 
     def line(self) -> str:
         """The source line."""
-        lines = map(_flat.source_line, reversed(self.eqns))
-        return next((line for line in lines if line != _flat.UNKNOWN), _flat.UNKNOWN)
+        lines = map(_source.line, reversed(self.eqns))
+        return next(
+            (line for line in lines if line != _source.UNKNOWN), _source.UNKNOWN
+        )
 
 
 _CONSTANT, _INPUT = _Origin("a constant"), _Origin("an input")
@@ -161,23 +164,27 @@ def _origin(made: _Made, value: Atom) -> _Origin:
     is_moved = _cost.is_layout(eqn) or eqn.primitive.name == "name"
     if is_moved and len(before) == 1 and before[0] in made:
         return _origin(made, before[0])
-    name, called = eqn.primitive.name, _flat.library_function(eqn)
-    is_ours = name in _OF_BATCHES and _flat.is_ours(eqn)
-    found: list[_Origin] = []
+    name, called = eqn.primitive.name, _source.library_function(eqn)
+    is_ours = name in _OF_BATCHES and _source.is_ours(eqn)
+    behind: Iterator[_Origin] = iter(())
     if not called and (is_ours or name in _CALLS):
-        bodies = _equations.bodies(eqn)
-        found = [_origins(b)[i] for b in bodies if len(b.outvars) == len(eqn.outvars)]
+        behind = _from_bodies(eqn, i)
     if is_ours:  # Nobody wants to hear of that: what it is made of is the user's.
         called = called if name in _LOOPS else ""
-        found += [
-            _origin(made, v) for v in reversed(before)
-        ]  # `select(flags, no, yes)`
-    inner = next((origin for origin in found if origin.eqns), None)
-    if inner:
-        return _Origin(called or inner.function, (eqn, *inner.eqns))
+        values = reversed(before)  # `select(flags, no, yes)`
+        behind = itertools.chain(behind, (_origin(made, v) for v in values))
+    if found := next((origin for origin in behind if origin.eqns), None):
+        return _Origin(called or found.function, (eqn, *found.eqns))
     if name == "name" and eqn.params["name"] in (HOIST, HOISTED):
         called = "hoist"  # Of a parameter as it is.
     return _Origin(called or name, () if is_ours else (eqn,))
+
+
+def _from_bodies(eqn: jex.JaxprEqn, i: int) -> Iterator[_Origin]:
+    """Where an output comes from in what an equation runs."""
+    for body in _equations.bodies(eqn):
+        if len(body.outvars) == len(eqn.outvars):
+            yield _origins(body)[i]
 
 
 # What runs the user's functions, and what batches of setup are made of.

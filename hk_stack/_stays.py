@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _equations, _flat
+from hk_stack import _cost, _equations, _flat, _source
 from hk_stack._equations import Atom
 from hk_stack._flat import Flat, Node, bits
 from hk_stack._parts import Input
@@ -121,7 +121,7 @@ class _Look(NamedTuple):
 
     is_stack: bool
     because: _Reason | None
-    line: str = _flat.UNKNOWN
+    line: str = _source.UNKNOWN
     function: str = ""
 
     def through(self, jaxpr: jex.Jaxpr, inputs: Sequence[_Value]) -> Iterator[_Found]:
@@ -137,7 +137,7 @@ class _Look(NamedTuple):
                 if reason:
                     yield (
                         inside.line,
-                        inside.function or _flat.function(node.eqn),
+                        inside.function or _source.function(node.eqn),
                         reason,
                     )
                 else:
@@ -147,9 +147,9 @@ class _Look(NamedTuple):
         """The look at where an equation is."""
         if self.function:  # What it runs says who called it first, or nobody.
             return self
-        line = _flat.source_line(eqn)
-        line = self.line if line == _flat.UNKNOWN else line
-        return self._replace(line=line, function=_flat.library_function(eqn))
+        line = _source.line(eqn)
+        line = self.line if line == _source.UNKNOWN else line
+        return self._replace(line=line, function=_source.library_function(eqn))
 
     def _reason(self, node: Node, values: "_Values") -> _Reason | None:
         """Why an equation stays, if that is worth telling."""

@@ -159,9 +159,10 @@ def _numbers(count: int, nbytes: int) -> list[str]:
     return [f"{count:,}", f"{si(nbytes)}B"]
 
 
-_TITLES = "stack|layer function|layers|parameters|bytes|derived|batch|loop|remat".split(
-    "|"
-)
+_TITLES = [
+    *("stack", "layer function", "layers", "parameters", "bytes"),
+    *("derived", "batch", "loop", "remat"),
+]
 _HOISTED = "hoisted from|line|function|of each layer|bytes".split("|")
 _STAYED = ["stays in", "line", "function", _report.REASON]
 _NOTES = ["stack", "its setup"]
@@ -317,10 +318,9 @@ def _notes(
     """What to know of how setup runs, or why there is none."""
     options = invocation.options
     if invocation.loop == "python":
-        asked = (
-            'loop="python"' if options.loop == "python" else "use_loop or HK_STACK_LOOP"
-        )
-        yield f"{asked} runs the layer function as it is, and hoists nothing"
+        is_own = options.loop == "python"
+        what = 'loop="python"' if is_own else "use_loop or HK_STACK_LOOP"
+        yield f"{what} runs the layer function as it is, and hoists nothing"
     elif not has_setup:
         yield "none: nothing dear in the layer is made of parameters alone"
     elif batches.why and options.num_layers > 1:
