@@ -75,22 +75,16 @@ def no_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> str:
       derivatives: Up to which derivative a batch is to be the same, as authors of
         functions may write what theirs run.
     """
+    eqns = list(_equations.with_inner(jaxpr.eqns))
+    names = {eqn.primitive.name for eqn in eqns}
     if is_narrowed(jaxpr):
         return "it has values of 64 bits where JAX has 32"
-    reasons = (_no_batch(eqn, derivatives) for eqn in jaxpr.eqns)
-    return next(filter(None, reasons), "")
-
-
-def _no_batch(eqn: jex.JaxprEqn, derivatives: int) -> str:
-    name = eqn.primitive.name
-    if name in OPAQUE:
-        return f"it runs foreign code ({name})"
-    if name == "rng_bit_generator" or any(map(_is_other_key, eqn.invars)):
+    if opaque := OPAQUE & names:
+        return f"it runs foreign code ({min(opaque)})"
+    other = any(_is_other_key(atom) for eqn in eqns for atom in eqn.invars)
+    if other or "rng_bit_generator" in names:
         return "it draws with keys other than threefry's"
-    inner = (no_batch(body, derivatives) for body in _equations.bodies(eqn))
-    if why := next(filter(None, inner), ""):
-        return why
-    if derivatives and not _can_batch_rule(eqn, derivatives - 1):
+    if derivatives and not all(_can_batch_rule(e, derivatives - 1) for e in eqns):
         return "JAX cannot batch a rule of its derivatives"
     return ""
 
