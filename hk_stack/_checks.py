@@ -128,3 +128,17 @@ def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
         if is_text or not (hasattr(leaf, "shape") or is_number):
             kind = type(leaf).__name__
             raise TypeError(f"{what}{at} is a {kind} ({leaf!r}); {instead}")
+
+
+def layer_axes(tree: Tree, where: str) -> list[tuple[tuple[Any, ...], int]]:
+    """The leaves of what `hk_stack.layer_axes` returns, with their paths."""
+    leaves = jax.tree.leaves_with_path(tree)
+    for path, depth in leaves:
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+            found = depth if isinstance(depth, int) else type(depth).__name__
+            raise TypeError(
+                f"{where}: layer_axes must be a tree of ints, 0 outside of stacks; "
+                f"found {found} at {path_name(path) or 'its root'}. Write "
+                "layer_axes=hk_stack.layer_axes(model.apply, params, *args)."
+            )
+    return leaves

@@ -62,7 +62,7 @@ def _is_one(param: object) -> bool:
 
 def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
     """The jaxprs that `eqn` runs, of whatever kind it is."""
-    return map(_opened, closed_bodies(eqn))
+    return map(opened, closed_bodies(eqn))
 
 
 def with_inner(eqns: Iterable[jex.JaxprEqn]) -> Iterator[jex.JaxprEqn]:
@@ -73,7 +73,8 @@ def with_inner(eqns: Iterable[jex.JaxprEqn]) -> Iterator[jex.JaxprEqn]:
             yield from with_inner(body.eqns)
 
 
-def _opened(body: Body) -> jex.Jaxpr:
+def opened(body: Body) -> jex.Jaxpr:
+    """A body without the values that it brings along."""
     jaxpr: jex.Jaxpr = body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body
     return jaxpr
 
@@ -123,7 +124,7 @@ def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
 
 def with_literals(body: Body) -> jex.Jaxpr:
     """A jaxpr in which constants are literals, as arrays may be."""
-    jaxpr, consts = _opened(body), constants(body)
+    jaxpr, consts = opened(body), constants(body)
     if not consts:
         return jaxpr
     pairs = zip(jaxpr.constvars, consts, strict=True)
@@ -178,7 +179,7 @@ def program(
 
 @functools.cache
 def _nothing() -> jex.Jaxpr:
-    return _opened(jax.make_jaxpr(lambda: ())())
+    return opened(jax.make_jaxpr(lambda: ())())
 
 
 def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:

@@ -2,14 +2,15 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import _checks, _equations
+from hk_stack import _checks, _equations, _reach
 from hk_stack._types import Tree
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def per_layer(
     """
     import optax
 
-    _check(optimizer, layer_axes)
-    depths = _by_path(layer_axes)
+    _check_optimizer(optimizer)
+    depths = _by_path(layer_axes, _WHERE)
 
     @functools.cache
     def layout(types: "_Types", has_params: bool) -> _Layout:
@@ -106,21 +107,32 @@ def scale_by_layer(
     """
     import optax
 
-    _checks.function(fn, "hk_stack.scale_by_layer")
-    depths = _by_path(layer_axes)
+    where = "hk_stack.scale_by_layer"
+    _checks.function(fn, where)
+    depths = _by_path(layer_axes, where)
 
     def scaled(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if not _depth(depths, path, leaf):
+        if not _depth(depths, path, leaf, where):
             return leaf
-        count = leaf.shape[0]
-        factors = jnp.asarray([fn(i, count) for i in range(count)], leaf.dtype)
-        return leaf * factors.reshape(count, *[1] * (leaf.ndim - 1))
+        factors = _factors(fn, leaf.shape[0], where)
+        return leaf * factors.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
 
     def update(updates: Tree, params: Tree = None) -> Tree:
         del params
         return jax.tree.map_with_path(scaled, updates)
 
     return optax.stateless(update)
+
+
+def _factors(fn: Callable[[int, int], float], count: int, where: str) -> jax.Array:
+    """`[L]`: what `fn` says of each layer."""
+    found = [fn(i, count) for i in range(count)]
+    for i, factor in enumerate(found):
+        if isinstance(factor, str) or jnp.shape(factor) != ():
+            raise TypeError(
+                f"{where}: the factor of layer {i} must be a number, not {factor!r}."
+            )
+    return jnp.asarray(found)
 
 
 _Path = tuple[str, ...]
@@ -231,20 +243,48 @@ class _Layout(NamedTuple):
         return on_trees
 
     def _check(self, updates: Tree, state: Tree, params: Tree) -> None:
+        names = jax.tree.unflatten(self.structure, range(len(self.kept)))
+        again = "Make it by optimizer.init(params)."
+        _check_leaves("the state", state, names, again)
         found: Any = jax.tree.structure(state)
         if found != self.structure:
             raise ValueError(
                 f"{_WHERE}: the state is of another structure than the optimiser's for "
-                f"these parameters: expected {self.structure}, found {found}. Make it "
-                "by optimizer.init(params)."
+                f"these parameters: expected {self.structure}, found {found}. {again}"
             )
-        if params is None:
-            return
-        shapes = [jax.tree.map(jnp.shape, tree) for tree in (updates, params)]
-        if shapes[0] != shapes[1]:
+        leaves = jax.tree.leaves_with_path(state)
+        for (path, leaf), axes in zip(leaves, self.kept, strict=True):
+            if jnp.shape(leaf)[: len(axes)] != axes:
+                raise ValueError(
+                    f"{_WHERE}: {_checks.path_name(path)} of the state has shape "
+                    f"{jnp.shape(leaf)}; expected layer axes {axes} in front, as "
+                    f"parameters have. {again}"
+                )
+        if params is not None:
+            _check_updates(updates, params)
+
+
+def _check_updates(updates: Tree, params: Tree) -> None:
+    gradients = "Give the gradients of these parameters."
+    _check_leaves("updates", updates, params, gradients)
+    leaves = jax.tree.leaves_with_path(params)
+    for update, (path, leaf) in zip(jax.tree.leaves(updates), leaves, strict=True):
+        if jnp.shape(update) != jnp.shape(leaf):
             raise ValueError(
-                f"{_WHERE}: expected updates of the structure and shapes of the "
-                f"parameters, {shapes[1]}, found {shapes[0]}."
+                f"{_WHERE}: {_checks.path_name(path)} of updates has shape "
+                f"{jnp.shape(update)}; expected that of the parameter, "
+                f"{jnp.shape(leaf)}. {gradients}"
+            )
+
+
+def _check_leaves(what: str, found: Tree, expected: Tree, instead: str) -> None:
+    """Checks that two trees have leaves in the same places."""
+    names, others = _checks.leaf_names(found), _checks.leaf_names(expected)
+    for these, those, wrong in ((names, others, "only"), (others, names, "no")):
+        if more := [name for name in these if name not in set(those)]:
+            raise ValueError(
+                f"{_WHERE}: expected {what} with the leaves of the parameters; found "
+                f"{wrong} {', '.join(more[:3])}. {instead}"
             )
 
 
@@ -274,16 +314,16 @@ class _Flow(NamedTuple):
 
     Attributes:
       types: Of the parameters.
+      init: Its program: of parameters; it makes the state.
       update: Its program: of gradients, state and parameters; it makes updates, state.
       names: Where the state's leaves are.
-      starts: For each parameter, the leaves of the state that `init` makes of it.
       has_params: Whether `update` is given parameters.
     """
 
     types: _Types
+    init: jex.ClosedJaxpr
     update: jex.ClosedJaxpr
     names: list[_Path]
-    starts: list[set[int]]
     has_params: bool
 
     @classmethod
@@ -295,55 +335,55 @@ class _Flow(NamedTuple):
         state: Tree,
         has_params: bool,
     ) -> "_Flow":
-        starts = [_reached(init, {i}) for i in range(len(types.paths))]
         names = [_names(path) for path, _ in jax.tree.leaves_with_path(state)]
-        return cls(types, update, names, starts, has_params)
+        return cls(types, init, update, names, has_params)
 
-    def owners(self) -> tuple[int, ...]:
-        """The parameter that each leaf of the state is of; -1 for none."""
-        owners = [self._by_name(name) for name in self.names]
-        reached: dict[int, int] = {}
-        for i in range(len(self.types.paths)):
-            updates, state = self._from(i)
-            for k in updates - {i}:
-                self._check_apart(i, k)
-            for k in state:
-                self._check_apart(i, reached.setdefault(k, i))
-                self._check_apart(i, owners[k] if owners[k] >= 0 else i)
-        return tuple(
-            self._layered(owner if owner >= 0 else reached.get(k, -1))
-            for k, owner in enumerate(owners)
-        )
+    def owners(self) -> list[int]:
+        """The layered parameter that each leaf of the state is of; -1 for none."""
+        count = len(self.types.paths)
+        own = [1 << i for i in range(count)]
+        state = _reach.results(self.init, own)
+        while True:
+            given = [*own, *state, *(own if self.has_params else ())]
+            made = _reach.results(self.update, given)
+            after = [*map(operator.or_, state, made[count:])]
+            if after == state:
+                break
+            state = after
+        for found in (*map(operator.or_, own, made), *state):
+            self._check_apart(_members(found))
+        owners = self._named([next(_members(found), -1) for found in state])
+        return [i if i >= 0 and self.types.axes[i] else -1 for i in owners]
 
-    def _layered(self, owner: int) -> int:
-        return owner if owner >= 0 and self.types.axes[owner] else -1
+    def _named(self, owners: list[int]) -> list[int]:
+        """The same, and by its name the owner of what no parameter flows into."""
+        count = len(self.types.paths)
+        ones = [1 << k for k in range(len(owners))]
+        nothing = [0] * count
+        given = [*nothing, *ones, *(nothing if self.has_params else ())]
+        made = _reach.results(self.update, given)
+        found = list(owners)
+        for k in (k for k, owner in enumerate(owners) if owner < 0):
+            owner = self._by_name(self.names[k])
+            readers = {i for i in range(len(made)) if made[i] >> k & 1} - {count + k}
+            # A counter that is called like a parameter is read for all of them.
+            if {i if i < count else owners[i - count] for i in readers} <= {owner}:
+                found[k] = owner
+        return found
 
     def _by_name(self, name: _Path) -> int:
-        """The parameter whose name is a part of this one."""
-        for i, path in enumerate(self.types.paths):
-            parts = (name[k : k + len(path)] for k in range(len(name)))
-            if path and path in parts:
-                return i
-        return -1
+        """The parameter whose name is the end of this one, the longest such; or -1."""
+        paths = self.types.paths
+        ends = [i for i, end in enumerate(paths) if end and name[-len(end) :] == end]
+        return max(ends, key=lambda i: len(paths[i]), default=-1)
 
-    def _from(self, parameter: int) -> tuple[set[int], set[int]]:
-        """The updates and leaves of the state that depend on a parameter."""
-        count, kept = len(self.types.paths), len(self.names)
-        given = {parameter}
-        if self.has_params:
-            given.add(count + kept + parameter)
-        state = set(self.starts[parameter])
-        while True:
-            found = _reached(self.update, given | {count + k for k in state})
-            after = state | {k - count for k in found if k >= count}
-            if after == state:
-                return {k for k in found if k < count}, state
-            state = after
-
-    def _check_apart(self, one: int, other: int) -> None:
-        """Checks that two parameters do not mix, or are both in no stack."""
-        if one == other or not (self.types.axes[one] or self.types.axes[other]):
+    def _check_apart(self, members: Iterable[int]) -> None:
+        """Checks that parameters that meet are one, or all in no stack."""
+        members = list(members)
+        layered = [i for i in members if self.types.axes[i]]
+        if len(members) < 2 or not layered:
             return
+        one, other = members[0], layered[0] if layered[0] > members[0] else members[1]
         names = ["/".join(self.types.paths[i]) for i in (one, other)]
         raise ValueError(
             f"{_WHERE}: the optimiser mixes parameters, {names[0]} with {names[1]}, "
@@ -353,29 +393,9 @@ class _Flow(NamedTuple):
         )
 
 
-def _reached(program: jex.ClosedJaxpr, given: set[int]) -> set[int]:
-    """Which outputs depend on the inputs `given`, as `jax.vmap` finds out."""
-    found: set[int] = set()
-
-    @jax.custom_batching.custom_vmap
-    def spied(*outputs: Any) -> Any:
-        return outputs
-
-    @spied.def_vmap
-    def rule(size: int, are_mapped: Any, *outputs: Any) -> Any:
-        del size
-        found.update(i for i, flag in enumerate(are_mapped) if flag)
-        return outputs, tuple(are_mapped)
-
-    types = program.in_avals
-    axes = [0 if i in given else None for i in range(len(types))]
-    shapes = [
-        jax.ShapeDtypeStruct((2, *t.shape) if i in given else t.shape, t.dtype)
-        for i, t in enumerate(types)
-    ]
-    run = jax.vmap(lambda *values: spied(*_equations.run(program, *values)), axes)
-    jax.eval_shape(run, *shapes)
-    return found
+def _members(found: int) -> Iterator[int]:
+    """The numbers of the bits of a set, in order."""
+    return (i for i in range(found.bit_length()) if found >> i & 1)
 
 
 def _traced_update(
@@ -385,7 +405,7 @@ def _traced_update(
     try:
         closed, made = jax.make_jaxpr(optimizer.update, return_shape=True)(*given)
     except TypeError as error:
-        if "argument" not in str(error):
+        if "required" not in str(error):
             raise
         raise TypeError(
             f"{_WHERE}: the optimiser needs more than gradients and parameters "
@@ -417,35 +437,29 @@ def _check_no_draws(*programs: jex.ClosedJaxpr) -> None:
                 )
 
 
-def _check(optimizer: object, layer_axes: Tree) -> None:
+def _check_optimizer(optimizer: object) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             f"{_WHERE}: expected an optax.GradientTransformation, not "
             f"{type(optimizer).__name__}. Write per_layer(optax.adafactor(1e-3), "
             "layer_axes)."
         )
-    _by_path(layer_axes)
 
 
-def _by_path(layer_axes: Tree) -> dict[_Path, int]:
-    leaves = jax.tree.leaves_with_path(layer_axes)
-    for path, depth in leaves:
-        if isinstance(depth, bool) or not isinstance(depth, int):
-            raise TypeError(
-                f"{_WHERE}: layer_axes must be a tree of ints, found "
-                f"{type(depth).__name__} at {_checks.path_name(path)}. Write "
-                "layer_axes=hk_stack.layer_axes(model.apply, params, *args)."
-            )
-    return {_names(path): depth for path, depth in leaves}
+def _by_path(layer_axes: Tree, where: str) -> dict[_Path, int]:
+    depths = _checks.layer_axes(layer_axes, where)
+    return {_names(path): depth for path, depth in depths}
 
 
-def _depth(depths: Mapping[_Path, int], path: tuple[Any, ...], leaf: Any) -> int:
+def _depth(
+    depths: Mapping[_Path, int], path: tuple[Any, ...], leaf: Any, where: str = _WHERE
+) -> int:
     """How many layer axes a parameter begins with."""
     depth = depths.get(_names(path))
     if depth is None or depth > jnp.ndim(leaf):
         found = f"is {depth}" if depth is not None else "is not there"
         raise ValueError(
-            f"{_WHERE}: layer_axes of {_checks.path_name(path) or 'the parameters'}, "
+            f"{where}: layer_axes of {_checks.path_name(path) or 'the parameters'}, "
             f"of shape {jnp.shape(leaf)}, {found}. Write layer_axes="
             "hk_stack.layer_axes(model.apply, params, *args) for these parameters."
         )

@@ -186,15 +186,8 @@ def _names(spec: PartitionSpec) -> list[Any]:
 
 def _depths(layer_axes: Tree) -> dict[str, int]:
     """How many layer axes parameters begin with, by path."""
-    leaves = jax.tree.leaves_with_path(layer_axes)
-    for path, depth in leaves:
-        if not isinstance(depth, int):
-            raise TypeError(
-                f"{_WHERE}: layer_axes must be a tree of ints, found "
-                f"{type(depth).__name__} at {_checks.path_name(path)}. Write "
-                "layer_axes=hk_stack.layer_axes(model.apply, params, *args)."
-            )
-    return {_checks.path_name(path): depth for path, depth in leaves}
+    depths = _checks.layer_axes(layer_axes, _WHERE)
+    return {_checks.path_name(path): depth for path, depth in depths}
 
 
 def _depth(axes: Mapping[str, int], name: str) -> int:
