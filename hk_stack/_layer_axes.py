@@ -1,18 +1,20 @@
 """`layer_axes`: how many layer axes each leaf of a model's parameters begins with."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
+import numpy as np
 
 from hk_stack import _checks, _frames, _naming, _scopes, _taps
-from hk_stack._types import Params, Tree
+from hk_stack._types import Params, State, Tree
 
 
 class _Place(NamedTuple):
-    """Where a parameter is in the tree of a transform."""
+    """Where a leaf is in the tree of a transform."""
 
     module: str
     name: str
@@ -22,8 +24,8 @@ class _Stack(NamedTuple):
     """A stack of the model.
 
     Attributes:
-      axes: How many layer axes its parameters begin with.
-      owned: Where the parameters of its layers are in the outermost transform, by where
+      axes: How many layer axes its leaves begin with.
+      owned: Where the leaves of its layers are in the outermost transform, by where
         they are in a layer's; those of a transparent stack in a place for each layer.
     """
 
@@ -33,9 +35,18 @@ class _Stack(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recorder:
-    """The stacks that ran, by path, the outer ones first."""
+    """What was heard.
+
+    Attributes:
+      stacks: Those that ran, by path; of several with one path, the last.
+      axes: How many layer axes leaves begin with, by place and number of all axes,
+        which tells what else is of this name.
+      parameters: Which of the places are of parameters; the others are of state.
+    """
 
     stacks: dict[str, _Stack] = dataclasses.field(default_factory=dict)
+    axes: dict[_Place, dict[int, int]] = dataclasses.field(default_factory=dict)
+    parameters: dict[_Place, None] = dataclasses.field(default_factory=dict)
 
 
 _recording: Any = jax.make_user_context(None)
@@ -60,8 +71,10 @@ def layer_axes(
 
     Args:
       fn: What runs the model: the `apply` of a transform, or a function that calls it.
-      params: Its first argument, which holds Haiku's parameters: arrays or
-        `jax.ShapeDtypeStruct`s.
+      params: Its first argument, which holds Haiku's parameters, and maybe state, or
+        trees of the same leaves: of arrays or `jax.ShapeDtypeStruct`s. State alone is
+        not enough: `layer_axes(lambda both: model.apply(*both, None, x), (params,
+        state))`.
       *args: What else `fn` takes; what is no array stays as it is.
       **kwargs: The same.
 
@@ -72,7 +85,7 @@ def layer_axes(
     Raises:
       TypeError: If `fn` is no function.
       ValueError: If it is an `init`; if it calls no stack; if parameters of a stack are
-        not in `params`, or in several places of it.
+        not in `params`, or there with other axes in front.
     """
     _checks.function(fn, _WHERE)
     recorder = _Recorder()
@@ -84,24 +97,19 @@ def layer_axes(
             "arguments. Those of hk.layer_stack are not seen: write "
             "hk_stack.layer_stack, which takes the same arguments."
         )
-    axes = {
-        place: stack.axes
-        for stack in recorder.stacks.values()
-        for places in stack.owned.values()
-        for place in places
-    }
-    return _in_tree(params, axes)
+    return _in_tree(params, recorder)
 
 
 _WHERE = "hk_stack.layer_axes"
 
 
-def record(path: str, tree: Params, names: _naming.Map | None) -> None:
-    """Tells `layer_axes`, if it listens, which parameters a stack reads.
+def record(path: str, params: Params, state: State, names: _naming.Map | None) -> None:
+    """Tells `layer_axes`, if it listens, what a stack reads.
 
     Args:
       path: Of the stack.
-      tree: The parameters, as the transform around the stack stores them.
+      params: Its parameters, as the transform around it stores them.
+      state: Its state.
       names: Of a transparent stack.
     """
     recorder: _Recorder | None = _recording.value
@@ -114,52 +122,87 @@ def record(path: str, tree: Params, names: _naming.Map | None) -> None:
             "layer_axes(model.apply, params, rng, x)."
         )
     around = recorder.stacks[_frames.frames()[-1].path] if _frames.frames() else None
-    stored = _scopes.plain_tree(hk.experimental.get_params())
-    # Leaves are the stored ones themselves, so they say where they are.
-    places = {id(leaf): place for place, leaf in _leaves(stored)}
-    owned: dict[_Place, list[_Place]] = {}
-    for (module, name), leaf in _leaves(tree):
-        place = places[id(leaf)]
-        if names is not None:
-            module, _ = _naming.place_of(names, module) or (module, 0)
-        outermost = around.owned[place] if around else [place]
-        owned.setdefault(_Place(module, name), []).extend(outermost)
-    axes = (around.axes if around else 0) + (names is None)
-    recorder.stacks[path] = _Stack(axes, owned)
+    outer = around.axes if around else 0
+    stack = _Stack(outer + (names is None), {})
+    for place, leaf in (*_leaves(params), *_leaves(state)):
+        outermost = _outermost(place, around)
+        stack.owned.setdefault(_of_layer(place, names), []).extend(outermost)
+        for stored in outermost:
+            axes = recorder.axes.setdefault(stored, {})
+            axes[outer + np.ndim(leaf)] = stack.axes
+    for place, _ in _leaves(params):
+        recorder.parameters.update(dict.fromkeys(_outermost(place, around)))
+    recorder.stacks[path] = stack
 
 
-def _leaves(tree: Params) -> Iterator[tuple[_Place, jax.Array]]:
+def _leaves(tree: Params | State) -> Iterator[tuple[_Place, jax.Array]]:
     for module, leaves in tree.items():
         for name, leaf in leaves.items():
             yield _Place(module, name), leaf
 
 
-def _in_tree(params: Tree, axes: Mapping[_Place, int]) -> Any:
+def _of_layer(place: _Place, names: _naming.Map | None) -> _Place:
+    """Where a leaf of a stack is in the tree of a layer."""
+    known = _naming.place_of(names, place.module) if names is not None else None
+    return _Place(known[0], place.name) if known else place
+
+
+def _outermost(place: _Place, around: _Stack | None) -> list[_Place]:
+    """Where a leaf of a stack is in the outermost transform."""
+    module = "/".join(filter(None, [_scopes.around(), place.module]))
+    read = _Place(_scopes.plain(module), place.name)
+    if around is None:
+        return [read]
+    exact = around.owned.get(read)
+    lifted = (around.owned[at] for at in around.owned if _may_be(at, read))
+    return exact or [*itertools.chain(*lifted)]
+
+
+def _may_be(stored: _Place, read: _Place) -> bool:
+    """Whether a leaf may be called so in a transform that was lifted into another."""
+    is_inside = stored.module.endswith(f"/{read.module}")
+    return is_inside and stored.name == read.name
+
+
+def _in_tree(params: Tree, recorder: _Recorder) -> Any:
     """A tree like `params` of what is known of the leaves, 0 for the others."""
-    found: dict[_Place, str] = {}
+    leaves, structure = jax.tree.flatten_with_path(params)
+    places = [_place(path) for path, _ in leaves]
+    lifted = [read for read in recorder.axes if read not in set(places)]
+    found, axes = set(), []
+    for place, (path, leaf) in zip(places, leaves, strict=True):
+        count = np.ndim(leaf)
+        reads = (read for read in lifted if _may_be(place, read))
+        read = next((r for r in reads if count in recorder.axes[r]), place)
+        known = recorder.axes.get(read, {count: 0})
+        if count not in known:
+            raise ValueError(_other_axes(path, np.shape(leaf), known))
+        found.add(read)
+        axes.append(known[count])
+    for missing in (read for read in recorder.parameters if read not in found):
+        raise ValueError(_not_there(missing, params))
+    return jax.tree.unflatten(structure, axes)
 
-    def known(path: tuple[Any, ...], leaf: object) -> int:
-        del leaf
-        last = tuple(str(getattr(key, "key", key)) for key in path[-2:])
-        if last not in axes:
-            return 0
-        place = _Place(*last)
-        name = _checks.path_name(path)
-        if place in found:
-            raise ValueError(
-                f"{_WHERE}: a stack reads {'/'.join(place)}, and `params` has it "
-                f"twice, at {found[place]} and {name}. Give the parameters of one "
-                "transform, and a function that takes these."
-            )
-        found[place] = name
-        return axes[place]
 
-    made = jax.tree.map_with_path(known, params)
+def _place(path: tuple[Any, ...]) -> _Place:
+    names = ["", "", *(str(getattr(key, "key", key)) for key in path)]
+    return _Place(*names[-2:])
+
+
+def _other_axes(path: tuple[Any, ...], shape: Any, known: Iterable[int]) -> str:
+    return (
+        f"{_WHERE}: {_checks.path_name(path)} has shape {shape}, and in the stack that "
+        f"reads it {' or '.join(map(str, known))} axes. Expected parameters as the "
+        "model reads them, with no axes of a jax.vmap or an hk.layer_stack around the "
+        "stack, and no other trees of the same names, such as an optimiser's state."
+    )
+
+
+def _not_there(place: _Place, params: Tree) -> str:
     some = ", ".join(_checks.leaf_names(params)[:8])
-    if missing := [place for place in axes if place not in found]:
-        raise ValueError(
-            f"{_WHERE}: a stack reads {'/'.join(missing[0])}, which is not in "
-            f"`params`. It holds: {some or 'nothing'}. Give the "
-            "model's parameters as the first argument, and what else it takes after."
-        )
-    return made
+    return (
+        f"{_WHERE}: a stack reads {'/'.join(place)}, which is not in `params`. It "
+        f"holds: {some or 'nothing'}. Give the model's parameters as the first "
+        "argument, and what else it takes after; those of several models as one: "
+        "layer_axes(lambda both: loss(*both, x), (params, others))."
+    )

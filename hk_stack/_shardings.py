@@ -106,7 +106,9 @@ def shardings(
     Args:
       tree: Arrays or `jax.ShapeDtypeStruct`s: parameters, state, or an optimiser's
         state (`jax.eval_shape(optimizer.init, params)`), of which a leaf that is named
-        as a parameter (`0/mu/layers/linear/w`) is of as many layer axes.
+        as a parameter (`0/mu/layers/linear/w`) is of as many layer axes. Or of several,
+        as in `shardings((params, opt_state), ...)`, for rules of which an optimiser has
+        no use.
       rules: The axes of one layer's leaf on the mesh, by glob: `*` stands for any text,
         slashes included. A glob may begin at any part of a path, and ends with it. None
         and `P()` leave a leaf whole.
@@ -122,9 +124,10 @@ def shardings(
     Raises:
       TypeError: If a rule is no `PartitionSpec`, or the mesh is none.
       ValueError: If a rule stands for no leaf, is longer than a leaf has axes, names an
-        axis that the mesh has not, or twice, or one that does not divide the leaf's.
+        axis that the mesh has not, or twice, or one that does not divide the leaf's; if
+        `layer_axes` is of other parameters.
     """
-    checked = _checked(rules, mesh, layers)
+    checked = _checked(rules, mesh, layers, layer_axes)
     axes = _depths(layer_axes)
     used: set[str] = set()
     placed, found = [], []
@@ -135,23 +138,34 @@ def shardings(
         name = _checks.path_name(path)
         rule = next((glob for glob in checked if _matches(glob, name)), "")
         used.add(rule)
-        spec = _spec(leaf, name, rule, checked.get(rule), _depth(axes, name), layers)
+        depth = _depth(axes, name)
+        spec = _spec(leaf, name, rule, checked.get(rule), depth or 0, layers)
         sharding = NamedSharding(mesh, spec)
-        _check_divides(leaf, sharding, name, rule)
+        _check_divides(leaf, sharding, name, rule, depth or 0)
         found.append(sharding)
         placed.append(_placed(leaf, sharding, name, rule))
-    _all_used(checked, used, [leaf.path for leaf in placed])
+    paths = [leaf.path for leaf in placed]
+    _all_used(checked, used, paths)
+    if any(leaf.spec for leaf in placed):
+        _check_known(axes, paths)
     return Shardings(jax.tree.unflatten(structure, found), tuple(placed))
 
 
 _WHERE = "hk_stack.shardings"
 
 
-def _checked(rules: Rules, mesh: Mesh, layers: str | None) -> dict[str, PartitionSpec]:
+def _checked(
+    rules: Rules, mesh: Mesh, layers: str | None, layer_axes: Tree
+) -> dict[str, PartitionSpec]:
     if not isinstance(mesh, (Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(
             f"{_WHERE}: expected a jax.sharding.Mesh, not {type(mesh).__name__}. Write "
             'jax.make_mesh((8,), ("data",)).'
+        )
+    if layers is not None and layer_axes is None:
+        raise ValueError(
+            f"{_WHERE}: layers={layers!r} needs to know where layers are. Write "
+            "layer_axes=hk_stack.layer_axes(model.apply, params, *args)."
         )
     if not isinstance(rules, Mapping):
         raise TypeError(
@@ -159,15 +173,20 @@ def _checked(rules: Rules, mesh: Mesh, layers: str | None) -> dict[str, Partitio
             f"{type(rules).__name__}."
         )
     for glob, spec in rules.items():
-        if not isinstance(glob, str) or not isinstance(
-            spec, (PartitionSpec, type(None))
-        ):
+        is_spec = isinstance(spec, (PartitionSpec, type(None)))
+        if not (isinstance(glob, str) and glob and is_spec):
             raise TypeError(
                 f"{_WHERE}: rule {glob!r}: {spec!r}; expected a text and a "
                 "jax.sharding.PartitionSpec, or None for what is whole on each device."
             )
     found = {glob: spec or PartitionSpec() for glob, spec in rules.items()}
     named = {f"rule {glob!r}": _names(spec) for glob, spec in found.items()}
+    for what, names in named.items():
+        if PartitionSpec.UNCONSTRAINED in names:
+            raise ValueError(
+                f"{_WHERE}: {what} leaves an axis UNCONSTRAINED, which does not say "
+                "where a leaf goes. Write None, or an axis of the mesh."
+            )
     for what, names in (named | {"layers": [layers] if layers else []}).items():
         unknown = [name for name in names if name not in mesh.axis_names]
         if unknown:
@@ -181,7 +200,7 @@ def _checked(rules: Rules, mesh: Mesh, layers: str | None) -> dict[str, Partitio
 def _names(spec: PartitionSpec) -> list[Any]:
     entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
     named = itertools.chain.from_iterable(entries)
-    return [n for n in named if n is not None and n is not PartitionSpec.UNCONSTRAINED]
+    return [name for name in named if name is not None]
 
 
 def _depths(layer_axes: Tree) -> dict[str, int]:
@@ -190,11 +209,21 @@ def _depths(layer_axes: Tree) -> dict[str, int]:
     return {_checks.path_name(path): depth for path, depth in depths}
 
 
-def _depth(axes: Mapping[str, int], name: str) -> int:
+def _check_known(axes: Mapping[str, int], paths: Sequence[str]) -> None:
+    """Checks that `layer_axes` is of the parameters that leaves are named as."""
+    if axes and all(_depth(axes, path) is None for path in paths):
+        raise ValueError(
+            f"{_WHERE}: layer_axes knows none of the leaves: it has "
+            f"{next(iter(axes))}, the tree has {paths[0]}. Give what layer_axes says "
+            "of the parameters alone, as in layer_axes=axes['params'] or axes[0]."
+        )
+
+
+def _depth(axes: Mapping[str, int], name: str) -> int | None:
     """How many layer axes a leaf begins with: that of the parameter it is named as."""
     parts = name.split("/")
     ends = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((axes[end] for end in ends if end in axes), 0)
+    return next((axes[end] for end in ends if end in axes), None)
 
 
 def _matches(glob: str, name: str) -> bool:
@@ -215,8 +244,8 @@ def _spec(
         of_layers = f", of which {depth} of layers" if depth else ""
         raise ValueError(
             f"{_WHERE}: rule {rule!r} has {len(own)} axes, {own}, and {name} has "
-            f"{leaf.ndim}{of_layers}. Rules are for the leaf of one layer; give this "
-            "one a rule of its own, before that."
+            f"{leaf.ndim}{of_layers}. Rules are for the leaf of one layer; "
+            f"{_own_rule(name)}."
         )
     depth = min(depth, leaf.ndim)
     around = ([layers, *[None] * (depth - 1)] if layers else [None] * depth)[:depth]
@@ -232,18 +261,26 @@ def _spec(
     return whole
 
 
-def _check_divides(leaf: Any, sharding: NamedSharding, name: str, rule: str) -> None:
+def _check_divides(
+    leaf: Any, sharding: NamedSharding, name: str, rule: str, depth: int
+) -> None:
     for axis, entry in enumerate(sharding.spec):
         names = _names(PartitionSpec(entry))
         shards = math.prod(sharding.mesh.shape[n] for n in names)
         if leaf.shape[axis] % shards:
-            by = f"rule {rule!r}" if rule else "layers"
+            by, instead = f"rule {rule!r}", _own_rule(name)
+            if axis < depth:
+                by, instead = f"layers={names[0]!r}", "leave `layers` out"
             raise ValueError(
                 f"{_WHERE}: axis {axis} of {name}, of shape {leaf.shape}, is "
                 f"{leaf.shape[axis]} long, which {shards} devices "
                 f"({', '.join(names)}) do not divide; {by} asks for it. Shard another "
-                "axis, or give this leaf a rule of its own, before that."
+                f"axis, or {instead}."
             )
+
+
+def _own_rule(name: str) -> str:
+    return f"give this leaf a rule of its own, before that: {{{name!r}: None, ...}}"
 
 
 def _placed(leaf: Any, sharding: NamedSharding, name: str, rule: str) -> Placed:
@@ -256,12 +293,17 @@ def _all_used(rules: Iterable[str], used: set[str], paths: Sequence[str]) -> Non
     for rule in rules:
         if rule in used:
             continue
+        together = (
+            "If it is for parameters, of which an optimiser keeps nothing here, give "
+            "both: shardings((params, state), ...)."
+        )
         if matched := [path for path in paths if _matches(rule, path)]:
             raise ValueError(
                 f"{_WHERE}: rule {rule!r} stands for nothing: what it matches, such as "
-                f"{matched[0]}, has a rule before it. Put it first."
+                f"{matched[0]}, has a rule before it. Put it first. {together}"
             )
         some = ", ".join(paths[:8]) + (", ..." if paths[8:] else "")
         raise ValueError(
-            f"{_WHERE}: rule {rule!r} matches nothing. The leaves are: {some}."
+            f"{_WHERE}: rule {rule!r} matches nothing. The leaves are: "
+            f"{some or 'none'}. {together}"
         )

@@ -299,7 +299,7 @@ def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
 
     lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
     found = lifted(given.keys)
-    _layer_axes.record(invocation.path, found[0], options.naming_map)
+    _layer_axes.record(invocation.path, *found, options.naming_map)
     params, state = (_stacked(options, tree) for tree in found)
     return params, state, updater
 

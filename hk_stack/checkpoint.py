@@ -287,24 +287,40 @@ def latest(folder: Path) -> str | None:
       ValueError: If this is a checkpoint itself, or two have the same number.
     """
     folder = _absolute(folder)
-    if os.path.isfile(folder) or os.path.isdir(os.path.join(folder, "about")):
+    if _is_checkpoint(folder) or os.path.isfile(folder):
         raise ValueError(
             f"checkpoint.latest of {folder}: this is a checkpoint; expected the folder "
             "that it is in."
         )
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return None
     found: dict[int, str] = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        match = re.fullmatch(rf"[^.]*?(\d+)({re.escape(_SUFFIX)})?", name)
+    for name in names:
+        match = re.fullmatch(rf"(?!\.).*?(\d+)({re.escape(_SUFFIX)})?", name)
         path = os.path.join(folder, name)
-        if match and _is_file(path) == os.path.isfile(path):
-            step = int(match[1])
-            if step in found:
-                raise ValueError(
-                    f"checkpoint.latest of {folder}: {os.path.basename(found[step])} "
-                    f"and {name} have the same number. Keep one run in a folder."
-                )
-            found[step] = path
+        if match is None or not _is_checkpoint(path):
+            continue
+        step = int(match[1])
+        if step in found:
+            raise ValueError(
+                f"checkpoint.latest of {folder}: {os.path.basename(found[step])} and "
+                f"{name} have the same number. Keep one run in a folder."
+            )
+        found[step] = path
     return found[max(found)] if found else None
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether this looks like what `save` wrote, whole."""
+    if _is_file(path):
+        return os.path.isfile(path)
+    is_partial = _PARTIAL in os.path.basename(path)
+    return not is_partial and os.path.isdir(os.path.join(path, "about"))
+
+
+_PARTIAL = ".orbax-checkpoint-tmp"  # How orbax names what it has not finished.
 
 
 class _Leaf(NamedTuple):

@@ -451,6 +451,36 @@ def test_what_does_not_fit(path, case):
         assert "L=" not in str(error)
 
 
+class TestLatest:
+    def test_only_what_is_whole_counts(self, tmp_path):
+        """Names may have dots; logs, hidden and unfinished files have numbers, too."""
+        assert checkpoint.latest(tmp_path / "missing") is None
+        for name in ("logs_900", "run0.1_800", "step_7.orbax-checkpoint-tmp-700/about"):
+            (tmp_path / name).mkdir(parents=True)
+        for name in ("events_600", ".step_500.safetensors", "step_9.safetensors.400"):
+            (tmp_path / name).touch()
+        (tmp_path / "step_300.safetensors").symlink_to(tmp_path / "gone")
+        (tmp_path / "step_300").symlink_to(tmp_path / "gone")
+        assert checkpoint.latest(tmp_path) is None
+        w = np.ones(3)
+        checkpoint.save(tmp_path / "lr0.1_9.safetensors", w)
+        assert checkpoint.latest(tmp_path).endswith("/lr0.1_9.safetensors")
+        checkpoint.save(tmp_path / "lr0.1_10", w)
+        assert checkpoint.latest(str(tmp_path)) == str(tmp_path / "lr0.1_10")
+        (tmp_path / "11").symlink_to(tmp_path / "lr0.1_10")
+        found = checkpoint.load(checkpoint.latest(tmp_path))
+        np.testing.assert_array_equal(found, w)
+
+    def test_mistakes(self, path, tmp_path):
+        checkpoint.save(path, np.ones(3))
+        with pytest.raises(ValueError, match="this is a checkpoint; expected the"):
+            checkpoint.latest(path)
+        for name in ("step_5.safetensors", "step_05.safetensors"):
+            checkpoint.save(tmp_path / name, np.ones(3))
+        with pytest.raises(ValueError, match="have the same number"):
+            checkpoint.latest(tmp_path)
+
+
 def test_narrow_types_can_be_had(path):
     checkpoint.save(path, {"x": np.ones(6)})
     with jax.enable_x64(True):

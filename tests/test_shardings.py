@@ -1,5 +1,7 @@
 """Where the leaves of stacks go on a mesh, and how many layer axes they begin with."""
 
+import re
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -86,19 +88,114 @@ class TestLayerAxes:
         assert axes["model"] == hk_stack.layer_axes(model.apply, params, X)
         assert axes["other"] == 0
 
+    def test_trees_of_the_same_leaves_have_the_same(self):
+        model, params = made(nested)
+        state = jax.eval_shape(optax.adam(1.0).init, params)
+
+        def loss(trees, x):
+            return model.apply(trees["params"], x)
+
+        axes = hk_stack.layer_axes(loss, {"params": params, "state": state}, X)
+        assert axes["state"][0].mu == axes["state"][0].nu == axes["params"]
+
+    def test_two_models_with_stacks_of_one_name(self):
+        def one(name):
+            def layer(x):
+                return hk.Linear(8, name=name)(x)
+
+            return made(lambda x: hk_stack.layer_stack(2, name="layers")(layer)(x))
+
+        (first, first_params), (second, second_params) = one("first"), one("second")
+
+        def both(trees, x):
+            return second.apply(trees[1], first.apply(trees[0], x))
+
+        axes = hk_stack.layer_axes(both, (first_params, second_params), X)
+        assert set(jax.tree.leaves(axes)) == {1}
+
+    def test_state_beside_parameters_of_the_same_name(self):
+        def count(name):
+            hk.set_state(name, hk.get_state(name, [], init=jnp.zeros) + 1)
+
+        def layer(x):
+            count("w")
+            x = x * hk.get_parameter("w", [], init=jnp.ones)
+
+            def inside(x):
+                count("inside")
+                return x
+
+            return hk_stack.layer_stack(2, name="inner")(inside)(x)
+
+        def run(x):
+            return hk_stack.layer_stack(3, name="layers")(layer)(x)
+
+        model = hk.without_apply_rng(hk.transform_with_state(run))
+        trees = jax.eval_shape(model.init, jax.random.key(0), X)
+        axes = hk_stack.layer_axes(lambda both: model.apply(*both, X), trees)
+        assert axes[0] == {"layers/~": {"w": 1}}
+        assert axes[1] == {"layers/~": {"w": 1}, "layers/inner/~": {"inside": 2}}
+
+    @pytest.mark.parametrize("name", ["lifted", "other"])
+    def test_a_stack_in_a_transform_that_is_lifted(self, name):
+        def run(x):
+            return hk_stack.layer_stack(2, name="inner")(inner)(x)
+
+        lifted = hk.without_apply_rng(hk.transform(run))
+
+        def layer(x):
+            key = hk.next_rng_key() if hk.running_init() else None
+            return lifted.apply(hk.lift(lifted.init, name=name)(key, x), x)
+
+        def whole(x):
+            return hk_stack.layer_stack(3, name="layers")(layer)(layer(x))
+
+        model, params = made(whole)
+        assert hk_stack.layer_axes(model.apply, params, X) == {
+            f"{name}/inner/linear": {"b": 1, "w": 1},
+            f"layers/{name}/inner/linear": {"b": 2, "w": 2},
+        }
+
+    def test_under_transformations(self):
+        def run(x):
+            stack = hk_stack.layer_stack(2, name="layers")(inner)
+            return hk.remat(hk.vmap(stack, split_rng=False))(x)
+
+        model, params = made(run)
+        apply = jax.jit(model.apply)
+        apply(zeros(params), X)  # It must be traced again.
+        for fn in (apply, jax.grad(lambda *args: jnp.sum(apply(*args)))):
+            axes = hk_stack.layer_axes(fn, params, X)
+            assert axes == {"layers/linear": {"b": 1, "w": 1}}
+
     def test_mistakes(self):
         model, params = made(nested)
         axes = hk_stack.layer_axes
         mistake("no function", lambda: axes(3, params), "expected a function, not int")
         mistake("init", lambda: axes(model.init, jax.random.key(0), X), "not its init")
-        twice = {"a": params, "b": params}
-        mistake("twice", lambda: axes(lambda t, x: model.apply(t["a"], x), twice, X))
+        others = {"params": params}
+        others["state"] = jax.tree.map(lambda leaf: leaf[..., 0], zeros(params))
+        mistake(
+            "other axes",
+            lambda: axes(lambda t, x: model.apply(t["params"], x), others, X),
+            "has shape .4, 2., and in the stack that reads it 3 axes",
+        )
+        ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), zeros(params))
+        mistake(
+            "vmap",
+            lambda: axes(lambda p: jax.vmap(model.apply, (0, None))(p, X), ensemble),
+            "with no axes of a jax.vmap",
+        )
         mistake(
             "elsewhere",
             lambda: axes(lambda x, params: model.apply(params, x), X, params),
             "is not in `params`",
         )
         mistake("no stack", lambda: axes(lambda p: p, params), "calls no stack")
+
+
+def zeros(tree):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def mistake(name, run, text=""):
@@ -169,6 +266,8 @@ class TestShardings:
             ({"w": "data"}, {}, "expected a text and a"),
             ([P()], {}, "rules must be a dict"),
             ({"w": P()}, {"layers": "b"}, "layers names the axis 'b'"),
+            ({"": P()}, {}, "expected a text and a"),
+            ({"w": P(P.UNCONSTRAINED)}, {}, "leaves an axis UNCONSTRAINED"),
         ],
     )
     def test_mistakes(self, mesh, rules, options, text):
@@ -188,3 +287,51 @@ class TestShardings:
             lambda: run({"w": X}, {}, mesh, layer_axes={"w": X}),
             "layer_axes must be a tree of ints",
         )
+        mistake(
+            "",
+            lambda: run({"w": X}, {}, mesh, layer_axes={"w": -1}),
+            "found -1 at w",
+        )
+        mistake("", lambda: run({"w": X}, {}, mesh, layers="data"), "where layers are")
+        three = {"w": jnp.ones([3, 4])}
+        mistake(
+            "",
+            lambda: run(three, {"w": P()}, mesh, layer_axes={"w": 1}, layers="data"),
+            "layers='data' asks for it. .* or leave `layers` out",
+        )
+        mistake(
+            "",
+            lambda: run({"w": X}, {"w": P("data")}, mesh, layer_axes={"a": {"w": 1}}),
+            "layer_axes knows none of the leaves: it has a/w, the tree has w",
+        )
+
+    def test_what_an_optimiser_keeps_in_another_shape_or_not_at_all(self, mesh):
+        params = {"w": jnp.ones([2, 4, 4])}
+        rules, axes = {"w": P("data")}, {"w": 1}
+        factored = optax.adafactor(1e-3, min_dim_size_to_factor=2)
+        state = hk_stack.per_layer(factored, axes).init(params)
+
+        def placed(tree, rules):
+            return hk_stack.shardings(tree, rules, mesh, layer_axes=axes).tree
+
+        own = "give this leaf a rule of its own, before that: {'0/v/w': None, ...}"
+        mistake("", lambda: placed(state, rules), re.escape(own))
+        tree = placed(state, {"v/*": None, **rules})
+        assert tree[0].v_row["w"].spec == P(None, "data")
+        nothing = optax.sgd(1.0).init(params)
+        together = r"The leaves are: none. .* give both: shardings\(\(params, state\)"
+        mistake("", lambda: placed(nothing, rules), together)
+        assert placed((params, nothing), rules)[0]["w"].spec == P(None, "data")
+
+    def test_leaves_and_meshes_of_all_kinds(self, mesh):
+        keys = jax.random.split(jax.random.key(0), 4)
+        tree = {"keys": keys, "none": jnp.ones([0, 4]), "number": 1.0, "w": X}
+        both = P(("data", "stage"))
+        rules = {"keys": both, "none": both, "w": P("data", None)}
+        placed = hk_stack.shardings(tree, rules, mesh)
+        for leaf in placed.leaves:
+            found = jax.device_put(tree[leaf.path], placed.tree[leaf.path])
+            bytes_there = found.addressable_shards[0].data.nbytes
+            assert leaf.bytes_per_device == bytes_there
+        abstract = jax.sharding.AbstractMesh((2, 2), ("data", "stage"))
+        assert str(hk_stack.shardings(tree, rules, abstract)) == str(placed)
