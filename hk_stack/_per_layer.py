@@ -45,7 +45,9 @@ def per_layer(
     {'embed': (8, 4), 'layers': (6, 4, 4)}
 
     Args:
-      optimizer: Of optax. It must treat each parameter by itself.
+      optimizer: Of optax. It must treat each parameter by itself. That is checked by
+        what flows from one to another, so what mixes no others than the layers of one
+        (the global norm of a tree of one parameter) is not noticed.
       layer_axes: How many layer axes parameters begin with: what `hk_stack.layer_axes`
         returns for them.
 
@@ -405,7 +407,7 @@ def _traced_update(
     try:
         closed, made = jax.make_jaxpr(optimizer.update, return_shape=True)(*given)
     except TypeError as error:
-        if "required" not in str(error):
+        if "required" not in str(error) or "argument" not in str(error):
             raise
         raise TypeError(
             f"{_WHERE}: the optimiser needs more than gradients and parameters "

@@ -1,9 +1,9 @@
 """Optimisers to which each layer of a stack is its own parameter."""
 
 import inspect
+import operator
 import re
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -12,7 +12,6 @@ import optax
 import pytest
 from agreement import assert_close, assert_equal
 from interpreter import computed
-from layer_cases import normal
 from optax import contrib
 
 import hk_stack
@@ -39,16 +38,21 @@ AXES = {
 RATE = 1e-2
 
 
-def tree(seed):
+def tree(*of_steps):
     """Parameters, or gradients: in no stack, in a stack, in a stack in a stack."""
+
+    def draw(*shape):
+        return RANDOM.normal(size=(*of_steps, *shape)).astype(np.float32)
+
     return {
-        "embed": {"w": normal(seed, 8, 4)},
-        "layers": {"b": normal(seed + 1, L, 6), "w": normal(seed + 2, L, 4, 6)},
-        "outer/inner": {"w": normal(seed + 3, L, 2, 5, 4)},
+        "embed": {"w": draw(8, 4)},
+        "layers": {"b": draw(L, 6), "w": draw(L, 4, 6)},
+        "outer/inner": {"w": draw(L, 2, 5, 4)},
     }
 
 
-PARAMS, GRADIENTS = tree(0), [tree(4 * (i + 1)) for i in range(4)]
+RANDOM = np.random.default_rng(0)
+PARAMS, GRADIENTS = tree(), tree(4)
 
 
 def stacked(of_layers):
@@ -63,17 +67,36 @@ def unstacked(of_stacks):
     return of_stacks
 
 
-def steps(optimizer, params, gradients):
-    """Parameters and state after some steps."""
+def of_each_step(of_stacks):
+    """Gradients of a loop of layers, `[steps, ...]`."""
+    count = len(jax.tree.leaves(of_stacks)[0])
+    each = (jax.tree.map(operator.itemgetter(i), of_stacks) for i in range(count))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(unstacked, each))
+
+
+def python_loop(step, carry, gradients, length):
+    for i in range(length):
+        carry, _ = step(carry, jax.tree.map(operator.itemgetter(i), gradients))
+    return carry, None
+
+
+def steps(optimizer, params, gradients, loop=jax.lax.scan):
+    """Parameters and state after a step for each of the gradients."""
+
+    def step(carry, gradients):
+        params, state = carry
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), None
 
     def run(params, gradients):
-        state = optimizer.init(params)
-        for gradient in gradients:
-            updates, state = optimizer.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
-        return params, state
+        first, *_ = jax.tree.leaves(gradients)
+        carry = params, optimizer.init(params)
+        return loop(step, carry, gradients, length=len(first))[0]
 
-    return computed(run, params, gradients)
+    return jax.tree.map(np.asarray, computed(run, params, gradients))
+
+
+OF_LAYERS = unstacked(PARAMS), of_each_step(GRADIENTS)
 
 
 def is_matrix(params):
@@ -220,7 +243,7 @@ CASES = cases()
 def test_four_steps_are_those_of_a_loop_of_layers(name):
     optimizer = CASES[name]()
     found = steps(hk_stack.per_layer(optimizer, AXES), PARAMS, GRADIENTS)
-    params, state = steps(optimizer, unstacked(PARAMS), list(map(unstacked, GRADIENTS)))
+    params, state = steps(optimizer, *OF_LAYERS)
     assert_close(found[0], stacked(params), 1e-6)
     if jax.tree.leaves(state) and "embed" in str(jax.tree.structure(state)):
         assert_close(found[1], stacked(state), 1e-6)
@@ -231,7 +254,7 @@ def test_four_steps_are_those_of_a_loop_of_layers(name):
 def test_what_is_of_several_parameters_is_refused(name):
     reason, make = REFUSED[name]
     with pytest.raises((ValueError, TypeError), match=reason) as found:
-        steps(hk_stack.per_layer(make(), AXES), PARAMS, GRADIENTS[:1])
+        steps(hk_stack.per_layer(make(), AXES), PARAMS, GRADIENTS)
     assert "optax.chain(" in str(found.value) or "latest loss" in str(found.value)
 
 
@@ -245,48 +268,74 @@ def test_each_transformation_of_optax_is_known():
 
 
 def test_complex_parameters():
-    params = {"layers": normal(0, L, 4) + 1j * normal(1, L, 4)}
+    first, second = (tree()["layers"] for _ in range(2))
+    params = jax.tree.map(lambda real, other: real + 1j * other, first, second)
     optimizer = contrib.split_real_and_imaginary(optax.lamb(RATE))
-    found, _ = steps(
-        hk_stack.per_layer(optimizer, {"layers": 1}), params, [params, params]
-    )
+    ours = hk_stack.per_layer(optimizer, AXES["layers"])
+    found, _ = steps(ours, params, jax.tree.map(lambda p: p[None], params))
     for i in range(L):
-        one = {"layers": params["layers"][i]}
-        expected, _ = steps(optimizer, one, [one, one])
-        assert_close(found["layers"][i], expected["layers"], 1e-6)
+        one = jax.tree.map(operator.itemgetter(i), params)
+        expected, _ = steps(optimizer, one, jax.tree.map(lambda p: p[None], one))
+        assert_close(jax.tree.map(operator.itemgetter(i), found), expected, 1e-6)
 
 
 def test_gradients_of_another_dtype():
     """A state that begins in half precision may go on in single."""
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
-    optimizer = optax.lamb(RATE)
-    found = steps(hk_stack.per_layer(optimizer, AXES), params, GRADIENTS)
-    expected = steps(optimizer, unstacked(params), list(map(unstacked, GRADIENTS)))
-    assert_close(found, jax.tree.map(jnp.asarray, stacked(expected)), 1e-6)
+    optimizer, gradients = optax.lamb(RATE), OF_LAYERS[1]
+    found = steps(hk_stack.per_layer(optimizer, AXES), params, GRADIENTS, python_loop)
+    expected = steps(optimizer, unstacked(params), gradients, python_loop)
+    assert_close(found, stacked(expected), 1e-6)
+
+
+HOLDERS = {
+    "list": lambda a, b, c: [a, b, c],
+    "tuple": lambda a, b, c: (a, (b, None), c),
+    "names of an optimiser's": lambda a, b, c: {"mu": a, "count": b, "0": c},
+    "one": lambda a, b, c: b,
+}
+
+
+@pytest.mark.parametrize("make", [optax.adafactor, optax.lamb])
+@pytest.mark.parametrize("name", HOLDERS)
+def test_trees_of_all_kinds(make, name):
+    """Also those whose names are found in states that are of no parameter."""
+    leaves = tree()["layers"]
+    params = HOLDERS[name](leaves["b"][0], leaves["w"], leaves["b"])
+    axes, optimizer = HOLDERS[name](0, 1, 1), make(RATE)
+
+    def split(depth, leaf):
+        return list(leaf) if depth else leaf
+
+    def joined(depth, leaf):
+        return np.stack(leaf) if depth else leaf
+
+    of_layers = jax.tree.map(split, axes, params)
+    one = [jax.tree.map(lambda p: p[None], p) for p in (params, of_layers)]
+    found, state = steps(hk_stack.per_layer(optimizer, axes), params, one[0])
+    expected, _ = steps(optimizer, of_layers, one[1])
+    assert_close(found, jax.tree.map(joined, axes, expected), 1e-6)
+    assert optax.tree_utils.tree_get(state, "count", filtering=is_number).shape == ()
+
+
+def is_number(path, leaf):
+    del path
+    return leaf.dtype == jnp.int32
 
 
 def test_names_two_parameters_that_mix():
     mixing = optax.clip_by_global_norm(1.0)
     with pytest.raises(ValueError, match=re.escape("embed/w with layers/b")):
         hk_stack.per_layer(mixing, AXES).init(PARAMS)
-    outside = {"embed": {"w": 0, "v": 0}}
-    params = {"embed": {"w": normal(0, 3), "v": normal(1, 3)}}
-    found = steps(hk_stack.per_layer(mixing, outside), params, [params])
-    assert_equal(found[0], steps(mixing, params, [params])[0])
+    params, gradients = (t["layers"] for t in (PARAMS, GRADIENTS))
+    found = steps(hk_stack.per_layer(mixing, {"b": 0, "w": 0}), params, gradients)
+    assert_equal(found[0], steps(mixing, params, gradients)[0])
 
 
 def test_in_chains_and_masks_of_a_model():
-    def model(x):
-        x = hk.Linear(8, name="embed")(x)
-        return hk_stack.layer_stack(L, name="layers")(hk.Linear(8))(x)
+    """What is outside of it is as ever, and sees stacks."""
 
-    model, x = hk.without_apply_rng(hk.transform(model)), normal(0, 2, 8)
-    params = model.init(jax.random.key(0), x)
-    axes = hk_stack.layer_axes(model.apply, params, x)
-    gradients = jax.grad(lambda p: jnp.sum(model.apply(p, x) ** 2))(params)
-    names = hk_stack.NumberedLayers("layers_{}", "layers")
-
-    def optimizer(inner):
+    def outside(inner):
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.masked(inner, lambda p: jax.tree.map_with_path(is_weight, p)),
@@ -295,21 +344,33 @@ def test_in_chains_and_masks_of_a_model():
     def is_weight(path, _):
         return path[-1].key == "w"
 
-    ours = optimizer(hk_stack.per_layer(optax.adafactor(RATE), axes))
-    found = steps(ours, params, [gradients] * 2)
-    of_layers = hk_stack.unstack_params((params, gradients), names)
-    theirs = optimizer(optax.adafactor(RATE))
-    expected = steps(theirs, of_layers[0], [of_layers[1]] * 2)
-    expected = hk_stack.stack_params(expected, names, per_layer=True)
-    assert_close(found, expected, 1e-6)
+    ours = outside(hk_stack.per_layer(optax.adafactor(RATE), AXES))
+    found = steps(ours, PARAMS, GRADIENTS)
+    expected = steps(outside(optax.adafactor(RATE)), *OF_LAYERS)
+    assert_close(found, stacked(expected), 1e-6)
+
+
+def test_what_is_known_of_a_tree_is_found_once():
+    traced = []
+
+    def update(updates, state, params=None):
+        traced.append(1)
+        return updates, state
+
+    counted = optax.GradientTransformation(lambda params: (), update)
+    ours = hk_stack.per_layer(counted, AXES)
+    for _ in range(2):
+        state = ours.init(PARAMS)
+        jax.make_jaxpr(lambda *given: ours.update(*given))(PARAMS, state, PARAMS)
+    assert len(traced) == 3  # Once for what it mixes, and for each use.
 
 
 @pytest.mark.parametrize("make", [optax.lamb, contrib.muon])
 def test_programs_do_not_grow_with_depth(make):
     def program(layers):
-        params = {"layers": normal(0, layers, 4, 6)}
+        params = {"layers": jnp.ones([layers, 4, 6])}
         ours = hk_stack.per_layer(make(RATE), {"layers": 1})
-        state = ours.init(params)
+        state = jax.eval_shape(ours.init, params)
         return jax.make_jaxpr(ours.update)(params, state, params)
 
     counts = [len(list(jaxprs.equations(program(n).jaxpr))) for n in (8, 64)]
@@ -318,7 +379,7 @@ def test_programs_do_not_grow_with_depth(make):
 
 def test_state_keeps_what_it_knows_of_shards():
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
-    params = {"layers": normal(0, L, 4, 6)}
+    params = {"layers": jnp.ones([L, 4, 6])}
     ours = hk_stack.per_layer(optax.adam(RATE), {"layers": 1})
     shapes = jax.eval_shape(ours.init, params)
     rules = {"layers": jax.P("data", None)}
@@ -358,8 +419,44 @@ def test_mistakes():
     )
     assert "of shape (), is 1" in mistake(lambda: ours.init({"w": jnp.ones([])}))
     params = {"w": jnp.ones([2, 3])}
-    assert "another structure" in mistake(lambda: ours.update(params, (), params))
-    found = mistake(lambda: ours.update({"w": jnp.ones(2)}, ours.init(params), params))
-    assert "expected updates of the structure and shapes" in found
+    state = ours.init(params)
+    assert "found no 0/count, 0/mu/w, 0/nu/w" in mistake(
+        lambda: ours.update(params, (), params)
+    )
+    assert "another structure" in mistake(
+        lambda: ours.update(params, list(state), params)
+    )
+    assert "0/mu/w of the state has shape (1, 3)" in mistake(
+        lambda: ours.update(params, ours.init({"w": params["w"][:1]}), params)
+    )
+    assert "w of updates has shape (2,); expected that" in mistake(
+        lambda: ours.update({"w": jnp.ones(2)}, state, params)
+    )
+    assert "found only v" in mistake(
+        lambda: ours.update({"w": params["w"], "v": 1.0}, state, params)
+    )
+
+
+def test_an_error_of_the_optimiser_itself_stays():
+    def update(updates, state, params=None):
+        raise TypeError("add requires an argument")
+
+    own = optax.GradientTransformation(lambda params: (), update)
+    with pytest.raises(TypeError, match=r"^add requires"):
+        hk_stack.per_layer(own, {"w": 1}).init({"w": jnp.ones(2)})
+
+
+def test_mistakes_of_scale_by_layer():
     wrong = mistake(lambda: hk_stack.scale_by_layer(0.5, AXES))
     assert wrong.startswith("hk_stack.scale_by_layer: expected a function")
+    scale = hk_stack.scale_by_layer
+    at_a = mistake(lambda: scale(max, {"a": -1}))
+    assert at_a.startswith("hk_stack.scale_by_layer: layer_axes must be a tree of ints")
+    missing = scale(max, {"a": 1}).update
+    assert mistake(lambda: missing({"b": jnp.ones(2)}, ())).startswith(
+        "hk_stack.scale_by_layer: layer_axes of b"
+    )
+    text = scale(lambda i, n: "much", {"a": 1}).update
+    assert "the factor of layer 0 must be a number, not 'much'" in mistake(
+        lambda: text({"a": jnp.ones(2)}, ())
+    )
