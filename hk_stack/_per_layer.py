@@ -183,12 +183,17 @@ class _Layout(NamedTuple):
     Attributes:
       structure: Of the state.
       own: The layer axes of each parameter: its sizes.
-      kept: The layer axes of each leaf of the state.
+      owners: Of each leaf of the state; -1 if it has none.
     """
 
     structure: Any
     own: _Sizes
-    kept: _Sizes
+    owners: list[int]
+
+    @property
+    def kept(self) -> _Sizes:
+        """The layer axes of each leaf of the state."""
+        return [self.own[i] if i >= 0 else () for i in self.owners]
 
     @classmethod
     def of(
@@ -200,12 +205,23 @@ class _Layout(NamedTuple):
         update = _traced_update(optimizer, given)
         _check_no_draws(init, update)
         owners = _Flow.of(types, init, update, state, has_params).owners()
-        kept = [types.axes[i] if i >= 0 else () for i in owners]
-        return cls(jax.tree.structure(state), list(types.axes), kept)
+        return cls(jax.tree.structure(state), list(types.axes), owners)
 
     def init(self, optimizer: "optax.GradientTransformation", params: Tree) -> Tree:
         """The state for all layers."""
-        return self._for_layers(optimizer.init, [self.own], [self.kept])(params)
+        run = self._for_layers(optimizer.init, [self.own], [self.kept])
+        leaves = jax.tree.leaves(params)
+        if not any(map(_is_spread, leaves)):
+            return run(params)
+        # What vmap makes of no value is on one device; optax puts it where params are.
+        made = jax.tree.leaves(jax.eval_shape(run, params))
+        where: list[Any] = [None] * len(made)
+        for k, owner in enumerate(self.owners):
+            leaf = leaves[owner] if owner >= 0 else None
+            if leaf is not None and _is_spread(leaf) and leaf.shape == made[k].shape:
+                where[k] = leaf.sharding
+        places = jax.tree.unflatten(self.structure, where)
+        return jax.jit(run, out_shardings=places)(params)
 
     def update(
         self,
@@ -290,6 +306,12 @@ def _check_leaves(what: str, found: Tree, expected: Tree, instead: str) -> None:
             )
 
 
+def _is_spread(leaf: Any) -> bool:
+    """Whether an array that is there is on several devices."""
+    is_there = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return is_there and len(leaf.sharding.device_set) > 1
+
+
 def _mapped(run: Callable[..., Any], into: _Sizes, out: _Sizes) -> Callable[..., Any]:
     """`run` for all layers: a `jax.vmap` for each layer axis, the first outermost."""
     for level in reversed(range(max(map(len, into), default=0))):
@@ -341,7 +363,7 @@ class _Flow(NamedTuple):
         return cls(types, init, update, names, has_params)
 
     def owners(self) -> list[int]:
-        """The layered parameter that each leaf of the state is of; -1 for none."""
+        """The parameter that each leaf of the state is of; -1 for none."""
         count = len(self.types.paths)
         own = [1 << i for i in range(count)]
         state = _reach.results(self.init, own)
@@ -354,8 +376,7 @@ class _Flow(NamedTuple):
             state = after
         for found in (*map(operator.or_, own, made), *state):
             self._check_apart(_members(found))
-        owners = self._named([next(_members(found), -1) for found in state])
-        return [i if i >= 0 and self.types.axes[i] else -1 for i in owners]
+        return self._named([next(_members(found), -1) for found in state])
 
     def _named(self, owners: list[int]) -> list[int]:
         """The same, and by its name the owner of what no parameter flows into."""

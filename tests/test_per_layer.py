@@ -12,6 +12,8 @@ import optax
 import pytest
 from agreement import assert_close, assert_equal
 from interpreter import computed
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import hk_stack
@@ -377,15 +379,29 @@ def test_programs_do_not_grow_with_depth(make):
     assert counts[0] == counts[1]
 
 
-def test_state_keeps_what_it_knows_of_shards():
-    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
-    params = {"layers": jnp.ones([L, 4, 6])}
-    ours = hk_stack.per_layer(optax.adam(RATE), {"layers": 1})
-    shapes = jax.eval_shape(ours.init, params)
-    rules = {"layers": jax.P("data", None)}
-    placed = hk_stack.shardings(shapes, rules, mesh, layer_axes={"layers": 1})
-    state = jax.jit(ours.init, out_shardings=placed.tree)(params)
-    assert state[0].mu["layers"].sharding.spec == jax.P(None, "data", None)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_state_and_updates_are_where_parameters_are(kind):
+    mesh = jax.make_mesh((2, 2), ("data", "stage"), (kind,) * 2)
+    rules = {"embed/w": P("data"), "layers/w": P("data", None)}
+    where = hk_stack.shardings(PARAMS, rules, mesh, layer_axes=AXES, layers="stage")
+    params = jax.device_put(PARAMS, where.tree)
+    ours = hk_stack.per_layer(optax.adam(RATE), AXES)
+    state = ours.init(params)
+    updates, after = jax.jit(ours.update)(params, state, params)
+    for found in (state[0].mu, updates, after[0].nu):
+        for leaf, sharding in zip(
+            jax.tree.leaves(found), jax.tree.leaves(where.tree), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    expected, _ = ours.update(PARAMS, ours.init(PARAMS), PARAMS)
+    assert_close(updates, expected, 1e-6)
+
+
+def test_many_models_at_once():
+    ours = hk_stack.per_layer(optax.adafactor(RATE), AXES)
+    several = GRADIENTS, jax.eval_shape(jax.vmap(ours.init), GRADIENTS), GRADIENTS
+    updates, _ = jax.eval_shape(jax.vmap(ours.update), *several)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, GRADIENTS)
 
 
 class TestScaleByLayer:
