@@ -38,6 +38,8 @@ from jax.sharding import PartitionSpec as P
 import hk_stack
 from hk_stack import checkpoint
 
+BATCH = 32  # Of all processes together.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.Output):
@@ -60,6 +62,8 @@ class Config(common.Output):
         """Checks that the flags go together."""
         if self.width % self.devices:
             raise ValueError("--devices must be a divisor of --width")
+        if BATCH % self.processes:
+            raise ValueError(f"--processes must be a divisor of {BATCH}, the batch")
 
 
 DEFAULT = Config()
@@ -87,7 +91,7 @@ RULES = {"blocks/up/w": P(None, "fsdp"), "blocks/down/w": P("fsdp")}
 
 def batch_of(step: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """Inputs and targets of a step, on which all processes agree."""
-    x = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), [32, width])
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), [BATCH, width])
     mix = jax.random.normal(jax.random.key(2), [width, width]) / width**0.5
     return x, jnp.tanh(x @ mix)
 
