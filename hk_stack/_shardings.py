@@ -144,10 +144,9 @@ def shardings(
         _check_divides(leaf, sharding, name, rule, depth or 0)
         found.append(sharding)
         placed.append(_placed(leaf, sharding, name, rule))
-    paths = [leaf.path for leaf in placed]
-    _all_used(checked, used, paths)
-    if any(leaf.spec for leaf in placed):
-        _check_known(axes, paths)
+    _all_used(checked, used, [leaf.path for leaf in placed])
+    if layers or any(leaf.spec for leaf in placed):
+        _check_known(axes, [_checks.path_name(at) for at, leaf in leaves if leaf.ndim])
     return Shardings(jax.tree.unflatten(structure, found), tuple(placed))
 
 
@@ -181,20 +180,23 @@ def _checked(
             )
     found = {glob: spec or PartitionSpec() for glob, spec in rules.items()}
     named = {f"rule {glob!r}": _names(spec) for glob, spec in found.items()}
-    for what, names in named.items():
-        if PartitionSpec.UNCONSTRAINED in names:
-            raise ValueError(
-                f"{_WHERE}: {what} leaves an axis UNCONSTRAINED, which does not say "
-                "where a leaf goes. Write None, or an axis of the mesh."
-            )
     for what, names in (named | {"layers": [layers] if layers else []}).items():
-        unknown = [name for name in names if name not in mesh.axis_names]
-        if unknown:
-            raise ValueError(
-                f"{_WHERE}: {what} names the axis {unknown[0]!r}; the mesh has "
-                f"{', '.join(map(repr, mesh.axis_names))}."
-            )
+        _check_names(what, names, mesh)
     return found
+
+
+def _check_names(what: str, names: Sequence[Any], mesh: Mesh) -> None:
+    """Checks that axes are those of the mesh."""
+    if PartitionSpec.UNCONSTRAINED in names:
+        raise ValueError(
+            f"{_WHERE}: {what} leaves an axis UNCONSTRAINED, which does not say where "
+            "a leaf goes. Write None, or an axis of the mesh."
+        )
+    if unknown := [name for name in names if name not in mesh.axis_names]:
+        raise ValueError(
+            f"{_WHERE}: {what} names the axis {unknown[0]!r}; the mesh has "
+            f"{', '.join(map(repr, mesh.axis_names))}."
+        )
 
 
 def _names(spec: PartitionSpec) -> list[Any]:
@@ -211,7 +213,7 @@ def _depths(layer_axes: Tree) -> dict[str, int]:
 
 def _check_known(axes: Mapping[str, int], paths: Sequence[str]) -> None:
     """Checks that `layer_axes` is of the parameters that leaves are named as."""
-    if axes and all(_depth(axes, path) is None for path in paths):
+    if axes and paths and all(_depth(axes, path) is None for path in paths):
         raise ValueError(
             f"{_WHERE}: layer_axes knows none of the leaves: it has "
             f"{next(iter(axes))}, the tree has {paths[0]}. Give what layer_axes says "

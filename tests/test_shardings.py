@@ -304,6 +304,11 @@ class TestShardings:
             lambda: run({"w": X}, {"w": P("data")}, mesh, layer_axes={"a": {"w": 1}}),
             "layer_axes knows none of the leaves: it has a/w, the tree has w",
         )
+        mistake(
+            "",
+            lambda: run({"w": X}, {}, mesh, layer_axes={"a": 1}, layers="data"),
+            "layer_axes knows none of the leaves",
+        )
 
     def test_what_an_optimiser_keeps_in_another_shape_or_not_at_all(self, mesh):
         params = {"w": jnp.ones([2, 4, 4])}
