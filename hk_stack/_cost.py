@@ -55,13 +55,12 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
       derivatives: Up to which derivative this must hold, as authors of functions may
         write what theirs run.
     """
-    return not is_narrowed(jaxpr) and all(
-        eqn.primitive.name not in OPAQUE | {"rng_bit_generator"}
-        and not any(map(_is_other_key, eqn.invars))
-        and all(can_batch(body, derivatives) for body in _equations.bodies(eqn))
-        and (not derivatives or _can_batch_rule(eqn, derivatives - 1))
-        for eqn in jaxpr.eqns
-    )
+    eqns = list(_equations.with_inner(jaxpr.eqns))
+    return not (
+        is_wide(jaxpr.eqns)
+        or any(map(_is_other_key, _dtypes(a for eqn in eqns for a in eqn.invars)))
+        or any(eqn.primitive.name in _NEVER_IN_BATCHES for eqn in eqns)
+    ) and (not derivatives or all(_can_batch_rule(e, derivatives - 1) for e in eqns))
 
 
 def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
@@ -72,13 +71,17 @@ def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
 def is_wide(eqns: Iterable[jex.JaxprEqn]) -> bool:
     """Whether there are values of 64 bits where JAX has 32."""
     inner = _equations.with_inner(eqns)
-    return any(_is_wide(v) for eqn in inner for v in (*eqn.invars, *eqn.outvars))
+    atoms = (a for eqn in inner for a in (*eqn.invars, *eqn.outvars))
+    return any(map(_is_wide, _dtypes(atoms)))
 
 
-def _is_wide(atom: Atom) -> bool:
-    """Whether `atom` is of 64 bits where JAX has 32."""
-    dtype: Any = getattr(atom.aval, "dtype", None)
-    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+def _dtypes(atoms: Iterable[Atom]) -> set[Any]:
+    """The types of numbers, each once: there are few, and it takes long to ask."""
+    return {getattr(atom.aval, "dtype", None) for atom in atoms} - {None}
+
+
+def _is_wide(dtype: Any) -> bool:
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return False
     return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
 
@@ -99,10 +102,10 @@ def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
     return not is_conditional and can_batch(rule.jaxpr, derivatives)
 
 
-def _is_other_key(atom: Atom) -> bool:
-    """Whether `atom` is a random key of another kind than threefry's."""
-    is_key = jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.prng_key)
-    return is_key and "fry" not in str(atom.aval.dtype)
+def _is_other_key(dtype: Any) -> bool:
+    """Whether `dtype` is of random keys of another kind than threefry's."""
+    is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return is_key and "fry" not in str(dtype)
 
 
 def gathers(eqns: Iterable[jex.JaxprEqn]) -> bool:
@@ -180,6 +183,7 @@ OPAQUE = frozenset(
     "custom_partitioning custom_vmap_call ffi_call io_callback pallas_call "
     "pure_callback shard_map".split()
 )
+_NEVER_IN_BATCHES = OPAQUE | {"rng_bit_generator"}
 _FACTORISATIONS = frozenset(
     "cholesky eig eigh geqrf hessenberg householder_product lu qr schur svd "
     "triangular_solve tridiagonal".split()

@@ -58,8 +58,7 @@ def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
     known = task.known()
 
     def opens(body: jex.Jaxpr, reads: int) -> bool:
-        has_mark = any(_hoist.is_marked(e, (HOIST,)) for e in body.eqns)
-        return bool(reads & known) or has_mark
+        return bool(reads & known) or _hoist.are_marked(body.eqns, (HOIST,))
 
     flattened = _flat.flatten(closed, opens, task.expose)
     flattened, marked = _settle_marks(flattened, task)
@@ -128,7 +127,8 @@ def _is_expensive(flattened: Flat, node: Node) -> bool:
 
 
 def _inputs_of(flattened: Flat, node: Node) -> list[jex.Var]:
-    return [v for i, v in enumerate(flattened.jaxpr.invars) if node.reads >> i & 1]
+    inputs = flattened.jaxpr.invars
+    return [inputs[i] for i in _flat.positions(node.reads) if i < len(inputs)]
 
 
 def _settle_marks(flattened: Flat, task: Task) -> tuple[Flat, list[jex.Var]]:
@@ -137,11 +137,13 @@ def _settle_marks(flattened: Flat, task: Task) -> tuple[Flat, list[jex.Var]]:
     nodes, marked = [], []
     for node in flattened.nodes:
         eqn, others = node.eqn, node.reads & ~fixed
-        if not others and _hoist.is_marked(eqn, (HOIST, HOISTED)):
+        if not _hoist.are_marked([eqn], (HOIST, HOISTED)):
+            nodes.append(node)
+            continue
+        if not others:
             marked.extend(eqn.outvars)
         elif (
-            others
-            and _hoist.is_marked(eqn, (HOIST,))
+            _hoist.are_marked([eqn], (HOIST,))
             and eqn.params.get("length") != 0  # No turn of the loop runs.
         ):
             raise ValueError(_explain_mark(eqn, task.names_of(others), task.where))
@@ -180,14 +182,14 @@ def _choose(flattened: Flat, task: Task, marked: Sequence[jex.Var]) -> list[jex.
         return list(marked)
     known = task.known()
     frontier = _Frontier(flattened, task, marked)
-    chosen = _NONE
+    handed: set[jex.Var] = set()
     for node in flattened.nodes:
         if node.reads & ~known:
-            chosen |= frontier.behind(node.eqn.invars)
+            handed |= frontier.behind(node.eqn.invars)
         frontier.extend(node, is_known=not node.reads & ~known)
-    chosen |= frontier.behind(flattened.outputs)
+    handed |= frontier.behind(flattened.outputs)
     # What is an input, the call has anyway.
-    chosen = _share(chosen, frontier.sources) - set(flattened.jaxpr.invars)
+    chosen = _share(frozenset(handed), frontier.sources) - set(flattened.jaxpr.invars)
     made = (v for node in flattened.nodes for v in node.eqn.outvars)
     return [v for v in made if v in chosen]
 
@@ -238,11 +240,11 @@ class _Frontier:
         before = self.behind(eqn.invars)
         is_expensive = is_known and _is_expensive(self._flat, node)
         devices = self._devices(eqn)
-        read = _inputs_of(self._flat, node)
+        # Only then are sizes asked for: those of the activations may be symbolic.
+        share = _cost.nbytes(_inputs_of(self._flat, node)) if devices > 1 else 0
         for v in eqn.outvars:
             self._gathered[v] = devices
-            # Only then are sizes asked for: those of the activations may be symbolic.
-            is_whole = devices > 1 and _cost.nbytes([v]) * devices > _cost.nbytes(read)
+            is_whole = devices > 1 and _cost.nbytes([v]) * devices > share
             if v in self._marked or (is_expensive and not is_whole):
                 self._of[v] = frozenset([v])
             elif is_known and before:

@@ -51,13 +51,10 @@ def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
 
 def closed_bodies(eqn: jex.JaxprEqn) -> Iterator[Any]:
     """The jaxprs that `eqn` runs, of whatever kind it is, with their constants."""
-    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_one)
-    return (p for p in params if isinstance(p, (jex.Jaxpr, jex.ClosedJaxpr)))
-
-
-def _is_one(param: object) -> bool:
-    """Whether a parameter of an equation is not several, whatever else it holds."""
-    return not isinstance(param, (tuple, list))
+    for param in eqn.params.values():
+        for one in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(one, (jex.Jaxpr, jex.ClosedJaxpr)):
+                yield one
 
 
 def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
@@ -105,8 +102,11 @@ def with_closed_bodies(
         made = change(jex.ClosedJaxpr(param, []))
         return param if made.consts else made.jaxpr
 
+    def is_one(param: Any) -> bool:
+        return not isinstance(param, (tuple, list))
+
     params = list(eqn.params.values())
-    made = jax.tree.map(changed, params, is_leaf=_is_one)
+    made = jax.tree.map(changed, params, is_leaf=is_one)
     return replace(eqn, params=dict(zip(eqn.params, made, strict=True)))
 
 
@@ -261,7 +261,7 @@ def with_scan_body(
     if "ft_in" in params:
         carry = len(carried(eqn))
         rows = len(invars) - num_consts - carry
-        params["ft_in"] = _layout_of_scan(num_consts, carry, rows)
+        params["ft_in"] = _small_scan(num_consts, carry, rows).params["ft_in"]
     else:
         params["num_consts"] = num_consts
     if "linear" in params:  # Before JAX 0.10.
@@ -269,23 +269,57 @@ def with_scan_body(
     return replace(eqn, invars=invars, params=params)
 
 
+def scan(
+    body: jex.ClosedJaxpr,
+    constants: Sequence[Any],
+    carry: Sequence[Any],
+    rows: Sequence[Any],
+    **options: Any,
+) -> list[Any]:
+    """`jax.lax.scan` of a body that is traced already, and is not traced again.
+
+    Args:
+      body: Takes constants, the carry and rows; returns the carry and outputs.
+      constants: What is the same in all turns.
+      carry: What the first turn is given, of the types that the body returns.
+      rows: Arrays `[T, ...]`.
+      **options: `length`, `reverse` and `unroll` of `jax.lax.scan`.
+
+    Returns:
+      The last carry, and the outputs `[T, ...]`.
+    """
+    outputs = len(body.out_avals) - len(carry)
+    small = _small_scan(len(constants), len(carry), len(rows), outputs, **options)
+    params = {**small.params, "jaxpr": body}
+    results: list[Any] = small.primitive.bind(*constants, *carry, *rows, **params)
+    return results
+
+
 @functools.cache
-def _layout_of_scan(num_consts: int, num_carry: int, num_rows: int) -> Any:
-    """How a `scan` says which of its inputs are what, read off one of that kind."""
-    scalar, row = (jax.core.ShapedArray(s, jnp.dtype("int32")) for s in ((), (1,)))
+def _small_scan(
+    num_consts: int,
+    num_carry: int,
+    num_rows: int,
+    num_outputs: int = 1,
+    *,
+    length: int = 1,
+    **options: Any,
+) -> jex.JaxprEqn:
+    """A `scan` of so many inputs and outputs: what it says of them, others say too."""
+    scalar, row = (jax.core.ShapedArray(s, jnp.dtype("int32")) for s in ((), (length,)))
 
     def scan(constants: list[Any], carry: list[Any], rows: list[Any]) -> Any:
         def turn(carry: list[Any], row: list[Any]) -> Any:
             total = sum([*constants, *row], jnp.int32(0))
-            return [c + total for c in carry], total
+            return [c + total for c in carry], [total] * num_outputs
 
-        return jax.lax.scan(turn, carry, rows, length=1)
+        return jax.lax.scan(turn, carry, rows, length=length, **options)
 
     operands = [scalar] * num_consts, [scalar] * num_carry, [row] * num_rows
     [eqn] = [
         e for e in jax.make_jaxpr(scan)(*operands).eqns if e.primitive.name == "scan"
     ]
-    return eqn.params["ft_in"]
+    return eqn
 
 
 def names_an_input(effect: object) -> bool:

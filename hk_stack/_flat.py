@@ -9,7 +9,7 @@ import functools
 import itertools
 import operator
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -77,6 +77,18 @@ def bits(flags: Iterable[bool]) -> int:
     return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
+def positions(bits: int) -> Iterator[int]:
+    """The positions in a bit set.
+
+    >>> list(positions(5))
+    [0, 2]
+    """
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
 def flatten(
     closed: jex.ClosedJaxpr,
     opens: Callable[[jex.Jaxpr, int], bool],
@@ -133,9 +145,12 @@ class _Flattening(NamedTuple):
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
         for eqn in jaxpr.eqns:
-            now = _equations.replace(eqn, invars=list(map(read, eqn.invars)))
+            now, invars = eqn, list(map(read, eqn.invars))
             if place.caller:
-                now = now.replace(source_info=place.caller.source_info)
+                source = place.caller.source_info
+                now = _equations.replace(eqn, invars=invars, source_info=source)
+            elif invars != eqn.invars:
+                now = _equations.replace(eqn, invars=invars)
             env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
         return list(map(read, jaxpr.outvars))
 
@@ -160,16 +175,16 @@ class _Flattening(NamedTuple):
     def _add(self, eqn: jex.JaxprEqn, regions: tuple[jex.JaxprEqn, ...]) -> list[Atom]:
         """Adds an equation as it is, with what it depends on."""
         reads = self.flat.reads
-        # Bodies are shared, and so are variables by bodies made from one another.
-        outvars: list[Atom] = [fresh(v) if v in reads else v for v in eqn.outvars]
+        if not reads.keys().isdisjoint(eqn.outvars):
+            # Bodies are shared, and so are variables by bodies made from one another.
+            outvars = [fresh(v) if v in reads else v for v in eqn.outvars]
+            eqn = _equations.replace(eqn, outvars=outvars)
         mask = _union(map(self.flat.dependencies, eqn.invars))
         if eqn.effects or eqn.primitive.name in _cost.OPAQUE:
             mask |= 1 << len(self.flat.jaxpr.invars)
-        reads.update((v, mask) for v in outvars)
-        self.flat.nodes.append(
-            Node(_equations.replace(eqn, outvars=outvars), regions, mask)
-        )
-        return outvars
+        reads.update(dict.fromkeys(eqn.outvars, mask))
+        self.flat.nodes.append(Node(eqn, regions, mask))
+        return eqn.outvars
 
 
 def _union(masks: Iterable[int]) -> int:
@@ -225,10 +240,12 @@ def needed(
         eqn = node.eqn
         if live.isdisjoint(eqn.outvars) and not (with_effects and eqn.effects):
             continue
-        # One output of an equation may come in from outside while another is needed.
-        outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
-        kept.append(node._replace(eqn=_equations.replace(eqn, outvars=outvars)))
-        live |= set(variables(eqn.invars)) - outside
+        if not outside.isdisjoint(eqn.outvars):
+            # One output may come in from outside while another is needed.
+            outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
+            node = node._replace(eqn=_equations.replace(eqn, outvars=outvars))
+        kept.append(node)
+        live.update(v for v in variables(eqn.invars) if v not in outside)
     return kept[::-1]
 
 

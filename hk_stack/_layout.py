@@ -157,13 +157,10 @@ def unstack_modules(
 
 def drop_layers(tree: Any) -> Any:
     """The types of the leaves `[L, ...]` of `tree` without their `L`."""
-
-    def first(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [jax.lax.index_in_dim(leaf, 0, keepdims=False) for leaf in leaves]
-
-    leaves, structure = jax.tree.flatten(tree)
+    found: list[Any] = []
     # Unlike a `jax.ShapeDtypeStruct` these types can be traced in a `jax.shard_map`.
-    return jax.tree.unflatten(structure, jax.make_jaxpr(first)(leaves).out_avals)
+    jax.vmap(lambda one: found.append(jax.tree.map(jax.typeof, one)))(tree)
+    return found[0]
 
 
 # Whole trees

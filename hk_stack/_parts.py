@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from hk_stack import _batches, _cost, _equations, _guarded, _loop, _marks
+from hk_stack._equations import Aval
 
 
 class Input(NamedTuple):
@@ -65,6 +66,41 @@ class Parts(NamedTuple):
     def num_derived(self) -> int:
         """How many derived values the call is handed."""
         return self.num_shared + len(self.setup.jaxpr.outvars)
+
+    def variables(
+        self, order: Sequence[int], types: Sequence[Aval]
+    ) -> tuple[list[jex.Var], list[jex.Var]]:
+        """What takes the derived values in the call, and what its inputs `order`.
+
+        Args:
+          order: Positions of inputs: all that the call reads, and maybe others.
+          types: Of all inputs.
+        """
+        taken = self.call.jaxpr.invars
+        given, rest = taken[: self.num_derived], taken[self.num_derived :]
+        read = dict(zip(self.call_inputs, rest, strict=True))
+        return given, [read[i] if i in read else jex.Var(types[i]) for i in order]
+
+    def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
+        """The call as a function of its variables in another order, or unread ones."""
+        jaxpr = _equations.replace(self.call.jaxpr, invars=list(variables))
+        return jex.ClosedJaxpr(jaxpr, [])
+
+    def body(self, order: Sequence[int], types: Sequence[Aval]) -> jex.ClosedJaxpr:
+        """The call as the body of a `scan`.
+
+        Args:
+          order: Positions of inputs, as of `variables`: those that all turns share, the
+            carry, those of each turn.
+          types: Of all inputs.
+
+        Returns:
+          A function of the derived values that all turns share, the inputs `order`, and
+          the derived values of each turn.
+        """
+        given, taken = self.variables(order, types)
+        count = self.num_shared
+        return self.taking([*given[:count], *taken, *given[count:]])
 
 
 def all_setup(block: jex.ClosedJaxpr) -> Parts:
@@ -162,21 +198,18 @@ class Plan(NamedTuple):
             lambda v: checkpoint_name(v, _marks.DERIVED), (shared, own)
         )
         carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
-        given = {i: values[i] for i in parts.call_inputs}
-        layered = [i for i in given if self.inputs[i].layered]
+        layered = [i for i in parts.call_inputs if self.inputs[i].layered]
+        constants = [i for i in parts.call_inputs if i not in {*carried, *layered}]
 
-        def step(carry: list[Any], mapped: Any) -> tuple[list[Any], list[Any]]:
-            own, rows = mapped
-            now = dict(zip(carried, carry, strict=True))
-            now |= zip(layered, rows, strict=True)
-            read = (now.get(i, value) for i, value in given.items())
-            results = _equations.run(parts.call, *shared, *own, *read)
-            return results[: len(carry)], results[len(carry) :]
+        def pick(positions: list[int]) -> list[Any]:
+            return [values[i] for i in positions]
 
-        carry, rest = _loop.run(
-            step,
-            [values[i] for i in carried],
-            (own, [given[i] for i in layered]),
+        order = [*constants, *carried, *layered]
+        carry, rest = _loop.run_traced(
+            parts.body(order, list(map(jax.typeof, values))),
+            [*shared, *pick(constants)],
+            pick(carried),
+            [*pick(layered), *own],
             self.schedule,
         )
         return [*carry, *rest]
