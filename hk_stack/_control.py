@@ -71,8 +71,9 @@ class Task(NamedTuple):
           a whole, is of another kind, or has nothing to hoist.
         """
         expose = _EXPOSE.get(eqn.primitive.name)
-        bodies = _equations.closed_bodies(eqn)
-        if expose is None or any(map(_equations.constants, bodies)):
+        if expose is None:
+            return None
+        if any(map(_equations.constants, _equations.closed_bodies(eqn))):
             return None
         outer = list(map(self._describe, reads))
         if all(i.known for i in outer) or (

@@ -232,13 +232,14 @@ class _Frontier:
     def extend(self, node: Node, *, is_known: bool) -> None:
         """Goes on to what the next equation makes."""
         eqn = node.eqn
-        if self._variable is not None and not node.reads & self._variable:
+        is_constant = self._variable is not None and not node.reads & self._variable
+        if is_constant or not is_known:
             self._of.update(
                 (v, frozenset([v])) for v in eqn.outvars if v in self._marked
             )
             return
         before = self.behind(eqn.invars)
-        is_expensive = is_known and _is_expensive(self._flat, node)
+        is_expensive = _is_expensive(self._flat, node)
         devices = self._devices(eqn)
         # Only then are sizes asked for: those of the activations may be symbolic.
         share = _cost.nbytes(_inputs_of(self._flat, node)) if devices > 1 else 0
@@ -247,7 +248,7 @@ class _Frontier:
             is_whole = devices > 1 and _cost.nbytes([v]) * devices > share
             if v in self._marked or (is_expensive and not is_whole):
                 self._of[v] = frozenset([v])
-            elif is_known and before:
+            elif before:
                 self.sources[v] = before
                 self._of[v] = before if is_whole else _smaller(eqn, v, before)
 

@@ -21,6 +21,7 @@ Body = Any  # a jex.Jaxpr or a jex.ClosedJaxpr
 # Names that versions of JAX have given to these equations.
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
+_IN_PLACE = (*JIT, *REMAT)
 CUSTOM_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
 
@@ -112,7 +113,7 @@ def with_closed_bodies(
 
 def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     """What may stand in place of a `jit` or remat equation; None if nothing may."""
-    if eqn.primitive.name not in (*REMAT, *JIT):
+    if eqn.primitive.name not in _IN_PLACE:
         return None
     params, body = eqn.params, eqn.params["jaxpr"]
     placed = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
@@ -316,9 +317,8 @@ def _small_scan(
         return jax.lax.scan(turn, carry, rows, length=length, **options)
 
     operands = [scalar] * num_consts, [scalar] * num_carry, [row] * num_rows
-    [eqn] = [
-        e for e in jax.make_jaxpr(scan)(*operands).eqns if e.primitive.name == "scan"
-    ]
+    eqns: list[jex.JaxprEqn] = jax.make_jaxpr(scan)(*operands).eqns
+    [eqn] = [e for e in eqns if e.primitive.name == "scan"]
     return eqn
 
 
@@ -343,6 +343,12 @@ def explicit(aval: Aval) -> Any:
     """The sharding that is part of a type, on a mesh with explicit axes; or None."""
     sharding = getattr(aval, "sharding", None)
     return sharding if any(getattr(sharding, "spec", ())) else None
+
+
+def of_row(aval: Aval) -> Aval:
+    """The type of `array[0]`, from that of `array`."""
+    sharding = aval.sharding.update(spec=aval.sharding.spec[1:])
+    return aval.update(shape=aval.shape[1:], sharding=sharding)
 
 
 def zeros(aval: Aval) -> jax.Array:

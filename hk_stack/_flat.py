@@ -157,8 +157,8 @@ class _Flattening(NamedTuple):
     def _enter(self, eqn: jex.JaxprEqn, place: _Place) -> list[Atom]:
         """Adds an equation, or those it stands for; returns their results."""
         masks = list(map(self.flat.dependencies, eqn.invars))
-        body = _equations.body_in_place(eqn)
-        if body is not None and self.opens(body, _union(masks)):
+        mask, body = _union(masks), _equations.body_in_place(eqn)
+        if body is not None and self.opens(body, mask):
             regions = place.regions
             if eqn.primitive.name in _equations.REMAT:
                 regions = (*regions, eqn)
@@ -170,16 +170,17 @@ class _Flattening(NamedTuple):
             before = _Place(place.regions, is_exposed=True)
             made = self.visit(exposed.before.jaxpr, eqn.invars, before)
             eqn = exposed.after(made)
-        return self._add(eqn, place.regions)
+            mask = _union(map(self.flat.dependencies, eqn.invars))
+        return self._add(Node(eqn, place.regions, mask))
 
-    def _add(self, eqn: jex.JaxprEqn, regions: tuple[jex.JaxprEqn, ...]) -> list[Atom]:
-        """Adds an equation as it is, with what it depends on."""
+    def _add(self, node: Node) -> list[Atom]:
+        """Adds an equation as it is; returns its results."""
+        eqn, regions, mask = node
         reads = self.flat.reads
         if not reads.keys().isdisjoint(eqn.outvars):
             # Bodies are shared, and so are variables by bodies made from one another.
             outvars = [fresh(v) if v in reads else v for v in eqn.outvars]
             eqn = _equations.replace(eqn, outvars=outvars)
-        mask = _union(map(self.flat.dependencies, eqn.invars))
         if eqn.effects or eqn.primitive.name in _cost.OPAQUE:
             mask |= 1 << len(self.flat.jaxpr.invars)
         reads.update(dict.fromkeys(eqn.outvars, mask))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from hk_stack import _checks, _naming
+from hk_stack import _checks, _equations, _naming
 from hk_stack._checks import path_name
 from hk_stack._naming import NumberedLayers
 
@@ -157,10 +157,8 @@ def unstack_modules(
 
 def drop_layers(tree: Any) -> Any:
     """The types of the leaves `[L, ...]` of `tree` without their `L`."""
-    found: list[Any] = []
     # Unlike a `jax.ShapeDtypeStruct` these types can be traced in a `jax.shard_map`.
-    jax.vmap(lambda one: found.append(jax.tree.map(jax.typeof, one)))(tree)
-    return found[0]
+    return jax.tree.map(lambda leaf: _equations.of_row(jax.typeof(leaf)), tree)
 
 
 # Whole trees
