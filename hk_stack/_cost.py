@@ -1,7 +1,7 @@
 """What equations cost: whether they are worth hoisting, their bytes and operations."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,26 +11,31 @@ from hk_stack import _equations
 from hk_stack._equations import Atom, Aval
 
 
-def is_expensive(eqn: jex.JaxprEqn, parameters: float) -> bool:
+def is_expensive(eqn: jex.JaxprEqn, parameters: Callable[[], float]) -> bool:
     """Whether an equation is worth hoisting for its own sake.
 
     Args:
       eqn: An equation.
-      parameters: The number of elements of the inputs that it depends on.
+      parameters: Counts the elements of the inputs that it depends on, where that
+        matters.
     """
     name = eqn.primitive.name
     if name in _EXPENSIVE:
         return True
-    most = max(map(size, eqn.outvars), default=0)
     if name in _REDUCTIONS:
-        return most < max(map(size, eqn.invars))
+        return _most(eqn.outvars) < _most(eqn.invars)
     if name in _TRANSCENDENTAL:
-        return most > parameters
+        return _most(eqn.outvars) > parameters()
     return any(
         is_expensive(e, parameters)
         for body in _equations.bodies(eqn)
         for e in body.eqns
     )
+
+
+def _most(atoms: Iterable[Atom]) -> int:
+    """Elements of the largest of several values."""
+    return max(map(size, atoms), default=0)
 
 
 def is_reduction(eqn: jex.JaxprEqn) -> bool:
@@ -125,7 +130,7 @@ def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
     eqns = _equations.with_inner(jaxpr.eqns)
-    return max((nbytes([v]) for eqn in eqns for v in eqn.outvars), default=0)
+    return max((bytes_of(v.aval) for eqn in eqns for v in eqn.outvars), default=0)
 
 
 def size(atom: Atom) -> int:

@@ -122,7 +122,9 @@ def _used(
 
 
 def _is_expensive(flattened: Flat, node: Node) -> bool:
-    elements = sum(map(_cost.size, _inputs_of(flattened, node)))
+    def elements() -> int:
+        return sum(map(_cost.size, _inputs_of(flattened, node)))
+
     return _cost.is_expensive(node.eqn, elements)
 
 
@@ -244,7 +246,8 @@ class _Frontier:
         # Only then are sizes asked for: those of the activations may be symbolic.
         share = _cost.nbytes(_inputs_of(self._flat, node)) if devices > 1 else 0
         for v in eqn.outvars:
-            self._gathered[v] = devices
+            if devices > 1:
+                self._gathered[v] = devices
             is_whole = devices > 1 and _cost.nbytes([v]) * devices > share
             if v in self._marked or (is_expensive and not is_whole):
                 self._of[v] = frozenset([v])
@@ -254,8 +257,8 @@ class _Frontier:
 
     def _devices(self, eqn: jex.JaxprEqn) -> int:
         """From how many devices the values behind an equation were gathered."""
-        read = (self._gathered.get(v, 1) for v in variables(eqn.invars))
-        return max([_equations.gathers_from(eqn), *read])
+        read = variables(eqn.invars).keys() & self._gathered.keys()
+        return max([_equations.gathers_from(eqn), *(self._gathered[v] for v in read)])
 
 
 def _smaller(eqn: jex.JaxprEqn, made: jex.Var, before: Values) -> Values:

@@ -213,7 +213,7 @@ def program(
     """
     nodes = needed(flat.nodes, outputs, given, with_effects=with_effects)
     eqns = _restore_regions(nodes, 0, outputs)
-    reads = variables(outputs) | {v: None for e in eqns for v in variables(e.invars)}
+    reads = variables([*outputs, *(a for e in eqns for a in e.invars)])
     inputs = flat.jaxpr.invars
     positions = tuple(i for i, v in enumerate(inputs) if v in reads and v not in given)
     jaxpr = _equations.replace(
@@ -246,7 +246,7 @@ def needed(
             outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
             node = node._replace(eqn=_equations.replace(eqn, outvars=outvars))
         kept.append(node)
-        live.update(v for v in variables(eqn.invars) if v not in outside)
+        live.update(variables(eqn.invars).keys() - outside)
     return kept[::-1]
 
 

@@ -67,12 +67,13 @@ class _Value(NamedTuple):
 
 def has_branches(jaxpr: jex.Jaxpr) -> bool:
     """Whether there are conditionals in a program."""
-    return any(map(_has_branches, jaxpr.eqns))
+    inner = _equations.with_inner(jaxpr.eqns)
+    return any(eqn.primitive.name == "cond" for eqn in inner)
 
 
 def _has_branches(eqn: jex.JaxprEqn) -> bool:
     """Whether there is a conditional in what an equation runs."""
-    return any(e.primitive.name == "cond" for e in _equations.with_inner([eqn]))
+    return eqn.primitive.name == "cond" or any(map(has_branches, _equations.bodies(eqn)))
 
 
 class _Guard(NamedTuple):

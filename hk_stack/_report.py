@@ -202,7 +202,7 @@ def _inside(
         inner = list(_stayed(body, flags, source))
         if name in _CUT:
             yield from inner
-        elif inner and any(_cost.is_expensive(e, 0) for e in body.eqns):
+        elif inner and any(_cost.is_expensive(e, lambda: 0) for e in body.eqns):
             why = f"the cut does not look into a {name} that depends on the rest"
             yield Stayed(source, name, why)
 

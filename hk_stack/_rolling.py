@@ -226,7 +226,7 @@ class _Level:
             self._rolling.settings.setup == "auto"
             and any(operand.kind is Kind.OWN for operand in repeat.read())
             and all(map(self._is_known, outside))
-            and any(_cost.is_expensive(eqn, math.inf) for eqn in block)
+            and any(_cost.is_expensive(eqn, lambda: math.inf) for eqn in block)
         )
 
     def _read(self, atom: Atom) -> Atom:
