@@ -73,7 +73,8 @@ def has_branches(jaxpr: jex.Jaxpr) -> bool:
 
 def _has_branches(eqn: jex.JaxprEqn) -> bool:
     """Whether there is a conditional in what an equation runs."""
-    return eqn.primitive.name == "cond" or any(map(has_branches, _equations.bodies(eqn)))
+    inner = _equations.bodies(eqn)
+    return eqn.primitive.name == "cond" or any(map(has_branches, inner))
 
 
 class _Guard(NamedTuple):
