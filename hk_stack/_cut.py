@@ -76,7 +76,7 @@ def _uncut(jaxpr: jex.Jaxpr) -> Parts:
     empty = _equations.replace(jaxpr, invars=[], outvars=[], eqns=[], effects=set())
     nothing = jex.ClosedJaxpr(empty, [])
     # Marks that this cut leaves alone are none of the business of one around it.
-    whole = _equations.replace(jaxpr, eqns=list(map(_hoist.weaken, jaxpr.eqns)))
+    whole = _hoist.weakened(jaxpr)
     positions = tuple(range(len(whole.invars)))
     if not any(map(_equations.names_an_input, whole.effects)):
         read = variables([*whole.outvars, *(a for e in whole.eqns for a in e.invars)])
@@ -236,9 +236,8 @@ class _Frontier:
         eqn = node.eqn
         is_constant = self._variable is not None and not node.reads & self._variable
         if is_constant or not is_known:
-            self._of.update(
-                (v, frozenset([v])) for v in eqn.outvars if v in self._marked
-            )
+            for v in self._marked.intersection(eqn.outvars):
+                self._of[v] = frozenset([v])
             return
         before = self.behind(eqn.invars)
         is_expensive = _is_expensive(self._flat, node)

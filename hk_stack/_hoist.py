@@ -64,6 +64,11 @@ def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         return eqn
     if eqn.primitive.name == "name":
         return _equations.replace(eqn, params={**eqn.params, "name": HOISTED})
-    return _equations.with_bodies(
-        eqn, lambda body: _equations.replace(body, eqns=list(map(weaken, body.eqns)))
-    )
+    return _equations.with_bodies(eqn, weakened)
+
+
+def weakened(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """`jaxpr` with all marks weakened."""
+    if not are_marked(jaxpr.eqns, (HOIST,)):
+        return jaxpr
+    return _equations.replace(jaxpr, eqns=list(map(weaken, jaxpr.eqns)))
