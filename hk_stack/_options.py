@@ -12,6 +12,7 @@ import numpy as np
 from hk_stack import _checks, _loop, _naming
 
 Setup = Literal["auto", "marked", "inline"]
+SetupRemat = bool | Literal["auto"]
 Init = Literal["auto", "vmap", "map", "scan"]
 
 
@@ -151,13 +152,24 @@ def of_setup(
     given = {"setup": setup, "setup_batch_size": batch_size, "setup_remat": remat}
     found = [_CHECKS[name](value, name, where) for name, value in given.items()]
     for name in list(given)[1:]:
-        if setup == "inline" and given[name] is not None:
+        if setup == "inline" and given[name] not in (None, "auto"):
             raise ValueError(
                 f"{where}: {name}={given[name]!r} says how setup runs before a loop, "
                 'but setup="inline" leaves it inside. Leave one of them out.'
             )
     kind, size, again = found
     return kind, size, again
+
+
+def _setup_remat(value: object, argument: str, where: str) -> bool | None:
+    """Whether to compute setup again; None is for what the number of batches says."""
+    if isinstance(value, str) and value == "auto":
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f'{where}: {argument} must be True, False or "auto", not {value!r}.'
+        )
+    return bool(value)
 
 
 def _size(value: object, argument: str, where: str) -> int | None:
@@ -188,7 +200,7 @@ _CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
     "transparent": _checks.flag,
     "setup": functools.partial(_checks.one_of, words=get_args(Setup)),
     "setup_batch_size": _size,
-    "setup_remat": _checks.true_or_false,
+    "setup_remat": _setup_remat,
     "init": functools.partial(_checks.one_of, words=get_args(Init)),
     "loop": functools.partial(_checks.one_of, words=_loop.LOOPS),
     "carry_dtype": _floating,
