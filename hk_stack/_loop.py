@@ -201,13 +201,17 @@ def run_traced(
 def _is_scan(body: jex.ClosedJaxpr, carry: Sequence[Any], schedule: Schedule) -> bool:
     """Whether nothing is left to do for `jax.lax.scan` but the equation itself.
 
-    It casts a carry of weak types, refuses some effects, and takes out of the loop what
-    a body passes on as it came.
+    It casts a carry of weak types, refuses some effects, takes out of the loop what a
+    body passes on as it came, and runs a Python loop under `jax.disable_jit`.
     """
-    is_plain = schedule.remat is None and not schedule.unrolled and not body.effects
-    results, inputs = body.jaxpr.outvars, set(body.jaxpr.invars)
-    types = body.out_avals[: len(carry)] == list(map(jax.typeof, carry))
-    return is_plain and types and inputs.isdisjoint(_equations.variables(results))
+    if schedule.remat is not None or schedule.unrolled or body.effects:
+        return False
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        return False
+    types = list(map(jax.typeof, carry))
+    results = _equations.variables(body.jaxpr.outvars)
+    is_made = results.keys().isdisjoint(body.jaxpr.invars)
+    return bool(results) and is_made and body.out_avals[: len(carry)] == types
 
 
 def _in_two(
