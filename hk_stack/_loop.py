@@ -179,7 +179,7 @@ def run_traced(
       schedule: How the layers run.
     """
     count = len(carry)
-    if _is_scan(body, carry, schedule):
+    if _is_scan(body, constants, carry, rows, schedule):
         results = _equations.scan(
             body,
             constants,
@@ -198,20 +198,30 @@ def run_traced(
     return run(layer, list(carry), list(rows), schedule)
 
 
-def _is_scan(body: jex.ClosedJaxpr, carry: Sequence[Any], schedule: Schedule) -> bool:
+def _is_scan(
+    body: jex.ClosedJaxpr,
+    constants: Sequence[Any],
+    carry: Sequence[Any],
+    rows: Sequence[Any],
+    schedule: Schedule,
+) -> bool:
     """Whether nothing is left to do for `jax.lax.scan` but the equation itself.
 
-    It casts a carry of weak types, refuses some effects, takes out of the loop what a
-    body passes on as it came, and runs a Python loop under `jax.disable_jit`.
+    It takes other types than a body was traced for, refuses some effects, takes out of
+    the loop what a body passes on as it came, and runs a Python loop under
+    `jax.disable_jit`.
     """
     if schedule.remat is not None or schedule.unrolled or body.effects:
         return False
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         return False
-    types = list(map(jax.typeof, carry))
     results = _equations.variables(body.jaxpr.outvars)
-    is_made = results.keys().isdisjoint(body.jaxpr.invars)
-    return bool(results) and is_made and body.out_avals[: len(carry)] == types
+    if not results or not results.keys().isdisjoint(body.jaxpr.invars):
+        return False
+    types = list(map(jax.typeof, carry))
+    own = [_equations.of_row(jax.typeof(row)) for row in rows]
+    given = [*map(jax.typeof, constants), *types, *own]
+    return body.in_avals == given and body.out_avals[: len(carry)] == types
 
 
 def _in_two(
