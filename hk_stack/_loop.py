@@ -221,7 +221,7 @@ def _is_scan(
     types = list(map(jax.typeof, carry))
     own = [_equations.of_row(jax.typeof(row)) for row in rows]
     given = [*map(jax.typeof, constants), *types, *own]
-    return body.in_avals == given and body.out_avals[: len(carry)] == types
+    return bool(body.in_avals == given and body.out_avals[: len(carry)] == types)
 
 
 def _in_two(
