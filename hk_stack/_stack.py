@@ -59,6 +59,7 @@ def layer_stack(
     setup: Setup = "auto",
     setup_batch_size: int | None = None,
     setup_remat: bool | None = None,
+    setup_sharding: str | None = None,
     init: Init = "auto",
     loop: _loop.Loop = "scan",
     remat: bool | Callable[..., Any] = False,
@@ -123,6 +124,11 @@ def layer_stack(
       setup_remat: Whether gradients run setup again instead of keeping what it computed
         on the way; the derived values are kept. By default, if there is more than one
         batch.
+      setup_sharding: The name of an axis of the mesh around (`jax.set_mesh`), over
+        whose devices the setup of the layers is spread: each device runs that of its
+        share of the layers, `setup_batch_size` at once, and all get the derived values.
+        By default each device runs all setup. Worth it where setup is expensive and
+        parameters are replicated; with those that are sharded already it may cost.
       init: How initial values are made. "auto": in batches of layers, unless an
         initial value depends on the activations, a batch would draw other random
         numbers, or this is inside `jit`, where it takes longer to compile. "vmap",
@@ -158,7 +164,8 @@ def layer_stack(
       TypeError: If an argument, an input of the stack or a result of the layer function
         is of the wrong type.
       ValueError: If one has a wrong value, shape or dtype; if parameters are of another
-        depth; if a module is shared with the outside; if a `hoist` cannot be done.
+        depth; if a module is shared with the outside; if a `hoist` cannot be done; if
+        there is no mesh with the axis `setup_sharding`.
     """
     options = _options.checked(
         num_layers=num_layers,
@@ -171,6 +178,7 @@ def layer_stack(
         setup=setup,
         setup_batch_size=setup_batch_size,
         setup_remat=setup_remat,
+        setup_sharding=setup_sharding,
         init=init,
         loop=loop,
         remat=remat,
