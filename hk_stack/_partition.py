@@ -45,7 +45,7 @@ class _Program:
         if self.mesh not in (None, around):
             raise ValueError(
                 f"{self.where}, setup: it is spread over the mesh {self.mesh}, and the "
-                f"mesh around is {around}. Write with jax.set_mesh(mesh): around setup, "
+                f"one around is {around}. Write with jax.set_mesh(mesh): around setup, "
                 "too, or partition again."
             )
         what = f"{self.where}, setup: argument `{self.names[0]}`"

@@ -70,6 +70,9 @@ class Devices(NamedTuple):
             copies = jnp.broadcast_to(last, (missing, *last.shape[1:]))
             values = jnp.concatenate([values, copies])
         split = values.reshape(self.size, -1, *values.shape[1:])
+        if missing and not self.is_explicit:
+            # Whole, so that gradients lose the copies after one gather.
+            split = _constrained(split, None)
         return jnp.swapaxes(self._placed(split), 0, 1)
 
     def _placed(self, values: jax.Array) -> jax.Array:

@@ -6,7 +6,6 @@ import re
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import jaxprs
 import pytest
 from agreement import FAST, assert_close
 from interpreter import computed
@@ -22,9 +21,10 @@ X = normal(0, 2, D)
 
 
 def product(w):
+    power = w
     for _ in range(6):
-        w = jnp.tanh(w @ w)
-    return w
+        power = jnp.tanh(w @ power)
+    return power
 
 
 def spectral(w):
@@ -52,10 +52,10 @@ def other_key(w):
 
 
 def several_values(w):
-    """Of one number, of a vector, and a branch of two."""
+    """Of one number, of a vector, and of one of two branches."""
     norm = jnp.linalg.norm(w)
-    matrix = jax.lax.cond(norm > 1, lambda w: product(w) / norm, product, w)
-    return matrix * jnp.linalg.norm(w, axis=0)[None] + jnp.cumsum(norm[None])
+    made = jax.lax.cond(norm > 3, lambda w: product(w) / norm, product, w)
+    return (made + 0.1 * jnp.tanh(norm)) * jnp.linalg.norm(w, axis=0)[None]
 
 
 def layers(of=product, num_layers=L, **options):
@@ -116,7 +116,9 @@ def collectives(compiled):
         first, *lines = block.strip().splitlines() or [""]
         name = first.removeprefix("ENTRY ").lstrip("%").split(" ")[0]
         bodies[name] = "\n".join(lines)
-    called = {name: set(re.findall(r"%([\w.-]+)", body)) for name, body in bodies.items()}
+    called = {
+        name: set(re.findall(r"%([\w.-]+)", body)) for name, body in bodies.items()
+    }
     waiting = [n for b in bodies.values() for n in re.findall(r"body=%([\w.-]+)", b)]
     looped = set()
     while waiting:
@@ -133,9 +135,14 @@ def collectives(compiled):
 class TestWork:
     """What each device does, from XLA's own analysis."""
 
-    def compiled(self, apply, params, grad):
+    @staticmethod
+    @functools.cache
+    def compiled(spec, kind, num_layers=L, grad=False, **options):
+        apply = layers(num_layers=num_layers, **options)
         run = loss_of(apply) if grad else apply
-        return jax.jit(run).lower(params, X).compile()
+        with jax.set_mesh(mesh := mesh_of(kind)):
+            params = placed(parameters(num_layers), mesh, SPECS[spec])
+            return jax.jit(run).lower(params, X).compile()
 
     @pytest.mark.parametrize(
         ("spec", "kind", "grad"),
@@ -146,38 +153,33 @@ class TestWork:
             ("replicated", EXPLICIT, True),
         ],
     )
-    def test_flops_are_a_share(self, spec, kind, grad):
+    def test_operations_are_a_share(self, spec, kind, grad):
         # XLA counts the body of a loop once. With one batch setup is in no loop; the
         # loop of calls, which is the same in both programs, counts as one small layer.
-        options = {"setup_batch_size": L, "setup_remat": False}
-        with jax.set_mesh(mesh := mesh_of(kind)):
-            params = placed(parameters(), mesh, SPECS[spec])
-            spread, plain = (
-                self.compiled(layers(**options, setup_sharding=axis), params, grad)
-                for axis in ("b", None)
-            )
+        options = {"grad": grad, "setup_batch_size": L, "setup_remat": False}
+        plain = self.compiled("replicated", AUTO, **options)
+        spread = self.compiled(spec, kind, setup_sharding="b", **options)
         flops = [c.cost_analysis()["flops"] for c in (spread, plain)]
         assert flops[0] <= 1.2 / DEVICES * flops[1]
 
     @pytest.mark.parametrize(
-        ("spec", "kind", "num_layers"),
+        ("spec", "kind", "num_layers", "grad", "expected"),
         [
-            ("replicated", AUTO, L),
-            ("replicated", AUTO, L - 1),
-            ("by layer", AUTO, L),
-            ("in shards", AUTO, L),
-            ("replicated", EXPLICIT, L - 1),
+            # Parameters are moved before setup, once.
+            ("in shards", AUTO, L, False, ["all-to-all", "all-gather"]),
+            ("by layer", AUTO, L, False, ["all-gather"]),
+            ("by layer", AUTO, L, True, ["all-gather"]),
+            ("replicated", AUTO, L - 1, False, ["all-gather"]),
+            # Gradients of both parameters, too, which have to be whole.
+            ("replicated", AUTO, L - 1, True, ["all-gather"] * 3),
+            ("replicated", EXPLICIT, L, True, ["all-gather"] * 3),
         ],
     )
-    def test_derived_values_are_gathered_once(self, spec, kind, num_layers):
+    def test_values_are_gathered_once(self, spec, kind, num_layers, grad, expected):
         options = {"setup_batch_size": 1, "setup_sharding": "b"}
-        with jax.set_mesh(mesh := mesh_of(kind)):
-            params = placed(parameters(num_layers), mesh, SPECS[spec])
-            apply = layers(num_layers=num_layers, **options)
-            outside, inside = collectives(self.compiled(apply, params, False))
-            _, inside_of_both = collectives(self.compiled(apply, params, True))
-        assert outside.count("all-gather") == 1
-        assert not inside + inside_of_both
+        program = self.compiled(spec, kind, num_layers, grad, **options)
+        assert " while(" in program.as_text()
+        assert collectives(program) == (expected, [])
 
 
 def compiled(run, *args):
@@ -190,18 +192,14 @@ class TestResults:
     @pytest.mark.parametrize(
         ("of", "spec", "kind", "num_layers", "options"),
         [
-            (product, "replicated", AUTO, 8, {}),
             (spectral, "by layer", AUTO, 8, {"setup_batch_size": 1}),
             (recurrence, "in shards", AUTO, 8, {"setup_remat": True}),
             (several_values, "replicated", AUTO, 6, {"setup_batch_size": 2}),
-            (randomly, "in shards", AUTO, 12, {"setup_batch_size": 2}),
+            (randomly, "replicated", AUTO, 9, {"setup_batch_size": 2}),
             (other_key, "by layer", AUTO, 4, {}),
-            (recurrence, "replicated", AUTO, 3, {"loop": "unrolled"}),
-            (product, "replicated", AUTO, 1, {}),
             (several_values, "replicated", EXPLICIT, 7, {"remat": True}),
-            (spectral, "in shards", EXPLICIT, 9, {"setup_batch_size": 2}),
-            (recurrence, "replicated", EXPLICIT, 3, {"setup_remat": True}),
-            (other_key, "in shards", EXPLICIT, 8, {"remat": True, "remat_every": 3}),
+            (product, "in shards", EXPLICIT, 9, {"setup_batch_size": 2}),
+            (recurrence, "replicated", EXPLICIT, 3, {"loop": "unrolled"}),
         ],
     )
     def test_of_a_stack(self, of, spec, kind, num_layers, options):
@@ -212,25 +210,25 @@ class TestResults:
             found = compiled(loss_of(apply), placed(params, mesh, SPECS[spec]), X)
         assert_close(found, expected)
 
-    @pytest.mark.parametrize("kinds", [(AUTO, AUTO), (EXPLICIT, AUTO), (AUTO, EXPLICIT)])
+    @pytest.mark.parametrize("kinds", [(EXPLICIT, AUTO), (AUTO, EXPLICIT)])
     def test_on_one_of_two_axes(self, kinds):
         """The other one has the batch."""
         params, x = parameters(5), normal(0, 4, D)
-        expected = computed(loss_of(layers(several_values, 5)), params, x)
+        expected = computed(loss_of(layers(spectral, 5)), params, x)
         with jax.set_mesh(mesh := grid_of(*kinds)):
-            apply = layers(several_values, 5, setup_sharding="b")
+            apply = layers(spectral, 5, setup_sharding="b")
             params = placed(params, mesh, P())
             batch = jax.device_put(x, NamedSharding(mesh, P("a")))
             assert_close(compiled(loss_of(apply), params, batch), expected)
 
     @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-    def test_under_vmap_and_without_jit(self, kind):
+    def test_under_vmap(self, kind):
         many = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p]), parameters(6))
         run = loss_of(layers(num_layers=6))
         expected = computed(jax.vmap(run, (0, None)), many, X)
         run = loss_of(layers(num_layers=6, setup_sharding="b"))
         with jax.set_mesh(mesh_of(kind)):
-            assert_close(jax.vmap(run, (0, None))(many, X), expected)
+            assert_close(compiled(jax.vmap(run, (0, None)), many, X), expected)
 
     def test_of_a_setup_that_gathers(self):
         """It then gathers the layers of each device there."""
@@ -238,15 +236,14 @@ class TestResults:
 
         def whole(w):
             w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
-            return jnp.linalg.norm(product(w))[None, None]
+            return w / (1 + jnp.linalg.norm(product(w)))
 
         params = parameters()
         expected = computed(loss_of(layers(whole)), params, X)
         with jax.set_mesh(mesh):
             params = placed(params, mesh, P(None, "b"))
-            for size in (None, 2):
-                apply = layers(whole, setup_sharding="b", setup_batch_size=size)
-                assert_close(compiled(loss_of(apply), params, X), expected)
+            apply = layers(whole, setup_sharding="b", setup_batch_size=2)
+            assert_close(compiled(loss_of(apply), params, X), expected)
 
     def test_of_a_setup_that_is_on_this_axis_itself(self):
         mesh = mesh_of(AUTO)
@@ -271,10 +268,10 @@ class TestResults:
             )
         assert str(spread) == str(plain)
 
-    def test_on_one_mesh_after_the_other(self):
+    def test_without_jit_on_one_mesh_after_the_other(self):
         run = layers(setup_sharding="b")
         expected = computed(layers(), parameters(), X)
-        for mesh in (mesh_of(AUTO), mesh_of(EXPLICIT), grid_of(AUTO, AUTO)):
+        for mesh in (grid_of(AUTO, AUTO), mesh_of(EXPLICIT)):
             with jax.set_mesh(mesh):
                 assert_close(run(parameters(), X), expected)
 
@@ -307,7 +304,6 @@ class TestNests:
             ("b", None, AUTO),
             (None, "b", EXPLICIT),
             ("b", "b", AUTO),
-            ("b", "b", EXPLICIT),
         ],
     )
     def test_of_stacks(self, outer, inner, kind):
@@ -325,16 +321,16 @@ class TestNests:
 def scan(params, x):
     """Layers that nobody wrote for this library."""
 
-    def layer(x, own):
-        return x + jnp.tanh(x @ product(own["w"] * own["scale"])), None
+    return jax.lax.scan(turn, x, params["layers/~"])[0]
 
-    return jax.lax.scan(layer, x, params["layers/~"])[0]
+
+def turn(x, own):
+    return x + jnp.tanh(x @ product(own["w"] * own["scale"])), None
 
 
 def loop(params, x):
     for i in range(L):
-        own = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers/~"])
-        x, _ = scan({"layers/~": jax.tree.map(lambda leaf: leaf[None], own)}, x)
+        x, _ = turn(x, jax.tree.map(lambda leaf, i=i: leaf[i], params["layers/~"]))
     return x
 
 
@@ -349,14 +345,13 @@ def halves(params, x):
 
 
 class TestWholeFunctions:
-    @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
     @pytest.mark.parametrize(
-        ("verb", "fn"),
+        ("verb", "fn", "kind"),
         [
-            (hk_stack.setup_first, scan),
-            (hk_stack.setup_first, layers()),
-            (hk_stack.setup_first, halves),
-            (hk_stack.roll, loop),
+            (hk_stack.setup_first, scan, AUTO),
+            (hk_stack.setup_first, layers(), AUTO),
+            (hk_stack.setup_first, halves, EXPLICIT),
+            (hk_stack.roll, loop, EXPLICIT),
         ],
         ids=["scan", "stack", "scan in a scan", "loop"],
     )
@@ -367,11 +362,8 @@ class TestWholeFunctions:
             spread = verb(fn, setup_sharding="b")
             program = jax.jit(loss_of(spread)).lower(params, X).compile(FAST)
             assert_close(program(params, X), expected)
-            plain = jax.jit(loss_of(verb(fn))).lower(params, X).compile(FAST)
         outside, inside = collectives(program)
         assert "all-gather" in outside and not inside
-        flops = [c.cost_analysis()["flops"] for c in (program, plain)]
-        assert flops[0] < 0.6 * flops[1]
 
     @pytest.mark.parametrize(("kind", "fn"), [(AUTO, scan), (EXPLICIT, layers())])
     def test_partition_hands_over_whole_values(self, fn, kind):
@@ -386,7 +378,9 @@ class TestWholeFunctions:
         assert outside.count("all-gather") == 1 and not inside
         [made] = derived["hoisted"].values()
         assert made.shape[0] == L and made.sharding.is_fully_replicated
-        with pytest.raises(ValueError, match="setup: it is spread over the mesh .* is"):
+        with pytest.raises(
+            ValueError, match=r"setup: it is spread over the mesh .*, and the"
+        ):
             split.setup(parameters())
 
 
@@ -398,7 +392,7 @@ class TestMistakes:
         [
             ("", ValueError, "not ''"),
             (3, TypeError, "not 3"),
-            (("a", "b"), TypeError, "one axis"),
+            (("a", "b"), TypeError, "not"),
             (P("b"), TypeError, r"Write setup_sharding='b'\.$"),
             (P("a", "b"), TypeError, r"\)\.$"),
             (NamedSharding(mesh_of(AUTO), P(None, "b")), TypeError, "ding='b'"),
@@ -417,10 +411,14 @@ class TestMistakes:
                 verb(setup_sharding=value)
 
     @pytest.mark.parametrize(
-        "verb", [lambda **o: hk_stack.layer_stack(3, **o), functools.partial(hk_stack.roll, scan)]
+        "verb",
+        [
+            lambda **o: hk_stack.layer_stack(3, **o),
+            functools.partial(hk_stack.roll, scan),
+        ],
     )
     def test_nothing_to_spread(self, verb):
-        with pytest.raises(ValueError, match="setup_sharding='b' says .* Leave one"):
+        with pytest.raises(ValueError, match=r"setup_sharding='b' says .* Leave one"):
             verb(setup="inline", setup_sharding="b")
 
     @pytest.mark.parametrize(
@@ -438,11 +436,15 @@ class TestMistakes:
     )
     def test_no_such_axis_or_mesh(self, run, where):
         start = f"{where}.*: setup_sharding='z' names an axis of the mesh around"
-        with pytest.raises(ValueError, match=rf"{start}, but .* with jax\.set_mesh\(mes"):
+        with pytest.raises(
+            ValueError, match=rf"{start}, but .* with jax\.set_mesh\(mes"
+        ):
             run(parameters(), X)
-        with jax.set_mesh(grid_of(AUTO, AUTO)):
-            with pytest.raises(ValueError, match=f"{start}, which has 'a', 'b' only"):
-                run(parameters(), X)
+        with (
+            jax.set_mesh(grid_of(AUTO, AUTO)),
+            pytest.raises(ValueError, match=f"{start}, which has 'a', 'b' only"),
+        ):
+            run(parameters(), X)
 
     def test_inside_of_a_shard_map(self):
         mesh = grid_of(AUTO, AUTO)
@@ -452,7 +454,10 @@ class TestMistakes:
             specs = {"in_specs": (P(), P(axis)), "out_specs": P(axis)}
             return jax.shard_map(apply, mesh=mesh, axis_names={axis}, **specs)
 
-        with jax.set_mesh(mesh), pytest.raises(ValueError, match="leave|Leave .* axis_na"):
+        with (
+            jax.set_mesh(mesh),
+            pytest.raises(ValueError, match=r"taken this axis.* axis_names"),
+        ):
             jax.jit(on("b"))(parameters(), X)
         with jax.set_mesh(mesh):
             found = compiled(on("a"), parameters(), X)
