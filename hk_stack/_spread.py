@@ -82,7 +82,8 @@ class Devices(NamedTuple):
             place = PartitionSpec(
                 self.axis, None, *(_without(entry, self.axis) for entry in spec)
             )
-            return jax.sharding.reshard(values, place)
+            placed: jax.Array = jax.sharding.reshard(values, place)
+            return placed
         return _constrained(values, self.axis)
 
     def _merged(self, values: jax.Array) -> jax.Array:
@@ -98,12 +99,13 @@ class Devices(NamedTuple):
     def _gathered(self, values: jax.Array, num_layers: int, aval: Any) -> jax.Array:
         """`[M, n, ...]` as `[L, ...]`, all layers on all devices, each of a type."""
         values = jnp.swapaxes(values, 0, 1)
-        shape = (-1, *values.shape[2:])
+        shape = (self.size * values.shape[1], *values.shape[2:])
         if self.is_explicit:
-            # A `reshard` would count as a gather of the user's: see `gathers_from`.
-            shape = (self.size * values.shape[1], *values.shape[2:])
             place = PartitionSpec(None, *aval.sharding.spec)
+            # A `reshard` alone would count as a gather of the user's: see
+            # `gathers_from`. This one keeps gradients whole in the loop they come from.
             whole = jax.lax.reshape(values, shape, out_sharding=place)
+            whole = jax.sharding.reshard(whole, place)
         else:
             whole = _constrained(values, None).reshape(shape)
         return whole[:num_layers]
@@ -190,13 +192,15 @@ def _typed(values: jax.Array) -> tuple[Any, ...]:
 
 def _constrained(values: jax.Array, axis: str | None) -> jax.Array:
     """Arrays `[n, k, ...]`, the first axis on `axis` and the second on none."""
+    if values.ndim == 2:
+        # Without any free axis, this would count as a gather: see `gathers_from`.
+        return _constrained(values[..., None], axis)[..., 0]
     free = PartitionSpec.UNCONSTRAINED
     # Types say it for axes of the mesh that are explicit, and go before.
-    rest = [free if entry is None else None for entry in _typed(values)[1:]]
-    # One axis has to stay free, or this counts as a gather: see `gathers_from`.
-    if len(rest) > 1:
-        rest[0] = None
-    return jax.lax.with_sharding_constraint(values, PartitionSpec(axis, *rest))
+    rest = [free if entry is None else None for entry in _typed(values)[2:]]
+    spec = PartitionSpec(axis, None, *rest)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(values, spec)
+    return constrained
 
 
 def _without(entry: Any, axis: str) -> Any:

@@ -32,7 +32,7 @@ def spectral(w):
     for _ in range(3):
         u = w @ (w.T @ u)
         u = u / jnp.linalg.norm(u)
-    return w / (u @ w @ u)
+    return jnp.tanh(w) / (1 + jnp.linalg.norm(w @ u))
 
 
 def recurrence(w):
