@@ -77,16 +77,6 @@ def one_of(word: object, argument: str, where: str, words: Sequence[str]) -> str
     return word
 
 
-def true_or_false(value: object, argument: str, where: str) -> bool | None:
-    """`value`, if it is True, False or None."""
-    if not (value is None or isinstance(value, (bool, np.bool_))):
-        raise TypeError(
-            f"{where}: {argument} must be True, False or None (which "
-            f"chooses), not {value!r}."
-        )
-    return None if value is None else bool(value)
-
-
 def function(f: object, where: str) -> None:
     """Checks that `f` can be called."""
     if not callable(f):

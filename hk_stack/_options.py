@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from hk_stack import _checks, _loop, _naming
 
 Setup = Literal["auto", "marked", "inline"]
+SetupRemat = bool | Literal["auto"]
 Init = Literal["auto", "vmap", "map", "scan"]
 
 
@@ -166,7 +167,7 @@ def of_setup(
 
 def _not_inline(setup: object, argument: str, value: object, where: str) -> None:
     """Checks that an option of setup is not given where there is none."""
-    if setup == "inline" and value is not None:
+    if setup == "inline" and value not in (None, "auto"):
         raise ValueError(
             f"{where}: {argument}={value!r} says how setup runs before a loop, but "
             'setup="inline" leaves it inside. Leave one of them out.'
@@ -186,6 +187,17 @@ def axis_of_mesh(value: object, argument: str, where: str) -> str | None:
         f"{where}: {argument} must be the name of one axis of the mesh around, or None "
         f"(which leaves all setup on all devices), not {value!r}.{hint}"
     )
+
+
+def _setup_remat(value: object, argument: str, where: str) -> bool | None:
+    """Whether to compute setup again; None is for what the number of batches says."""
+    if isinstance(value, str) and value == "auto":
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f'{where}: {argument} must be True, False or "auto", not {value!r}.'
+        )
+    return bool(value)
 
 
 def _size(value: object, argument: str, where: str) -> int | None:
@@ -216,7 +228,7 @@ _CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
     "transparent": _checks.flag,
     "setup": functools.partial(_checks.one_of, words=get_args(Setup)),
     "setup_batch_size": _size,
-    "setup_remat": _checks.true_or_false,
+    "setup_remat": _setup_remat,
     "setup_sharding": axis_of_mesh,
     "init": functools.partial(_checks.one_of, words=get_args(Init)),
     "loop": functools.partial(_checks.one_of, words=_loop.LOOPS),

@@ -17,7 +17,7 @@ from hk_stack import (
     _roll_report,
     _rolling,
 )
-from hk_stack._options import Setup
+from hk_stack._options import Setup, SetupRemat
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,7 +86,7 @@ def roll(
     min_layers: int = 3,
     setup: Setup = "auto",
     setup_batch_size: int | None = None,
-    setup_remat: bool | None = None,
+    setup_remat: SetupRemat = "auto",
     setup_sharding: str | None = None,
     remat: bool | Callable[..., Any] = False,
     remat_every: int | Literal["sqrt"] | None = None,
@@ -130,7 +130,7 @@ def roll(
       min_layers: How many equal blocks are worth a loop, at least 2.
       setup: What leaves the loops: see `layer_stack`, as the next six.
       setup_batch_size: How many layers' setup runs at once.
-      setup_remat: Whether gradients run setup again.
+      setup_remat: Whether gradients run setup again, or "auto".
       setup_sharding: The axis of the mesh around that setup is spread over.
       remat: Whether gradients compute each block again; or a policy.
       remat_every: How many blocks are computed again as one group.

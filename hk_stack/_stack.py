@@ -29,7 +29,7 @@ from hk_stack import (
 )
 from hk_stack._advice import Situation
 from hk_stack._layer import Given, Invocation, Result
-from hk_stack._options import Init, Options, Setup
+from hk_stack._options import Init, Options, Setup, SetupRemat
 from hk_stack._types import Key, Params, State
 
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def layer_stack(
     *,
     setup: Setup = "auto",
     setup_batch_size: int | None = None,
-    setup_remat: bool | None = None,
+    setup_remat: SetupRemat = "auto",
     setup_sharding: str | None = None,
     init: Init = "auto",
     loop: _loop.Loop = "scan",
@@ -122,8 +122,10 @@ def layer_stack(
         A setup that a batch would change (of random bits other than threefry's, for
         instance), or of which there is none, runs layer after layer in any case.
       setup_remat: Whether gradients run setup again instead of keeping what it computed
-        on the way; the derived values are kept. By default, if there is more than one
-        batch.
+        on the way; the derived values are kept. "auto": if there is more than one
+        batch, which takes the least memory. Where there is room for all that a dear
+        setup computes on the way, `setup_remat=False, setup_batch_size=num_layers` is
+        faster.
       setup_sharding: The name of an axis of the mesh around (`jax.set_mesh`), over
         whose devices the setup of the layers is spread: each device runs that of its
         share of the layers, `setup_batch_size` at once, and all get the derived values.

@@ -80,7 +80,7 @@ class Program(NamedTuple):
     reverse: bool = False
     unroll: int = 1
     setup_batch_size: int | None = None
-    setup_remat: bool | None = None
+    setup_remat: bool | str = "auto"
     inline: bool = True
     partitioned: str = "inline"
 
@@ -778,7 +778,7 @@ def programs(draw: Any) -> Program:
         reverse=draw(st.booleans()),
         unroll=draw(st.integers(1, 2)),
         setup_batch_size=draw(st.sampled_from([None, *range(1, num_layers + 1)])),
-        setup_remat=draw(st.sampled_from([None, False, True])),
+        setup_remat=draw(st.sampled_from(["auto", False, True])),
         inline=draw(st.booleans()),
         partitioned=draw(st.sampled_from(["inline", "auto"])),
     )

@@ -542,7 +542,7 @@ class TestAccumulate:
 class TestMemoryOfSetup:
     """`setup_batch_size` and `setup_remat` change the program, not its results."""
 
-    @pytest.mark.parametrize("remat", [None, True, False])
+    @pytest.mark.parametrize("remat", ["auto", True, False])
     @pytest.mark.parametrize("size", [None, 1, 2, 3, 5, 9])
     def test_results(self, size, remat):
         def run(**options):
@@ -606,7 +606,7 @@ class TestMemoryOfSetup:
     def test_mistakes(self):
         message = mistake(lambda: hk_stack.layer_stack(3, setup_batch_size=0, name="s"))
         assert "setup_batch_size" in message and "'s'" in message
-        for wrong in ("no", 1, np.array([1, 2])):
+        for wrong in ("no", 1, None, np.array([1, 2])):
             stack = functools.partial(hk_stack.layer_stack, 3, setup_remat=wrong)
             message = mistake(functools.partial(stack, name="s"))
             assert "setup_remat" in message and repr(wrong) in message

@@ -223,7 +223,7 @@ MISTAKES = [
     (TypeError, {"carry_dtype": "half precision"}, "carry_dtype must be a floating"),
     (TypeError, {"carry_dtype": jnp.int32}, "carry_dtype must be a floating"),
     (TypeError, {"check_finite": "yes"}, "check_finite must be True or False"),
-    (TypeError, {"setup_remat": 2}, "setup_remat must be True, False or None"),
+    (TypeError, {"setup_remat": 2}, 'setup_remat must be True, False or "auto", not 2'),
 ]
 
 

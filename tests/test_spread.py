@@ -24,7 +24,7 @@ def normal(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-X = normal(2, D)
+X = normal(DEVICES, D)
 
 
 def product(w):
@@ -216,7 +216,10 @@ class TestResults:
         expected = computed(loss_of(layers(of, num_layers)), params, X)
         with jax.set_mesh(mesh := mesh_of(kind)):
             apply = layers(of, num_layers, setup_sharding="b", **options)
-            found = compiled(loss_of(apply), placed(params, mesh, SPECS[spec]), X)
+            # As in data parallelism; what is in shards leaves no room for it.
+            batch = P() if spec == "in shards" else P("b")
+            x = jax.device_put(X, NamedSharding(mesh, batch))
+            found = compiled(loss_of(apply), placed(params, mesh, SPECS[spec]), x)
         assert_close(found, expected)
 
     @pytest.mark.parametrize("kinds", [(EXPLICIT, AUTO), (AUTO, EXPLICIT)])

@@ -131,9 +131,10 @@ def _log_axes(axes: Axes, depths: Sequence[int]) -> None:
 
 def _colours(ways: Sequence[str]) -> dict[str, str]:
     """The colour of each way, which is that of its framework."""
-    frameworks = list(dict.fromkeys(w.split()[0] for w in ways if not show.is_ours(w)))
+    theirs = {w: w.split()[0] for w in ways if not show.is_ours(w)}
+    frameworks = list(dict.fromkeys(theirs.values()))
     colours = dict(zip(frameworks, _COLOURS * len(frameworks), strict=False))
-    return {way: colours.get(way.split()[0], _OURS) for way in ways}
+    return {way: colours.get(theirs.get(way, ""), _OURS) for way in ways}
 
 
 def _svg(figure: Figure) -> str:

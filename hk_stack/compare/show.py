@@ -105,8 +105,8 @@ def digits(number: float) -> str:
 
 
 def is_ours(way: str) -> bool:
-    """Whether a way is one of hk_stack, to make it stand out."""
-    return way.startswith("hk_stack")
+    """Whether a way is one of hk_stack, or given to it, to make it stand out."""
+    return way.startswith("hk_stack") or way.endswith(("+ roll", "+ setup_first"))
 
 
 def run_measure(row: results.Row) -> str:
