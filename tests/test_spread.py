@@ -188,8 +188,13 @@ class TestWork:
     def test_values_are_gathered_once(self, spec, kind, num_layers, grad, expected):
         options = {"setup_batch_size": 1, "setup_sharding": "b"}
         program = self.compiled(spec, kind, num_layers, grad, **options)
-        assert " while(" in program.as_text()
+        # Of setup and of calls, in both passes.
+        assert program.as_text().count(" while(") == 2 * (1 + grad)
         assert collectives(program) == (expected, [])
+
+    def test_values_are_gathered_in_the_loop_otherwise(self):
+        program = self.compiled("in shards", AUTO, setup_batch_size=1)
+        assert "all-gather" in collectives(program)[1]
 
 
 def compiled(run, *args):
