@@ -25,7 +25,7 @@ def is_expensive(eqn: jex.JaxprEqn, parameters: float) -> bool:
     if name in _REDUCTIONS:
         return most < max(map(size, eqn.invars))
     if name in _TRANSCENDENTAL:
-        return most > parameters
+        return most > max(1, parameters)  # The logarithm of a constant is no work.
     return any(
         is_expensive(e, parameters)
         for body in _equations.bodies(eqn)
@@ -38,13 +38,33 @@ def is_reduction(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name in _REDUCTIONS
 
 
+def is_work(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation is worth hoisting whatever its sizes are."""
+    return eqn.primitive.name in _EXPENSIVE
+
+
+def is_factorisation(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation factorises matrices, or the like."""
+    return eqn.primitive.name in _FACTORISATIONS
+
+
+def is_product(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation multiplies by matrices, or by their inverses."""
+    return eqn.primitive.name in _PRODUCTS
+
+
 def is_layout(eqn: jex.JaxprEqn) -> bool:
     """Whether an equation moves numbers without changing them."""
     return eqn.primitive.name in _LAYOUT
 
 
-def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
-    """Whether a batch computes just what one layer after another would.
+def can_batch(jaxpr: jex.Jaxpr) -> bool:
+    """Whether a batch computes just what one layer after another would."""
+    return not no_batch(jaxpr)
+
+
+def no_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> str:
+    """Why a batch would not compute what one layer after another does, if so.
 
     Random bits of other keys than threefry's are other bits in a batch. Rules for
     batches run outside of the `jax.enable_x64` in which an equation was written, and
@@ -52,16 +72,21 @@ def can_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> bool:
 
     Args:
       jaxpr: What each layer runs.
-      derivatives: Up to which derivative this must hold, as authors of functions may
-        write what theirs run.
+      derivatives: Up to which derivative a batch is to be the same, as authors of
+        functions may write what theirs run.
     """
-    return not is_narrowed(jaxpr) and all(
-        eqn.primitive.name not in OPAQUE | {"rng_bit_generator"}
-        and not any(map(_is_other_key, eqn.invars))
-        and all(can_batch(body, derivatives) for body in _equations.bodies(eqn))
-        and (not derivatives or _can_batch_rule(eqn, derivatives - 1))
-        for eqn in jaxpr.eqns
-    )
+    eqns = list(_equations.with_inner(jaxpr.eqns))
+    names = {eqn.primitive.name for eqn in eqns}
+    if is_narrowed(jaxpr):
+        return "it has values of 64 bits where JAX has 32"
+    if opaque := OPAQUE & names:
+        return f"it runs foreign code ({min(opaque)})"
+    other = any(_is_other_key(atom) for eqn in eqns for atom in eqn.invars)
+    if other or "rng_bit_generator" in names:
+        return "it draws with keys other than threefry's"
+    if derivatives and not all(_can_batch_rule(e, derivatives - 1) for e in eqns):
+        return "JAX cannot batch a rule of its derivatives"
+    return ""
 
 
 def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
@@ -96,7 +121,7 @@ def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
         return False
     inner = _equations.with_inner([eqn, *rule.eqns])
     is_conditional = any(e.primitive.name == "cond" for e in inner)
-    return not is_conditional and can_batch(rule.jaxpr, derivatives)
+    return not is_conditional and not no_batch(rule.jaxpr, derivatives)
 
 
 def _is_other_key(atom: Atom) -> bool:
@@ -190,6 +215,10 @@ _EXPENSIVE = _FACTORISATIONS | frozenset(
     "random_bits random_gamma reduce_window reduce_window_max reduce_window_min "
     "reduce_window_sum rng_bit_generator scan select_and_scatter_add sort sylvester "
     "threefry2x32 top_k tridiagonal_solve while".split()
+)
+_PRODUCTS = frozenset(
+    "conv_general_dilated custom_linear_solve dot_general ragged_dot "
+    "ragged_dot_general triangular_solve tridiagonal_solve".split()
 )
 _REDUCTIONS = frozenset(
     "argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod "

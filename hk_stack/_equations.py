@@ -190,8 +190,20 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """
     if eqn.params.get("symbolic_zeros"):
         raise ValueError("a rule with symbolic zeros")
+    # What the function closes over comes first, and is not differentiated. Inside of
+    # another rule an equation does not say how much that is; JAX refuses what is more.
+    closed_over = eqn.params.get("num_consts", 0)
+    while True:
+        try:
+            return _derivative(eqn, closed_over)
+        except Exception:
+            closed_over += 1
+            if closed_over >= len(eqn.invars):
+                raise
+
+
+def _derivative(eqn: jex.JaxprEqn, closed_over: int) -> jex.ClosedJaxpr:
     run = jex.jaxpr_as_fun(alone(eqn))
-    closed_over = eqn.params.get("num_consts", 0)  # First, and not differentiated.
 
     def traced(*values: jax.Array) -> Any:
         inexact = {i: v for i, v in enumerate(values) if is_inexact(v)}

@@ -41,7 +41,7 @@ def compiled(invocation: Invocation, given: Given) -> Result:
     described = describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
     parts = _cut.cut(closed, inputs, options.setup, invocation.where)
-    _summary.record(invocation, given.params, parts)
+    _summary.record(invocation, given.params, _summary.Cut(parts, inputs))
     schedule = _loop.Schedule(
         options.num_layers,
         invocation.loop == "unrolled",

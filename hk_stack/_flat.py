@@ -8,13 +8,12 @@ back together, each inside the rematerialised regions that it came from.
 import functools
 import itertools
 import operator
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _equations
+from hk_stack import _cost, _equations, _source
 from hk_stack._equations import Atom, fresh, variables
 
 
@@ -107,12 +106,13 @@ class _Place(NamedTuple):
     Attributes:
       regions: The rematerialised equations around them, outermost first. What runs
         twice is two of them, as each equation on the way here is made anew.
-      caller: The user's equation that runs them, if they are those of a library.
+      source: What they say of their source, if they are those of a library: who called
+        it, and its name.
       is_exposed: Whether they were made of one that was exposed.
     """
 
     regions: tuple[jex.JaxprEqn, ...] = ()
-    caller: jex.JaxprEqn | None = None
+    source: Any = None
     is_exposed: bool = False
 
 
@@ -134,8 +134,8 @@ class _Flattening(NamedTuple):
 
         for eqn in jaxpr.eqns:
             now = _equations.replace(eqn, invars=list(map(read, eqn.invars)))
-            if place.caller:
-                now = now.replace(source_info=place.caller.source_info)
+            if place.source:
+                now = now.replace(source_info=place.source)
             env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
         return list(map(read, jaxpr.outvars))
 
@@ -147,12 +147,12 @@ class _Flattening(NamedTuple):
             regions = place.regions
             if eqn.primitive.name in _equations.REMAT:
                 regions = (*regions, eqn)
-            caller = eqn if _is_of_a_library(body) else None
-            inside = _Place(regions, caller, place.is_exposed)
+            source = _source.of_body(eqn, body, place.source)
+            inside = _Place(regions, source, place.is_exposed)
             return self.visit(body, eqn.invars, inside)
         # What an exposed equation became is not exposed again.
         if not place.is_exposed and (exposed := self.expose(eqn, masks)):
-            before = _Place(place.regions, is_exposed=True)
+            before = place._replace(is_exposed=True)
             made = self.visit(exposed.before.jaxpr, eqn.invars, before)
             eqn = exposed.after(made)
         return self._add(eqn, place.regions)
@@ -281,34 +281,3 @@ def without_constants(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
 
 def _effects(eqns: Iterable[jex.JaxprEqn]) -> set[Any]:
     return set().union(*(eqn.effects for eqn in eqns))
-
-
-def source_line(eqn: jex.JaxprEqn) -> str:
-    """Where the user wrote what became `eqn`: `file.py:line in function`."""
-    traceback: Any = eqn.source_info.traceback
-    for frame in traceback.frames if traceback else ():
-        if not _is_library(frame.file_name):
-            name = pathlib.Path(frame.file_name).name
-            return f"{name}:{frame.line_num} in {frame.function_name}"
-    return UNKNOWN
-
-
-def _is_of_a_library(jaxpr: jex.Jaxpr) -> bool:
-    """Whether `jaxpr` is a function that a library wrote, not the user.
-
-    Such a function is traced once under `jit`, so its equations say who called it
-    first, or nobody.
-    """
-    file_name = jaxpr.debug_info.func_filename
-    return file_name is None or _is_library(file_name)
-
-
-@functools.cache
-def _is_library(file_name: str) -> bool:
-    path = pathlib.Path(file_name)
-    ours = path.parent == pathlib.Path(__file__).parent
-    return ours or any(name in path.parts for name in _LIBRARIES)
-
-
-_LIBRARIES = ("jax", "haiku", "flax", "equinox")
-UNKNOWN = "unknown source"

@@ -154,7 +154,8 @@ class _Guard(NamedTuple):
             return self.run(eqn.params["jaxpr"], values)
         if name not in _STEPS:
             raise NotImplementedError(f"a conditional inside of a {name}")
-        arrays = _STEPS[name](self, eqn, values)
+        with jax.named_scope(str(eqn.source_info.name_stack)):  # As JAX would name it.
+            arrays = _STEPS[name](self, eqn, values)
         return [_Value(array, True) for array in arrays]
 
     def _function(

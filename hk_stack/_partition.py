@@ -93,19 +93,24 @@ class Partition(Shown):
 
     Its `str` is a report of what `setup` computes, and of what stays in `call` and why;
     `rich.print` and notebooks show the same as a table.
-
-    Attributes:
-      report: What `str` shows, as data.
     """
 
     def __init__(
-        self, program: _Program, constants: list[jax.Array], report: Report
+        self,
+        program: _Program,
+        constants: list[jax.Array],
+        describe: Callable[[], Report],
     ) -> None:
-        self.report = report
         self._program = program
+        self._describe = describe
         # Compiled functions take constants as arguments, or they would hold copies.
         self._setup = functools.partial(jax.jit(program.setup), constants)
         self._call = functools.partial(jax.jit(program.call), constants)
+
+    @functools.cached_property
+    def report(self) -> Report:
+        """What `str` shows, as data."""
+        return self._describe()
 
     def setup(self, known: Tree, /) -> Derived:
         """Computes the derived values.
@@ -155,7 +160,7 @@ class Partition(Shown):
           ValueError: If a value is not what `setup(known)` returns; it names which.
         """
         self._program.check(derived)
-        _not_stale(self.setup(known), derived, self.report.where)
+        _not_stale(self.setup(known), derived, self._program.where)
 
     def _parts(self) -> Iterable[str | Table]:
         return self.report._parts()
@@ -198,7 +203,7 @@ def partition(
     >>> split = hk_stack.partition(model.apply, params, None, x)
     >>> derived = split.setup(params)  # six matrix exponentials
     >>> jax.tree.map(jnp.shape, derived)
-    {'hoisted': {'0_dot_general': (6, 32, 32)}, 'kept': {}}
+    {'hoisted': {'0_expm': (6, 32, 32)}, 'kept': {}}
     >>> y = split.call(derived, None, x)  # none
     >>> bool(jnp.allclose(y, model.apply(params, None, x), atol=1e-6))
     True
@@ -241,8 +246,9 @@ def partition(
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
     mesh = jax.sharding.get_abstract_mesh() if devices else None
     program = _Program(parts, kept, derived, names, arguments, structure, where, mesh)
-    described = report(parts, inputs, list(derived["kept"].values()), where)
-    return Partition(program, closed.consts, described)
+    leaves = list(derived["kept"].values())
+    describe = functools.partial(report, parts, inputs, leaves, where)
+    return Partition(program, closed.consts, describe)
 
 
 def _named(

@@ -129,13 +129,14 @@ def derive(
         return batched(inputs_of(own_values))
 
     rows = [given[i] for i in own]
-    if devices and devices.spreads(setup.jaxpr, num_layers):
-        size = _batch_size(setup.jaxpr, devices.share(num_layers), batch_size)
+    if devices and not devices.why_not(setup.jaxpr, num_layers):
+        share = devices.share(num_layers)
+        size = batches(setup.jaxpr, share, batch_size).size
         with contextlib.suppress(Exception):  # As in batches: some have none.
             return shared, _spread.in_batches(
                 devices, several, rows, setup.out_avals, size=size, remat=remat
             )
-    size = _batch_size(setup.jaxpr, num_layers, batch_size)
+    size = batches(setup.jaxpr, num_layers, batch_size).size
     return shared, _batches.in_batches(one, several, rows, size=size, remat=remat)
 
 
@@ -202,15 +203,35 @@ class Plan(NamedTuple):
         return [*carry, *rest]
 
 
-def _batch_size(setup: jex.Jaxpr, num_layers: int, asked: int | None) -> int:
-    """How many layers' setup runs at once."""
-    if not _cost.can_batch(setup):
-        return 1
+class Batches(NamedTuple):
+    """How the setup of layers runs.
+
+    Attributes:
+      size: How many layers run at once.
+      why: Why one by one, if so.
+      write: What to write for more.
+    """
+
+    size: int
+    why: str = ""
+    write: str = ""
+
+
+def batches(setup: jex.Jaxpr, num_layers: int, asked: int | None) -> Batches:
+    """How many layers' setup runs at once, if so many were asked for."""
+    if why := _cost.no_batch(setup):
+        return Batches(1, why)
     if asked is not None:
-        return asked
-    if _cost.gathers(setup.eqns):
-        return 1  # A batch would hold all of its layers whole on each device.
+        return Batches(asked)
     largest = _cost.largest_value(setup)
-    if _guarded.has_branches(setup) and largest > _batches.most_in_branches():
-        return 1
-    return _batches.batch_size(num_layers, largest)
+    if _cost.gathers(setup.eqns):
+        # A batch would hold all of its layers whole on each device.
+        why = "it gathers sharded values"
+    elif _guarded.has_branches(setup) and largest > _batches.most_in_branches():
+        why = "it has conditionals on large values"
+    else:
+        size = _batches.batch_size(num_layers, largest)
+        if size > 1:
+            return Batches(size)
+        why = "one layer takes as much memory as a batch should"
+    return Batches(1, why, "setup_batch_size=k runs k at once")

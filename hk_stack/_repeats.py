@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import _cost, _equations, _flat, _structure
+from hk_stack import _cost, _equations, _source, _structure
 from hk_stack._equations import Atom
 
 Place = tuple[int, int]  # an equation of a block, and which of its results
@@ -531,7 +531,7 @@ def _described(eqn: jex.JaxprEqn) -> str:
     """An equation in words: `mul` of float32[4,64] at model.py:41."""
     operands = [a.aval.str_short() for a in eqn.invars]
     of = f" of {', '.join(operands)}" * bool(operands)
-    return f"`{eqn.primitive.name}`{of} at {_flat.source_line(eqn)}"
+    return f"`{eqn.primitive.name}`{of} at {_source.line(eqn)}"
 
 
 def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
@@ -539,9 +539,9 @@ def _differing(eqn: jex.JaxprEqn, before: jex.JaxprEqn) -> tuple[str, str]:
     pairs = zip(_inside(eqn), _inside(before), strict=False)
     for words in (tuple(map(_described, pair)) for pair in pairs):
         if words[0] != words[1]:
-            line = _flat.source_line(eqn)
+            line = _source.line(eqn)
             return f"inside of `{eqn.primitive.name}` at {line}, {words[0]}", words[1]
-    where = f"`{eqn.primitive.name}` at {_flat.source_line(eqn)} has"
+    where = f"`{eqn.primitive.name}` at {_source.line(eqn)} has"
     for name, value in eqn.params.items():
         shown, other = f"{name}={value}", f"{name}={before.params.get(name)}"
         if shown != other and len(shown) + len(other) < _SHORT:

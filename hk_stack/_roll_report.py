@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.extend import core as jex
 
-from hk_stack import _cost, _flat
+from hk_stack import _cost, _source
 from hk_stack._rolling import Missed, Rolled, Rolling
 from hk_stack._table import Shown, Table, si
 
@@ -103,7 +103,7 @@ def report(rolling: Rolling) -> RollReport:
     """Describes what was found in a traced function."""
     misses = dict.fromkeys(map(_miss, rolling.missed))
     # Nobody can write what is inside of a library otherwise.
-    written = (miss for miss in misses if miss.first != _flat.UNKNOWN)
+    written = (miss for miss in misses if miss.first != _source.UNKNOWN)
     ordered = sorted(written, key=lambda miss: -miss.blocks * miss.equations)
     loops = tuple(map(_loop, rolling.rolled))
     return RollReport(rolling.settings.where, loops, tuple(ordered))
@@ -133,14 +133,14 @@ def _loop(rolled: Rolled) -> RolledLoop:
 
 def _lines(eqns: Iterable[jex.JaxprEqn]) -> list[str]:
     """The known lines of the source of equations."""
-    lines = [_flat.source_line(eqn) for eqn in eqns]
-    return [line for line in lines if line != _flat.UNKNOWN] or [_flat.UNKNOWN]
+    lines = [_source.line(eqn) for eqn in eqns]
+    return [line for line in lines if line != _source.UNKNOWN] or [_source.UNKNOWN]
 
 
 def _miss(missed: Missed) -> Miss:
     refused, eqns = missed
     eqn, why = eqns[refused.at], refused.why
     if "`" not in why:
-        why = f"{why}: `{eqn.primitive.name}` at {_flat.source_line(eqn)}"
+        why = f"{why}: `{eqn.primitive.name}` at {_source.line(eqn)}"
     first = _lines(eqns[refused.start : refused.start + refused.period])[0]
     return Miss(refused.blocks, refused.period, first, why)

@@ -50,16 +50,15 @@ class Devices(NamedTuple):
         """How many layers each device runs."""
         return -(-num_layers // self.size)
 
-    def spreads(self, jaxpr: jex.Jaxpr, num_layers: int) -> bool:
-        """Whether layers that compute `jaxpr` each are to be spread.
-
-        Not if they have no batches, or say themselves what is where on this axis.
-        """
-        return (
-            min(self.size, num_layers) > 1
-            and _cost.can_batch(jaxpr)
-            and not _names(jaxpr, self.axis)
-        )
+    def why_not(self, jaxpr: jex.Jaxpr, num_layers: int) -> str:
+        """Why layers that compute `jaxpr` each are not spread; "" if they are."""
+        if self.size == 1:
+            return "there is one device"
+        if num_layers == 1:
+            return "there is one layer"
+        if _names(jaxpr, self.axis):
+            return f"it places values on {self.axis!r} itself"
+        return _cost.no_batch(jaxpr)
 
     def _spread(self, values: jax.Array) -> jax.Array:
         """`[L, ...]` as `[M, n, ...]`."""

@@ -10,12 +10,34 @@ import haiku as hk
 import jax
 from jax.extend import core as jex
 
-from hk_stack import _checks, _cost, _frames, _loop, _taps
+from hk_stack import (
+    _checks,
+    _cost,
+    _frames,
+    _loop,
+    _parts,
+    _report,
+    _spread,
+    _taps,
+)
 from hk_stack._layer import Invocation
-from hk_stack._parts import Parts
-from hk_stack._report import Group, cells, groups
+from hk_stack._parts import Input, Parts
+from hk_stack._report import Group
+from hk_stack._stays import Stayed
 from hk_stack._table import Shown, Table, si
 from hk_stack._types import Params, Tree
+
+
+class Cut(NamedTuple):
+    """How the layer of a stack was cut.
+
+    Attributes:
+      parts: Setup and call.
+      inputs: What the inputs of the layer are.
+    """
+
+    parts: Parts
+    inputs: tuple[Input, ...]
 
 
 class Stack(NamedTuple):
@@ -31,11 +53,16 @@ class Stack(NamedTuple):
       nbytes_per_device: Size of the parameters on each device, as far as the arguments
         of the model say how they are sharded.
       derived_per_device: The same of what setup hands to the loop: whole on each device
-        if made of gathered values, else spread as the parameters are.
+        if made of gathered values, or by `setup_sharding`, else as the parameters are.
       hoisted: What setup computes for one layer, by source line.
       loop: What runs the layers: "scan", "unrolled" or "python".
       remat: What gradients compute again: "no", "all", or what policy keeps some; and
         how many layers are a group.
+      stayed: What a layer computes in the loop that might have been setup, and why.
+      batch: How many layers' setup runs at once, on one device if it is spread; 0 if
+        there is none.
+      setup_remat: Whether gradients run setup again.
+      notes: What else there is to say of setup.
     """
 
     path: str
@@ -49,6 +76,10 @@ class Stack(NamedTuple):
     hoisted: tuple[Group, ...]
     loop: str
     remat: str
+    stayed: tuple[Stayed, ...]
+    batch: int
+    setup_remat: bool
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +99,29 @@ class Summary(Shown):
     def _parts(self) -> Iterator[str | Table]:
         yield Table(_TITLES, self._rows(), _TITLES[2:6])
         if hoisted := [
-            [stack.path, *cells(group)[:-1]]
+            [stack.path, *_report.cells(group)[:-1]]
             for stack in self.stacks
             for group in stack.hoisted
         ]:
             yield from ("", Table(_HOISTED, hoisted))
-        for warning in self.warnings:
-            yield from ("", warning)
+        if stayed := [
+            [stack.path, *_report.reason_cells(stayed)]
+            for stack in self.stacks
+            for stayed in stack.stayed
+            if stayed[:2] not in self._said_inside(stack)
+        ]:
+            yield from ("", Table(_STAYED, stayed, is_prose=True))
+        if notes := [
+            [stack.path, note]
+            for stack in self.stacks
+            for note in (*stack.notes, *_memory(stack))
+        ]:
+            yield from ("", Table(_NOTES, notes, is_prose=True))
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Stacks whose derived values take more memory than their parameters."""
-        return tuple(
-            f"{s.path}: derived values take {si(s.derived_per_device)}B on each "
-            f"device, the parameters {si(s.nbytes_per_device)}B. If memory is short, "
-            f'hoist less: setup="marked" with hk_stack.hoist, or setup="inline".'
-            for s in self.stacks
-            if s.derived_per_device > s.nbytes_per_device
-        )
+        return tuple(f"{s.path}: {text}" for s in self.stacks for text in _memory(s))
 
     def _rows(self) -> list[list[str]]:
         in_stacks = [s for s in self.stacks if not self._around(s)]
@@ -93,8 +129,8 @@ class Summary(Shown):
         nbytes = self.nbytes - sum(s.nbytes for s in in_stacks)
         return [
             *map(self._row, self.stacks),
-            ["outside of stacks", "", "", *_numbers(count, nbytes), "", "", ""],
-            ["total", "", "", *_numbers(self.parameters, self.nbytes), "", "", ""],
+            ["outside of stacks", "", "", *_numbers(count, nbytes), *[""] * 4],
+            ["total", "", "", *_numbers(self.parameters, self.nbytes), *[""] * 4],
         ]
 
     def _row(self, stack: Stack) -> list[str]:
@@ -102,21 +138,44 @@ class Summary(Shown):
         if around:
             name = "  " * len(around) + name.removeprefix(f"{around[-1].path}/")
         derived = f"{si(stack.derived)}B" if stack.derived else "-"
+        batch = f"{stack.batch}{', remat' if stack.setup_remat else ''}"
         start = [name, stack.function, str(stack.num_layers)]
         numbers = _numbers(stack.parameters, stack.nbytes)
-        return [*start, *numbers, derived, stack.loop, stack.remat]
+        how = [derived, batch if stack.batch else "-", stack.loop, stack.remat]
+        return [*start, *numbers, *how]
 
     def _around(self, stack: Stack) -> list[Stack]:
         """The stacks around one."""
         return [s for s in self.stacks if stack.path.startswith(f"{s.path}/")]
+
+    def _said_inside(self, stack: Stack) -> set[tuple[str, ...]]:
+        """Lines and functions that stay in the stacks inside of one."""
+        inside = (s for s in self.stacks if stack in self._around(s))
+        return {stayed[:2] for inner in inside for stayed in inner.stayed}
+
+
+def _memory(stack: Stack) -> Iterator[str]:
+    """Says so, if derived values take more memory than parameters."""
+    derived, parameters = stack.derived_per_device, stack.nbytes_per_device
+    if derived > parameters:
+        yield (
+            f"derived values take {si(derived)}B on each device, the parameters "
+            f"{si(parameters)}B. If memory is short, hoist less: "
+            'setup="marked" with hk_stack.hoist, or setup="inline".'
+        )
 
 
 def _numbers(count: int, nbytes: int) -> list[str]:
     return [f"{count:,}", f"{si(nbytes)}B"]
 
 
-_TITLES = "stack|layer function|layers|parameters|bytes|derived|loop|remat".split("|")
-_HOISTED = "hoisted from|line|primitive|derived values of a layer|bytes".split("|")
+_TITLES = [
+    *("stack", "layer function", "layers", "parameters", "bytes"),
+    *("derived", "batch", "loop", "remat"),
+]
+_HOISTED = "hoisted from|line|function|of each layer|bytes".split("|")
+_STAYED = ["stays in", "line", "function", _report.REASON]
+_NOTES = ["stack", "its setup"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,13 +211,16 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     >>> model, x = hk.transform(model), jnp.ones([2, 8])
     >>> params = model.init(jax.random.key(0), x)
     >>> print(hk_stack.summary(model.apply, params, None, x))
-      stack  layer function  layers  parameters  bytes  derived  loop  remat
-      layers  layer           6       384         1.54 kB  1.54 kB  scan  all
+      stack  layer function  layers  parameters  bytes  derived  batch  loop  remat
+      layers  layer           6       384         1.54 kB  1.54 kB  6   scan  all
       outside of stacks                          18          72 B
       total                                      402         1.61 kB
     <BLANKLINE>
-      hoisted from  line           primitive    derived values of a layer  bytes
-      layers        ...3 in layer  dot_general  float32[8,8]               256 B
+      hoisted from  line           function  of each layer  bytes
+      layers        ...3 in layer  expm      float32[8,8]   256 B
+
+    A table of what stays in the loop although it might leave says why, and what to
+    write; another says so of setup that runs layer after layer.
 
     Args:
       fn: What runs the model: the `apply` of a transform, or a function that calls it.
@@ -196,13 +258,13 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     return Summary(stacks, *_size(recorder.stored.values()))
 
 
-def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
+def record(invocation: Invocation, params: Params, cut: Cut | None) -> None:
     """Tells `summary`, if it listens, how a stack runs.
 
     Args:
       invocation: Of the stack.
       params: The parameters of all layers.
-      parts: How its layer was cut; None if it was not.
+      cut: How its layer was cut; None if it was not.
     """
     recorder: _Recorder | None = _recording.value
     if recorder is None:
@@ -216,7 +278,7 @@ def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
         )
     # Only types, as traced values must not outlive what is traced.
     types = jax.tree.map(jax.typeof, params)
-    stack = _stack(invocation, types, parts, recorder.given)
+    stack = _stack(invocation, types, cut, recorder.given)
     key = tuple((v.shape, v.dtype) for v in jax.tree.leaves(types))
     recorder.stacks[stack.path, stack.function, key] = stack
     if not _frames.frames():
@@ -226,13 +288,26 @@ def record(invocation: Invocation, params: Params, parts: Parts | None) -> None:
 
 
 def _stack(
-    invocation: Invocation, params: Params, parts: Parts | None, given: Tree
+    invocation: Invocation, params: Params, cut: Cut | None, given: Tree
 ) -> Stack:
-    num_layers, around = invocation.options.num_layers, _frames.frames()
+    options, around = invocation.options, _frames.frames()
+    num_layers, parts = options.num_layers, cut.parts if cut else None
     setups = (parts.shared.jaxpr, parts.setup.jaxpr) if parts else ()
     parameters, nbytes = _size(jax.tree.leaves(params))
     copies = math.prod(frame.num_layers for frame in around)
     share = _share(given, around[0].path if around else invocation.path)
+    hoisted = tuple(_report.groups(*setups))
+    stayed = _report.stayed(cut.parts, cut.inputs, options.setup) if cut else ()
+    batches, whole, own = _parts.Batches(0), share, num_layers
+    unspread = ""
+    if parts and parts.setup.jaxpr.outvars:
+        devices = _spread.in_force(options.setup_sharding, invocation.where)
+        unspread = devices.why_not(parts.setup.jaxpr, num_layers) if devices else ""
+        if devices and not unspread:  # All devices are handed the whole of it.
+            whole, own = 1.0, devices.share(num_layers)
+        asked = options.setup_batch_size
+        batches = _parts.batches(parts.setup.jaxpr, own, asked)
+    size, remat = min(batches.size, own), options.setup_remat
     return Stack(
         invocation.path,
         _checks.name_of(invocation.situation.f),
@@ -241,11 +316,33 @@ def _stack(
         copies * nbytes,
         round(_derived(parts, num_layers, 1.0)),
         round(share * copies * nbytes),
-        round(_derived(parts, num_layers, share)),
-        tuple(group for jaxpr in setups for group in groups(jaxpr)),
+        round(_derived(parts, num_layers, whole)),
+        hoisted,
         invocation.loop,
-        _loop.describe(invocation.options.remat if parts else None),
+        _loop.describe(options.remat if parts else None),
+        stayed,
+        size,
+        bool(size) and (size < own if remat is None else remat),
+        tuple(_notes(invocation, batches, unspread, bool(hoisted or stayed))),
     )
+
+
+def _notes(
+    invocation: Invocation, batches: _parts.Batches, unspread: str, has_setup: bool
+) -> Iterator[str]:
+    """What to know of how setup runs, or why there is none."""
+    options = invocation.options
+    if invocation.loop == "python":
+        is_own = options.loop == "python"
+        what = 'loop="python"' if is_own else "use_loop or HK_STACK_LOOP"
+        yield f"{what} runs the layer function as it is, and hoists nothing"
+    elif not has_setup:
+        yield "none: nothing dear in the layer is made of parameters alone"
+    elif batches.why and options.num_layers > 1:
+        why = f"runs layer after layer, as {batches.why}"
+        yield f"{why}: {batches.write}" if batches.write else why
+    if unspread:
+        yield f"setup_sharding does nothing, as {unspread}"
 
 
 def _share(given: Tree, stack: str) -> float:

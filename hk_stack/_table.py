@@ -3,6 +3,7 @@
 import html
 import importlib
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ class Table(NamedTuple):
       rows: As many cells each.
       numbers: The titles of columns that stand at the right in colour.
       styles: Of each row's last cell in colour; by default none.
+      is_prose: Whether the last column is text that may be broken into lines.
     """
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Sequence[str] = ()
     styles: Sequence[str] = ()
+    is_prose: bool = False
 
 
 class Shown:
@@ -54,8 +57,28 @@ class Shown:
 def aligned(table: Table) -> list[str]:
     """Lines of a table, with its columns under one another."""
     rows = [list(table.titles), *map(list, table.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if table.is_prose:
+        *before, _ = _widths(rows)
+        room = _WIDTH - 2 - sum(before) - 2 * len(before)
+        rows = _broken(rows, max(_LEAST, room))
+    widths = _widths(rows)
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _broken(rows: Iterable[Sequence[str]], width: int) -> list[list[str]]:
+    """Rows whose last cells are at most so wide, on as many lines as that takes."""
+    lines = []
+    for *cells, last in rows:
+        first, *rest = textwrap.wrap(last, width) or [""]
+        lines += [[*cells, first], *([""] * len(cells) + [more] for more in rest)]
+    return lines
+
+
+_WIDTH, _LEAST = 100, 30  # Of a page, and of a column of prose on it.
 
 
 def markdown(table: Table) -> str:

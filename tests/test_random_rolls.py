@@ -30,6 +30,7 @@ SHARD = 12  # Loops in one test, so that the long run shows how far it is.
 
 # What went wrong once, at its smallest.
 PARAMETER, CONSTANT = Step("parameter", (), 6), Step("constant", (), 3)
+INNER = Step("custom_vjp", (0, 0), 4, (CONSTANT._replace(variant=4),))
 FOUND = {
     "marks": Loop(Program((PARAMETER, Step("hoist", (0,))))),
     "slices of what the first layer is given": Loop(
@@ -40,6 +41,9 @@ FOUND = {
     "arrays in rules": Loop(Program((Step("custom_jvp", (0, 0), 1, (CONSTANT,)),))),
     "arrays in rules of vjp": Loop(
         Program((CONSTANT._replace(variant=4),)), wrap="custom_vjp"
+    ),
+    "arrays in rules of vjp in loops": Loop(
+        Program((PARAMETER, Step("fori_loop", (0, 0), 10, (INNER,))))
     ),
     "effects": Loop(Program((PARAMETER,)), effect="free", around="scan"),
 }

@@ -1,6 +1,8 @@
 """What README.md shows works, and its figures are those of the committed results."""
 
+import contextlib
 import functools
+import io
 import pathlib
 import re
 
@@ -13,13 +15,21 @@ SETUP = (ROOT / "docs" / "setup.md").read_text()
 DEPTH = (ROOT / "docs" / "depth.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/depth.md", "docs/loops.md"])
+PAGES = ["README.md", "docs/depth.md", "docs/hoisting.md", "docs/loops.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_python_blocks_run_one_after_the_other(name):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    assert blocks
+    text = (ROOT / name).read_text()
+    blocks = re.finditer(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.DOTALL)
     namespace = {}
     for block in blocks:
-        exec(compile(block, name, "exec"), namespace)
+        above = "\n" * text[: block.start(1)].count("\n")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(above + block[1], name, "exec"), namespace)
+        if f"{pathlib.Path(name).name}:" in (block[2] or ""):  # Lines of this page.
+            assert printed.getvalue().strip("\n") == block[2].strip("\n")
+    assert namespace
 
 
 def test_shell_commands_are_those_of_ci():

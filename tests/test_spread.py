@@ -263,22 +263,34 @@ class TestResults:
             assert_close(compiled(loss_of(apply), params, X), expected)
 
     @pytest.mark.parametrize(
-        ("of", "kind", "axis"),
+        ("of", "axis", "why"),
         [
-            (product, AUTO, "one"),
-            (columns, AUTO, "b"),
-            (other_key, AUTO, "b"),
+            (product, "one", "there is one device"),
+            (columns, "b", "it places values on 'b' itself"),
+            (other_key, "b", "it draws with keys other than threefry's"),
         ],
         ids=["one device", "on this axis itself", "no batches"],
     )
-    def test_where_it_does_nothing(self, of, kind, axis):
-        mesh = jax.make_mesh((1, DEVICES), ("one", "b"), axis_types=(kind,) * 2)
+    def test_where_it_does_nothing(self, of, axis, why):
+        mesh = jax.make_mesh((1, DEVICES), ("one", "b"), axis_types=(AUTO, AUTO))
         with jax.set_mesh(mesh):
             spread, plain = (
                 jax.make_jaxpr(layers(of, setup_sharding=axis))(parameters(), X)
                 for axis in (axis, None)
             )
+            stack = layers(of, setup_sharding=axis)
+            [found] = hk_stack.summary(stack, parameters(), X).stacks
         assert str(spread) == str(plain)
+        assert f"setup_sharding does nothing, as {why}" in found.notes
+
+    def test_in_a_summary(self):
+        with jax.set_mesh(mesh := mesh_of(AUTO)):
+            params = placed(parameters(), mesh, P(None, "b"))
+            apply = layers(setup_sharding="b")
+            [found] = hk_stack.summary(apply, params, X).stacks
+        assert found.derived_per_device == found.derived == 4 * L * D**2
+        assert found.batch == L // DEVICES
+        assert not found.notes
 
     def test_without_jit_on_one_mesh_after_the_other(self):
         run = layers(setup_sharding="b")
