@@ -19,7 +19,9 @@ Modules = Mapping[str, Any]
 _Converter = Callable[[Modules, Sequence[Modules]], dict[str, Any]]
 
 
-def stack_params(tree: Any, naming_map: _naming.Maps) -> Any:
+def stack_params(
+    tree: Any, naming_map: _naming.Maps, *, per_layer: bool = False
+) -> Any:
     """Stacks the parameters (or state, or optimiser state) of a Python loop of layers.
 
     Equal to this loop, for each stacked module `m` and leaf `w`; modules that the map
@@ -45,18 +47,23 @@ def stack_params(tree: Any, naming_map: _naming.Maps) -> Any:
         sharded.
       naming_map: Which per-layer module belongs to which layer of which stacked module;
         or a sequence of maps, of which the first that knows a module names it.
+      per_layer: Whether optimiser states are for `hk_stack.per_layer`, to which each
+        layer is a parameter of its own: then whatever an optimiser keeps for a
+        parameter can be stacked.
 
     Returns:
       The same tree with leaves `[L, ...]` of the same kind, by stacked module name.
       Leaves outside of the stack are those of `tree`, not copies. What an optimiser
-      does by a parameter's number of axes, it does to a stack with one axis more: mask
-      by name instead.
+      does by a parameter's number of axes, it does to a stack with one axis more,
+      unless `hk_stack.per_layer` is around it.
 
     Raises:
       ValueError: If no module of the tree is known to a map, two modules claim one
         layer, a layer misses a leaf, the layers' leaves differ in shape or dtype, or
-        an optimiser keeps something else than one number for each parameter.
+        an optimiser keeps something else than one number for each parameter and
+        `per_layer` is not said.
     """
+    _checks.flag(per_layer, "per_layer", "stack_params")
     names = _naming.naming_map(naming_map, "naming_map", "stack_params")
 
     def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
@@ -64,11 +71,16 @@ def stack_params(tree: Any, naming_map: _naming.Maps) -> Any:
         _none_taken([m for m in rest if _naming.is_stacked(names, m)], "stack_params")
         return rest | stack_modules(modules, names)
 
-    return _convert(tree, names, _naming.is_layer, convert, "stack_params")
+    what = "stack_params"
+    return _convert(tree, names, _naming.is_layer, convert, what, per_layer)
 
 
 def unstack_params(
-    tree: Any, naming_map: _naming.Maps, num_layers: int | None = None
+    tree: Any,
+    naming_map: _naming.Maps,
+    num_layers: int | None = None,
+    *,
+    per_layer: bool = False,
 ) -> Any:
     """Splits the parameters (or state) of a stack into those of each layer.
 
@@ -85,6 +97,7 @@ def unstack_params(
       tree: As in `stack_params`, with leaves `[L, ...]` by stacked module name.
       naming_map: As in `stack_params`.
       num_layers: `L`, if it should not be read off the tree.
+      per_layer: As in `stack_params`.
 
     Returns:
       The same tree with leaves without a layer axis, by per-layer module name. Those of
@@ -94,6 +107,7 @@ def unstack_params(
       ValueError: If no module of the tree is known to a map, two layers map to one
         module, or leaves are of different depth.
     """
+    _checks.flag(per_layer, "per_layer", "unstack_params")
     names = _naming.naming_map(naming_map, "naming_map", "unstack_params")
     if num_layers is not None:
         num_layers = _checks.positive(num_layers, "num_layers", "unstack_params")
@@ -112,7 +126,8 @@ def unstack_params(
             flat |= layers
         return flat
 
-    return _convert(tree, names, _naming.is_stacked, convert, "unstack_params")
+    what = "unstack_params"
+    return _convert(tree, names, _naming.is_stacked, convert, what, per_layer)
 
 
 def stack_modules(modules: Modules, names: _naming.Map) -> dict[str, Any]:
@@ -175,6 +190,7 @@ def _convert(
     is_known: Callable[[_naming.Map, str], bool],
     convert: _Converter,
     what: str,
+    per_layer: bool,
 ) -> Any:
     """`tree` with all trees of modules in it converted, wherever they are.
 
@@ -203,7 +219,8 @@ def _convert(
                 "outermost module on ('*' stands for one), or is the tree converted "
                 "already?"
             )
-    _no_other_shapes(found, f"{what} with {names}")
+    if not per_layer:
+        _no_other_shapes(found, f"{what} with {names}")
     new = {path: convert(node, list(found.values())) for path, node in found.items()}
     converted = [new.get(path, node) for path, node in nodes]
     return jax.tree.unflatten(structure, converted)
@@ -255,9 +272,12 @@ def _no_other_shapes(found: Mapping[Any, Modules], what: str) -> None:
                     f"{what}: {first} has shape {expected}, and {at} has shape "
                     f"{shape}. If this is the state of an optimiser, it keeps "
                     "something else than one number for each parameter, and would "
-                    "keep another for a stack of layers: convert the parameters, and "
-                    "start its state anew with optimiser.init(params). If these are "
-                    "two models, convert them one by one."
+                    "keep another for a stack of layers: go on with "
+                    "hk_stack.per_layer(optimiser, layer_axes), which keeps the same, "
+                    f"and write {what.split()[0]}(..., per_layer=True); or convert the "
+                    "parameters, and start its state anew with "
+                    "optimiser.init(params). If these are two models, convert them one "
+                    "by one."
                 )
 
 

@@ -19,6 +19,7 @@ from hk_stack import (
     _checks,
     _executors,
     _initialize,
+    _layer_axes,
     _layout,
     _loop,
     _naming,
@@ -305,7 +306,9 @@ def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
         return _stored(options, params), _stored(options, state)
 
     lifted, updater = hk.transparent_lift_with_state(init, allow_reuse=True)
-    params, state = (_stacked(options, tree) for tree in lifted(given.keys))
+    found = lifted(given.keys)
+    _layer_axes.record(invocation.path, found[0], options.naming_map)
+    params, state = (_stacked(options, tree) for tree in found)
     return params, state, updater
 
 

@@ -15,6 +15,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -258,6 +259,52 @@ def metadata(path: Path) -> Metadata:
     leaves = {name: leaf.spec for name, leaf in _saved(content).items()}
     depth = tuple(depth) if isinstance(depth, list) else depth
     return Metadata(content["layout"], depth, leaves)
+
+
+def latest(folder: Path) -> str | None:
+    """The checkpoint in a folder whose name ends with the largest number.
+
+    In words: of `step_90.safetensors`, `step_100.safetensors` and what is half written
+    under another name, the second: where a run that was killed goes on.
+
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> from hk_stack import checkpoint
+    >>> folder = tempfile.mkdtemp()
+    >>> checkpoint.latest(folder)
+    >>> for step in (90, 100):
+    ...     checkpoint.save(f"{folder}/step_{step}.safetensors", {"w": np.ones(step)})
+    >>> os.path.basename(checkpoint.latest(folder))
+    'step_100.safetensors'
+
+    Args:
+      folder: Where checkpoints are saved; need not exist.
+
+    Returns:
+      A path for `load`; None if there is none.
+
+    Raises:
+      ValueError: If this is a checkpoint itself, or two have the same number.
+    """
+    folder = _absolute(folder)
+    if os.path.isfile(folder) or os.path.isdir(os.path.join(folder, "about")):
+        raise ValueError(
+            f"checkpoint.latest of {folder}: this is a checkpoint; expected the folder "
+            "that it is in."
+        )
+    found: dict[int, str] = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        match = re.fullmatch(rf"[^.]*?(\d+)({re.escape(_SUFFIX)})?", name)
+        path = os.path.join(folder, name)
+        if match and _is_file(path) == os.path.isfile(path):
+            step = int(match[1])
+            if step in found:
+                raise ValueError(
+                    f"checkpoint.latest of {folder}: {os.path.basename(found[step])} "
+                    f"and {name} have the same number. Keep one run in a folder."
+                )
+            found[step] = path
+    return found[max(found)] if found else None
 
 
 class _Leaf(NamedTuple):

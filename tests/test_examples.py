@@ -1,5 +1,6 @@
 """Examples learn, write what they say, and say what is wrong if they cannot."""
 
+import json
 import re
 import subprocess
 import sys
@@ -99,6 +100,30 @@ def test_slow_kernel_leaves_the_loop():
 
 # The layers of the Flax thread, small.
 SEED = {"width": 4, "state_size": 2, "length": 8, "batch_size": 1}
+
+
+@pytest.mark.long
+def test_processes_that_die_at_any_step(tmp_path, capfd):
+    """Losses are those of a run that nothing happened to, also after a save."""
+
+    def losses(folder, *flags):
+        flags = "--layers=2", "--width=8", "--steps=9", "--every=3", *flags
+        run("multi_process", f"--out={folder}", *flags)
+        lines = (folder / "losses.jsonl").read_text().splitlines()
+        return dict(map(json.loads, lines))
+
+    expected = losses(tmp_path / "whole")
+    assert expected[8] < 0.95 * expected[0]
+    for step in (1, 3, 4, 8):
+        found = losses(tmp_path / f"killed_{step}", f"--kill_at={step}")
+        assert "all begin again" in capfd.readouterr().out
+        np.testing.assert_allclose(
+            list(found.values()), list(expected.values()), rtol=1e-6
+        )
+    first = losses(tmp_path / "other", "--steps=6")
+    then = losses(tmp_path / "other", "--processes=1", "--devices=4")
+    assert first == {step: then[step] for step in range(6)}
+    np.testing.assert_allclose(list(then.values()), list(expected.values()), rtol=1e-4)
 
 
 def test_seed_as_it_is(tmp_path, capsys):

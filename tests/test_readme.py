@@ -6,6 +6,7 @@ import io
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,20 +16,23 @@ SETUP = (ROOT / "docs" / "setup.md").read_text()
 DEPTH = (ROOT / "docs" / "depth.md").read_text()
 
 
-PAGES = ["README.md", "docs/depth.md", "docs/hoisting.md", "docs/loops.md"]
+PAGES = "README.md docs/depth.md docs/hoisting.md docs/loops.md docs/scale.md".split()
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_python_blocks_run_one_after_the_other(name):
+    """What is right below one, in a block of its own, is what it prints."""
     text = (ROOT / name).read_text()
     blocks = re.finditer(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.DOTALL)
     namespace = {}
-    for block in blocks:
-        above = "\n" * text[: block.start(1)].count("\n")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(above + block[1], name, "exec"), namespace)
-        if f"{pathlib.Path(name).name}:" in (block[2] or ""):  # Lines of this page.
-            assert printed.getvalue().strip("\n") == block[2].strip("\n")
+    # As a reader has it; optax relies on both.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            above = "\n" * text[: block.start(1)].count("\n")
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(above + block[1], name, "exec"), namespace)
+            if block[2] and "model.py:" not in block[2]:  # A file of the reader's.
+                assert printed.getvalue().strip("\n") == block[2].strip("\n")
     assert namespace
 
 
@@ -143,7 +147,7 @@ def test_committed_results_can_be_read_and_are_small():
     numbers = ([float(n) for n in re.findall(number, text)] for text in (made, kept))
     np.testing.assert_allclose(*numbers, rtol=0.02, atol=0.011)
     size = sum(x.stat().st_size for x in (ROOT / "docs").rglob("*") if x.is_file())
-    assert size < 400_000
+    assert size < 450_000
 
 
 def test_figures_of_loops_are_those_of_one_run_of_the_example():
