@@ -262,10 +262,7 @@ def _named(
             f"{where}: no example arguments. Write partition(fn, params, *rest), with "
             "arrays or jax.ShapeDtypeStructs of what fn takes."
         )
-    names = _checks.argument_names(fn, len(example_args))
-    for name, tree in zip(names, example_args, strict=True):
-        _checks.arrays(tree, f"{where}: example argument `{name}`")
-    return where, names
+    return where, _checks.arguments(fn, example_args, f"{where}: example argument")
 
 
 def _same_leaves(given: Tree, example: Tree, what: str) -> None:
