@@ -22,6 +22,7 @@ from hk_stack._flat import Exposed, bits
 from hk_stack._hoist import are_marked
 from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts, derive
+from hk_stack._spread import Devices
 
 
 class Task(NamedTuple):
@@ -33,6 +34,7 @@ class Task(NamedTuple):
       where: Names the traced function in errors.
       reuse: Whether the derived values will be kept for many runs.
       cut: Cuts a function, given what to do.
+      devices: Over which devices the setup of a `scan` is spread, if it is.
     """
 
     inputs: Sequence[Input]
@@ -40,6 +42,7 @@ class Task(NamedTuple):
     where: str
     reuse: bool
     cut: Callable[[jex.ClosedJaxpr, "Task"], Parts]
+    devices: Devices | None = None
 
     def known(self) -> int:
         """The bit set of the known inputs."""
@@ -111,7 +114,7 @@ def _expose_scan(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
         return None
 
     def run(*values: jax.Array) -> list[Any]:
-        shared, own = derive(parts, values, inputs, length)
+        shared, own = derive(parts, values, inputs, length, devices=task.devices)
         return [*shared, *(checkpoint_name(v, HOISTED) for v in own)]
 
     return Exposed(_trace(run, eqn), functools.partial(_rest_of_scan, eqn, parts))

@@ -121,7 +121,7 @@ def _is_wide(dtype: Any) -> bool:
 def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
     """Whether what a derivative of `eqn` runs, if its author has said so, can batch.
 
-    Conditionals are out of reach there: all of their branches would run.
+    Conditionals in a rule alone are out of reach: all of their branches would run.
     """
     if eqn.primitive.name not in _equations.CUSTOM_DERIVATIVES:
         return True
@@ -129,9 +129,11 @@ def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
         rule = _equations.derivative(eqn)
     except Exception:  # Whatever its author wrote; one by one it is as it was.
         return False
-    inner = _equations.with_inner([eqn, *rule.eqns])
-    is_conditional = any(e.primitive.name == "cond" for e in inner)
-    return not is_conditional and not no_batch(rule.jaxpr, derivatives)
+    own, of_rule = (
+        any(e.primitive.name == "cond" for e in _equations.with_inner(eqns))
+        for eqns in ([eqn], rule.eqns)
+    )
+    return own >= of_rule and not no_batch(rule.jaxpr, derivatives)
 
 
 def _is_other_key(dtype: Any) -> bool:

@@ -22,6 +22,7 @@ from hk_stack._equations import Atom, variables
 from hk_stack._flat import Flat, Node, bits
 from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts
+from hk_stack._spread import Devices
 
 
 def cut(
@@ -31,6 +32,7 @@ def cut(
     where: str,
     *,
     reuse: bool = False,
+    devices: Devices | None = None,
 ) -> Parts:
     """Cuts a traced function into setup and call.
 
@@ -42,6 +44,7 @@ def cut(
       where: Names the traced function in errors.
       reuse: Whether the derived values will be kept for many runs. Then all known work
         is worth hoisting, as long as it makes nothing larger.
+      devices: Over which devices the setup of a `scan` is spread, if it is.
 
     Returns:
       The two parts. With nothing to hoist, `call` is `closed`, equation by equation.
@@ -49,7 +52,7 @@ def cut(
     Raises:
       ValueError: If a marked value depends on an input that is not fixed.
     """
-    return _cut(closed, Task(inputs, policy, where, reuse, _cut))
+    return _cut(closed, Task(inputs, policy, where, reuse, _cut, devices))
 
 
 def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:

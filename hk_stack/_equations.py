@@ -191,24 +191,10 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """
     if eqn.params.get("symbolic_zeros"):
         raise ValueError("a rule with symbolic zeros")
-    # What the function closes over comes first, and is not differentiated. Inside of
-    # another rule an equation does not say how much that is; JAX refuses what is more.
-    closed_over = eqn.params.get("num_consts", 0)
-    while True:
-        try:
-            return _derivative(eqn, closed_over)
-        except Exception:
-            closed_over += 1
-            if closed_over >= len(eqn.invars):
-                raise
-
-
-def _derivative(eqn: jex.JaxprEqn, closed_over: int) -> jex.ClosedJaxpr:
     run = jex.jaxpr_as_fun(alone(eqn))
 
-    def traced(*values: jax.Array) -> Any:
-        inexact = {i: v for i, v in enumerate(values) if is_inexact(v)}
-        moving = {i: v for i, v in inexact.items() if i >= closed_over}
+    def traced(first: int, *values: jax.Array) -> Any:
+        moving = {i: v for i, v in enumerate(values) if i >= first and is_inexact(v)}
 
         def of_moving(moving: dict[int, Any]) -> list[Any]:
             results = run(*(moving.get(i, v) for i, v in enumerate(values)))
@@ -219,7 +205,90 @@ def _derivative(eqn: jex.JaxprEqn, closed_over: int) -> jex.ClosedJaxpr:
         results, pull_back = jax.vjp(of_moving, moving)
         return pull_back(results)
 
-    return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars))
+    return _differentiable(eqn, traced)[0]
+
+
+def tangents(
+    eqn: jex.JaxprEqn, moving: Sequence[int], made: Sequence[int]
+) -> jex.ClosedJaxpr:
+    """What an equation makes of its inputs, and of tangents of those that move.
+
+    Args:
+      eqn: An equation.
+      moving: Which of its inputs have tangents; they come after all inputs.
+      made: Which of its outputs have; they come after all outputs.
+    """
+    run = jex.jaxpr_as_fun(alone(eqn))
+
+    def traced(values: list[Any], changes: list[Any]) -> Any:
+        def of_moving(*moved: Any) -> Any:
+            given = dict(zip(moving, moved, strict=True))
+            results = run(*(given.get(i, v) for i, v in enumerate(values)))
+            return [results[i] for i in made], results
+
+        primals = [values[i] for i in moving]
+        _, found, results = jax.jvp(of_moving, primals, changes, has_aux=True)
+        return results, found
+
+    types = [a.aval for a in eqn.invars]
+    return jax.make_jaxpr(traced)(types, [types[i] for i in moving])
+
+
+def cotangents(
+    eqn: jex.JaxprEqn,
+) -> tuple[jex.ClosedJaxpr, jex.ClosedJaxpr, list[int], list[int]]:
+    """What an equation runs forward and backward.
+
+    Returns:
+      The outputs and what is kept, from the inputs; cotangents of the inputs that have
+      some, from what is kept and the cotangents of such outputs; which inputs and
+      outputs these are.
+    """
+    run = jex.jaxpr_as_fun(alone(eqn))
+    types = [a.aval for a in eqn.invars]
+    made = [i for i, v in enumerate(eqn.outvars) if is_inexact(v.aval)]
+    structure: Any = None
+
+    def forward(first: int, *values: Any) -> Any:
+        nonlocal structure
+        moving = {i: v for i, v in enumerate(values) if i >= first and is_inexact(v)}
+
+        def of_moving(moving: dict[int, Any]) -> Any:
+            results = run(*(moving.get(i, v) for i, v in enumerate(values)))
+            return [results[i] for i in made], results
+
+        _, pull_back, results = jax.vjp(of_moving, moving, has_aux=True)
+        kept, structure = jax.tree.flatten(pull_back)
+        return results, kept
+
+    def backward(kept: list[Any], given: list[Any]) -> Any:
+        return jax.tree.unflatten(structure, kept)(given)
+
+    forth, first = _differentiable(eqn, forward)
+    kept = forth.out_avals[len(eqn.outvars) :]
+    back = jax.make_jaxpr(backward)(kept, [eqn.outvars[i].aval for i in made])
+    moving = [i for i, t in enumerate(types) if i >= first and is_inexact(t)]
+    return forth, back, moving, made
+
+
+def _differentiable(
+    eqn: jex.JaxprEqn, differentiated: Callable[..., Any]
+) -> tuple[jex.ClosedJaxpr, int]:
+    """Traces a derivative of an equation by all inputs but those that are closed over.
+
+    These come first. Inside of another rule an equation does not say how many there
+    are; JAX refuses to differentiate what is more.
+    """
+    first = eqn.params.get("num_consts", 0)
+    types = [a.aval for a in eqn.invars]
+    while True:
+        try:
+            run = functools.partial(differentiated, first)
+            return jax.make_jaxpr(run)(*types), first
+        except Exception:
+            first += 1
+            if first >= len(types):
+                raise
 
 
 def is_inexact(value: jax.Array | Aval) -> bool:

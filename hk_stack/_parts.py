@@ -1,5 +1,6 @@
 """A traced function in two parts, setup and call, run for all layers of a stack."""
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,15 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _batches, _cost, _equations, _guarded, _loop, _marks
+from hk_stack import (
+    _batches,
+    _cost,
+    _equations,
+    _guarded,
+    _loop,
+    _marks,
+    _spread,
+)
 from hk_stack._equations import Aval
 
 
@@ -119,6 +128,7 @@ def derive(
     *,
     batch_size: int | None = None,
     remat: bool | None = None,
+    devices: _spread.Devices | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Runs setup for all layers.
 
@@ -130,6 +140,7 @@ def derive(
       batch_size: How many layers run at once; by default, as many as are small enough.
       remat: Whether the backward pass runs setup again instead of keeping what it
         computed on the way; by default, if there is more than one batch.
+      devices: Over which devices layers are spread; by default, each runs all.
 
     Returns:
       The derived values that all layers share, and those of each, `[L, ...]`.
@@ -153,8 +164,15 @@ def derive(
     def several(own_values: list[Any]) -> list[Any]:
         return batched(inputs_of(own_values))
 
-    size = batches(setup.jaxpr, num_layers, batch_size).size
     rows = [given[i] for i in own]
+    if devices and not devices.why_not(setup.jaxpr, num_layers):
+        share = devices.share(num_layers)
+        size = batches(setup.jaxpr, share, batch_size).size
+        with contextlib.suppress(Exception):  # As in batches: some have none.
+            return shared, _spread.in_batches(
+                devices, several, rows, setup.out_avals, size=size, remat=remat
+            )
+    size = batches(setup.jaxpr, num_layers, batch_size).size
     return shared, _batches.in_batches(one, several, rows, size=size, remat=remat)
 
 
@@ -167,6 +185,7 @@ class Plan(NamedTuple):
       schedule: How the loop runs the calls.
       setup_batch_size: See `layer_stack`.
       setup_remat: See `layer_stack`.
+      devices: Over which devices setup is spread, if it is.
     """
 
     parts: Parts
@@ -174,6 +193,7 @@ class Plan(NamedTuple):
     schedule: _loop.Schedule
     setup_batch_size: int | None
     setup_remat: bool | None
+    devices: _spread.Devices | None
 
     def key(self, structure: Callable[[jex.ClosedJaxpr], Hashable]) -> Hashable:
         """All that `run` depends on."""
@@ -192,6 +212,7 @@ class Plan(NamedTuple):
             self.schedule.num_layers,
             batch_size=self.setup_batch_size,
             remat=self.setup_remat,
+            devices=self.devices,
         )
         # For policies of `jax.checkpoint` around the stack.
         shared, own = jax.tree.map(
