@@ -110,6 +110,16 @@ def leaves_at(tree: Tree) -> Iterator[tuple[str, Any]]:
         yield f" (at {path_name(path)})" if path else "", leaf
 
 
+def arguments(
+    fn: Callable[..., Any], args: Sequence[Tree], what: str, instead: str = ""
+) -> list[str]:
+    """Checks that arguments by position are arrays; returns their names."""
+    names = argument_names(fn, len(args))
+    for name, tree in zip(names, args, strict=True):
+        arrays(tree, f"{what} `{name}`", instead or _BIND)
+    return names
+
+
 _BIND = (
     "expected arrays or jax.ShapeDtypeStructs. Bind static arguments before, as in "
     "functools.partial(fn, is_training=True)."

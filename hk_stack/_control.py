@@ -19,9 +19,10 @@ from jax.extend import core as jex
 from hk_stack import _equations
 from hk_stack._equations import Atom, Aval, carried, fresh
 from hk_stack._flat import Exposed, bits
-from hk_stack._hoist import is_marked
+from hk_stack._hoist import are_marked
 from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts, derive
+from hk_stack._spread import Devices
 
 
 class Task(NamedTuple):
@@ -33,6 +34,7 @@ class Task(NamedTuple):
       where: Names the traced function in errors.
       reuse: Whether the derived values will be kept for many runs.
       cut: Cuts a function, given what to do.
+      devices: Over which devices the setup of a `scan` is spread, if it is.
     """
 
     inputs: Sequence[Input]
@@ -40,6 +42,7 @@ class Task(NamedTuple):
     where: str
     reuse: bool
     cut: Callable[[jex.ClosedJaxpr, "Task"], Parts]
+    devices: Devices | None = None
 
     def known(self) -> int:
         """The bit set of the known inputs."""
@@ -71,12 +74,13 @@ class Task(NamedTuple):
           a whole, is of another kind, or has nothing to hoist.
         """
         expose = _EXPOSE.get(eqn.primitive.name)
-        bodies = _equations.closed_bodies(eqn)
-        if expose is None or any(map(_equations.constants, bodies)):
+        if expose is None:
+            return None
+        if any(map(_equations.constants, _equations.closed_bodies(eqn))):
             return None
         outer = list(map(self._describe, reads))
         if all(i.known for i in outer) or (
-            all(i.fixed for i in outer) and is_marked(eqn, (HOIST, HOISTED))
+            all(i.fixed for i in outer) and are_marked([eqn], (HOIST, HOISTED))
         ):
             return None
         return expose(self, eqn, outer)
@@ -110,7 +114,7 @@ def _expose_scan(task: Task, eqn: jex.JaxprEqn, outer: list[Input]) -> Exposed |
         return None
 
     def run(*values: jax.Array) -> list[Any]:
-        shared, own = derive(parts, values, inputs, length)
+        shared, own = derive(parts, values, inputs, length, devices=task.devices)
         return [*shared, *(checkpoint_name(v, HOISTED) for v in own)]
 
     return Exposed(_trace(run, eqn), functools.partial(_rest_of_scan, eqn, parts))
@@ -125,8 +129,7 @@ def _rest_of_scan(eqn: jex.JaxprEqn, parts: Parts, derived: list[Atom]) -> jex.J
     count = parts.num_shared
     read = [eqn.invars[i] for i in order]
     operands = [*derived[:count], *read, *derived[count:]]
-    given, taken = _variables(parts, eqn.params["jaxpr"], order)
-    rest = _taking(parts, [*given[:count], *taken, *given[count:]])
+    rest = parts.body(order, eqn.params["jaxpr"].in_avals)
     return _equations.with_scan_body(eqn, operands, rest, count + len(constants))
 
 
@@ -175,8 +178,8 @@ def _rest_of_while(
     for name, parts, consts in (("cond", test, of_test), ("body", turn, of_body)):
         read = [i for i in parts.call_inputs if i < len(consts)]
         order = [*read, *range(len(consts), len(consts) + len(carried))]
-        given, taken = _variables(parts, eqn.params[f"{name}_jaxpr"], order)
-        params[f"{name}_jaxpr"] = _taking(parts, [*given, *taken])
+        given, taken = parts.variables(order, eqn.params[f"{name}_jaxpr"].in_avals)
+        params[f"{name}_jaxpr"] = parts.taking([*given, *taken])
         params[f"{name}_nconsts"] = len(given) + len(read)
         operands += [*rest[: len(given)], *(eqn.invars[consts[i]] for i in read)]
         rest = rest[len(given) :]
@@ -226,10 +229,10 @@ def _rest_of_cond(
     order = sorted({i for parts in cuts for i in parts.call_inputs})
     branches = []
     for parts, own, branch in zip(cuts, slots, eqn.params["branches"], strict=True):
-        given, taken = _variables(parts, branch, order)
+        given, taken = parts.variables(order, branch.in_avals)
         filling = dict(zip(own, given, strict=True))
         filled = [filling.get(i) or fresh(v) for i, v in enumerate(derived)]
-        branches.append(_taking(parts, [*filled, *taken]))
+        branches.append(parts.taking([*filled, *taken]))
     operands = [eqn.invars[0], *derived, *(eqn.invars[1 + i] for i in order)]
     params = {**eqn.params, "branches": tuple(branches)}
     return _equations.replace(eqn, invars=operands, params=params)
@@ -258,24 +261,6 @@ def _slots(branches: Sequence[Sequence[Aval]]) -> tuple[list[Aval], list[list[in
             taken[aval] += 1
         of_branches.append(own)
     return [aval for aval, _ in slots], of_branches
-
-
-def _variables(
-    parts: Parts, whole: jex.ClosedJaxpr, order: Sequence[int]
-) -> tuple[list[jex.Var], list[jex.Var]]:
-    """What takes the derived values in a call, and the inputs `order` of the whole."""
-    taken = parts.call.jaxpr.invars
-    given, rest = taken[: parts.num_derived], taken[parts.num_derived :]
-    read = dict(zip(parts.call_inputs, rest, strict=True))
-    return given, [
-        read[i] if i in read else fresh(whole.jaxpr.invars[i]) for i in order
-    ]
-
-
-def _taking(parts: Parts, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
-    """The call as a function of `variables`: its own, in another order, or unread."""
-    jaxpr = _equations.replace(parts.call.jaxpr, invars=list(variables))
-    return jex.ClosedJaxpr(jaxpr, [])
 
 
 def _trace(run: Callable[..., Any], eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:

@@ -1,7 +1,7 @@
 """What equations cost: whether they are worth hoisting, their bytes and operations."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,26 +11,32 @@ from hk_stack import _equations
 from hk_stack._equations import Atom, Aval
 
 
-def is_expensive(eqn: jex.JaxprEqn, parameters: float) -> bool:
+def is_expensive(eqn: jex.JaxprEqn, parameters: Callable[[], float]) -> bool:
     """Whether an equation is worth hoisting for its own sake.
 
     Args:
       eqn: An equation.
-      parameters: The number of elements of the inputs that it depends on.
+      parameters: Counts the elements of the inputs that it depends on, where that
+        matters.
     """
     name = eqn.primitive.name
     if name in _EXPENSIVE:
         return True
-    most = max(map(size, eqn.outvars), default=0)
     if name in _REDUCTIONS:
-        return most < max(map(size, eqn.invars))
+        return _most(eqn.outvars) < _most(eqn.invars)
     if name in _TRANSCENDENTAL:
-        return most > max(1, parameters)  # The logarithm of a constant is no work.
+        # The logarithm of a constant is no work.
+        return _most(eqn.outvars) > max(1, parameters())
     return any(
         is_expensive(e, parameters)
         for body in _equations.bodies(eqn)
         for e in body.eqns
     )
+
+
+def _most(atoms: Iterable[Atom]) -> int:
+    """Elements of the largest of several values."""
+    return max(map(size, atoms), default=0)
 
 
 def is_reduction(eqn: jex.JaxprEqn) -> bool:
@@ -81,8 +87,8 @@ def no_batch(jaxpr: jex.Jaxpr, derivatives: int = 2) -> str:
         return "it has values of 64 bits where JAX has 32"
     if opaque := OPAQUE & names:
         return f"it runs foreign code ({min(opaque)})"
-    other = any(_is_other_key(atom) for eqn in eqns for atom in eqn.invars)
-    if other or "rng_bit_generator" in names:
+    dtypes = _dtypes(atom for eqn in eqns for atom in eqn.invars)
+    if any(map(_is_other_key, dtypes)) or "rng_bit_generator" in names:
         return "it draws with keys other than threefry's"
     if derivatives and not all(_can_batch_rule(e, derivatives - 1) for e in eqns):
         return "JAX cannot batch a rule of its derivatives"
@@ -97,13 +103,17 @@ def is_narrowed(jaxpr: jex.Jaxpr) -> bool:
 def is_wide(eqns: Iterable[jex.JaxprEqn]) -> bool:
     """Whether there are values of 64 bits where JAX has 32."""
     inner = _equations.with_inner(eqns)
-    return any(_is_wide(v) for eqn in inner for v in (*eqn.invars, *eqn.outvars))
+    atoms = (a for eqn in inner for a in (*eqn.invars, *eqn.outvars))
+    return any(map(_is_wide, _dtypes(atoms)))
 
 
-def _is_wide(atom: Atom) -> bool:
-    """Whether `atom` is of 64 bits where JAX has 32."""
-    dtype: Any = getattr(atom.aval, "dtype", None)
-    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+def _dtypes(atoms: Iterable[Atom]) -> set[Any]:
+    """The types of numbers, each once: there are few, and it takes long to ask."""
+    return {getattr(atom.aval, "dtype", None) for atom in atoms} - {None}
+
+
+def _is_wide(dtype: Any) -> bool:
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return False
     return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
 
@@ -111,7 +121,7 @@ def _is_wide(atom: Atom) -> bool:
 def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
     """Whether what a derivative of `eqn` runs, if its author has said so, can batch.
 
-    Conditionals are out of reach there: all of their branches would run.
+    Conditionals in a rule alone are out of reach: all of their branches would run.
     """
     if eqn.primitive.name not in _equations.CUSTOM_DERIVATIVES:
         return True
@@ -119,15 +129,17 @@ def _can_batch_rule(eqn: jex.JaxprEqn, derivatives: int) -> bool:
         rule = _equations.derivative(eqn)
     except Exception:  # Whatever its author wrote; one by one it is as it was.
         return False
-    inner = _equations.with_inner([eqn, *rule.eqns])
-    is_conditional = any(e.primitive.name == "cond" for e in inner)
-    return not is_conditional and not no_batch(rule.jaxpr, derivatives)
+    own, of_rule = (
+        any(e.primitive.name == "cond" for e in _equations.with_inner(eqns))
+        for eqns in ([eqn], rule.eqns)
+    )
+    return own >= of_rule and not no_batch(rule.jaxpr, derivatives)
 
 
-def _is_other_key(atom: Atom) -> bool:
-    """Whether `atom` is a random key of another kind than threefry's."""
-    is_key = jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.prng_key)
-    return is_key and "fry" not in str(atom.aval.dtype)
+def _is_other_key(dtype: Any) -> bool:
+    """Whether `dtype` is of random keys of another kind than threefry's."""
+    is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return is_key and "fry" not in str(dtype)
 
 
 def gathers(eqns: Iterable[jex.JaxprEqn]) -> bool:
@@ -147,7 +159,7 @@ def gathered(jaxpr: jex.Jaxpr) -> list[bool]:
 def largest_value(jaxpr: jex.Jaxpr) -> int:
     """Bytes of the largest array that `jaxpr` computes, inner bodies included."""
     eqns = _equations.with_inner(jaxpr.eqns)
-    return max((nbytes([v]) for eqn in eqns for v in eqn.outvars), default=0)
+    return max((bytes_of(v.aval) for eqn in eqns for v in eqn.outvars), default=0)
 
 
 def size(atom: Atom) -> int:

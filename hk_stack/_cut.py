@@ -22,6 +22,7 @@ from hk_stack._equations import Atom, variables
 from hk_stack._flat import Flat, Node, bits
 from hk_stack._marks import HOIST, HOISTED
 from hk_stack._parts import Input, Parts
+from hk_stack._spread import Devices
 
 
 def cut(
@@ -31,6 +32,7 @@ def cut(
     where: str,
     *,
     reuse: bool = False,
+    devices: Devices | None = None,
 ) -> Parts:
     """Cuts a traced function into setup and call.
 
@@ -42,6 +44,7 @@ def cut(
       where: Names the traced function in errors.
       reuse: Whether the derived values will be kept for many runs. Then all known work
         is worth hoisting, as long as it makes nothing larger.
+      devices: Over which devices the setup of a `scan` is spread, if it is.
 
     Returns:
       The two parts. With nothing to hoist, `call` is `closed`, equation by equation.
@@ -49,7 +52,7 @@ def cut(
     Raises:
       ValueError: If a marked value depends on an input that is not fixed.
     """
-    return _cut(closed, Task(inputs, policy, where, reuse, _cut))
+    return _cut(closed, Task(inputs, policy, where, reuse, _cut, devices))
 
 
 def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
@@ -58,8 +61,7 @@ def _cut(closed: jex.ClosedJaxpr, task: Task) -> Parts:
     known = task.known()
 
     def opens(body: jex.Jaxpr, reads: int) -> bool:
-        has_mark = any(_hoist.is_marked(e, (HOIST,)) for e in body.eqns)
-        return bool(reads & known) or has_mark
+        return bool(reads & known) or _hoist.are_marked(body.eqns, (HOIST,))
 
     flattened = _flat.flatten(closed, opens, task.expose)
     flattened, marked = _settle_marks(flattened, task)
@@ -77,7 +79,7 @@ def _uncut(jaxpr: jex.Jaxpr) -> Parts:
     empty = _equations.replace(jaxpr, invars=[], outvars=[], eqns=[], effects=set())
     nothing = jex.ClosedJaxpr(empty, [])
     # Marks that this cut leaves alone are none of the business of one around it.
-    whole = _equations.replace(jaxpr, eqns=list(map(_hoist.weaken, jaxpr.eqns)))
+    whole = _hoist.weakened(jaxpr)
     positions = tuple(range(len(whole.invars)))
     if not any(map(_equations.names_an_input, whole.effects)):
         read = variables([*whole.outvars, *(a for e in whole.eqns for a in e.invars)])
@@ -123,12 +125,15 @@ def _used(
 
 
 def _is_expensive(flattened: Flat, node: Node) -> bool:
-    elements = sum(map(_cost.size, _inputs_of(flattened, node)))
+    def elements() -> int:
+        return sum(map(_cost.size, _inputs_of(flattened, node)))
+
     return _cost.is_expensive(node.eqn, elements)
 
 
 def _inputs_of(flattened: Flat, node: Node) -> list[jex.Var]:
-    return [v for i, v in enumerate(flattened.jaxpr.invars) if node.reads >> i & 1]
+    inputs = flattened.jaxpr.invars
+    return [inputs[i] for i in _flat.positions(node.reads) if i < len(inputs)]
 
 
 def _settle_marks(flattened: Flat, task: Task) -> tuple[Flat, list[jex.Var]]:
@@ -137,11 +142,13 @@ def _settle_marks(flattened: Flat, task: Task) -> tuple[Flat, list[jex.Var]]:
     nodes, marked = [], []
     for node in flattened.nodes:
         eqn, others = node.eqn, node.reads & ~fixed
-        if not others and _hoist.is_marked(eqn, (HOIST, HOISTED)):
+        if not _hoist.are_marked([eqn], (HOIST, HOISTED)):
+            nodes.append(node)
+            continue
+        if not others:
             marked.extend(eqn.outvars)
         elif (
-            others
-            and _hoist.is_marked(eqn, (HOIST,))
+            _hoist.are_marked([eqn], (HOIST,))
             and eqn.params.get("length") != 0  # No turn of the loop runs.
         ):
             raise ValueError(_explain_mark(eqn, task.names_of(others), task.where))
@@ -180,14 +187,14 @@ def _choose(flattened: Flat, task: Task, marked: Sequence[jex.Var]) -> list[jex.
         return list(marked)
     known = task.known()
     frontier = _Frontier(flattened, task, marked)
-    chosen = _NONE
+    handed: set[jex.Var] = set()
     for node in flattened.nodes:
         if node.reads & ~known:
-            chosen |= frontier.behind(node.eqn.invars)
+            handed |= frontier.behind(node.eqn.invars)
         frontier.extend(node, is_known=not node.reads & ~known)
-    chosen |= frontier.behind(flattened.outputs)
+    handed |= frontier.behind(flattened.outputs)
     # What is an input, the call has anyway.
-    chosen = _share(chosen, frontier.sources) - set(flattened.jaxpr.invars)
+    chosen = _share(frozenset(handed), frontier.sources) - set(flattened.jaxpr.invars)
     made = (v for node in flattened.nodes for v in node.eqn.outvars)
     return [v for v in made if v in chosen]
 
@@ -230,29 +237,30 @@ class _Frontier:
     def extend(self, node: Node, *, is_known: bool) -> None:
         """Goes on to what the next equation makes."""
         eqn = node.eqn
-        if self._variable is not None and not node.reads & self._variable:
-            self._of.update(
-                (v, frozenset([v])) for v in eqn.outvars if v in self._marked
-            )
+        is_constant = self._variable is not None and not node.reads & self._variable
+        if is_constant or not is_known:
+            for v in self._marked.intersection(eqn.outvars):
+                self._of[v] = frozenset([v])
             return
         before = self.behind(eqn.invars)
-        is_expensive = is_known and _is_expensive(self._flat, node)
+        is_expensive = _is_expensive(self._flat, node)
         devices = self._devices(eqn)
-        read = _inputs_of(self._flat, node)
+        # Only then are sizes asked for: those of the activations may be symbolic.
+        share = _cost.nbytes(_inputs_of(self._flat, node)) if devices > 1 else 0
         for v in eqn.outvars:
-            self._gathered[v] = devices
-            # Only then are sizes asked for: those of the activations may be symbolic.
-            is_whole = devices > 1 and _cost.nbytes([v]) * devices > _cost.nbytes(read)
+            if devices > 1:
+                self._gathered[v] = devices
+            is_whole = devices > 1 and _cost.nbytes([v]) * devices > share
             if v in self._marked or (is_expensive and not is_whole):
                 self._of[v] = frozenset([v])
-            elif is_known and before:
+            elif before:
                 self.sources[v] = before
                 self._of[v] = before if is_whole else _smaller(eqn, v, before)
 
     def _devices(self, eqn: jex.JaxprEqn) -> int:
         """From how many devices the values behind an equation were gathered."""
-        read = (self._gathered.get(v, 1) for v in variables(eqn.invars))
-        return max([_equations.gathers_from(eqn), *read])
+        read = variables(eqn.invars).keys() & self._gathered.keys()
+        return max([_equations.gathers_from(eqn), *(self._gathered[v] for v in read)])
 
 
 def _smaller(eqn: jex.JaxprEqn, made: jex.Var, before: Values) -> Values:

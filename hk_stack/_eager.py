@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import _structure
@@ -38,7 +37,7 @@ def run(
     """
     is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
     # Inside `jit` all is traced; under gradients only what depends on their values.
-    if is_traced and isinstance(jnp.zeros([]), jax.core.Tracer):
+    if is_traced and isinstance(jax.lax.full([], 0), jax.core.Tracer):
         return function(values)
     structure = functools.partial(
         _structure.of_program, derivatives=3 if is_traced else 0

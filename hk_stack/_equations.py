@@ -21,6 +21,7 @@ Body = Any  # a jex.Jaxpr or a jex.ClosedJaxpr
 # Names that versions of JAX have given to these equations.
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
+_IN_PLACE = (*JIT, *REMAT)
 CUSTOM_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
 
@@ -51,13 +52,10 @@ def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
 
 def closed_bodies(eqn: jex.JaxprEqn) -> Iterator[Any]:
     """The jaxprs that `eqn` runs, of whatever kind it is, with their constants."""
-    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_one)
-    return (p for p in params if isinstance(p, (jex.Jaxpr, jex.ClosedJaxpr)))
-
-
-def _is_one(param: object) -> bool:
-    """Whether a parameter of an equation is not several, whatever else it holds."""
-    return not isinstance(param, (tuple, list))
+    for param in eqn.params.values():
+        for one in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(one, (jex.Jaxpr, jex.ClosedJaxpr)):
+                yield one
 
 
 def bodies(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
@@ -106,14 +104,17 @@ def with_closed_bodies(
         made = change(jex.ClosedJaxpr(param, []))
         return param if made.consts else made.jaxpr
 
+    def is_one(param: Any) -> bool:
+        return not isinstance(param, (tuple, list))
+
     params = list(eqn.params.values())
-    made = jax.tree.map(changed, params, is_leaf=_is_one)
+    made = jax.tree.map(changed, params, is_leaf=is_one)
     return replace(eqn, params=dict(zip(eqn.params, made, strict=True)))
 
 
 def body_in_place(eqn: jex.JaxprEqn) -> jex.Jaxpr | None:
     """What may stand in place of a `jit` or remat equation; None if nothing may."""
-    if eqn.primitive.name not in (*REMAT, *JIT):
+    if eqn.primitive.name not in _IN_PLACE:
         return None
     params, body = eqn.params, eqn.params["jaxpr"]
     placed = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
@@ -191,24 +192,10 @@ def derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """
     if eqn.params.get("symbolic_zeros"):
         raise ValueError("a rule with symbolic zeros")
-    # What the function closes over comes first, and is not differentiated. Inside of
-    # another rule an equation does not say how much that is; JAX refuses what is more.
-    closed_over = eqn.params.get("num_consts", 0)
-    while True:
-        try:
-            return _derivative(eqn, closed_over)
-        except Exception:
-            closed_over += 1
-            if closed_over >= len(eqn.invars):
-                raise
-
-
-def _derivative(eqn: jex.JaxprEqn, closed_over: int) -> jex.ClosedJaxpr:
     run = jex.jaxpr_as_fun(alone(eqn))
 
-    def traced(*values: jax.Array) -> Any:
-        inexact = {i: v for i, v in enumerate(values) if is_inexact(v)}
-        moving = {i: v for i, v in inexact.items() if i >= closed_over}
+    def traced(first: int, *values: jax.Array) -> Any:
+        moving = {i: v for i, v in enumerate(values) if i >= first and is_inexact(v)}
 
         def of_moving(moving: dict[int, Any]) -> list[Any]:
             results = run(*(moving.get(i, v) for i, v in enumerate(values)))
@@ -219,7 +206,90 @@ def _derivative(eqn: jex.JaxprEqn, closed_over: int) -> jex.ClosedJaxpr:
         results, pull_back = jax.vjp(of_moving, moving)
         return pull_back(results)
 
-    return jax.make_jaxpr(traced)(*(a.aval for a in eqn.invars))
+    return _differentiable(eqn, traced)[0]
+
+
+def tangents(
+    eqn: jex.JaxprEqn, moving: Sequence[int], made: Sequence[int]
+) -> jex.ClosedJaxpr:
+    """What an equation makes of its inputs, and of tangents of those that move.
+
+    Args:
+      eqn: An equation.
+      moving: Which of its inputs have tangents; they come after all inputs.
+      made: Which of its outputs have; they come after all outputs.
+    """
+    run = jex.jaxpr_as_fun(alone(eqn))
+
+    def traced(values: list[Any], changes: list[Any]) -> Any:
+        def of_moving(*moved: Any) -> Any:
+            given = dict(zip(moving, moved, strict=True))
+            results = run(*(given.get(i, v) for i, v in enumerate(values)))
+            return [results[i] for i in made], results
+
+        primals = [values[i] for i in moving]
+        _, found, results = jax.jvp(of_moving, primals, changes, has_aux=True)
+        return results, found
+
+    types = [a.aval for a in eqn.invars]
+    return jax.make_jaxpr(traced)(types, [types[i] for i in moving])
+
+
+def cotangents(
+    eqn: jex.JaxprEqn,
+) -> tuple[jex.ClosedJaxpr, jex.ClosedJaxpr, list[int], list[int]]:
+    """What an equation runs forward and backward.
+
+    Returns:
+      The outputs and what is kept, from the inputs; cotangents of the inputs that have
+      some, from what is kept and the cotangents of such outputs; which inputs and
+      outputs these are.
+    """
+    run = jex.jaxpr_as_fun(alone(eqn))
+    types = [a.aval for a in eqn.invars]
+    made = [i for i, v in enumerate(eqn.outvars) if is_inexact(v.aval)]
+    structure: Any = None
+
+    def forward(first: int, *values: Any) -> Any:
+        nonlocal structure
+        moving = {i: v for i, v in enumerate(values) if i >= first and is_inexact(v)}
+
+        def of_moving(moving: dict[int, Any]) -> Any:
+            results = run(*(moving.get(i, v) for i, v in enumerate(values)))
+            return [results[i] for i in made], results
+
+        _, pull_back, results = jax.vjp(of_moving, moving, has_aux=True)
+        kept, structure = jax.tree.flatten(pull_back)
+        return results, kept
+
+    def backward(kept: list[Any], given: list[Any]) -> Any:
+        return jax.tree.unflatten(structure, kept)(given)
+
+    forth, first = _differentiable(eqn, forward)
+    kept = forth.out_avals[len(eqn.outvars) :]
+    back = jax.make_jaxpr(backward)(kept, [eqn.outvars[i].aval for i in made])
+    moving = [i for i, t in enumerate(types) if i >= first and is_inexact(t)]
+    return forth, back, moving, made
+
+
+def _differentiable(
+    eqn: jex.JaxprEqn, differentiated: Callable[..., Any]
+) -> tuple[jex.ClosedJaxpr, int]:
+    """Traces a derivative of an equation by all inputs but those that are closed over.
+
+    These come first. Inside of another rule an equation does not say how many there
+    are; JAX refuses to differentiate what is more.
+    """
+    first = eqn.params.get("num_consts", 0)
+    types = [a.aval for a in eqn.invars]
+    while True:
+        try:
+            run = functools.partial(differentiated, first)
+            return jax.make_jaxpr(run)(*types), first
+        except Exception:
+            first += 1
+            if first >= len(types):
+                raise
 
 
 def is_inexact(value: jax.Array | Aval) -> bool:
@@ -274,7 +344,7 @@ def with_scan_body(
     if "ft_in" in params:
         carry = len(carried(eqn))
         rows = len(invars) - num_consts - carry
-        params["ft_in"] = _layout_of_scan(num_consts, carry, rows)
+        params["ft_in"] = _small_scan(num_consts, carry, rows).params["ft_in"]
     else:
         params["num_consts"] = num_consts
     if "linear" in params:  # Before JAX 0.10.
@@ -282,23 +352,56 @@ def with_scan_body(
     return replace(eqn, invars=invars, params=params)
 
 
+def scan(
+    body: jex.ClosedJaxpr,
+    constants: Sequence[Any],
+    carry: Sequence[Any],
+    rows: Sequence[Any],
+    **options: Any,
+) -> list[Any]:
+    """`jax.lax.scan` of a body that is traced already, and is not traced again.
+
+    Args:
+      body: Takes constants, the carry and rows; returns the carry and outputs.
+      constants: What is the same in all turns.
+      carry: What the first turn is given, of the types that the body returns.
+      rows: Arrays `[T, ...]`.
+      **options: `length`, `reverse` and `unroll` of `jax.lax.scan`.
+
+    Returns:
+      The last carry, and the outputs `[T, ...]`.
+    """
+    outputs = len(body.out_avals) - len(carry)
+    small = _small_scan(len(constants), len(carry), len(rows), outputs, **options)
+    params = {**small.params, "jaxpr": body}
+    results: list[Any] = small.primitive.bind(*constants, *carry, *rows, **params)
+    return results
+
+
 @functools.cache
-def _layout_of_scan(num_consts: int, num_carry: int, num_rows: int) -> Any:
-    """How a `scan` says which of its inputs are what, read off one of that kind."""
-    scalar, row = (jax.core.ShapedArray(s, jnp.dtype("int32")) for s in ((), (1,)))
+def _small_scan(
+    num_consts: int,
+    num_carry: int,
+    num_rows: int,
+    num_outputs: int = 1,
+    *,
+    length: int = 1,
+    **options: Any,
+) -> jex.JaxprEqn:
+    """A `scan` of so many inputs and outputs: what it says of them, others say too."""
+    scalar, row = (jax.core.ShapedArray(s, jnp.dtype("int32")) for s in ((), (length,)))
 
     def scan(constants: list[Any], carry: list[Any], rows: list[Any]) -> Any:
         def turn(carry: list[Any], row: list[Any]) -> Any:
             total = sum([*constants, *row], jnp.int32(0))
-            return [c + total for c in carry], total
+            return [c + total for c in carry], [total] * num_outputs
 
-        return jax.lax.scan(turn, carry, rows, length=1)
+        return jax.lax.scan(turn, carry, rows, length=length, **options)
 
     operands = [scalar] * num_consts, [scalar] * num_carry, [row] * num_rows
-    [eqn] = [
-        e for e in jax.make_jaxpr(scan)(*operands).eqns if e.primitive.name == "scan"
-    ]
-    return eqn.params["ft_in"]
+    eqns: list[jex.JaxprEqn] = jax.make_jaxpr(scan)(*operands).eqns
+    [eqn] = [e for e in eqns if e.primitive.name == "scan"]
+    return eqn
 
 
 def names_an_input(effect: object) -> bool:
@@ -322,6 +425,12 @@ def explicit(aval: Aval) -> Any:
     """The sharding that is part of a type, on a mesh with explicit axes; or None."""
     sharding = getattr(aval, "sharding", None)
     return sharding if any(getattr(sharding, "spec", ())) else None
+
+
+def of_row(aval: Aval) -> Aval:
+    """The type of `array[0]`, from that of `array`."""
+    sharding = aval.sharding.update(spec=aval.sharding.spec[1:])
+    return aval.update(shape=aval.shape[1:], sharding=sharding)
 
 
 def zeros(aval: Aval) -> jax.Array:

@@ -17,6 +17,7 @@ from hk_stack import (
     _loop,
     _marks,
     _parts,
+    _spread,
     _summary,
     _taps,
 )
@@ -28,7 +29,14 @@ from hk_stack._types import Tree
 def compiled(invocation: Invocation, given: Given) -> Result:
     """Runs setup for all layers, then the loop."""
     options = invocation.options
-    closed, given, shapes = _trace(invocation, given)
+    # Initial values may be made anywhere, a mesh or none.
+    devices = (
+        None
+        if hk.running_init()
+        else _spread.in_force(options.setup_sharding, invocation.where)
+    )
+    with _spread.over(None):  # Where layers are spread, stacks in them need not be.
+        closed, given, shapes = _trace(invocation, given)
     closed, constants, marks = _marks.expose(closed)
     described = describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
@@ -42,7 +50,7 @@ def compiled(invocation: Invocation, given: Given) -> Result:
         options.remat,
     )
     sizes = options.setup_batch_size, options.setup_remat
-    plan = _parts.Plan(parts, inputs, schedule, *sizes)
+    plan = _parts.Plan(parts, inputs, schedule, *sizes, devices)
     leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
     count = len(leaves) - len(marks)
     result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])

@@ -8,7 +8,7 @@ back together, each inside the rematerialised regions that it came from.
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -76,6 +76,18 @@ def bits(flags: Iterable[bool]) -> int:
     return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
+def positions(bits: int) -> Iterator[int]:
+    """The positions in a bit set.
+
+    >>> list(positions(5))
+    [0, 2]
+    """
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
 def flatten(
     closed: jex.ClosedJaxpr,
     opens: Callable[[jex.Jaxpr, int], bool],
@@ -105,7 +117,7 @@ class _Place(NamedTuple):
 
     Attributes:
       regions: The rematerialised equations around them, outermost first. What runs
-        twice is two of them, as each equation on the way here is made anew.
+        twice is two of them, as each is made anew.
       source: What they say of their source, if they are those of a library: who called
         it, and its name.
       is_exposed: Whether they were made of one that was exposed.
@@ -133,20 +145,22 @@ class _Flattening(NamedTuple):
             return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
 
         for eqn in jaxpr.eqns:
-            now = _equations.replace(eqn, invars=list(map(read, eqn.invars)))
+            now, invars = eqn, list(map(read, eqn.invars))
             if place.source:
-                now = now.replace(source_info=place.source)
+                now = _equations.replace(eqn, invars=invars, source_info=place.source)
+            elif invars != eqn.invars:
+                now = _equations.replace(eqn, invars=invars)
             env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
         return list(map(read, jaxpr.outvars))
 
     def _enter(self, eqn: jex.JaxprEqn, place: _Place) -> list[Atom]:
         """Adds an equation, or those it stands for; returns their results."""
         masks = list(map(self.flat.dependencies, eqn.invars))
-        body = _equations.body_in_place(eqn)
-        if body is not None and self.opens(body, _union(masks)):
+        mask, body = _union(masks), _equations.body_in_place(eqn)
+        if body is not None and self.opens(body, mask):
             regions = place.regions
             if eqn.primitive.name in _equations.REMAT:
-                regions = (*regions, eqn)
+                regions = (*regions, _equations.replace(eqn))
             source = _source.of_body(eqn, body, place.source)
             inside = _Place(regions, source, place.is_exposed)
             return self.visit(body, eqn.invars, inside)
@@ -155,21 +169,22 @@ class _Flattening(NamedTuple):
             before = place._replace(is_exposed=True)
             made = self.visit(exposed.before.jaxpr, eqn.invars, before)
             eqn = exposed.after(made)
-        return self._add(eqn, place.regions)
+            mask = _union(map(self.flat.dependencies, eqn.invars))
+        return self._add(Node(eqn, place.regions, mask))
 
-    def _add(self, eqn: jex.JaxprEqn, regions: tuple[jex.JaxprEqn, ...]) -> list[Atom]:
-        """Adds an equation as it is, with what it depends on."""
+    def _add(self, node: Node) -> list[Atom]:
+        """Adds an equation as it is; returns its results."""
+        eqn, regions, mask = node
         reads = self.flat.reads
-        # Bodies are shared, and so are variables by bodies made from one another.
-        outvars: list[Atom] = [fresh(v) if v in reads else v for v in eqn.outvars]
-        mask = _union(map(self.flat.dependencies, eqn.invars))
+        if not reads.keys().isdisjoint(eqn.outvars):
+            # Bodies are shared, and so are variables by bodies made from one another.
+            outvars = [fresh(v) if v in reads else v for v in eqn.outvars]
+            eqn = _equations.replace(eqn, outvars=outvars)
         if eqn.effects or eqn.primitive.name in _cost.OPAQUE:
             mask |= 1 << len(self.flat.jaxpr.invars)
-        reads.update((v, mask) for v in outvars)
-        self.flat.nodes.append(
-            Node(_equations.replace(eqn, outvars=outvars), regions, mask)
-        )
-        return outvars
+        reads.update(dict.fromkeys(eqn.outvars, mask))
+        self.flat.nodes.append(Node(eqn, regions, mask))
+        return eqn.outvars
 
 
 def _union(masks: Iterable[int]) -> int:
@@ -197,7 +212,7 @@ def program(
     """
     nodes = needed(flat.nodes, outputs, given, with_effects=with_effects)
     eqns = _restore_regions(nodes, 0, outputs)
-    reads = variables(outputs) | {v: None for e in eqns for v in variables(e.invars)}
+    reads = variables([*outputs, *(a for e in eqns for a in e.invars)])
     inputs = flat.jaxpr.invars
     positions = tuple(i for i, v in enumerate(inputs) if v in reads and v not in given)
     jaxpr = _equations.replace(
@@ -225,10 +240,12 @@ def needed(
         eqn = node.eqn
         if live.isdisjoint(eqn.outvars) and not (with_effects and eqn.effects):
             continue
-        # One output of an equation may come in from outside while another is needed.
-        outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
-        kept.append(node._replace(eqn=_equations.replace(eqn, outvars=outvars)))
-        live |= set(variables(eqn.invars)) - outside
+        if not outside.isdisjoint(eqn.outvars):
+            # One output may come in from outside while another is needed.
+            outvars = [fresh(v) if v in outside else v for v in eqn.outvars]
+            node = node._replace(eqn=_equations.replace(eqn, outvars=outvars))
+        kept.append(node)
+        live.update(variables(eqn.invars).keys() - outside)
     return kept[::-1]
 
 

@@ -77,9 +77,7 @@ def check_arguments(fn: Callable[..., Any], args: Sequence[Tree], where: str) ->
             f"{where}: no arguments by position. Give the parameters first, by "
             "position."
         )
-    names = _checks.argument_names(fn, len(args))
-    for name, tree in zip(names, args, strict=True):
-        _checks.arrays(tree, f"{where}: argument `{name}`", _BY_KEYWORD)
+    _checks.arguments(fn, args, f"{where}: argument", _BY_KEYWORD)
 
 
 _BY_KEYWORD = (

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from hk_stack import _equations
@@ -67,12 +68,14 @@ class _Value(NamedTuple):
 
 def has_branches(jaxpr: jex.Jaxpr) -> bool:
     """Whether there are conditionals in a program."""
-    return any(map(_has_branches, jaxpr.eqns))
+    inner = _equations.with_inner(jaxpr.eqns)
+    return any(eqn.primitive.name == "cond" for eqn in inner)
 
 
 def _has_branches(eqn: jex.JaxprEqn) -> bool:
     """Whether there is a conditional in what an equation runs."""
-    return any(e.primitive.name == "cond" for e in _equations.with_inner([eqn]))
+    inner = _equations.bodies(eqn)
+    return eqn.primitive.name == "cond" or any(map(has_branches, inner))
 
 
 class _Guard(NamedTuple):
@@ -213,8 +216,8 @@ def _guarded(
     def safe(value: _Value) -> _Value:
         if not value.layered:
             return value
-        given = jax.lax.stop_gradient(value.array[donor])[None]
-        return _Value(_select(is_mine, value.array, given), True)
+        borrowed = value.array[donor][None]
+        return _Value(_select(is_mine, value.array, borrowed), True)
 
     inside = guard._replace(active=None)
     return inside.all_layered(inside.run(branch, list(map(safe, operands))))
@@ -288,9 +291,73 @@ def _while(guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]) -> list[jax.A
     return list(jax.lax.while_loop(lambda state: jnp.any(state[0]), turn, start)[1])
 
 
+def _custom_jvp(
+    guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]
+) -> list[jax.Array]:
+    """Runs a function with a rule for its tangents, and that as it runs anything."""
+    layered = [value.layered for value in values]
+    moving = [i for i, v in enumerate(eqn.invars) if _equations.is_inexact(v.aval)]
+    made = [i for i, v in enumerate(eqn.outvars) if _equations.is_inexact(v.aval)]
+    run = jax.custom_jvp(guard._function(_body(eqn), layered))
+    tangents_of = guard._function(
+        _equations.tangents(eqn, moving, made),
+        [*layered, *(layered[i] for i in moving)],
+    )
+
+    @run.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        results = tangents_of(*primals, *(tangents[i] for i in moving))
+        outputs = results[: len(eqn.outvars)]
+        changes: list[Any] = [_no_tangent(v) for v in outputs]
+        for i, change in zip(made, results[len(outputs) :], strict=True):
+            changes[i] = change
+        return outputs, changes
+
+    found: list[jax.Array] = run(*(value.array for value in values))
+    return found
+
+
+def _custom_vjp(
+    guard: _Guard, eqn: jex.JaxprEqn, values: list[_Value]
+) -> list[jax.Array]:
+    """Runs a function with a rule for its cotangents, and that as it runs anything."""
+    layered = [value.layered for value in values]
+    forth, back, moving, made = _equations.cotangents(eqn)
+    run = jax.custom_vjp(guard._function(_body(eqn), layered))
+    count = len(eqn.outvars)
+
+    def forward(*arrays: Any) -> tuple[list[Any], list[Any]]:
+        results = guard._function(forth, layered)(*arrays)
+        return results[:count], results[count:]
+
+    def backward(kept: list[Any], cotangents: Any) -> tuple[Any, ...]:
+        given = [*kept, *(cotangents[i] for i in made)]
+        of_layers = guard._function(back, [True] * len(given))(*given)
+        found: list[Any] = [None] * len(values)
+        for i, cotangent in zip(moving, of_layers, strict=True):
+            found[i] = cotangent if layered[i] else jnp.sum(cotangent, 0)
+        return tuple(found)
+
+    run.defvjp(forward, backward)
+    found: list[jax.Array] = run(*(value.array for value in values))
+    return found
+
+
+def _body(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """What an equation with a rule of its own runs."""
+    [body] = _equations.closed_bodies(eqn)
+    return body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, [])
+
+
+def _no_tangent(value: jax.Array) -> Any:
+    return np.zeros(value.shape, jax.dtypes.float0)
+
+
 _STEPS: dict[str, Callable[[_Guard, jex.JaxprEqn, list[_Value]], list[jax.Array]]] = {
     "cond": _cond,
     "scan": _scan,
     "while": _while,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
     **dict.fromkeys(_equations.REMAT, _remat),
 }

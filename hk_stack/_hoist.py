@@ -1,6 +1,6 @@
 """`hoist`: a mark on values that are setup, and how a traced program shows it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import jax
@@ -50,20 +50,25 @@ def hoist(value: T) -> T:
     return marked
 
 
-def is_marked(eqn: jex.JaxprEqn, marks: Sequence[str]) -> bool:
-    """Whether `eqn` is one of `marks`, or holds one."""
+def are_marked(eqns: Iterable[jex.JaxprEqn], marks: Sequence[str]) -> bool:
+    """Whether one of `eqns` is one of `marks`, or holds one."""
     return any(
         e.primitive.name == "name" and e.params["name"] in marks
-        for e in _equations.with_inner([eqn])
+        for e in _equations.with_inner(eqns)
     )
 
 
 def weaken(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     """`eqn` with its mark, or the marks inside, weakened."""
-    if not is_marked(eqn, (HOIST,)):
+    if not are_marked([eqn], (HOIST,)):
         return eqn
     if eqn.primitive.name == "name":
         return _equations.replace(eqn, params={**eqn.params, "name": HOISTED})
-    return _equations.with_bodies(
-        eqn, lambda body: _equations.replace(body, eqns=list(map(weaken, body.eqns)))
-    )
+    return _equations.with_bodies(eqn, weakened)
+
+
+def weakened(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """`jaxpr` with all marks weakened."""
+    if not are_marked(jaxpr.eqns, (HOIST,)):
+        return jaxpr
+    return _equations.replace(jaxpr, eqns=list(map(weaken, jaxpr.eqns)))

@@ -1,6 +1,7 @@
 """One use of a stack, its invocation, with its layer as pure functions."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -225,11 +226,10 @@ class Invocation:
                 index: Any = names.frame.index  # A number, as a Python loop runs it.
                 stack.enter_context(self._scopes[index].context)
             if self._were_odd is not False or not names.own:
-                captured: set[str] = set()
-                stack.enter_context(names.watched(captured))
-                stack.enter_context(
-                    _parameters.not_shared(self._outside, captured, self.where)
+                guard = functools.partial(
+                    _parameters.not_shared, self._outside, self.where
                 )
+                stack.enter_context(names.watched(guard))
             yield
 
     def _check_given(self, given: Given) -> Any:

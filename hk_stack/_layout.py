@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from hk_stack import _checks, _naming
+from hk_stack import _checks, _equations, _naming
 from hk_stack._checks import path_name
 from hk_stack._naming import NumberedLayers
 
@@ -172,13 +172,8 @@ def unstack_modules(
 
 def drop_layers(tree: Any) -> Any:
     """The types of the leaves `[L, ...]` of `tree` without their `L`."""
-
-    def first(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [jax.lax.index_in_dim(leaf, 0, keepdims=False) for leaf in leaves]
-
-    leaves, structure = jax.tree.flatten(tree)
     # Unlike a `jax.ShapeDtypeStruct` these types can be traced in a `jax.shard_map`.
-    return jax.tree.unflatten(structure, jax.make_jaxpr(first)(leaves).out_avals)
+    return jax.tree.map(lambda leaf: _equations.of_row(jax.typeof(leaf)), tree)
 
 
 # Whole trees

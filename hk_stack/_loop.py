@@ -4,13 +4,14 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core as jex
 
-from hk_stack import _checks
+from hk_stack import _checks, _equations
 from hk_stack._types import Tree
 
 Loop = Literal["scan", "unrolled", "python"]
@@ -159,6 +160,68 @@ def run(
         return whole_groups(carry, per_layer)
     last_group = jax.checkpoint(group(rest), policy=policy)
     return _in_two(whole_groups, last_group, carry, per_layer, rest, schedule.reverse)
+
+
+def run_traced(
+    body: jex.ClosedJaxpr,
+    constants: Sequence[Any],
+    carry: Sequence[Any],
+    rows: Sequence[Any],
+    schedule: Schedule,
+) -> tuple[list[Any], list[Any]]:
+    """The same for a layer that is traced already: it is not traced again if it may.
+
+    Args:
+      body: Takes constants, the carry and rows; returns the carry and outputs.
+      constants: What all layers share.
+      carry: What the first layer is given.
+      rows: Arrays `[L, ...]`: what each layer gets of its own.
+      schedule: How the layers run.
+    """
+    count = len(carry)
+    if _is_scan(body, constants, carry, rows, schedule):
+        results = _equations.scan(
+            body,
+            constants,
+            carry,
+            rows,
+            length=schedule.num_layers,
+            reverse=schedule.reverse,
+            unroll=schedule.unroll,
+        )
+        return results[:count], results[count:]
+
+    def layer(carry: Sequence[Any], own: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        results = _equations.run(body, *constants, *carry, *own)
+        return results[:count], results[count:]
+
+    return run(layer, list(carry), list(rows), schedule)
+
+
+def _is_scan(
+    body: jex.ClosedJaxpr,
+    constants: Sequence[Any],
+    carry: Sequence[Any],
+    rows: Sequence[Any],
+    schedule: Schedule,
+) -> bool:
+    """Whether nothing is left to do for `jax.lax.scan` but the equation itself.
+
+    It takes other types than a body was traced for, refuses some effects, takes out of
+    the loop what a body passes on as it came, and runs a Python loop under
+    `jax.disable_jit`.
+    """
+    if schedule.remat is not None or schedule.unrolled or body.effects:
+        return False
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        return False
+    results = _equations.variables(body.jaxpr.outvars)
+    if not results or not results.keys().isdisjoint(body.jaxpr.invars):
+        return False
+    types = list(map(jax.typeof, carry))
+    own = [_equations.of_row(jax.typeof(row)) for row in rows]
+    given = [*map(jax.typeof, constants), *types, *own]
+    return bool(body.in_avals == given and body.out_avals[: len(carry)] == types)
 
 
 def _in_two(

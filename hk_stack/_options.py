@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from hk_stack import _checks, _loop, _naming
 
@@ -33,6 +34,7 @@ class Options:
     setup: str
     setup_batch_size: int | None
     setup_remat: bool | None
+    setup_sharding: str | None
     init: str
     loop: _loop.Loop
     remat: _loop.Remat | None
@@ -47,6 +49,7 @@ def checked(**given: Any) -> Options:
     found = {k: check(given[k], k, where) for k, check in _CHECKS.items()}
     naming_map, num_layers = given["transparency_map"], found["num_layers"]
     is_transparent = found.pop("transparent")
+    _not_inline(found["setup"], "setup_sharding", found["setup_sharding"], where)
     return Options(
         unroll=unrolled(given["unroll"], num_layers, where),
         naming_map=_naming_map(naming_map, where) if is_transparent else None,
@@ -146,19 +149,44 @@ _MAKERS_OF_POLICIES = (
 
 
 def of_setup(
-    setup: object, batch_size: object, remat: object, where: str
-) -> tuple[str, int | None, bool | None]:
+    setup: object, batch_size: object, remat: object, sharding: object, where: str
+) -> tuple[str, int | None, bool | None, str | None]:
     """What leaves a loop, and how it runs; says so if there is nothing to run."""
-    given = {"setup": setup, "setup_batch_size": batch_size, "setup_remat": remat}
+    given = {
+        "setup": setup,
+        "setup_batch_size": batch_size,
+        "setup_remat": remat,
+        "setup_sharding": sharding,
+    }
     found = [_CHECKS[name](value, name, where) for name, value in given.items()]
     for name in list(given)[1:]:
-        if setup == "inline" and given[name] not in (None, "auto"):
-            raise ValueError(
-                f"{where}: {name}={given[name]!r} says how setup runs before a loop, "
-                'but setup="inline" leaves it inside. Leave one of them out.'
-            )
-    kind, size, again = found
-    return kind, size, again
+        _not_inline(setup, name, given[name], where)
+    kind, size, again, axis = found
+    return kind, size, again, axis
+
+
+def _not_inline(setup: object, argument: str, value: object, where: str) -> None:
+    """Checks that an option of setup is not given where there is none."""
+    if setup == "inline" and value not in (None, "auto"):
+        raise ValueError(
+            f"{where}: {argument}={value!r} says how setup runs before a loop, but "
+            'setup="inline" leaves it inside. Leave one of them out.'
+        )
+
+
+def axis_of_mesh(value: object, argument: str, where: str) -> str | None:
+    """`value`, if it is the name of a mesh axis or None."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    spec = getattr(value, "spec", value)
+    names = [e for e in spec if e] if isinstance(spec, PartitionSpec) else []
+    is_one = len(names) == 1 and isinstance(names[0], str)
+    hint = f" Write {argument}={names[0]!r}." if is_one else ""
+    kind = ValueError if value == "" else TypeError
+    raise kind(
+        f"{where}: {argument} must be the name of one axis of the mesh around, or None "
+        f"(which leaves all setup on all devices), not {value!r}.{hint}"
+    )
 
 
 def _setup_remat(value: object, argument: str, where: str) -> bool | None:
@@ -201,6 +229,7 @@ _CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
     "setup": functools.partial(_checks.one_of, words=get_args(Setup)),
     "setup_batch_size": _size,
     "setup_remat": _setup_remat,
+    "setup_sharding": axis_of_mesh,
     "init": functools.partial(_checks.one_of, words=get_args(Init)),
     "loop": functools.partial(_checks.one_of, words=_loop.LOOPS),
     "carry_dtype": _floating,

@@ -148,9 +148,7 @@ def _stacks_of(expected: Params, stored: Params) -> Iterator[tuple[str, int]]:
 
 
 def not_shared(
-    outside: Mapping[str, Mapping[str, Any]],
-    captured: set[str],
-    where: str,
+    outside: Mapping[str, Mapping[str, Any]], where: str, captured: str
 ) -> contextlib.AbstractContextManager[Any]:
     """Refuses parameters of a module that also has them outside of the stack.
 
@@ -159,18 +157,16 @@ def not_shared(
 
     Args:
       outside: Parameters of the transform around the stack.
-      captured: Names of modules that were made outside and are used inside.
       where: Names the stack.
+      captured: Name of a module that was made outside, of which a method runs.
     """
 
     def on_get(next_getter: Any, value: Any, context: Any) -> Any:
-        if not captured:
-            return next_getter(value)
         owner = _scopes.plain(context.module_name)
-        comes_from = [n for n in captured if owner == n or owner.startswith(f"{n}/")]
-        if comes_from and context.name in outside.get(owner, {}):
+        is_captured = f"{owner}/".startswith(f"{captured}/")
+        if is_captured and context.name in outside.get(owner, {}):
             raise ValueError(
-                f"{where}: module {comes_from[0]!r} was made outside of the stack and "
+                f"{where}: module {captured!r} was made outside of the stack and "
                 f"has the parameter {owner}/{context.name} there; inside, each layer "
                 "would silently get one of its own. To share it, read the value "
                 "outside and close over it; to have one per layer, make the module "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _checks, _cut, _equations, _function
+from hk_stack import _checks, _cut, _equations, _function, _options, _spread
 from hk_stack._parts import Parts
 from hk_stack._report import Report, hoisted_names, report
 from hk_stack._table import Shown, Table
@@ -28,6 +28,7 @@ class _Program:
       arguments: Their types.
       result: The structure of what the function returns.
       where: Names the function in errors.
+      mesh: That setup is spread over, if it is.
     """
 
     parts: Parts
@@ -37,8 +38,16 @@ class _Program:
     arguments: tuple[Tree, ...]
     result: Any
     where: str
+    mesh: Any
 
     def setup(self, constants: list[jax.Array], known: Tree) -> Derived:
+        around = jax.sharding.get_abstract_mesh()
+        if self.mesh not in (None, around):
+            raise ValueError(
+                f"{self.where}, setup: it is spread over the mesh {self.mesh}, and the "
+                f"one around is {around}. Write with jax.set_mesh(mesh): around setup, "
+                "too, or partition again."
+            )
         what = f"{self.where}, setup: argument `{self.names[0]}`"
         _same_leaves(known, self.arguments[0], what)
         inputs = [*constants, *jax.tree.leaves(known)]
@@ -159,7 +168,9 @@ class Partition(Shown):
     __repr__ = Shown.__str__
 
 
-def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
+def partition(
+    fn: Callable[..., Tree], *example_args: Tree, setup_sharding: str | None = None
+) -> Partition:
     """Cuts `fn` into what depends on its first argument alone, and the rest.
 
     For all arguments of the shapes and dtypes of `example_args`,
@@ -204,19 +215,27 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
       *example_args: What `fn` takes: pytrees of arrays, `jax.ShapeDtypeStruct`s, or
         Python numbers, all of which are traced. Bind static arguments before, as in
         `functools.partial(model.apply, is_training=False)`.
+      setup_sharding: The name of an axis of the mesh around, over whose devices the
+        setup of scans over layers, and of stacks, is spread: see `layer_stack`. `setup`
+        then needs the same mesh around.
 
     Returns:
       The two parts.
 
     Raises:
-      TypeError: If `fn` is not callable, or an argument is no array.
-      ValueError: If a value marked with `hoist` depends on another argument.
+      TypeError: If `fn` is not callable, an argument is no array, or `setup_sharding`
+        no name.
+      ValueError: If a value marked with `hoist` depends on another argument, or there
+        is no mesh with the axis `setup_sharding`.
     """
     where, names = _named(fn, example_args)
-    closed, inputs, structure = _function.trace(fn, example_args, where)
+    axis = _options.axis_of_mesh(setup_sharding, "setup_sharding", where)
+    devices = _spread.devices(axis, where)
+    with _spread.over(axis):
+        closed, inputs, structure = _function.trace(fn, example_args, where)
     first = len(closed.consts)
     inputs[:first] = [i._replace(known=True) for i in inputs[:first]]
-    parts = _cut.cut(closed, inputs, "auto", where, reuse=True)
+    parts = _cut.cut(closed, inputs, "auto", where, reuse=True, devices=devices)
     known = [i for i in parts.call_inputs if inputs[i].known and i >= first]
     kept = sorted(known, key=lambda i: inputs[i].label)
     made = hoisted_names(parts.shared.jaxpr)
@@ -225,7 +244,8 @@ def partition(fn: Callable[..., Tree], *example_args: Tree) -> Partition:
         "kept": {inputs[i].label: closed.in_avals[i - first] for i in kept},
     }
     arguments = jax.tree.unflatten(jax.tree.structure(example_args), closed.in_avals)
-    program = _Program(parts, kept, derived, names, arguments, structure, where)
+    mesh = jax.sharding.get_abstract_mesh() if devices else None
+    program = _Program(parts, kept, derived, names, arguments, structure, where, mesh)
     leaves = list(derived["kept"].values())
     describe = functools.partial(report, parts, inputs, leaves, where)
     return Partition(program, closed.consts, describe)
@@ -242,10 +262,7 @@ def _named(
             f"{where}: no example arguments. Write partition(fn, params, *rest), with "
             "arrays or jax.ShapeDtypeStructs of what fn takes."
         )
-    names = _checks.argument_names(fn, len(example_args))
-    for name, tree in zip(names, example_args, strict=True):
-        _checks.arrays(tree, f"{where}: example argument `{name}`")
-    return where, names
+    return where, _checks.arguments(fn, example_args, f"{where}: example argument")
 
 
 def _same_leaves(given: Tree, example: Tree, what: str) -> None:

@@ -1,5 +1,6 @@
 """A traced function in two parts, setup and call, run for all layers of a stack."""
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,16 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from hk_stack import _batches, _cost, _equations, _guarded, _loop, _marks
+from hk_stack import (
+    _batches,
+    _cost,
+    _equations,
+    _guarded,
+    _loop,
+    _marks,
+    _spread,
+)
+from hk_stack._equations import Aval
 
 
 class Input(NamedTuple):
@@ -66,6 +76,41 @@ class Parts(NamedTuple):
         """How many derived values the call is handed."""
         return self.num_shared + len(self.setup.jaxpr.outvars)
 
+    def variables(
+        self, order: Sequence[int], types: Sequence[Aval]
+    ) -> tuple[list[jex.Var], list[jex.Var]]:
+        """What takes the derived values in the call, and what its inputs `order`.
+
+        Args:
+          order: Positions of inputs: all that the call reads, and maybe others.
+          types: Of all inputs.
+        """
+        taken = self.call.jaxpr.invars
+        given, rest = taken[: self.num_derived], taken[self.num_derived :]
+        read = dict(zip(self.call_inputs, rest, strict=True))
+        return given, [read[i] if i in read else jex.Var(types[i]) for i in order]
+
+    def taking(self, variables: Sequence[jex.Var]) -> jex.ClosedJaxpr:
+        """The call as a function of its variables in another order, or unread ones."""
+        jaxpr = _equations.replace(self.call.jaxpr, invars=list(variables))
+        return jex.ClosedJaxpr(jaxpr, [])
+
+    def body(self, order: Sequence[int], types: Sequence[Aval]) -> jex.ClosedJaxpr:
+        """The call as the body of a `scan`.
+
+        Args:
+          order: Positions of inputs, as of `variables`: those that all turns share, the
+            carry, those of each turn.
+          types: Of all inputs.
+
+        Returns:
+          A function of the derived values that all turns share, the inputs `order`, and
+          the derived values of each turn.
+        """
+        given, taken = self.variables(order, types)
+        count = self.num_shared
+        return self.taking([*given[:count], *taken, *given[count:]])
+
 
 def all_setup(block: jex.ClosedJaxpr) -> Parts:
     """The parts of a function of layered inputs that is setup as a whole."""
@@ -83,6 +128,7 @@ def derive(
     *,
     batch_size: int | None = None,
     remat: bool | None = None,
+    devices: _spread.Devices | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Runs setup for all layers.
 
@@ -94,6 +140,7 @@ def derive(
       batch_size: How many layers run at once; by default, as many as are small enough.
       remat: Whether the backward pass runs setup again instead of keeping what it
         computed on the way; by default, if there is more than one batch.
+      devices: Over which devices layers are spread; by default, each runs all.
 
     Returns:
       The derived values that all layers share, and those of each, `[L, ...]`.
@@ -117,8 +164,15 @@ def derive(
     def several(own_values: list[Any]) -> list[Any]:
         return batched(inputs_of(own_values))
 
-    size = batches(setup.jaxpr, num_layers, batch_size).size
     rows = [given[i] for i in own]
+    if devices and not devices.why_not(setup.jaxpr, num_layers):
+        share = devices.share(num_layers)
+        size = batches(setup.jaxpr, share, batch_size).size
+        with contextlib.suppress(Exception):  # As in batches: some have none.
+            return shared, _spread.in_batches(
+                devices, several, rows, setup.out_avals, size=size, remat=remat
+            )
+    size = batches(setup.jaxpr, num_layers, batch_size).size
     return shared, _batches.in_batches(one, several, rows, size=size, remat=remat)
 
 
@@ -131,6 +185,7 @@ class Plan(NamedTuple):
       schedule: How the loop runs the calls.
       setup_batch_size: See `layer_stack`.
       setup_remat: See `layer_stack`.
+      devices: Over which devices setup is spread, if it is.
     """
 
     parts: Parts
@@ -138,6 +193,7 @@ class Plan(NamedTuple):
     schedule: _loop.Schedule
     setup_batch_size: int | None
     setup_remat: bool | None
+    devices: _spread.Devices | None
 
     def key(self, structure: Callable[[jex.ClosedJaxpr], Hashable]) -> Hashable:
         """All that `run` depends on."""
@@ -156,27 +212,25 @@ class Plan(NamedTuple):
             self.schedule.num_layers,
             batch_size=self.setup_batch_size,
             remat=self.setup_remat,
+            devices=self.devices,
         )
         # For policies of `jax.checkpoint` around the stack.
         shared, own = jax.tree.map(
             lambda v: checkpoint_name(v, _marks.DERIVED), (shared, own)
         )
         carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
-        given = {i: values[i] for i in parts.call_inputs}
-        layered = [i for i in given if self.inputs[i].layered]
+        layered = [i for i in parts.call_inputs if self.inputs[i].layered]
+        constants = [i for i in parts.call_inputs if i not in {*carried, *layered}]
 
-        def step(carry: list[Any], mapped: Any) -> tuple[list[Any], list[Any]]:
-            own, rows = mapped
-            now = dict(zip(carried, carry, strict=True))
-            now |= zip(layered, rows, strict=True)
-            read = (now.get(i, value) for i, value in given.items())
-            results = _equations.run(parts.call, *shared, *own, *read)
-            return results[: len(carry)], results[len(carry) :]
+        def pick(positions: list[int]) -> list[Any]:
+            return [values[i] for i in positions]
 
-        carry, rest = _loop.run(
-            step,
-            [values[i] for i in carried],
-            (own, [given[i] for i in layered]),
+        order = [*constants, *carried, *layered]
+        carry, rest = _loop.run_traced(
+            parts.body(order, list(map(jax.typeof, values))),
+            [*shared, *pick(constants)],
+            pick(carried),
+            [*pick(layered), *own],
             self.schedule,
         )
         return [*carry, *rest]

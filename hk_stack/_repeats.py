@@ -612,4 +612,4 @@ def is_loop(repeat: Repeat, eqns: Sequence[jex.JaxprEqn]) -> bool:
 
 
 def _is_expensive(eqn: jex.JaxprEqn) -> bool:
-    return _cost.is_expensive(eqn, math.inf)
+    return _cost.is_expensive(eqn, lambda: math.inf)

@@ -87,6 +87,7 @@ def roll(
     setup: Setup = "auto",
     setup_batch_size: int | None = None,
     setup_remat: SetupRemat = "auto",
+    setup_sharding: str | None = None,
     remat: bool | Callable[..., Any] = False,
     remat_every: int | Literal["sqrt"] | None = None,
     unroll: int = 1,
@@ -127,9 +128,10 @@ def roll(
         module or a Haiku transform, a plain function. Positional arguments are pytrees
         of arrays; what is given by keyword goes to `fn` as it is.
       min_layers: How many equal blocks are worth a loop, at least 2.
-      setup: What leaves the loops: see `layer_stack`, as the next five.
+      setup: What leaves the loops: see `layer_stack`, as the next six.
       setup_batch_size: How many layers' setup runs at once.
       setup_remat: Whether gradients run setup again, or "auto".
+      setup_sharding: The axis of the mesh around that setup is spread over.
       remat: Whether gradients compute each block again; or a policy.
       remat_every: How many blocks are computed again as one group.
       unroll: How many blocks one step of a loop holds.
@@ -149,7 +151,9 @@ def roll(
     where = f"roll of {_checks.name_of(fn)!r}"
     is_strict = _checks.flag(strict, "strict", where)
     least = _least(min_layers, where)
-    sizes = _options.of_setup(setup, setup_batch_size, setup_remat, where)
+    of_setup = _options.of_setup(
+        setup, setup_batch_size, setup_remat, setup_sharding, where
+    )
 
     def schedule(count: int) -> _loop.Schedule:
         again = _options.rematerialised(remat, remat_every, count, where)
@@ -157,7 +161,7 @@ def roll(
         return _loop.Schedule(count, unroll=steps, remat=again)
 
     schedule(least)  # Says now what is wrong with the options.
-    settings = _rolling.Settings(least, *sizes, schedule, where)
+    settings = _rolling.Settings(least, *of_setup, schedule, where)
     return Roll(fn, settings, strict=is_strict)
 
 

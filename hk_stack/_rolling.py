@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from hk_stack import _cost, _cut, _equations, _loop, _parts, _repeats, _structure
+from hk_stack import (
+    _cost,
+    _cut,
+    _equations,
+    _loop,
+    _parts,
+    _repeats,
+    _spread,
+    _structure,
+)
 from hk_stack._block import Block
 from hk_stack._equations import Atom, Aval
 from hk_stack._parts import Input, Parts
@@ -30,6 +39,7 @@ class Settings(NamedTuple):
       setup: What leaves a loop: see `layer_stack`, as the next two.
       setup_batch_size: How many layers' setup runs at once.
       setup_remat: Whether gradients run setup again.
+      setup_sharding: The axis of the mesh around that setup is spread over.
       schedule: How so many layers run.
       where: Names the function in errors.
     """
@@ -38,6 +48,7 @@ class Settings(NamedTuple):
     setup: str
     setup_batch_size: int | None
     setup_remat: bool | None
+    setup_sharding: str | None
     schedule: Callable[[int], _loop.Schedule]
     where: str
 
@@ -76,6 +87,7 @@ class Rolling:
     Attributes:
       settings: How loops run.
       explains: Whether to find out why other blocks are no loops.
+      devices: Over which devices setup is spread, if it is.
       numbering: What equations compute.
       rolled: The repeats that became loops; those inside of one after it.
       missed: What did not.
@@ -90,6 +102,7 @@ class Rolling:
         """
         self.settings = settings
         self.explains = explains
+        self.devices = _spread.devices(settings.setup_sharding, settings.where)
         self.numbering = _structure.Numbering()
         self.rolled: list[Rolled] = []
         self.missed: list[Missed] = []
@@ -226,7 +239,7 @@ class _Level:
             self._rolling.settings.setup == "auto"
             and any(operand.kind is Kind.OWN for operand in repeat.read())
             and all(map(self._is_known, outside))
-            and any(_cost.is_expensive(eqn, math.inf) for eqn in block)
+            and any(_cost.is_expensive(eqn, lambda: math.inf) for eqn in block)
         )
 
     def _read(self, atom: Atom) -> Atom:
@@ -251,7 +264,7 @@ class _Level:
         block = Block(repeat, self._eqns, self._read_after(repeat))
         inputs = block.inputs(self._is_known)
         body = self._rolling.roll(block.program(), [i.known for i in inputs])
-        sizes = settings.setup_batch_size, settings.setup_remat
+        sizes = settings.setup_batch_size, settings.setup_remat, self._rolling.devices
         if repeat.carried():
             parts = _cut.cut(body, inputs, settings.setup, settings.where)
             schedule = settings.schedule(repeat.blocks)
@@ -308,12 +321,20 @@ def _in_batches(
     num_layers: int,
     batch_size: int | None,
     remat: bool | None,
+    devices: _spread.Devices | None,
 ) -> Callable[[list[Any]], list[Any]]:
     """Runs blocks that do not depend on one another."""
 
     def run(values: list[Any]) -> list[Any]:
-        sizes: Any = {"batch_size": batch_size, "remat": remat}
-        return _parts.derive(parts, values, inputs, num_layers, **sizes)[1]
+        return _parts.derive(
+            parts,
+            values,
+            inputs,
+            num_layers,
+            batch_size=batch_size,
+            remat=remat,
+            devices=devices,
+        )[1]
 
     return run
 

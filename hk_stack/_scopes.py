@@ -98,12 +98,14 @@ class Names:
         return plain
 
     @contextlib.contextmanager
-    def watched(self, captured: set[str]) -> Iterator[None]:
+    def watched(
+        self, guard: Callable[[str], contextlib.AbstractContextManager[Any]]
+    ) -> Iterator[None]:
         """Gives the modules that a layer uses its names.
 
         Args:
-          captured: Filled with plain names of modules that were made outside of the
-            layer, as they are met.
+          guard: What to put around methods of a module that was made outside of the
+            layer, given its plain name.
         """
         here: dict[int, Any] = {}  # Weak, as modules may hold traced values.
 
@@ -118,8 +120,9 @@ class Names:
                 return self._make(module, run, here)
             if id(module) in here:
                 return self._with_bare(module, run())
-            captured.add(self._of_other(module.module_name))
-            return self._borrow(module, run, here) if self._are_in_force() else run()
+            with guard(self._of_other(module.module_name)):
+                is_ours = self._are_in_force()
+                return self._borrow(module, run, here) if is_ours else run()
 
         with hk.intercept_methods(on_method):
             yield

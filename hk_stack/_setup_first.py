@@ -4,13 +4,23 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any, ParamSpec, TypeVar
 
-from hk_stack import _checks, _cut, _eager, _equations, _function
+from hk_stack import (
+    _checks,
+    _cut,
+    _eager,
+    _equations,
+    _function,
+    _options,
+    _spread,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def setup_first(fn: Callable[P, R]) -> Callable[P, R]:
+def setup_first(
+    fn: Callable[P, R], *, setup_sharding: str | None = None
+) -> Callable[P, R]:
     """The same function, which computes first what depends on its first argument alone.
 
     That is whatever `layer_stack` would take out of its loop: in a scan over layers
@@ -36,23 +46,29 @@ def setup_first(fn: Callable[P, R]) -> Callable[P, R]:
       fn: A function whose first argument are its parameters: the `apply` of a Flax
         module or a Haiku transform. Positional arguments are pytrees of arrays; what is
         given by keyword is neither traced nor known.
+      setup_sharding: The name of an axis of the mesh around, over whose devices the
+        setup of scans over layers, and of stacks, is spread: see `layer_stack`.
 
     Returns:
       The function, which is cut each time it is traced.
 
     Raises:
-      TypeError: If `fn` is not callable; once it is called, if a positional argument is
-        no array.
-      ValueError: Once it is called, if a value marked with `hoist` depends on more.
+      TypeError: If `fn` is not callable, or `setup_sharding` no name; once it is
+        called, if a positional argument is no array.
+      ValueError: Once it is called, if a value marked with `hoist` depends on more, or
+        there is no mesh with the axis `setup_sharding`.
     """
     _checks.function(fn, "setup_first")
     where = f"setup_first of {_checks.name_of(fn)!r}"
+    axis = _options.axis_of_mesh(setup_sharding, "setup_sharding", where)
 
     @functools.wraps(fn)
     def first(*args: P.args, **kwargs: P.kwargs) -> R:
         _function.check_arguments(fn, args, where)
-        traced = _function.trace(fn, args, where, kwargs)
-        parts = _cut.cut(traced.closed, traced.inputs, "auto", where)
+        devices = _spread.devices(axis, where)
+        with _spread.over(axis):
+            traced = _function.trace(fn, args, where, kwargs)
+        parts = _cut.cut(traced.closed, traced.inputs, "auto", where, devices=devices)
 
         def program(values: list[Any]) -> list[Any]:
             read = (values[i] for i in parts.shared_inputs)

@@ -60,6 +60,7 @@ def layer_stack(
     setup: Setup = "auto",
     setup_batch_size: int | None = None,
     setup_remat: SetupRemat = "auto",
+    setup_sharding: str | None = None,
     init: Init = "auto",
     loop: _loop.Loop = "scan",
     remat: bool | Callable[..., Any] = False,
@@ -126,6 +127,11 @@ def layer_stack(
         batch, which takes the least memory. Where there is room for all that a dear
         setup computes on the way, `setup_remat=False, setup_batch_size=num_layers` is
         faster.
+      setup_sharding: The name of an axis of the mesh around (`jax.set_mesh`), over
+        whose devices the setup of the layers is spread: each device runs that of its
+        share of the layers, `setup_batch_size` at once, and all get the derived values.
+        By default each device runs all setup. Worth it where setup is expensive and
+        parameters are replicated; with those that are sharded already it may cost.
       init: How initial values are made. "auto": in batches of layers, unless an
         initial value depends on the activations, a batch would draw other random
         numbers, or this is inside `jit`, where it takes longer to compile. "vmap",
@@ -161,7 +167,8 @@ def layer_stack(
       TypeError: If an argument, an input of the stack or a result of the layer function
         is of the wrong type.
       ValueError: If one has a wrong value, shape or dtype; if parameters are of another
-        depth; if a module is shared with the outside; if a `hoist` cannot be done.
+        depth; if a module is shared with the outside; if a `hoist` cannot be done; if
+        there is no mesh with the axis `setup_sharding`.
     """
     options = _options.checked(
         num_layers=num_layers,
@@ -174,6 +181,7 @@ def layer_stack(
         setup=setup,
         setup_batch_size=setup_batch_size,
         setup_remat=setup_remat,
+        setup_sharding=setup_sharding,
         init=init,
         loop=loop,
         remat=remat,

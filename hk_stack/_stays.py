@@ -275,8 +275,8 @@ class _Values:
 
     def is_expensive(self, node: Node) -> bool:
         """Whether a value is worth hoisting for its own sake."""
-        elements = sum(map(_cost.size, self._read(node.reads)))
-        return _cost.is_expensive(node.eqn, elements)
+        read = self._read(node.reads)
+        return _cost.is_expensive(node.eqn, lambda: sum(map(_cost.size, read)))
 
     def is_large(self, node: Node) -> bool:
         """Whether a value makes a difference among so many parameters."""

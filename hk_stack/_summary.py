@@ -10,7 +10,16 @@ import haiku as hk
 import jax
 from jax.extend import core as jex
 
-from hk_stack import _checks, _cost, _frames, _loop, _parts, _report, _taps
+from hk_stack import (
+    _checks,
+    _cost,
+    _frames,
+    _loop,
+    _parts,
+    _report,
+    _spread,
+    _taps,
+)
 from hk_stack._layer import Invocation
 from hk_stack._parts import Input, Parts
 from hk_stack._report import Group
@@ -44,13 +53,14 @@ class Stack(NamedTuple):
       nbytes_per_device: Size of the parameters on each device, as far as the arguments
         of the model say how they are sharded.
       derived_per_device: The same of what setup hands to the loop: whole on each device
-        if made of gathered values, else spread as the parameters are.
+        if made of gathered values, or by `setup_sharding`, else as the parameters are.
       hoisted: What setup computes for one layer, by source line.
       loop: What runs the layers: "scan", "unrolled" or "python".
       remat: What gradients compute again: "no", "all", or what policy keeps some; and
         how many layers are a group.
       stayed: What a layer computes in the loop that might have been setup, and why.
-      batch: How many layers' setup runs at once; 0 if there is none.
+      batch: How many layers' setup runs at once, on one device if it is spread; 0 if
+        there is none.
       setup_remat: Whether gradients run setup again.
       notes: What else there is to say of setup.
     """
@@ -288,11 +298,16 @@ def _stack(
     share = _share(given, around[0].path if around else invocation.path)
     hoisted = tuple(_report.groups(*setups))
     stayed = _report.stayed(cut.parts, cut.inputs, options.setup) if cut else ()
-    batches = _parts.Batches(0)
+    batches, whole, own = _parts.Batches(0), share, num_layers
+    unspread = ""
     if parts and parts.setup.jaxpr.outvars:
+        devices = _spread.in_force(options.setup_sharding, invocation.where)
+        unspread = devices.why_not(parts.setup.jaxpr, num_layers) if devices else ""
+        if devices and not unspread:  # All devices are handed the whole of it.
+            whole, own = 1.0, devices.share(num_layers)
         asked = options.setup_batch_size
-        batches = _parts.batches(parts.setup.jaxpr, num_layers, asked)
-    size, remat = min(batches.size, num_layers), options.setup_remat
+        batches = _parts.batches(parts.setup.jaxpr, own, asked)
+    size, remat = min(batches.size, own), options.setup_remat
     return Stack(
         invocation.path,
         _checks.name_of(invocation.situation.f),
@@ -301,19 +316,19 @@ def _stack(
         copies * nbytes,
         round(_derived(parts, num_layers, 1.0)),
         round(share * copies * nbytes),
-        round(_derived(parts, num_layers, share)),
+        round(_derived(parts, num_layers, whole)),
         hoisted,
         invocation.loop,
         _loop.describe(options.remat if parts else None),
         stayed,
         size,
-        bool(size) and (size < num_layers if remat is None else remat),
-        tuple(_notes(invocation, batches, bool(hoisted or stayed))),
+        bool(size) and (size < own if remat is None else remat),
+        tuple(_notes(invocation, batches, unspread, bool(hoisted or stayed))),
     )
 
 
 def _notes(
-    invocation: Invocation, batches: _parts.Batches, has_setup: bool
+    invocation: Invocation, batches: _parts.Batches, unspread: str, has_setup: bool
 ) -> Iterator[str]:
     """What to know of how setup runs, or why there is none."""
     options = invocation.options
@@ -326,6 +341,8 @@ def _notes(
     elif batches.why and options.num_layers > 1:
         why = f"runs layer after layer, as {batches.why}"
         yield f"{why}: {batches.write}" if batches.write else why
+    if unspread:
+        yield f"setup_sharding does nothing, as {unspread}"
 
 
 def _share(given: Tree, stack: str) -> float:

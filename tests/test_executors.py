@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from agreement import FAST, assert_close, assert_equal
 from interpreter import computed
+from jax.extend import core as jex
 from layer_cases import (
     D,
     L,
@@ -84,6 +85,33 @@ def model_of(layer, **options):
 
 def plain(x):
     return x + jnp.tanh(hk.Linear(D)(x))
+
+
+def test_a_layer_is_traced_once():
+    seen = []
+    traced = jex.Primitive("traced")
+    traced.def_abstract_eval(lambda x: seen.append(x) or x)
+
+    def layer(x):
+        return traced.bind(x) @ slow(weight())
+
+    model = hk.transform(hk_stack.layer_stack(L, name="s")(layer))
+    jax.make_jaxpr(model.apply)({"s/~": {"w": jnp.ones([L, D, D])}}, None, *vectors())
+    assert len(seen) == 1
+
+
+def test_what_layers_pass_on_as_it_came_is_no_carry():
+    def layers(x, mask, ys):
+        def layer(carry, y):
+            x, mask = carry
+            return (jnp.where(mask, x + 1, x), mask), y
+
+        return hk_stack.layer_stack(L, True)(layer)((x, mask), ys)
+
+    x, ys = jnp.ones([D]), jnp.ones([L, 2])
+    program = jax.make_jaxpr(hk.transform(layers).apply)({}, None, x, x > 0, ys)
+    loop = jaxprs.loop(program.jaxpr, L)
+    assert len(jaxprs.carried(loop)) == len(loop.outvars) == 1
 
 
 def test_unrolled_has_no_loop():

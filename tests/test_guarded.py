@@ -84,7 +84,77 @@ def of_a_constant(w):
     return jax.lax.cond(jnp.sum(jnp.arange(3)) > 2, product, lambda a: a, w)
 
 
+@jax.custom_jvp
+def tangents_of_its_own(w):
+    return jax.lax.cond(w[0, 0] > 0, product, lambda a: 3 * a, w)
+
+
+@tangents_of_its_own.defjvp
+def _(primals, tangents):
+    [w], [t] = primals, tangents
+    change = jax.lax.cond(w[0, 0] > 0, lambda: t / jnp.sqrt(w[0, 0]), lambda: 2 * t)
+    return tangents_of_its_own(w), change
+
+
+def with_a_rule(w):
+    return in_functions(tangents_of_its_own(w))
+
+
+@jax.custom_jvp
+def true_rule(w):
+    return cond(w)
+
+
+@true_rule.defjvp
+def _(primals, tangents):
+    # Of rules that are no derivatives, old versions of JAX lose some in a scan.
+    return true_rule(*primals), jax.jvp(cond, primals, tangents)[1]
+
+
+TABLE = jnp.arange(9.0).reshape(3, 3)
+
+
+@jax.custom_vjp
+def cotangents_of_its_own(w, count, scale):
+    return scale * cond(w) + TABLE * count.astype(w.dtype)
+
+
+def _forward(w, count, scale):
+    return cotangents_of_its_own(w, count, scale), (w, count, scale)
+
+
+def _backward(kept, given):
+    w, _, scale = kept
+    change = jax.lax.cond(
+        w[0, 0] > 0, lambda: given * scale / jnp.sqrt(w[0, 0]), lambda: 2 * given
+    )
+    return change * TABLE, None, jnp.sum(given) * jnp.sin(scale)
+
+
+cotangents_of_its_own.defvjp(_forward, _backward)
+
+
+def with_a_rule_backward(w):
+    scale = jnp.float32(2)
+    one = cotangents_of_its_own(w, (w[1, 1] > 0).astype(jnp.int32), scale)
+    return jax.checkpoint(cotangents_of_its_own)(one, jnp.int32(3), jnp.sum(w))
+
+
+def with_a_rule_inside(w):
+    """A rule in a loop in a branch."""
+
+    def turn(a, row):
+        return tangents_of_its_own(a) + row[None], None
+
+    return jax.lax.cond(
+        w[0, 0] > 0, lambda a: jax.lax.scan(turn, a, a)[0], with_a_rule_backward, w
+    )
+
+
 SETUPS = [
+    with_a_rule,
+    with_a_rule_backward,
+    with_a_rule_inside,
     cond,
     switch,
     nested,
@@ -121,14 +191,25 @@ def test_is_what_one_by_one_is(setup):
     assert np.isfinite(results[0][1]).all()
 
 
+@pytest.mark.parametrize("setup", [cond, true_rule], ids=["cond", "true_rule"])
+def test_second_derivatives(setup):
+    results = []
+    for size in (L, 1):
+        apply = model(setup, setup_batch_size=size)
+        loss = jax.grad(lambda w, apply=apply: jnp.sum(jnp.sin(apply(w, X))))
+        results.append(computed(lambda w, loss=loss: jax.jvp(loss, [w], [w]), W))
+    assert_close(*results)
+
+
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda f: f.__name__)
 def test_compiled(setup):
     apply = model(setup)
     assert_close(jax.jit(apply)(W, X), computed(model(setup, setup="inline"), W, X))
 
 
-def test_setup_is_one_batch():
-    jaxpr = jax.make_jaxpr(model(jax.scipy.linalg.expm))(W, X).jaxpr
+@pytest.mark.parametrize("setup", [jax.scipy.linalg.expm, with_a_rule])
+def test_setup_is_one_batch(setup):
+    jaxpr = jax.make_jaxpr(model(setup))(W, X).jaxpr
     loops = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
     assert loops.count(L) == 1  # That of the calls: setup is in none over layers.
     assert "cond" in jaxprs.outside(jaxpr, L)
