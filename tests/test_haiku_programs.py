@@ -601,7 +601,7 @@ def test_no_tracer_leaks():
 
 
 def test_no_tracer_leaks_from_nested_stacks():
-    depth = 3
+    depth = 2
 
     def nested(depth, x):
         if depth == 0:
