@@ -182,8 +182,9 @@ ROWS: dict[str, Callable[[int, int], int]] = {
 
 def prepared(leaf: Any) -> Any:
     """What is dear to make of a parameter, of the same type."""
-    is_matrix = leaf.ndim == 2 and leaf.dtype == jnp.float32
-    return algebra(leaf, 2) if is_matrix else leaf
+    # A stack in a layer keeps vectors as matrices that are not square.
+    is_matrix = leaf.ndim == 2 and leaf.shape[0] == leaf.shape[1]
+    return algebra(leaf, 2) if is_matrix and leaf.dtype == jnp.float32 else leaf
 
 
 # From what is kept of all layers to a function that gives that of one.
