@@ -1,6 +1,6 @@
 """Trains a stack in several processes, which may be killed at any time.
 
-    python examples/multi_process.py --out=multi_process
+    python examples/multi_process.py
 
 launches two processes on this machine, with two devices each, that train one model
 together: the batch is spread over processes, each layer's parameters over the devices
@@ -45,7 +45,6 @@ BATCH = 32  # Of all processes together.
 class Config(common.Output):
     """What to train, where."""
 
-    out: str = flag("Folder to write to.", default="multi_process")
     processes: int = flag("Number of processes.", default=2)
     devices: int = flag("Devices of each process, on a CPU.", default=2)
     layers: int = flag("Number of layers.", default=8)
@@ -66,7 +65,7 @@ class Config(common.Output):
             raise ValueError(f"--processes must be a divisor of {BATCH}, the batch")
 
 
-DEFAULT = Config()
+DEFAULT = Config(out="out/multi_process")
 RESTARTS = 5
 
 
