@@ -7,6 +7,7 @@ from hk_stack._layer_axes import layer_axes
 from hk_stack._layout import stack_params, unstack_params
 from hk_stack._loop import use_loop
 from hk_stack._naming import NumberedLayers
+from hk_stack._options import Pipeline
 from hk_stack._partition import Partition, partition
 from hk_stack._per_layer import per_layer, scale_by_layer
 from hk_stack._roll import roll
@@ -20,6 +21,7 @@ from hk_stack.port import flax_to_haiku, haiku_to_flax
 __all__ = (
     "NumberedLayers",
     "Partition",
+    "Pipeline",
     "accumulate",
     "collect",
     "flax_to_haiku",

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -26,8 +26,61 @@ from hk_stack._parts import Input
 from hk_stack._types import Tree
 
 
+class Program(NamedTuple):
+    """A traced layer, cut, and how to read what its stack returns.
+
+    Attributes:
+      plan: Setup and call of a layer, and how all of them run.
+      constants: What the layer closes over: the first inputs of `plan`.
+      marks: What is at its last outputs.
+      shapes: A result of one layer.
+    """
+
+    plan: _parts.Plan
+    constants: list[Any]
+    marks: list[_marks.Mark]
+    shapes: Result
+
+    @property
+    def cut(self) -> _summary.Cut:
+        """What a summary reads."""
+        return _summary.Cut(self.plan.parts, self.plan.inputs)
+
+    def values(self, given: Given) -> list[Any]:
+        """The inputs of `plan`."""
+        return [*self.constants, *jax.tree.leaves(given)]
+
+    def result(self, leaves: Sequence[Any]) -> tuple[Result, list[Any]]:
+        """What `plan` returns: the stack's result, and what is at the marks."""
+        count = len(leaves) - len(self.marks)
+        result: Result = jax.tree.unflatten(
+            jax.tree.structure(self.shapes), leaves[:count]
+        )
+        return result, list(leaves[count:])
+
+
 def compiled(invocation: Invocation, given: Given) -> Result:
     """Runs setup for all layers, then the loop."""
+    program, given = prepared(invocation, given, invocation.options.num_layers)
+    _summary.record(invocation, given.params, program.cut)
+    leaves = _eager.run(program.plan.run, program.values(given), program.plan.key)
+    result, values = program.result(leaves)
+    return pass_on(invocation, program.marks, values, result)
+
+
+def prepared(
+    invocation: Invocation, given: Given, num_layers: int
+) -> tuple[Program, Given]:
+    """Traces and cuts a layer.
+
+    Args:
+      invocation: Of the stack.
+      given: What the layers are given.
+      num_layers: How many of them run here.
+
+    Returns:
+      The program, and `given` with the carry in the types it will keep.
+    """
     options = invocation.options
     # Initial values may be made anywhere, a mesh or none.
     devices = (
@@ -41,9 +94,8 @@ def compiled(invocation: Invocation, given: Given) -> Result:
     described = describe(given, invocation.arguments)
     inputs = (*map(_closed_over(), constants), *described)
     parts = _cut.cut(closed, inputs, options.setup, invocation.where)
-    _summary.record(invocation, given.params, _summary.Cut(parts, inputs))
     schedule = _loop.Schedule(
-        options.num_layers,
+        num_layers,
         invocation.loop == "unrolled",
         options.unroll,
         invocation.reverse,
@@ -51,13 +103,10 @@ def compiled(invocation: Invocation, given: Given) -> Result:
     )
     sizes = options.setup_batch_size, options.setup_remat
     plan = _parts.Plan(parts, inputs, schedule, *sizes, devices)
-    leaves = _eager.run(plan.run, [*constants, *jax.tree.leaves(given)], plan.key)
-    count = len(leaves) - len(marks)
-    result: Result = jax.tree.unflatten(jax.tree.structure(shapes), leaves[:count])
-    return _pass_on(invocation, marks, leaves[count:], result)
+    return Program(plan, constants, marks, shapes), given
 
 
-def _pass_on(
+def pass_on(
     invocation: Invocation,
     marks: Sequence[_marks.Mark],
     values: Sequence[Any],

@@ -114,6 +114,7 @@ class Invocation:
           path: Of the stack, in the transform around it.
           reverse: Whether the last layer runs first.
         """
+        self._made_of = situation, path, reverse
         self.situation = situation
         self.options = options = situation.options
         self.arguments = list(situation.arguments)
@@ -137,6 +138,10 @@ class Invocation:
         # Whether modules have to be told their names. To watch for these slows a Python
         # loop down, and one of its layers tells enough.
         self._were_odd: bool | None = None
+
+    def again(self) -> "Invocation":
+        """The same: layers in Python run once, as their name scopes may."""
+        return Invocation(*self._made_of)
 
     def explained(
         self, doing: str = "", index: int | None = None

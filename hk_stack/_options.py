@@ -18,6 +18,28 @@ Init = Literal["auto", "vmap", "map", "scan"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How `layer_stack` splits its layers into stages, for microbatches to go through.
+
+    Attributes:
+      axis: The axis of the mesh around (`jax.set_mesh`) whose devices are the stages.
+      microbatches: `M`, into how many microbatches a batch is cut.
+    """
+
+    axis: str
+    microbatches: int
+
+    def __post_init__(self) -> None:
+        """Checks both."""
+        if not (isinstance(self.axis, str) and self.axis):
+            raise TypeError(
+                "hk_stack.Pipeline: axis must be the name of an axis of the mesh "
+                f"around, not {self.axis!r}."
+            )
+        _checks.positive(self.microbatches, "microbatches", "hk_stack.Pipeline")
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """The arguments of `layer_stack`, which says what they mean.
 
@@ -40,6 +62,7 @@ class Options:
     remat: _loop.Remat | None
     carry_dtype: Any
     check_finite: bool
+    pipeline: Pipeline | None
 
 
 def checked(**given: Any) -> Options:
@@ -50,6 +73,12 @@ def checked(**given: Any) -> Options:
     naming_map, num_layers = given["transparency_map"], found["num_layers"]
     is_transparent = found.pop("transparent")
     _not_inline(found["setup"], "setup_sharding", found["setup_sharding"], where)
+    if is_transparent and found["pipeline"]:
+        raise ValueError(
+            f"{where}: transparent=True stores parameters per layer, but with pipeline= "
+            "each stage holds its share of one stacked tree. Leave one of them out: "
+            "hk_stack.stack_params(params, naming_map) stacks the parameters."
+        )
     return Options(
         unroll=unrolled(given["unroll"], num_layers, where),
         naming_map=_naming_map(naming_map, where) if is_transparent else None,
@@ -220,6 +249,15 @@ def _floating(dtype: Any, argument: str, where: str) -> Any:
     )
 
 
+def _pipeline(value: object, argument: str, where: str) -> Pipeline | None:
+    if value is None or isinstance(value, Pipeline):
+        return value
+    raise TypeError(
+        f"{where}: {argument} must be an hk_stack.Pipeline or None, not {value!r}. "
+        f'Write {argument}=hk_stack.Pipeline(axis="stage", microbatches=8).'
+    )
+
+
 # Of those arguments that are checked by themselves.
 _CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
     "num_layers": _checks.positive,
@@ -234,4 +272,5 @@ _CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
     "loop": functools.partial(_checks.one_of, words=_loop.LOOPS),
     "carry_dtype": _floating,
     "check_finite": _checks.flag,
+    "pipeline": _pipeline,
 }

@@ -204,9 +204,12 @@ class Plan(NamedTuple):
 
     def run(self, values: list[Any]) -> list[Any]:
         """Runs setup for all layers, then the loop over calls."""
-        parts = self.parts
-        shared, own = derive(
-            parts,
+        return self.loop(values, *self.derive(values))
+
+    def derive(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Runs setup for all layers: values that they share, and those of each."""
+        derived = derive(
+            self.parts,
             values,
             self.inputs,
             self.schedule.num_layers,
@@ -215,9 +218,16 @@ class Plan(NamedTuple):
             devices=self.devices,
         )
         # For policies of `jax.checkpoint` around the stack.
-        shared, own = jax.tree.map(
-            lambda v: checkpoint_name(v, _marks.DERIVED), (shared, own)
+        named: tuple[list[Any], list[Any]] = jax.tree.map(
+            lambda v: checkpoint_name(v, _marks.DERIVED), derived
         )
+        return named
+
+    def loop(
+        self, values: list[Any], shared: list[Any], own: list[Any]
+    ) -> list[Any]:
+        """Runs the loop over calls on derived values."""
+        parts = self.parts
         carried = [i for i, entry in enumerate(self.inputs) if entry.carried]
         layered = [i for i in parts.call_inputs if self.inputs[i].layered]
         constants = [i for i in parts.call_inputs if i not in {*carried, *layered}]

@@ -25,12 +25,13 @@ from hk_stack import (
     _naming,
     _options,
     _parameters,
+    _pipeline,
     _scopes,
     _taps,
 )
 from hk_stack._advice import Situation
 from hk_stack._layer import Given, Invocation, Result
-from hk_stack._options import Init, Options, Setup, SetupRemat
+from hk_stack._options import Init, Options, Pipeline, Setup, SetupRemat
 from hk_stack._types import Key, Params, State
 
 P = ParamSpec("P")
@@ -67,6 +68,7 @@ def layer_stack(
     remat_every: int | Literal["sqrt"] | None = None,
     carry_dtype: Any = None,
     check_finite: bool = False,
+    pipeline: Pipeline | None = None,
 ) -> Callable[[Callable[P, R]], Stack[P, R]]:
     """Stacks a layer function; a drop-in for `hk.layer_stack`.
 
@@ -153,6 +155,13 @@ def layer_stack(
         a multiple. "sqrt" takes about as many as there are groups. Needs `remat`.
       carry_dtype: A floating-point type that the real floating-point leaves of the
         carry are cast to, before the first layer and after each.
+      pipeline: Over which stages of a mesh the layers are split, and into how many
+        microbatches `M` a batch (the first axis of all that goes from layer to layer)
+        is cut; see docs/scale.md. For each microbatch in turn, `x[m::M]`, the stack
+        runs with keys `jax.random.fold_in(key, m)`, on the state that the last one
+        left; outputs of each layer and taps are `[L, M, ...]`. Without a mesh of this
+        axis, or by `use_loop`, the same runs one microbatch after the other. Gradients
+        run each stage again, and keep what goes between stages.
       check_finite: Whether to check parameters, state, arguments, taps and results of
         each layer. The first that is not finite raises an error with its name and
         layer; inside `jit` through `jax.experimental.checkify.checkify`, which must be
@@ -188,6 +197,7 @@ def layer_stack(
         remat_every=remat_every,
         carry_dtype=carry_dtype,
         check_finite=check_finite,
+        pipeline=pipeline,
     )
 
     def stack(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -293,12 +303,17 @@ def _run_layers(
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
     given = given._replace(params=params, state=state, keys=keys)
+    if invocation.options.pipeline:
+        return _pipeline.run(invocation, given)
     return _executors.RUN[invocation.loop](invocation, given)
 
 
 def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
     """Parameters and state of the stack, made at init, and what updates the state."""
     options = invocation.options
+
+    if options.pipeline:  # State may have the shape of a microbatch.
+        given = _pipeline.first(invocation, given)
 
     def init(key: Key) -> tuple[Any, Any]:
         with invocation.explained(f"initialising {invocation.all_layers}"):

@@ -328,13 +328,16 @@ def heard(
 
 
 def say_layers(
-    found: Mapping[int, Sequence[tuple[_marks.Mark, jax.Array]]], through: T
+    found: Mapping[int, Sequence[tuple[_marks.Mark, jax.Array]]],
+    through: T,
+    axis: int = 0,
 ) -> T:
     """Passes on what the layers of a Python loop tap, as one if all of them do.
 
     Args:
       found: What is at marks, by layer.
       through: What the rest of the program is computed from.
+      axis: Of the layers in what is passed on.
 
     Returns:
       `through`, which must be used from here on.
@@ -352,7 +355,7 @@ def say_layers(
     for (path, _), values in taps.items():
         kinds = {(jnp.shape(v), jnp.result_type(v)) for v in values.values()}
         if len(values) == len(found) and len(kinds) == 1:
-            kept.append(say(jnp.stack(list(values.values())), path))
+            kept.append(say(jnp.stack(list(values.values()), axis), path))
         else:
             kept += [say(value, f"{path}[{i}]") for i, value in values.items()]
     return _marks.tied(through, kept)

@@ -1,0 +1,381 @@
+"""A stack over microbatches: its layers in stages, each on devices of its own.
+
+The layers are split over the devices of one axis of the mesh: each holds, and sets up,
+its own. Microbatches go from stage to stage, so that all stages have work once the
+first microbatch has come to the last: `M + S - 1` ticks for `M` microbatches and `S`
+stages (Huang et al., "GPipe", 2018).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+from jax.sharding import AxisType, PartitionSpec
+
+from hk_stack import (
+    _checks,
+    _eager,
+    _equations,
+    _executors,
+    _flat,
+    _marks,
+    _options,
+    _summary,
+    _taps,
+)
+from hk_stack._layer import Given, Invocation, Result
+from hk_stack._types import Tree
+
+# Of the stack whose layer is traced; JAX's caches know the value.
+_around: Any = jax.make_user_context(None)
+
+
+class _Made(NamedTuple):
+    """What layers make of all microbatches.
+
+    Attributes:
+      carry: Leaves `[M, B / M, ...]`.
+      state: Of the layers, `[L, ...]`.
+      rows: Outputs and what is at marks, `[L, M, ...]`.
+    """
+
+    carry: list[Any]
+    state: list[Any]
+    rows: list[Any]
+
+
+def run(invocation: Invocation, given: Given) -> Result:
+    """Runs a stack, one microbatch after the other or several at once in stages."""
+    pipeline = invocation.options.pipeline
+    assert pipeline
+    _check(invocation, pipeline)
+    count = pipeline.microbatches
+    split = given._replace(carry=_split(given.carry, invocation))
+    with _around(invocation.where):
+        if invocation.loop == "python":
+            result = _python(invocation, split, count)
+        else:
+            result = _compiled(invocation, split, pipeline)
+    return result._replace(carry=jax.tree.map(_merged, result.carry))
+
+
+def first(invocation: Invocation, given: Given) -> Given:
+    """What layers are given with the first microbatch."""
+    carry = _split(given.carry, invocation)
+    return given._replace(carry=jax.tree.map(lambda leaf: leaf[0], carry))
+
+
+def _split(carry: Tree, invocation: Invocation) -> Any:
+    """`[B, ...]` as `[M, B / M, ...]`: microbatch `m` has the rows `m::M`.
+
+    So what is spread over other devices by its batch axis stays where it is.
+    """
+    count, names = invocation.options.pipeline.microbatches, invocation.arguments
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(carry)]
+    sizes = {shape[0] for shape in shapes if shape}
+    for name, tree in zip(names, carry, strict=False):
+        for at, leaf in _checks.leaves_at(tree):
+            found = f"{invocation.where}: argument `{name}`{at} has shape {leaf.shape}"
+            if not leaf.ndim or len(sizes) > 1:
+                raise ValueError(
+                    f"{found}; with pipeline= all that goes from layer to layer is cut "
+                    "into microbatches, so it needs one leading batch axis: found "
+                    f"{', '.join(map(str, shapes))}. Write jnp.broadcast_to(value, "
+                    "(batch, ...)) for what has none, or return it as an output of "
+                    "each layer: with_per_layer_inputs=True."
+                )
+            if leaf.shape[0] % count:
+                raise ValueError(
+                    f"{found}: its batch of {leaf.shape[0]} cannot be cut into "
+                    f"microbatches={count} of one size. Give a divisor of "
+                    f"{leaf.shape[0]}, or pad the batch."
+                )
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, carry)
+
+
+def _merged(leaf: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    leaf = jnp.swapaxes(leaf, 0, 1)
+    return leaf.reshape(-1, *leaf.shape[2:])
+
+
+def _of(given: Given, microbatch: Any, carry: Any, state: Any) -> Given:
+    """What layers are given with a microbatch."""
+    keys = given.keys
+    if keys is not None:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, microbatch))(keys)
+    added = {at: value[:, microbatch] for at, value in given.added.items()}
+    return given._replace(keys=keys, added=added, carry=carry, state=state)
+
+
+def _compiled(
+    invocation: Invocation, given: Given, pipeline: _options.Pipeline
+) -> Result:
+    program, given = _prepared(invocation, given, invocation.options.num_layers)
+    _check_closed_over(invocation, program.constants, given)
+    _summary.record(invocation, given.params, program.cut)
+    num_stages = _num_stages(invocation, pipeline)
+
+    def whole(given: Given, constants: list[Any]) -> _Made:
+        return _one_after_another(_set_up(program, given, constants), given)
+
+    def in_stages(given: Given, constants: list[Any]) -> _Made:
+        # Traced again, as types name the mesh, and whose axes each device runs alone.
+        share = invocation.options.num_layers // num_stages
+        here, given = _prepared(invocation, given, share)
+        stage = _set_up(here, given, constants)
+        return _in_stages(stage, given, pipeline.axis, num_stages)
+
+    run: Callable[..., _Made] = whole
+    if num_stages > 1:
+        one, layered = PartitionSpec(), PartitionSpec(pipeline.axis)
+        # Outside of `jit`, some versions of JAX refuse a mesh with other axes.
+        run = jax.jit(
+            jax.shard_map(
+                in_stages,
+                in_specs=(Given(layered, layered, layered, one, *[layered] * 3), one),
+                out_specs=_Made(one, layered, layered),
+                axis_names={pipeline.axis},
+                check_vma=False,
+            )
+        )
+    return _result(invocation, program, _run(run, given, program.constants))
+
+
+def _run(function: Callable[..., _Made], *args: Tree) -> _Made:
+    """Runs what is traced once, and outside of `jit` compiled once."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    program = jex.ClosedJaxpr(_flat.without_constants(closed.jaxpr), [])
+    values = [*closed.consts, *jax.tree.leaves(args)]
+    evaluate = functools.partial(_evaluate, program)
+    leaves = _eager.run(evaluate, values, lambda known: known(program))
+    made: _Made = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return made
+
+
+def _evaluate(program: jex.ClosedJaxpr, values: list[Any]) -> list[Any]:
+    return _equations.run(program, *values)
+
+
+def _prepared(
+    invocation: Invocation, given: Given, num_layers: int
+) -> tuple[_executors.Program, Given]:
+    """Traces and cuts a layer; `given` has the types that its carry will keep."""
+    program, one = _executors.prepared(invocation, _first(given), num_layers)
+    carry = jax.tree.map(
+        lambda leaf, kept: jax.lax.convert_element_type(leaf, kept.dtype),
+        given.carry,
+        one.carry,
+    )
+    return program, given._replace(carry=carry)
+
+
+def _first(given: Given) -> Given:
+    return _of(given, 0, jax.tree.map(lambda leaf: leaf[0], given.carry), given.state)
+
+
+class _Stage(NamedTuple):
+    """Layers that run one after the other, set up.
+
+    Attributes:
+      program: Of a layer.
+      derived: Their derived values.
+    """
+
+    program: _executors.Program
+    derived: tuple[list[Any], list[Any]]
+
+    def __call__(self, given: Given) -> tuple[list[Any], list[Any], list[Any]]:
+        """Runs a microbatch: the carry, state, and rows `[L, ...]`."""
+        plan = self.program.plan
+        leaves = plan.loop(self.program.values(given), *self.derived)
+        result, marked = self.program.result(leaves)
+        carry, output, state = map(jax.tree.leaves, result)
+        return carry, state, [*output, *marked]
+
+
+def _set_up(
+    program: _executors.Program, given: Given, constants: list[Any]
+) -> _Stage:
+    """Runs the setup of layers, once for all microbatches."""
+    program = program._replace(constants=constants)
+    return _Stage(program, program.plan.derive(program.values(_first(given))))
+
+
+def _one_after_another(stage: _Stage, given: Given) -> _Made:
+    """Runs one microbatch after the other through all layers."""
+    tree = jax.tree.structure(given.state)
+
+    def turn(state: list[Any], own: tuple[Any, Any]) -> tuple[Any, Any]:
+        microbatch, carry = own
+        of = _of(given, microbatch, carry, jax.tree.unflatten(tree, state))
+        carry, state, rows = stage(of)
+        return state, (carry, rows)
+
+    count = len(jax.tree.leaves(given.carry)[0])
+    turn = jax.checkpoint(turn, prevent_cse=False)
+    own = jnp.arange(count), given.carry
+    state, (carry, rows) = jax.lax.scan(turn, jax.tree.leaves(given.state), own)
+    return _Made(carry, state, [jnp.swapaxes(row, 0, 1) for row in rows])
+
+
+def _in_stages(stage: _Stage, given: Given, axis: str, num_stages: int) -> _Made:
+    """Runs the layers of one device on the microbatches that come to it."""
+    place = jax.lax.axis_index(axis)
+    count = len(jax.tree.leaves(given.carry)[0])
+    trees = jax.tree.structure(given.carry), jax.tree.structure(given.state)
+
+    def work(microbatch: Any, carry: list[Any], state: list[Any]) -> Any:
+        at = map(jax.tree.unflatten, trees, (carry, state))
+        return stage(_of(given, microbatch, *at))
+
+    def wait(_: Any, carry: list[Any], state: list[Any]) -> Any:
+        return carry, state, jax.tree.map(_equations.zeros, row_types)
+
+    def at_work(microbatch: Any, carry: list[Any], state: list[Any]) -> Any:
+        is_there = (microbatch >= 0) & (microbatch < count)
+        return jax.lax.cond(is_there, work, wait, microbatch, carry, state)
+
+    # What a stage computes on the way is computed again: else each tick would keep a
+    # copy of the parameters, too. What it is given is kept.
+    at_work = jax.checkpoint(at_work, prevent_cse=False)
+    to_next = [(i, i + 1) for i in range(num_stages - 1)]
+
+    def tick(carry: Any, own: Any) -> Any:
+        state, received = carry
+        time, entering = own
+        is_first = place == 0
+        taken = [jnp.where(is_first, *pair) for pair in zip(entering, received)]
+        made, state, rows = at_work(time - place, taken, state)
+        sent = jax.lax.ppermute(made, axis, to_next)
+        return (state, sent), (made, rows)
+
+    entering = jax.tree.leaves(given.carry)
+    start = [leaf[0] for leaf in entering]
+    state = jax.tree.leaves(given.state)
+    _, _, row_types = jax.eval_shape(work, 0, start, state)
+    spare = [leaf[-1:].repeat(num_stages - 1, 0) for leaf in entering]
+    entering = list(map(lambda *both: jnp.concatenate(both), entering, spare))
+    times = jnp.arange(count + num_stages - 1)
+    (state, _), (carry, rows) = jax.lax.scan(tick, (state, start), (times, entering))
+    rows = [jax.lax.dynamic_slice_in_dim(row, place, count) for row in rows]
+    carry = [_of_last(leaf[num_stages - 1 :], axis, num_stages) for leaf in carry]
+    return _Made(carry, state, [jnp.swapaxes(row, 0, 1) for row in rows])
+
+
+def _of_last(value: jax.Array, axis: str, num_stages: int) -> jax.Array:
+    """What the last stage has, on all of them."""
+    is_last = jax.lax.axis_index(axis) == num_stages - 1
+    return jax.lax.psum(jnp.where(is_last, value, jnp.zeros_like(value)), axis)
+
+
+def _result(
+    invocation: Invocation, program: _executors.Program, made: _Made
+) -> Result:
+    """The stack's result, once what is at marks is told."""
+    shapes = program.shapes
+    count = len(made.rows) - len(program.marks)
+    result = Result(
+        jax.tree.unflatten(jax.tree.structure(shapes.carry), made.carry),
+        jax.tree.unflatten(jax.tree.structure(shapes.output), made.rows[:count]),
+        jax.tree.unflatten(jax.tree.structure(shapes.state), made.state),
+    )
+    values = [
+        jax.vmap(_marks.first_code)(value) if mark.kind == _marks.FINITE else value
+        for mark, value in zip(program.marks, made.rows[count:], strict=True)
+    ]
+    return _executors.pass_on(invocation, program.marks, values, result)
+
+
+def _python(invocation: Invocation, given: Given, count: int) -> Result:
+    """Runs the layer function itself, microbatch by microbatch, layer by layer."""
+    results, found = [], {}
+    for m in range(count):
+        carry = jax.tree.map(lambda leaf, m=m: leaf[m], given.carry)
+        one = _of(given, m, carry, given.state)
+        run = functools.partial(_executors.python, invocation.again())
+        result, found[m] = _taps.heard(run, one)
+        given = given._replace(state=result.state)
+        results.append(result)
+
+    def stack(axis: int, trees: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
+
+    carry = stack(0, [result.carry for result in results])
+    output = stack(1, [result.output for result in results])
+    result = Result(carry, output, given.state)
+    return _taps.say_layers(found, result, axis=1)
+
+
+def _num_stages(invocation: Invocation, pipeline: _options.Pipeline) -> int:
+    """Over how many stages the layers are split; one if there is no such mesh axis."""
+    mesh, where = jax.sharding.get_abstract_mesh(), invocation.where
+    is_whole = invocation.loop == "unrolled" or hk.running_init()
+    if is_whole or pipeline.axis not in mesh.axis_names:
+        return 1
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds[pipeline.axis] is AxisType.Manual:
+        raise ValueError(
+            f"{where}: pipeline= takes the mesh axis {pipeline.axis!r}, but a "
+            "jax.shard_map around has taken it: inside of it each device runs a "
+            "program of its own. Give shard_map the axis_names of the other axes only."
+        )
+    if explicit := [a for a, kind in kinds.items() if kind is AxisType.Explicit]:
+        raise ValueError(
+            f"{where}: pipeline= needs mesh axes of type Auto, and "
+            f"{', '.join(map(repr, explicit))} of the mesh around are of type Explicit "
+            "(the default of jax.make_mesh). Write jax.make_mesh(sizes, names, "
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        )
+    num_layers, size = invocation.options.num_layers, mesh.shape[pipeline.axis]
+    if num_layers % size:
+        raise ValueError(
+            f"{where}: {num_layers} layers cannot be split evenly over the {size} "
+            f"stages of the mesh axis {pipeline.axis!r}. Make num_layers a multiple of "
+            f"{size}, or the axis a divisor of {num_layers}."
+        )
+    return int(size)
+
+
+def _check(invocation: Invocation, pipeline: _options.Pipeline) -> None:
+    where = invocation.where
+    if _around.value is not None:
+        raise ValueError(
+            f"{where}: it has pipeline=, and runs in a layer of {_around.value}, which "
+            "has one, too. Leave one of them out: the stages of the outer one hold "
+            "whole layers."
+        )
+    if invocation.reverse:
+        raise ValueError(
+            f"{where}: reverse=True runs the last layer first, but with pipeline= "
+            "microbatches go from the first stage to the last. Leave one of them out."
+        )
+
+
+def _check_closed_over(
+    invocation: Invocation, constants: list[Any], given: Given
+) -> None:
+    """Refuses arrays closed over that seem to have a row for each of the batch."""
+    count, rows = jax.tree.leaves(given.carry)[0].shape[:2]
+    if count == 1:
+        return
+    known = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
+    for value in constants:
+        if jnp.shape(value)[:1] == (count * rows,) and id(value) not in known:
+            raise ValueError(
+                f"{invocation.where}: the layer function is given, by keyword or by "
+                f"closure, an array of shape {jnp.shape(value)}, with a row for each of "
+                f"the batch of {count * rows}; it would be whole in each of the "
+                f"{count} microbatches. Hand it along in what goes from layer to layer, "
+                "stack(f)(x, mask), where f returns both; if this axis is no batch, "
+                "give it as array[None]."
+            )
+
