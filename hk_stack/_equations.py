@@ -412,7 +412,9 @@ def names_an_input(effect: object) -> bool:
 def varying(aval: Aval) -> frozenset[Any]:
     """The manual axes of a mesh over which values of this type differ."""
     kind = getattr(aval, "manual_axis_type", None)
-    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+    if kind is not None:
+        return frozenset(kind.varying)
+    return getattr(aval, "vma", None) or frozenset()
 
 
 def vary_as(value: jax.Array, aval: Aval) -> jax.Array:

@@ -73,7 +73,14 @@ def checked(**given: Any) -> Options:
     naming_map, num_layers = given["transparency_map"], found["num_layers"]
     is_transparent = found.pop("transparent")
     _not_inline(found["setup"], "setup_sharding", found["setup_sharding"], where)
-    if is_transparent and found["pipeline"]:
+    pipeline = found["pipeline"]
+    if pipeline and pipeline.axis == found["setup_sharding"]:
+        raise ValueError(
+            f"{where}: setup_sharding={pipeline.axis!r} is the axis of pipeline=, whose "
+            "stages set up their own layers only as it is. Leave setup_sharding out, "
+            "or give another axis."
+        )
+    if is_transparent and pipeline:
         raise ValueError(
             f"{where}: transparent=True stores parameters per layer, but with pipeline= "
             "each stage holds its share of one stacked tree. Leave one of them out: "

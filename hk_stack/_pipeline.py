@@ -96,15 +96,16 @@ def _split(carry: Tree, invocation: Invocation) -> Any:
                 )
 
     def split(leaf: jax.Array) -> jax.Array:
-        return jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
+        rows = leaf.shape[0] // count
+        return jnp.swapaxes(leaf.reshape(rows, count, *leaf.shape[1:]), 0, 1)
 
     return jax.tree.map(split, carry)
 
 
 def _merged(leaf: jax.Array) -> jax.Array:
     """The inverse of `_split`."""
-    leaf = jnp.swapaxes(leaf, 0, 1)
-    return leaf.reshape(-1, *leaf.shape[2:])
+    count, rows, *rest = leaf.shape
+    return jnp.swapaxes(leaf, 0, 1).reshape(rows * count, *rest)
 
 
 def _of(given: Given, microbatch: Any, carry: Any, state: Any) -> Given:
@@ -130,24 +131,33 @@ def _compiled(
     def in_stages(given: Given, constants: list[Any]) -> _Made:
         # Traced again, as types name the mesh, and whose axes each device runs alone.
         share = invocation.options.num_layers // num_stages
-        here, given = _prepared(invocation, given, share)
+        carry, constants = jax.tree.map(lambda v: v[0], (given.carry, constants))
+        here, given = _prepared(invocation, given._replace(carry=carry), share)
         stage = _set_up(here, given, constants)
         return _in_stages(stage, given, pipeline.axis, num_stages)
 
-    run: Callable[..., _Made] = whole
-    if num_stages > 1:
-        one, layered = PartitionSpec(), PartitionSpec(pipeline.axis)
-        # Outside of `jit`, some versions of JAX refuse a mesh with other axes.
-        run = jax.jit(
-            jax.shard_map(
-                in_stages,
-                in_specs=(Given(layered, layered, layered, one, *[layered] * 3), one),
-                out_specs=_Made(one, layered, layered),
-                axis_names={pipeline.axis},
-                check_vma=False,
-            )
+    if num_stages == 1:
+        return _result(invocation, program, _run(whole, given, program.constants))
+    layered = PartitionSpec(pipeline.axis)
+    in_stages = jax.shard_map(
+        in_stages,
+        in_specs=layered,
+        out_specs=layered,
+        axis_names={pipeline.axis},
+        check_vma=False,
+    )
+
+    def spread(given: Given, constants: list[Any]) -> _Made:
+        carry, constants = jax.tree.map(
+            lambda v: jnp.broadcast_to(v, (num_stages, *jnp.shape(v))),
+            (given.carry, constants),
         )
-    return _result(invocation, program, _run(run, given, program.constants))
+        made = in_stages(given._replace(carry=carry), constants)
+        return made._replace(carry=list(map(_of_last, made.carry)))
+
+    # Outside of `jit`, some versions of JAX refuse a mesh with other axes.
+    made = _run(jax.jit(spread), given, program.constants)
+    return _result(invocation, program, made)
 
 
 def _run(function: Callable[..., _Made], *args: Tree) -> _Made:
@@ -267,14 +277,20 @@ def _in_stages(stage: _Stage, given: Given, axis: str, num_stages: int) -> _Made
     times = jnp.arange(count + num_stages - 1)
     (state, _), (carry, rows) = jax.lax.scan(tick, (state, start), (times, entering))
     rows = [jax.lax.dynamic_slice_in_dim(row, place, count) for row in rows]
-    carry = [_of_last(leaf[num_stages - 1 :], axis, num_stages) for leaf in carry]
+    carry = [leaf[None, num_stages - 1 :] for leaf in carry]
     return _Made(carry, state, [jnp.swapaxes(row, 0, 1) for row in rows])
 
 
-def _of_last(value: jax.Array, axis: str, num_stages: int) -> jax.Array:
-    """What the last stage has, on all of them."""
-    is_last = jax.lax.axis_index(axis) == num_stages - 1
-    return jax.lax.psum(jnp.where(is_last, value, jnp.zeros_like(value)), axis)
+def _of_last(values: jax.Array) -> jax.Array:
+    """What the last stage has, of `[S, ...]`, on all of them."""
+    if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
+        words = _of_last(jax.random.key_data(values))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(values))
+    # A slice would be sent to the first stage, and to all from there.
+    is_last = jnp.arange(len(values)) == len(values) - 1
+    is_last = is_last.reshape(-1, *[1] * (values.ndim - 1))
+    kept = jnp.where(is_last, values, jnp.zeros_like(values))
+    return kept.sum(0).astype(values.dtype)
 
 
 def _result(

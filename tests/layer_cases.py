@@ -92,8 +92,12 @@ def layer_loop(
     unroll: int = 1,
     pass_reverse_to_layer_fn: bool = False,
     name: str | None = None,
+    microbatches: int | None = None,
 ) -> Callable[..., Any]:
-    """What a stack means: a Python loop over layers that share nothing."""
+    """What a stack means: a Python loop over layers that share nothing.
+
+    With `microbatches`, what a pipeline means: that loop for each in turn.
+    """
     del unroll
     kind = "with_per_layer" if with_per_layer_inputs else "no_per_layer"
 
@@ -104,6 +108,12 @@ def layer_loop(
             layer = hk.transform_with_state(lambda *args: f(*args, **kwargs))
             cut = 1 if with_per_layer_inputs else len(args)
             carry, per_layer = args[:cut], args[cut:]
+            if microbatches is not None:
+                carries = [
+                    jax.tree.map(lambda leaf, m=m: leaf[m::microbatches], carry)
+                    for m in range(microbatches)
+                ]
+                carry = carries[0]
 
             def own(i: int) -> Any:
                 return jax.tree.map(lambda leaf: leaf[i], per_layer)
@@ -122,6 +132,13 @@ def layer_loop(
                     activations, _, _ = step(params, state, apply_key, activations, i)
                 return pile(trees)
 
+            def run(carry: Any, state: Any, keys: Any) -> Any:
+                results: list[Any] = [None] * num_layers
+                for i in reversed(range(num_layers)) if reverse else range(num_layers):
+                    slices = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
+                    carry, *results[i] = step(*slices, keys[i], carry, i)
+                return carry, *pile(results)
+
             key = hk.maybe_next_rng_key()
             # Not lift_with_state, which mixes up the states of unnamed stacks.
             with hk.name_scope(name or f"__layer_stack_{kind}"):
@@ -129,11 +146,19 @@ def layer_loop(
                 lifted, updater = lift(init, allow_reuse=True)
             params, state = lifted(key)
             keys = split(hk.maybe_next_rng_key(), num_layers)
-            results: list[Any] = [None] * num_layers
-            for i in reversed(range(num_layers)) if reverse else range(num_layers):
-                slices = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
-                carry, *results[i] = step(*slices, keys[i], carry, i)
-            ys, state = pile(results)
+            if microbatches is None:
+                carry, ys, state = run(carry, state, keys)
+            else:
+                found = []
+                for m, carry in enumerate(carries):
+                    ours = keys
+                    if key is not None:
+                        ours = [jax.random.fold_in(key, m) for key in keys]
+                    *made, state = run(carry, state, ours)
+                    found.append(made)
+                carry = jax.tree.map(interleaved, *[carry for carry, _ in found])
+                stacked = [ys for _, ys in found]
+                ys = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *stacked)
             updater.update(state)
             if with_per_layer_inputs:
                 return carry[0], ys
@@ -142,6 +167,12 @@ def layer_loop(
         return stacked
 
     return stack
+
+
+def interleaved(*parts: jax.Array) -> jax.Array:
+    """Of which `parts[m]` has the rows `m::M`."""
+    whole = jnp.stack(parts, 1)
+    return whole.reshape(whole.shape[0] * len(parts), *whole.shape[2:])
 
 
 def split(key: jax.Array | None, count: int) -> Any:
