@@ -67,10 +67,18 @@ def _on(error: Exception, situation: Situation) -> Iterator[str]:
         yield from _python_values(error, situation)
         yield from _no_arrays(error, situation)
         yield from _signature(error, situation)
+        if situation.options.pipeline and isinstance(error, (TypeError, ValueError)):
+            yield _MICROBATCH
     if isinstance(error, (TypeError, ValueError)):
         yield from _per_layer(situation)
 
 
+ALONG = "Hand it from layer to layer as x is, stack(f)(x, mask), where f returns both"
+_MICROBATCH = (
+    "With pipeline= a layer is given a microbatch of what goes from layer to layer; "
+    "what it closes over, or is given by keyword, is whole in each. If that has a row "
+    f"for each of the batch: {ALONG[0].lower()}{ALONG[1:]}."
+)
 _TRACED = "layer_index(), parameters and what goes from layer to layer are traced."
 _ERRORS = jax.errors
 _VALUES = {

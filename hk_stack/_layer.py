@@ -15,6 +15,7 @@ from hk_stack import (
     _finite,
     _frames,
     _loop,
+    _options,
     _parameters,
     _scopes,
     _taps,
@@ -103,6 +104,7 @@ class Invocation:
       path: Of the stack, from the outermost one.
       reverse: Whether the last layer runs first.
       loop: What runs the layers.
+      num_stages: Over how many devices a pipeline splits them.
       all_layers: What is traced, in words.
     """
 
@@ -122,6 +124,7 @@ class Invocation:
         self.where = _checks.describe(self.path, situation.f)
         self.reverse = reverse
         self.loop = _loop.in_force(options.loop)
+        self.num_stages = self._num_stages()
         self.all_layers = f"all {options.num_layers} layers at once"
         self._is_init = hk.running_init() or _frames.is_init()
         self._check_finite = options.check_finite or _frames.is_checked()
@@ -138,6 +141,12 @@ class Invocation:
         # Whether modules have to be told their names. To watch for these slows a Python
         # loop down, and one of its layers tells enough.
         self._were_odd: bool | None = None
+
+    def _num_stages(self) -> int:
+        options = self.options
+        if not options.pipeline or self.loop != "scan" or hk.running_init():
+            return 1
+        return _options.num_stages(options.pipeline, options.num_layers, self.where)
 
     def again(self) -> "Invocation":
         """The same: layers in Python run once, as their name scopes may."""

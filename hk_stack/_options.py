@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from hk_stack import _checks, _loop, _naming
 
@@ -76,15 +76,15 @@ def checked(**given: Any) -> Options:
     pipeline = found["pipeline"]
     if pipeline and pipeline.axis == found["setup_sharding"]:
         raise ValueError(
-            f"{where}: setup_sharding={pipeline.axis!r} is the axis of pipeline=, whose "
-            "stages set up their own layers only as it is. Leave setup_sharding out, "
-            "or give another axis."
+            f"{where}: setup_sharding={pipeline.axis!r} is the axis of pipeline=, "
+            "whose stages set up their own layers only as it is. Leave setup_sharding "
+            "out, or give another axis."
         )
     if is_transparent and pipeline:
         raise ValueError(
-            f"{where}: transparent=True stores parameters per layer, but with pipeline= "
-            "each stage holds its share of one stacked tree. Leave one of them out: "
-            "hk_stack.stack_params(params, naming_map) stacks the parameters."
+            f"{where}: transparent=True stores parameters per layer, but with "
+            "pipeline= each stage holds its share of one stacked tree. Leave one of "
+            "them out: hk_stack.stack_params(params, naming_map) stacks parameters."
         )
     return Options(
         unroll=unrolled(given["unroll"], num_layers, where),
@@ -263,6 +263,39 @@ def _pipeline(value: object, argument: str, where: str) -> Pipeline | None:
         f"{where}: {argument} must be an hk_stack.Pipeline or None, not {value!r}. "
         f'Write {argument}=hk_stack.Pipeline(axis="stage", microbatches=8).'
     )
+
+
+def num_stages(pipeline: Pipeline, num_layers: int, where: str) -> int:
+    """Over how many devices of the mesh around layers are split; one without its axis.
+
+    Raises:
+      ValueError: If the mesh cannot be used, or the layers cannot be split evenly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if pipeline.axis not in kinds:
+        return 1
+    if kinds[pipeline.axis] is AxisType.Manual:
+        raise ValueError(
+            f"{where}: pipeline= takes the mesh axis {pipeline.axis!r}, but a "
+            "jax.shard_map around has taken it: inside of it each device runs a "
+            "program of its own. Give shard_map the axis_names of the other axes only."
+        )
+    if explicit := [a for a, kind in kinds.items() if kind is AxisType.Explicit]:
+        raise ValueError(
+            f"{where}: pipeline= needs mesh axes of type Auto, and "
+            f"{', '.join(map(repr, explicit))} of the mesh around are of type Explicit "
+            "(the default of jax.make_mesh). Write jax.make_mesh(sizes, names, "
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        )
+    size = int(mesh.shape[pipeline.axis])
+    if num_layers % size:
+        raise ValueError(
+            f"{where}: {num_layers} layers cannot be split evenly over the {size} "
+            f"stages of the mesh axis {pipeline.axis!r}. Make num_layers a multiple of "
+            f"{size}, or the axis a divisor of {num_layers}."
+        )
+    return size
 
 
 # Of those arguments that are checked by themselves.

@@ -223,9 +223,7 @@ class Plan(NamedTuple):
         )
         return named
 
-    def loop(
-        self, values: list[Any], shared: list[Any], own: list[Any]
-    ) -> list[Any]:
+    def loop(self, values: list[Any], shared: list[Any], own: list[Any]) -> list[Any]:
         """Runs the loop over calls on derived values."""
         parts = self.parts
         carried = [i for i, entry in enumerate(self.inputs) if entry.carried]

@@ -7,27 +7,28 @@ stages (Huang et al., "GPipe", 2018).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from hk_stack import (
+    _advice,
     _checks,
     _eager,
     _equations,
     _executors,
     _flat,
     _marks,
-    _options,
     _summary,
     _taps,
 )
 from hk_stack._layer import Given, Invocation, Result
+from hk_stack._options import Pipeline
 from hk_stack._types import Tree
 
 # Of the stack whose layer is traced; JAX's caches know the value.
@@ -48,33 +49,28 @@ class _Made(NamedTuple):
     rows: list[Any]
 
 
-def run(invocation: Invocation, given: Given) -> Result:
+def run(invocation: Invocation, given: Given, pipeline: Pipeline) -> Result:
     """Runs a stack, one microbatch after the other or several at once in stages."""
-    pipeline = invocation.options.pipeline
-    assert pipeline
-    _check(invocation, pipeline)
-    count = pipeline.microbatches
-    split = given._replace(carry=_split(given.carry, invocation))
+    _check(invocation, given, pipeline)
+    split = given._replace(carry=_split(given.carry, invocation, pipeline))
     with _around(invocation.where):
-        if invocation.loop == "python":
-            result = _python(invocation, split, count)
-        else:
-            result = _compiled(invocation, split, pipeline)
+        runs = _python if invocation.loop == "python" else _compiled
+        result = runs(invocation, split, pipeline)
     return result._replace(carry=jax.tree.map(_merged, result.carry))
 
 
-def first(invocation: Invocation, given: Given) -> Given:
+def first(invocation: Invocation, given: Given, pipeline: Pipeline) -> Given:
     """What layers are given with the first microbatch."""
-    carry = _split(given.carry, invocation)
+    carry = _split(given.carry, invocation, pipeline)
     return given._replace(carry=jax.tree.map(lambda leaf: leaf[0], carry))
 
 
-def _split(carry: Tree, invocation: Invocation) -> Any:
+def _split(carry: Tree, invocation: Invocation, pipeline: Pipeline) -> Any:
     """`[B, ...]` as `[M, B / M, ...]`: microbatch `m` has the rows `m::M`.
 
     So what is spread over other devices by its batch axis stays where it is.
     """
-    count, names = invocation.options.pipeline.microbatches, invocation.arguments
+    count, names = pipeline.microbatches, invocation.arguments
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(carry)]
     sizes = {shape[0] for shape in shapes if shape}
     for name, tree in zip(names, carry, strict=False):
@@ -94,6 +90,11 @@ def _split(carry: Tree, invocation: Invocation) -> Any:
                     f"microbatches={count} of one size. Give a divisor of "
                     f"{leaf.shape[0]}, or pad the batch."
                 )
+
+    shared = invocation.situation.kwargs
+    named = zip(_checks.leaf_names(shared), jax.tree.leaves(shared), strict=True)
+    if count > 1:
+        _check_shared(invocation, {f"`{at}`": value for at, value in named}, sizes)
 
     def split(leaf: jax.Array) -> jax.Array:
         rows = leaf.shape[0] // count
@@ -117,16 +118,21 @@ def _of(given: Given, microbatch: Any, carry: Any, state: Any) -> Given:
     return given._replace(keys=keys, added=added, carry=carry, state=state)
 
 
-def _compiled(
-    invocation: Invocation, given: Given, pipeline: _options.Pipeline
-) -> Result:
+def _compiled(invocation: Invocation, given: Given, pipeline: Pipeline) -> Result:
+    count = pipeline.microbatches
     program, given = _prepared(invocation, given, invocation.options.num_layers)
-    _check_closed_over(invocation, program.constants, given)
+    closed_over = {
+        f"the array number {i} that the layer function closes over": value
+        for i, value in enumerate(program.constants)
+    }
+    sizes = {count * leaf.shape[1] for leaf in jax.tree.leaves(given.carry)}
+    if count > 1:
+        _check_shared(invocation, closed_over, sizes)
     _summary.record(invocation, given.params, program.cut)
-    num_stages = _num_stages(invocation, pipeline)
+    num_stages = _num_stages(invocation, given)
 
     def whole(given: Given, constants: list[Any]) -> _Made:
-        return _one_after_another(_set_up(program, given, constants), given)
+        return _one_after_another(_set_up(program, given, constants), given, count)
 
     def in_stages(given: Given, constants: list[Any]) -> _Made:
         # Traced again, as types name the mesh, and whose axes each device runs alone.
@@ -134,7 +140,7 @@ def _compiled(
         carry, constants = jax.tree.map(lambda v: v[0], (given.carry, constants))
         here, given = _prepared(invocation, given._replace(carry=carry), share)
         stage = _set_up(here, given, constants)
-        return _in_stages(stage, given, pipeline.axis, num_stages)
+        return _in_stages(stage, given, count, pipeline.axis, num_stages)
 
     if num_stages == 1:
         return _result(invocation, program, _run(whole, given, program.constants))
@@ -158,6 +164,12 @@ def _compiled(
     # Outside of `jit`, some versions of JAX refuse a mesh with other axes.
     made = _run(jax.jit(spread), given, program.constants)
     return _result(invocation, program, made)
+
+
+def _num_stages(invocation: Invocation, given: Given) -> int:
+    """Over how many stages the layers are split; arrays without a number need none."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(given.carry)]
+    return invocation.num_stages if any(sizes) else 1
 
 
 def _run(function: Callable[..., _Made], *args: Tree) -> _Made:
@@ -212,15 +224,13 @@ class _Stage(NamedTuple):
         return carry, state, [*output, *marked]
 
 
-def _set_up(
-    program: _executors.Program, given: Given, constants: list[Any]
-) -> _Stage:
+def _set_up(program: _executors.Program, given: Given, constants: list[Any]) -> _Stage:
     """Runs the setup of layers, once for all microbatches."""
     program = program._replace(constants=constants)
     return _Stage(program, program.plan.derive(program.values(_first(given))))
 
 
-def _one_after_another(stage: _Stage, given: Given) -> _Made:
+def _one_after_another(stage: _Stage, given: Given, count: int) -> _Made:
     """Runs one microbatch after the other through all layers."""
     tree = jax.tree.structure(given.state)
 
@@ -230,17 +240,17 @@ def _one_after_another(stage: _Stage, given: Given) -> _Made:
         carry, state, rows = stage(of)
         return state, (carry, rows)
 
-    count = len(jax.tree.leaves(given.carry)[0])
     turn = jax.checkpoint(turn, prevent_cse=False)
     own = jnp.arange(count), given.carry
     state, (carry, rows) = jax.lax.scan(turn, jax.tree.leaves(given.state), own)
     return _Made(carry, state, [jnp.swapaxes(row, 0, 1) for row in rows])
 
 
-def _in_stages(stage: _Stage, given: Given, axis: str, num_stages: int) -> _Made:
+def _in_stages(
+    stage: _Stage, given: Given, count: int, axis: str, num_stages: int
+) -> _Made:
     """Runs the layers of one device on the microbatches that come to it."""
     place = jax.lax.axis_index(axis)
-    count = len(jax.tree.leaves(given.carry)[0])
     trees = jax.tree.structure(given.carry), jax.tree.structure(given.state)
 
     def work(microbatch: Any, carry: list[Any], state: list[Any]) -> Any:
@@ -262,8 +272,8 @@ def _in_stages(stage: _Stage, given: Given, axis: str, num_stages: int) -> _Made
     def tick(carry: Any, own: Any) -> Any:
         state, received = carry
         time, entering = own
-        is_first = place == 0
-        taken = [jnp.where(is_first, *pair) for pair in zip(entering, received)]
+        choose = functools.partial(jnp.where, place == 0)
+        taken = list(map(choose, entering, received))
         made, state, rows = at_work(time - place, taken, state)
         sent = jax.lax.ppermute(made, axis, to_next)
         return (state, sent), (made, rows)
@@ -285,17 +295,19 @@ def _of_last(values: jax.Array) -> jax.Array:
     """What the last stage has, of `[S, ...]`, on all of them."""
     if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
         words = _of_last(jax.random.key_data(values))
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(values))
+        keys: jax.Array = jax.random.wrap_key_data(
+            words, impl=jax.random.key_impl(values)
+        )
+        return keys
     # A slice would be sent to the first stage, and to all from there.
     is_last = jnp.arange(len(values)) == len(values) - 1
     is_last = is_last.reshape(-1, *[1] * (values.ndim - 1))
     kept = jnp.where(is_last, values, jnp.zeros_like(values))
-    return kept.sum(0).astype(values.dtype)
+    whole: jax.Array = kept.sum(0).astype(values.dtype)
+    return whole
 
 
-def _result(
-    invocation: Invocation, program: _executors.Program, made: _Made
-) -> Result:
+def _result(invocation: Invocation, program: _executors.Program, made: _Made) -> Result:
     """The stack's result, once what is at marks is told."""
     shapes = program.shapes
     count = len(made.rows) - len(program.marks)
@@ -311,10 +323,10 @@ def _result(
     return _executors.pass_on(invocation, program.marks, values, result)
 
 
-def _python(invocation: Invocation, given: Given, count: int) -> Result:
+def _python(invocation: Invocation, given: Given, pipeline: Pipeline) -> Result:
     """Runs the layer function itself, microbatch by microbatch, layer by layer."""
     results, found = [], {}
-    for m in range(count):
+    for m in range(pipeline.microbatches):
         carry = jax.tree.map(lambda leaf, m=m: leaf[m], given.carry)
         one = _of(given, m, carry, given.state)
         run = functools.partial(_executors.python, invocation.again())
@@ -331,37 +343,7 @@ def _python(invocation: Invocation, given: Given, count: int) -> Result:
     return _taps.say_layers(found, result, axis=1)
 
 
-def _num_stages(invocation: Invocation, pipeline: _options.Pipeline) -> int:
-    """Over how many stages the layers are split; one if there is no such mesh axis."""
-    mesh, where = jax.sharding.get_abstract_mesh(), invocation.where
-    is_whole = invocation.loop == "unrolled" or hk.running_init()
-    if is_whole or pipeline.axis not in mesh.axis_names:
-        return 1
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds[pipeline.axis] is AxisType.Manual:
-        raise ValueError(
-            f"{where}: pipeline= takes the mesh axis {pipeline.axis!r}, but a "
-            "jax.shard_map around has taken it: inside of it each device runs a "
-            "program of its own. Give shard_map the axis_names of the other axes only."
-        )
-    if explicit := [a for a, kind in kinds.items() if kind is AxisType.Explicit]:
-        raise ValueError(
-            f"{where}: pipeline= needs mesh axes of type Auto, and "
-            f"{', '.join(map(repr, explicit))} of the mesh around are of type Explicit "
-            "(the default of jax.make_mesh). Write jax.make_mesh(sizes, names, "
-            "(jax.sharding.AxisType.Auto,) * len(names))."
-        )
-    num_layers, size = invocation.options.num_layers, mesh.shape[pipeline.axis]
-    if num_layers % size:
-        raise ValueError(
-            f"{where}: {num_layers} layers cannot be split evenly over the {size} "
-            f"stages of the mesh axis {pipeline.axis!r}. Make num_layers a multiple of "
-            f"{size}, or the axis a divisor of {num_layers}."
-        )
-    return int(size)
-
-
-def _check(invocation: Invocation, pipeline: _options.Pipeline) -> None:
+def _check(invocation: Invocation, given: Given, pipeline: Pipeline) -> None:
     where = invocation.where
     if _around.value is not None:
         raise ValueError(
@@ -374,24 +356,30 @@ def _check(invocation: Invocation, pipeline: _options.Pipeline) -> None:
             f"{where}: reverse=True runs the last layer first, but with pipeline= "
             "microbatches go from the first stage to the last. Leave one of them out."
         )
-
-
-def _check_closed_over(
-    invocation: Invocation, constants: list[Any], given: Given
-) -> None:
-    """Refuses arrays closed over that seem to have a row for each of the batch."""
-    count, rows = jax.tree.leaves(given.carry)[0].shape[:2]
-    if count == 1:
-        return
-    known = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
-    for value in constants:
-        if jnp.shape(value)[:1] == (count * rows,) and id(value) not in known:
+    sizes = invocation.options.num_layers, pipeline.microbatches
+    for at, value in given.added.items():
+        if value.shape[:2] != sizes:
             raise ValueError(
-                f"{invocation.where}: the layer function is given, by keyword or by "
-                f"closure, an array of shape {jnp.shape(value)}, with a row for each of "
-                f"the batch of {count * rows}; it would be whole in each of the "
-                f"{count} microbatches. Hand it along in what goes from layer to layer, "
-                "stack(f)(x, mask), where f returns both; if this axis is no batch, "
-                "give it as array[None]."
+                f"{where}: what is to be added at {at} has shape {value.shape}; with "
+                f"pipeline= expected leading axes {sizes}, of layers and microbatches."
             )
 
+
+def _check_shared(
+    invocation: Invocation, shared: Mapping[str, Any], batches: set[int]
+) -> None:
+    """Refuses arrays of all microbatches that seem to have a row for each of the batch.
+
+    Parameters of the model, and NumPy's arrays, are no rows.
+    """
+    known = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
+    for name, value in shared.items():
+        if not isinstance(value, jax.Array) or id(value) in known:
+            continue
+        if value.ndim and len(value) in batches:
+            raise ValueError(
+                f"{invocation.where}: {name} has shape {value.shape}, with a row for "
+                f"each of the batch of {len(value)}; all of it would be in each "
+                f"microbatch. {_advice.ALONG}; if this axis is no "
+                "batch, give it as array[None]."
+            )

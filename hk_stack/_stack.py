@@ -303,8 +303,8 @@ def _run_layers(
     key = hk.maybe_next_rng_key()
     keys = None if key is None else jax.random.split(key, num_layers)
     given = given._replace(params=params, state=state, keys=keys)
-    if invocation.options.pipeline:
-        return _pipeline.run(invocation, given)
+    if pipeline := invocation.options.pipeline:
+        return _pipeline.run(invocation, given, pipeline)
     return _executors.RUN[invocation.loop](invocation, given)
 
 
@@ -313,7 +313,7 @@ def _lifted(invocation: Invocation, given: Given) -> tuple[Any, Any, Any]:
     options = invocation.options
 
     if options.pipeline:  # State may have the shape of a microbatch.
-        given = _pipeline.first(invocation, given)
+        given = _pipeline.first(invocation, given, options.pipeline)
 
     def init(key: Key) -> tuple[Any, Any]:
         with invocation.explained(f"initialising {invocation.all_layers}"):

@@ -298,13 +298,14 @@ def _stack(
     share = _share(given, around[0].path if around else invocation.path)
     hoisted = tuple(_report.groups(*setups))
     stayed = _report.stayed(cut.parts, cut.inputs, options.setup) if cut else ()
-    batches, whole, own = _parts.Batches(0), share, num_layers
+    own = here = num_layers // invocation.num_stages
+    batches, whole = _parts.Batches(0), min(1.0, share * invocation.num_stages)
     unspread = ""
     if parts and parts.setup.jaxpr.outvars:
         devices = _spread.in_force(options.setup_sharding, invocation.where)
-        unspread = devices.why_not(parts.setup.jaxpr, num_layers) if devices else ""
+        unspread = devices.why_not(parts.setup.jaxpr, own) if devices else ""
         if devices and not unspread:  # All devices are handed the whole of it.
-            whole, own = 1.0, devices.share(num_layers)
+            whole, own = 1.0, devices.share(own)
         asked = options.setup_batch_size
         batches = _parts.batches(parts.setup.jaxpr, own, asked)
     size, remat = min(batches.size, own), options.setup_remat
@@ -316,7 +317,7 @@ def _stack(
         copies * nbytes,
         round(_derived(parts, num_layers, 1.0)),
         round(share * copies * nbytes),
-        round(_derived(parts, num_layers, whole)),
+        round(_derived(parts, here, whole)),
         hoisted,
         invocation.loop,
         _loop.describe(options.remat if parts else None),
@@ -341,6 +342,11 @@ def _notes(
     elif batches.why and options.num_layers > 1:
         why = f"runs layer after layer, as {batches.why}"
         yield f"{why}: {batches.write}" if batches.write else why
+    if pipeline := options.pipeline:
+        count, stages = pipeline.microbatches, invocation.num_stages
+        share = f"{stages} stages of {options.num_layers // stages} layers each"
+        how = share if stages > 1 else "no mesh axis for stages, so in turn"
+        yield f"pipeline={pipeline.axis!r}: {count} microbatches, {how}"
     if unspread:
         yield f"setup_sharding does nothing, as {unspread}"
 
