@@ -1,5 +1,8 @@
 """Deep stacks of Haiku layers: initialised and set up all at once, then scanned."""
 
+import importlib
+from typing import Any
+
 from hk_stack._accumulate import accumulate
 from hk_stack._frames import layer_index
 from hk_stack._hoist import hoist
@@ -43,3 +46,9 @@ __all__ = (
     "use_loop",
 )
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "checkpoint":  # Few need it, and it takes long to import.
+        return importlib.import_module("hk_stack.checkpoint")
+    raise AttributeError(f"module 'hk_stack' has no attribute {name!r}")

@@ -12,28 +12,41 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FIGURES = (ROOT / "docs" / "figures.md").read_text()
 SETUP = (ROOT / "docs" / "setup.md").read_text()
 DEPTH = (ROOT / "docs" / "depth.md").read_text()
 
 
-PAGES = "README.md docs/depth.md docs/hoisting.md docs/loops.md docs/scale.md".split()
+PAGES = "start hoisting loops migrate reuse checkpoints depth scale".split()
+
+
+def run_blocks(name, text, is_one_program):
+    """What is right below one, in a block of its own, is what it prints."""
+    blocks = re.finditer(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.DOTALL)
+    namespace = {}
+    found = list(blocks)
+    # As a reader has it; optax relies on both.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in found:
+            above = "\n" * text[: block.start(1)].count("\n")
+            if not is_one_program:
+                namespace, above = {}, ""
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(above + block[1], name, "exec"), namespace)
+            if is_one_program and (not block[2] or "model.py:" in block[2]):
+                continue  # A file of the reader's.
+            assert printed.getvalue().strip("\n") == block[2].strip("\n")
+    return len(found)
+
+
+def test_each_program_of_the_readme_prints_what_is_below_it():
+    assert run_blocks("model.py", README, is_one_program=False) == 3
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_python_blocks_run_one_after_the_other(name):
-    """What is right below one, in a block of its own, is what it prints."""
-    text = (ROOT / name).read_text()
-    blocks = re.finditer(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.DOTALL)
-    namespace = {}
-    # As a reader has it; optax relies on both.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            above = "\n" * text[: block.start(1)].count("\n")
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile(above + block[1], name, "exec"), namespace)
-            if block[2] and "model.py:" not in block[2]:  # A file of the reader's.
-                assert printed.getvalue().strip("\n") == block[2].strip("\n")
-    assert namespace
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    assert run_blocks(f"{name}.md", text, is_one_program=True)
 
 
 def test_shell_commands_are_those_of_ci():
@@ -66,7 +79,7 @@ MEASURES = {"run": "run_s", "temp": "temp_bytes", "eager": "eager_s"}
 
 def test_figures_of_two_machines_are_those_of_the_result_files():
     row = r"^\| `(.+?)` \| `(.+?)` \| (run|temp|eager) \| ([\d.]+) \| ([\d.]+|-) \|$"
-    rows = re.findall(row, README, re.MULTILINE)
+    rows = re.findall(row, FIGURES, re.MULTILINE)
     assert sum(shown != "-" for *_, shown in rows) >= 7
     for case, way, measure, *shown in rows:
         for machine, text in zip(("cpu", "h100"), shown, strict=True):
@@ -77,7 +90,7 @@ def test_figures_of_two_machines_are_those_of_the_result_files():
 
 
 @pytest.mark.parametrize(
-    "text", [README, SETUP, DEPTH], ids=["README.md", "setup.md", "depth.md"]
+    "text", [FIGURES, SETUP, DEPTH], ids=["figures.md", "setup.md", "depth.md"]
 )
 def test_figures_of_options_are_those_of_the_result_file(text):
     row = r"^\| `(.+?)` \| `(.+?)` \| ([\d.]+) \| ([\d.]+) \|$"

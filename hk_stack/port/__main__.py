@@ -240,5 +240,10 @@ _READERS: dict[str, tuple[Callable[[str], Leaves], str]] = {
 }
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `hk-stack-port`."""
     app.run(main)
+
+
+if __name__ == "__main__":
+    run()
