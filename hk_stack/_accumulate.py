@@ -8,9 +8,11 @@ import numpy as np
 
 from hk_stack import _checks, _function, _layout
 from hk_stack._partition import partition
+from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
 
+@hidden
 def accumulate(
     loss: Callable[..., Tree], params: Tree, *microbatches: Tree, has_aux: bool = False
 ) -> tuple[Tree, Tree]:

@@ -9,6 +9,7 @@ from typing import Any
 import haiku as hk
 import jax
 
+from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
 
@@ -85,6 +86,7 @@ def _key(frame: Frame, given: Tree) -> Hashable:
     return _place.value, frame.path, index, frame.check_finite, frame.is_init
 
 
+@hidden
 def layer_index() -> jax.Array | int:
     """The index of the layer that runs, from 0, inside a layer function.
 

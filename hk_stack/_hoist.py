@@ -9,10 +9,12 @@ from jax.extend import core as jex
 
 from hk_stack import _checks, _equations
 from hk_stack._marks import HOIST, HOISTED
+from hk_stack._traceback import hidden
 
 T = TypeVar("T")
 
 
+@hidden
 def hoist(value: T) -> T:
     """Marks `value`, computed inside a layer function, as setup.
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hk_stack import _checks, _frames, _naming, _scopes, _taps
+from hk_stack._traceback import hidden
 from hk_stack._types import Params, State, Tree
 
 
@@ -52,6 +53,7 @@ class _Recorder:
 _recording: Any = jax.make_user_context(None)
 
 
+@hidden
 def layer_axes(
     fn: Callable[..., Tree], params: Tree, *args: Tree, **kwargs: Any
 ) -> Any:

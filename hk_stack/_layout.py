@@ -14,11 +14,13 @@ from jax.tree_util import keystr
 from hk_stack import _checks, _equations, _naming
 from hk_stack._checks import path_name
 from hk_stack._naming import NumberedLayers
+from hk_stack._traceback import hidden
 
 Modules = Mapping[str, Any]
 _Converter = Callable[[Modules, Sequence[Modules]], dict[str, Any]]
 
 
+@hidden
 def stack_params(
     tree: Any, naming_map: _naming.Maps, *, per_layer: bool = False
 ) -> Any:
@@ -75,6 +77,7 @@ def stack_params(
     return _convert(tree, names, _naming.is_layer, convert, what, per_layer)
 
 
+@hidden
 def unstack_params(
     tree: Any,
     naming_map: _naming.Maps,

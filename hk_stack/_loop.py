@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import _checks, _equations
+from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
 Loop = Literal["scan", "unrolled", "python"]
@@ -21,6 +22,7 @@ LOOPS: tuple[Loop, ...] = get_args(Loop)
 _override: Any = jax.make_user_context(None)
 
 
+@hidden
 def use_loop(loop: Loop) -> contextlib.AbstractContextManager[None]:
     """Runs every stack that is called in a `with` block by one executor.
 

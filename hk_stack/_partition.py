@@ -13,6 +13,7 @@ from hk_stack import _checks, _cut, _equations, _function, _options, _spread
 from hk_stack._parts import Parts
 from hk_stack._report import Report, hoisted_names, report
 from hk_stack._table import Shown, Table
+from hk_stack._traceback import hidden
 from hk_stack._types import Derived, Tree
 
 
@@ -112,6 +113,7 @@ class Partition(Shown):
         """What `str` shows, as data."""
         return self._describe()
 
+    @hidden
     def setup(self, known: Tree, /) -> Derived:
         """Computes the derived values.
 
@@ -130,6 +132,7 @@ class Partition(Shown):
         derived: Derived = self._setup(known)
         return derived
 
+    @hidden
     def call(self, derived: Derived, /, *rest: Tree) -> Any:
         """Computes the result from derived values and the other arguments.
 
@@ -145,6 +148,7 @@ class Partition(Shown):
         """
         return self._call(derived, *rest)
 
+    @hidden
     def check(self, known: Tree, derived: Derived, /) -> None:
         """Checks that `derived` is the setup of `known`, for tests and debugging.
 
@@ -168,6 +172,7 @@ class Partition(Shown):
     __repr__ = Shown.__str__
 
 
+@hidden
 def partition(
     fn: Callable[..., Tree], *example_args: Tree, setup_sharding: str | None = None
 ) -> Partition:

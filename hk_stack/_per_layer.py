@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from hk_stack import _checks, _equations, _reach
+from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
 if TYPE_CHECKING:
     import optax
 
 
+@hidden
 def per_layer(
     optimizer: "optax.GradientTransformation", layer_axes: Tree
 ) -> "optax.GradientTransformation":
@@ -80,6 +82,7 @@ def per_layer(
     return optax.GradientTransformation(init, update)
 
 
+@hidden
 def scale_by_layer(
     fn: Callable[[int, int], float], layer_axes: Tree
 ) -> "optax.GradientTransformation":

@@ -18,6 +18,7 @@ from hk_stack import (
     _rolling,
 )
 from hk_stack._options import Setup, SetupRemat
+from hk_stack._traceback import hidden
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +35,7 @@ class Roll(Generic[P, R]):
         self._settings = settings
         self._is_strict = strict
 
+    @hidden
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function, rolled."""
         traced, program, rolling = self._roll(args, kwargs)
@@ -49,6 +51,7 @@ class Roll(Generic[P, R]):
         )
         return result
 
+    @hidden
     def report(self, *args: P.args, **kwargs: P.kwargs) -> _roll_report.RollReport:
         """What is rolled, and what is not and why.
 
@@ -80,6 +83,7 @@ class Roll(Generic[P, R]):
         return traced, program, rolling
 
 
+@hidden
 def roll(
     fn: Callable[P, R],
     *,

@@ -13,11 +13,13 @@ from hk_stack import (
     _options,
     _spread,
 )
+from hk_stack._traceback import hidden
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@hidden
 def setup_first(
     fn: Callable[P, R], *, setup_sharding: str | None = None
 ) -> Callable[P, R]:
@@ -63,6 +65,7 @@ def setup_first(
     axis = _options.axis_of_mesh(setup_sharding, "setup_sharding", where)
 
     @functools.wraps(fn)
+    @hidden
     def first(*args: P.args, **kwargs: P.kwargs) -> R:
         _function.check_arguments(fn, args, where)
         devices = _spread.devices(axis, where)

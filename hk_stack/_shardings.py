@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hk_stack import _checks
 from hk_stack._table import Shown, Table, si
+from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
 
@@ -69,6 +70,7 @@ def _text(spec: PartitionSpec) -> str:
 Rules = Mapping[str, PartitionSpec | None]
 
 
+@hidden
 def shardings(
     tree: Tree,
     rules: Rules,

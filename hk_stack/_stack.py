@@ -32,6 +32,7 @@ from hk_stack import (
 from hk_stack._advice import Situation
 from hk_stack._layer import Given, Invocation, Result
 from hk_stack._options import Init, Options, Pipeline, Setup, SetupRemat
+from hk_stack._traceback import hidden
 from hk_stack._types import Key, Params, State
 
 P = ParamSpec("P")
@@ -49,6 +50,7 @@ class Stack(Protocol[P, R_co]):
     def __call__(self, *args: Any, reverse: bool, **kwargs: Any) -> R_co: ...
 
 
+@hidden
 def layer_stack(
     num_layers: int,
     with_per_layer_inputs: bool = False,
@@ -200,11 +202,13 @@ def layer_stack(
         pipeline=pipeline,
     )
 
+    @hidden
     def stack(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         _check_alone(args, kwargs, options.name)
         _check_function(f, options.name, options.with_per_layer_inputs)
 
         @functools.wraps(f)
+        @hidden
         def stacked(*args: Any, reverse: bool = False, **kwargs: Any) -> Any:
             where = _checks.describe(options.name, f)
             is_reverse = _checks.flag(reverse, "reverse", where)

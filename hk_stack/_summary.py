@@ -25,6 +25,7 @@ from hk_stack._parts import Input, Parts
 from hk_stack._report import Group
 from hk_stack._stays import Stayed
 from hk_stack._table import Shown, Table, si
+from hk_stack._traceback import hidden
 from hk_stack._types import Params, Tree
 
 
@@ -196,6 +197,7 @@ class _Recorder:
 _recording: Any = jax.make_user_context(None)
 
 
+@hidden
 def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     """What the stacks of a model hold, hoist and keep.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hk_stack import _checks, _eager, _equations, _finite, _frames, _marks, _naming
+from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
 P = ParamSpec("P")
@@ -48,6 +49,7 @@ def are_heard() -> bool:
     return _collecting.value is not None
 
 
+@hidden
 def tap(value: T, name: str) -> T:
     """Lets `collect` read `value` under a name, from the middle of a model.
 
@@ -141,6 +143,7 @@ def added_below(path: str, num_layers: int, where: str) -> dict[str, jax.Array]:
     return below
 
 
+@hidden
 def collect(
     fn: Callable[P, R],
     select: str | Sequence[str] = "*",
@@ -210,6 +213,7 @@ def collect(
     values = None if add is None else _values(add)
 
     @functools.wraps(fn)
+    @hidden
     def collected(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
         adding = None if values is None else _Adding(values)
         with _collecting(_Collector(patterns, adding)):

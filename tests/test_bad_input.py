@@ -1,6 +1,9 @@
 """What users get wrong: each error says where, what was found and what to write."""
 
+import contextlib
 import functools
+import pathlib
+import traceback
 
 import haiku as hk
 import jax
@@ -866,3 +869,36 @@ def test_collect_says_which_taps_there_are(options, texts):
     tapped(select="layers/hidden")
     with pytest.raises(ValueError, match="There are no taps in it"):
         hk_stack.collect(jnp.tanh, "x")(X)
+
+
+def files_of(error):
+    return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda: init(lambda x: x @ jnp.ones([3, 3]), X),
+        lambda: hk_stack.roll(lambda x: x @ jnp.ones([3, 3]))(X),
+        lambda: make(0),
+        lambda: hk_stack.collect(jnp.sin, "none")(X),
+        lambda: hk_stack.partition(jnp.sin, X).call({}, X),
+    ],
+)
+def test_tracebacks_are_of_the_user(fails):
+    with pytest.raises((TypeError, ValueError)) as found:
+        fails()
+    ours = str(pathlib.Path(hk_stack.__file__).parent)
+    files = files_of(found.value)
+    assert __file__ in files and not [file for file in files if file.startswith(ours)]
+    with filtering("off"), pytest.raises((TypeError, ValueError)) as found:
+        fails()
+    assert [file for file in files_of(found.value) if file.startswith(ours)]
+
+
+@contextlib.contextmanager
+def filtering(mode):
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", mode)
+    yield
+    jax.config.update("jax_traceback_filtering", before)

@@ -49,7 +49,8 @@ def network(**options):
 
 @functools.cache
 def params():
-    return computed(network().init, KEY, *vectors())
+    with jax.ensure_compile_time_eval():  # It may be asked for inside of a trace.
+        return computed(network().init, KEY, *vectors())
 
 
 SHAPES = {
