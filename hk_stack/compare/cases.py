@@ -17,7 +17,6 @@ from hk_stack.compare.results import Case
 # What each mode measures.
 MODES = {
     "init": "the framework's own initialisation, under jit and eagerly",
-    "init_sharded": "the same under jit, each parameter in shards on all devices",
     "fwd": "the forward pass",
     "grad": "loss and gradient",
     "train": "loss, gradient and a step of Adam",
@@ -27,6 +26,7 @@ MODES = {
     "setup": "as grad: layers whose setup runs at once, kept or computed again",
     "remat": "as grad: ways of rematerialisation",
     "eager": "the forward pass outside of jit, as a loop in Python",
+    "init_sharded": "as init, under jit, each parameter in shards on all devices",
     "port": "trees of parameters: copied, stacked, ported from and to Flax",
 }
 GENERATED, MICROBATCHES = 32, 8
