@@ -41,7 +41,7 @@ class Config:
     devices: int = flag("Number of devices.", default=1024)
     host: int = flag("Devices that a tensor is spread over.", default=8)
     stages: int = flag("Stages of a pipeline, parts of the layers.", default=16)
-    microbatches: int = flag("Microbatches of a pipeline.", default=16)
+    microbatches: int = flag("Microbatches of a pipeline.", default=64)
 
     def __post_init__(self) -> None:
         """Checks that the flags go together."""
@@ -49,15 +49,17 @@ class Config:
         for part, whole in (
             ("devices", "batch"),
             ("devices", "width"),
-            ("host", "devices"),
-            ("stages", "devices"),
             ("stages", "layers"),
         ):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"--{part} must be a divisor of --{whole}")
-        of_stage = self.batch * self.stages // self.devices
-        if of_stage % self.microbatches:
-            raise ValueError(f"--microbatches must divide {of_stage} sequences")
+        if self.devices % (self.host * self.stages):
+            raise ValueError("--devices must be a multiple of --host times --stages")
+        rows = self.batch * self.host * self.stages // self.devices
+        if rows % self.microbatches:
+            raise ValueError(
+                f"--microbatches must divide the {rows} sequences of a stage"
+            )
 
 
 DEFAULT = Config()
@@ -73,7 +75,6 @@ class Mesh(NamedTuple):
       layers: Each has its part of the batch, and the parameters of some layers: they
         are gathered before the loop.
       stages: Each has some layers, and runs them on one microbatch after the other.
-        Goes with `data` only.
     """
 
     data: int = 1
@@ -96,7 +97,7 @@ def meshes(config: Config) -> list[Mesh]:
         Mesh(data=devices // host, tensor=host),
         Mesh(fsdp=devices // host, tensor=host),
         Mesh(data=devices // stages, layers=stages),
-        Mesh(data=devices // stages, stages=stages),
+        Mesh(data=devices // stages // host, tensor=host, stages=stages),
     ]
 
 
@@ -206,7 +207,8 @@ class Held(NamedTuple):
       parameters: Its part of them.
       moments: Of Adam: two for each parameter.
       gradients: Of its parameters.
-      activations: What the backward pass reads: the carry of each layer.
+      activations: What the backward pass reads: the carry of each layer. Of a pipeline,
+        those of each tick.
       derived: What setup hands to the loop.
       gathered: Whole parameters that are there at once.
     """
@@ -241,8 +243,10 @@ def held(config: Config, mesh: Mesh) -> Held:
     layer = NUMBER * (sum(matrices) // spread + sum(scales))
     layers = config.layers // (mesh.layers * mesh.stages)
     kept = config.layers
-    if mesh.stages > 1:  # Of each tick, and of the layers that run again in one.
-        kept = ticks(config, mesh) + layers
+    if (
+        mesh.stages > 1
+    ):  # Of ticks, of their gradients, of layers that run again in one.
+        kept = 2 * ticks(config, mesh) + layers
     gathered = 0
     if mesh.layers > 1:
         gathered = config.layers * layer
@@ -262,41 +266,42 @@ def collectives(config: Config, mesh: Mesh) -> list[Collective]:
     """Those of a step of training, but for its loss, a number."""
     matrices, scales = parameters(config)
     of_layer = [*(n // mesh.tensor for n in matrices), *scales]
-    layers = config.layers // mesh.stages
+    moved = carry(config, mesh) // passes(config, mesh)
+    runs = config.layers // mesh.stages * ticks(config, mesh)
+    is_piped = mesh.stages > 1
     found = []
 
     def add(kind: str, what: str, times: int, sizes: Iterable[int]) -> None:
         sizes = list(sizes)
         found.append(Collective(kind, what, times * len(sizes), times * sum(sizes)))
 
-    if mesh.fsdp > 1:  # Forward, and backward.
+    # Forward, and backward; in a pipeline the backward pass first runs a stage again,
+    # then each of its layers once more.
+    if mesh.fsdp > 1:
         sizes = [NUMBER * n for n in of_layer[: len(matrices)]]
-        add("all-gather", "matrices of a layer", 2 * layers, sizes)
+        add("all-gather", "matrices of a layer", (2 + is_piped) * runs, sizes)
     if mesh.layers > 1:
         sizes = [NUMBER * config.layers * n // mesh.fsdp for n in of_layer]
         add("all-gather", "parameters of all layers", 2, sizes)
-    if mesh.tensor > 1:  # Two forward; one of them again, and two, backward.
-        add("all-reduce", "activations", 5 * layers, [carry(config, mesh)])
-    if mesh.stages > 1:
-        size = carry(config, mesh) // passes(config, mesh)
+    if mesh.tensor > 1:  # Two forward; of a layer that runs again one; two backward.
+        add("all-reduce", "activations of a layer", (5 + 2 * is_piped) * runs, [moved])
+    if is_piped:
         times = 2 * ticks(config, mesh)
-        add("collective-permute", "a microbatch's carry", times, [size])
-        sizes = [NUMBER * layers * n for n in of_layer]
-        add("all-reduce", "gradients of a stage", int(mesh.data > 1), sizes)
-    elif mesh.data * mesh.fsdp * mesh.layers > 1:
-        sizes = [NUMBER * n for n in of_layer]
-        add("all-reduce", "gradients of a layer", layers, sizes)
+        add("collective-permute", "activations of a stage", times, [moved])
+        add("all-reduce", "activations of the last stage", 1, [carry(config, mesh)])
+    if mesh.data * mesh.fsdp * mesh.layers > 1:
+        add("all-reduce", "gradients of a layer", runs, [NUMBER * n for n in of_layer])
     return found
 
 
 def passes(config: Config, mesh: Mesh) -> int:
-    """How often a batch's layers run: for each microbatch in a pipeline."""
+    """How often layers run for a batch: in a pipeline, for each microbatch."""
     return config.microbatches if mesh.stages > 1 else 1
 
 
 def ticks(config: Config, mesh: Mesh) -> int:
-    """Of a pipeline: each microbatch goes through all stages, one after the other."""
-    return config.microbatches + mesh.stages - 1
+    """How often a stage runs, until the last microbatch has come through all."""
+    return passes(config, mesh) + mesh.stages - 1
 
 
 # The tables

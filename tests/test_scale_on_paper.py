@@ -43,9 +43,9 @@ def test_bytes_and_collectives_are_those_of_the_compiled_step(sizes):
     assert arguments == held.parameters + held.moments + batch + count
 
     # Derived values are in the place of as many parameters.
-    layered = {config.layers, config.layers // mesh.layers}
+    turns = {config.layers, config.layers // mesh.layers}
     *_, backward = hlo.carried(compiled)
-    arrays = [shape for shape in backward if shape and shape[0] in layered]
+    arrays = [shape for shape in backward if shape and shape[0] in turns]
     given = held.gathered if mesh.layers > 1 else held.parameters
     in_loop = example.NUMBER * sum(map(math.prod, arrays))
     assert in_loop == given + held.gradients + held.activations
@@ -70,13 +70,14 @@ def by_kind(collectives):
 
 def test_derived_values_are_made_before_the_loop():
     example = load("scale_on_paper")
-    config = example.Config(**SIZES, **FLAGS)
-    model, x = example.make_model(config), jnp.zeros([1, config.length, config.width])
-    with as_script(), jax.set_mesh(example.make_mesh(example.Mesh())):
+    config, mesh = example.Config(**SIZES, **FLAGS), example.Mesh()
+    model = example.make_model(config)
+    with as_script(), jax.set_mesh(example.make_mesh(mesh)):
+        x = jnp.zeros([1, config.length, config.width])
         params = jax.eval_shape(model.init, jax.random.key(0), x)
         (stack,) = hk_stack.summary(model.apply, params, x).stacks
-    assert stack.derived == example.held(config, example.Mesh()).derived
-    assert stack.nbytes == example.held(config, example.Mesh()).parameters
+    held = example.held(config, mesh)
+    assert (stack.derived, stack.nbytes) == (held.derived, held.parameters)
 
 
 def test_the_page_shows_what_it_prints(capsys):
