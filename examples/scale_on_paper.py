@@ -243,9 +243,8 @@ def held(config: Config, mesh: Mesh) -> Held:
     layer = NUMBER * (sum(matrices) // spread + sum(scales))
     layers = config.layers // (mesh.layers * mesh.stages)
     kept = config.layers
-    if (
-        mesh.stages > 1
-    ):  # Of ticks, of their gradients, of layers that run again in one.
+    if mesh.stages > 1:
+        # Of ticks, their gradients, and layers that run again in one.
         kept = 2 * ticks(config, mesh) + layers
     gathered = 0
     if mesh.layers > 1:
