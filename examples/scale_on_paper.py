@@ -306,9 +306,11 @@ def ticks(config: Config, mesh: Mesh) -> int:
 # The tables
 
 
-def si(number: float) -> str:
-    """With three digits."""
-    power = int(math.log10(max(number, 1)) / 3)
+def si(number: int) -> str:
+    """With three digits; "-" for nothing."""
+    if not number:
+        return "-"
+    power = int(math.log10(number) / 3)
     return f"{number / 1000**power:#.3g}".rstrip(".") + " kMGTPE"[power].strip()
 
 

@@ -86,6 +86,20 @@ def test_the_page_shows_what_it_prints(capsys):
     assert f"```\n{capsys.readouterr().out}```" in page
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--stages=5", "--stages must be a divisor of --layers"),
+        ("--host=128", "--devices must be a multiple of --host times --stages"),
+        ("--microbatches=3", "--microbatches must divide the 128 sequences"),
+    ],
+)
+def test_refuses_bad_flags(flags, message, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run("scale_on_paper", flags)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_on_eight_devices():
     flags = "--xla_force_host_platform_device_count=8"
