@@ -23,6 +23,7 @@ def run(
     function: Callable[[list[Any]], T],
     values: list[Any],
     key: Callable[[Structure], Hashable],
+    where: jax.sharding.Sharding | None = None,
 ) -> T:
     """`function(values)`, compiled outside of `jit`, also where it is differentiated.
 
@@ -31,6 +32,7 @@ def run(
       values: The arrays.
       key: Gives all that `function` depends on, given what makes a hashable value of a
         closed jaxpr without constants; those with equal keys are interchangeable.
+      where: Where results go outside of `jit`; by default, where the arrays are.
 
     Returns:
       What `function` returns.
@@ -44,7 +46,7 @@ def run(
     )
     try:
         compiled = _compiled(
-            _Program(function, key(lambda closed: structure(closed.jaxpr)))
+            _Program(function, key(lambda closed: structure(closed.jaxpr)), where)
         )
     except Exception:  # Some parameter cannot be hashed, or some rule cannot be traced.
         return function(values)
@@ -58,8 +60,9 @@ class _Program:
 
     run: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
     key: Hashable
+    where: jax.sharding.Sharding | None
 
 
 @functools.lru_cache(maxsize=128)
 def _compiled(program: _Program) -> Callable[[list[Any]], Any]:
-    return jax.jit(program.run)
+    return jax.jit(program.run, out_shardings=program.where)

@@ -181,9 +181,23 @@ def _run_initialisers(
         str(jax.random.key_impl(given.keys)) if has_key else None,
         _size(program.jaxpr, num_layers, method, values),
     )
-    leaves = _eager.run(initialisers.run, values, initialisers.key)
+    where = _of_all_processes(given)
+    leaves = _eager.run(initialisers.run, values, initialisers.key, where)
     params, state = jax.tree.unflatten(traced.tree, leaves)
     return params, state
+
+
+def _of_all_processes(given: Given) -> jax.sharding.Sharding | None:
+    """Where initial values go, if activations are spread over several processes.
+
+    There they would be, had the layers run; each process would make its own otherwise.
+    """
+    for leaf in jax.tree.leaves(given):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            where = leaf.sharding
+            if not leaf.is_fully_addressable and isinstance(where, jax.NamedSharding):
+                return jax.NamedSharding(where.mesh, jax.P())
+    return None
 
 
 def _size(program: jex.Jaxpr, num_layers: int, method: str, values: list[Any]) -> int:

@@ -48,8 +48,8 @@ def per_layer(
 
     Args:
       optimizer: Of optax. It must treat each parameter by itself. That is checked by
-        what flows from one to another, so what mixes no others than the layers of one
-        (the global norm of a tree of one parameter) is not noticed.
+        what flows from one to another; and from one layer to another, if it also takes
+        a list of layers in the place of a stack, as most do.
       layer_axes: How many layer axes parameters begin with: what `hk_stack.layer_axes`
         returns for them.
 
@@ -176,6 +176,18 @@ class _Types(NamedTuple):
         leaves = [jax.ShapeDtypeStruct(*kind) for kind in self.types]
         return jax.tree.unflatten(self.structure, leaves)
 
+    def two(self) -> "_Types":
+        """The same with a list of two layers in the place of each stack."""
+        numbers = [[i, i] if axes else i for i, axes in enumerate(self.axes)]
+        tree = jax.tree.unflatten(self.structure, numbers)
+        leaves, structure = jax.tree.flatten_with_path(tree)
+        return _Types(
+            structure,
+            tuple(self.types[i] for _, i in leaves),
+            tuple(_names(path) for path, _ in leaves),
+            tuple(self.axes[i] for _, i in leaves),
+        )
+
 
 _Sizes = list[tuple[int, ...]]
 
@@ -202,13 +214,16 @@ class _Layout(NamedTuple):
     def of(
         cls, optimizer: "optax.GradientTransformation", types: _Types, has_params: bool
     ) -> "_Layout":
-        one = types.one()
-        init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(one)
-        given = (one, state, one) if has_params else (one, state)
-        update = _traced_update(optimizer, given)
-        _check_no_draws(init, update)
-        owners = _Flow.of(types, init, update, state, has_params).owners()
-        return cls(jax.tree.structure(state), list(types.axes), owners)
+        flow = _Flow.of(optimizer, types, has_params)
+        _check_no_draws(flow.init, flow.update)
+        owners = flow.owners()
+        try:
+            of_two = _Flow.of(optimizer, types.two(), has_params)
+        except Exception:  # Not all take one: a mask may know where parameters are.
+            pass
+        else:
+            of_two.owners()
+        return cls(flow.structure, list(types.axes), owners)
 
     def init(self, optimizer: "optax.GradientTransformation", params: Tree) -> Tree:
         """The state for all layers."""
@@ -343,6 +358,7 @@ class _Flow(NamedTuple):
       types: Of the parameters.
       init: Its program: of parameters; it makes the state.
       update: Its program: of gradients, state and parameters; it makes updates, state.
+      structure: Of the state.
       names: Where the state's leaves are.
       has_params: Whether `update` is given parameters.
     """
@@ -350,20 +366,21 @@ class _Flow(NamedTuple):
     types: _Types
     init: jex.ClosedJaxpr
     update: jex.ClosedJaxpr
+    structure: Any
     names: list[_Path]
     has_params: bool
 
     @classmethod
     def of(
-        cls,
-        types: _Types,
-        init: jex.ClosedJaxpr,
-        update: jex.ClosedJaxpr,
-        state: Tree,
-        has_params: bool,
+        cls, optimizer: "optax.GradientTransformation", types: _Types, has_params: bool
     ) -> "_Flow":
-        names = [_names(path) for path, _ in jax.tree.leaves_with_path(state)]
-        return cls(types, init, update, names, has_params)
+        one = types.one()
+        init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(one)
+        given = (one, state, one) if has_params else (one, state)
+        update = _traced_update(optimizer, given)
+        leaves, structure = jax.tree.flatten_with_path(state)
+        names = [_names(path) for path, _ in leaves]
+        return cls(types, init, update, structure, names, has_params)
 
     def owners(self) -> list[int]:
         """The parameter that each leaf of the state is of; -1 for none."""

@@ -5,8 +5,9 @@ import os
 import shutil
 import tempfile
 
+# Of two flags the last counts, that of the environment.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
 ).strip()
 
 import jax

@@ -782,9 +782,11 @@ def test_killed_save_leaves_what_was_there(tmp_path):
 
 PROCESS = """
     import sys
+    import haiku as hk
     import jax
     import jax.numpy as jnp
     import numpy as np
+    import hk_stack
     from hk_stack import checkpoint
 
     number, address, path = sys.argv[1:]
@@ -829,11 +831,20 @@ PROCESS = """
         both = map(jax.tree.leaves, (checkpoint.load(path, like), tree))
         for one, other in zip(*both, strict=True):
             jax.tree.map(np.testing.assert_array_equal, data(one), data(other))
+
+    stack = hk_stack.layer_stack(2)(lambda x: jnp.tanh(hk.Linear(4)(x)))
+    init = hk.transform(stack).init
+    x, key = np.ones([4 * len(devices), 4], np.float32), jax.random.key(0)
+    for leaf, here in zip(
+        *map(jax.tree.leaves, (init(key, spread(x, "d")), init(key, x))), strict=True
+    ):
+        assert leaf.is_fully_replicated and not leaf.is_fully_addressable
+        np.testing.assert_array_equal(leaf.addressable_data(0), here)
     print("as it was")
 """
 
 
-def test_folder_of_several_processes(tmp_path):
+def test_folder_and_stack_of_several_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

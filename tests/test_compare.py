@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import sys
 
 import jax
@@ -229,6 +230,20 @@ def test_initial_parameters_have_the_shapes_of_haiku(framework):
     expected = shapes(cases.task(one, "haiku", "layer_stack"))
     assert task is None or not any(
         cases.parity(shapes(task), expected, "float32").values()
+    )
+
+
+def test_initial_parameters_in_shards():
+    task = cases.task(case(mode="init_sharded"), "hk_stack", "auto")
+    program = in_a_hurry(task).lower(*task.args).compile()
+    shapes = jax.eval_shape(task.function, *task.args)
+
+    def is_shared_out(leaf, sharding):
+        count = math.prod(sharding.shard_shape(leaf.shape))
+        return count * len(jax.devices()) == leaf.size
+
+    assert all(
+        jax.tree.leaves(jax.tree.map(is_shared_out, shapes, program.output_shardings))
     )
 
 

@@ -1,9 +1,11 @@
 """Examples learn, write what they say, and say what is wrong if they cannot."""
 
 import json
+import random
 import re
 import subprocess
 import sys
+import time
 
 import haiku as hk
 import jax
@@ -14,6 +16,7 @@ import pytest
 from run_example import FOLDER, as_script, assert_picture, load, run
 
 import hk_stack
+from hk_stack import checkpoint
 
 # The extras that the examples need may not be installed.
 for module in ("flax", "jmp", "matplotlib", "optax", "orbax", "sklearn", "tqdm"):
@@ -102,28 +105,60 @@ def test_slow_kernel_leaves_the_loop():
 SEED = {"width": 4, "state_size": 2, "length": 8, "batch_size": 1}
 
 
+def losses_of_processes(folder, *flags):
+    sizes = "--layers=2", "--width=8", "--steps=9", "--every=3"
+    run("multi_process", f"--out={folder}", *sizes, *flags)
+    lines = (folder / "losses.jsonl").read_text().splitlines()
+    return dict(map(json.loads, lines))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """Losses of a run that nothing happened to."""
+    found = losses_of_processes(tmp_path_factory.mktemp("whole"))
+    assert found[8] < 0.95 * found[0]
+    return found
+
+
 @pytest.mark.long
-def test_processes_that_die_at_any_step(tmp_path, capfd):
-    """Losses are those of a run that nothing happened to, also after a save."""
+@pytest.mark.parametrize("step", [1, 3, 4, 8])  # At 3, right after a save.
+def test_processes_that_die(step, expected, tmp_path, capfd):
+    found = losses_of_processes(tmp_path, f"--kill_at={step}")
+    assert "all begin again" in capfd.readouterr().out
+    assert found == pytest.approx(expected, rel=1e-6)
 
-    def losses(folder, *flags):
-        flags = "--layers=2", "--width=8", "--steps=9", "--every=3", *flags
-        run("multi_process", f"--out={folder}", *flags)
-        lines = (folder / "losses.jsonl").read_text().splitlines()
-        return dict(map(json.loads, lines))
 
-    expected = losses(tmp_path / "whole")
-    assert expected[8] < 0.95 * expected[0]
-    for step in (1, 3, 4, 8):
-        found = losses(tmp_path / f"killed_{step}", f"--kill_at={step}")
-        assert "all begin again" in capfd.readouterr().out
-        np.testing.assert_allclose(
-            list(found.values()), list(expected.values()), rtol=1e-6
-        )
-    first = losses(tmp_path / "other", "--steps=6")
-    then = losses(tmp_path / "other", "--processes=1", "--devices=4")
+@pytest.mark.long
+def test_processes_that_die_while_they_save(expected, tmp_path):
+    example, rng = load("multi_process"), random.Random(0)
+    sizes = {"layers": 2, "width": 8, "steps": 9, "every": 1}
+    config = example.Config(out=str(tmp_path), **sizes)
+    log, begun = tmp_path / "losses.jsonl", 0
+    log.touch()
+    for steps in (1, 2, 2, 1):
+        known = len(log.read_text().splitlines())
+        children = example.start(config)
+        while len(log.read_text().splitlines()) < known + steps:
+            assert None in [child.poll() for child in children]
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.05, 0.4))  # A save takes as long.
+        children[rng.randrange(2)].kill()
+        example.wait(children)
+        begun += any(tmp_path.glob("*.orbax-checkpoint-tmp"))
+    assert begun
+    assert checkpoint.latest(tmp_path)
+    found = losses_of_processes(tmp_path, "--every=1")
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 2)], ids=str)
+def test_processes_that_are_more_or_fewer_then(numbers, expected, tmp_path):
+    before, after = ((f"--processes={n}", f"--devices={4 // n}") for n in numbers)
+    first = losses_of_processes(tmp_path, *before, "--steps=6")
+    then = losses_of_processes(tmp_path, *after)
     assert first == {step: then[step] for step in range(6)}
-    np.testing.assert_allclose(list(then.values()), list(expected.values()), rtol=1e-4)
+    assert then == pytest.approx(expected, rel=1e-4)
 
 
 def test_seed_as_it_is(tmp_path, capsys):

@@ -334,6 +334,19 @@ def test_names_two_parameters_that_mix():
     assert_equal(found[0], steps(mixing, params, gradients)[0])
 
 
+def test_names_two_layers_that_mix():
+    params, axes = {"layers": PARAMS["layers"]["w"]}, {"layers": 1}
+    mixing = optax.clip_by_global_norm(1.0)
+    with pytest.raises(ValueError, match=re.escape("layers/0 with layers/1")):
+        hk_stack.per_layer(mixing, axes).init(params)
+    masked = optax.masked(mixing, lambda p: jax.tree.map_with_path(is_of_layers, p))
+    assert hk_stack.per_layer(masked, axes).init(params)  # Takes no list of layers.
+
+
+def is_of_layers(path, _):
+    return path[-1].key == "layers"
+
+
 def test_in_chains_and_masks_of_a_model():
     """What is outside of it is as ever, and sees stacks."""
 
@@ -364,7 +377,7 @@ def test_what_is_known_of_a_tree_is_found_once():
     for _ in range(2):
         state = ours.init(PARAMS)
         jax.make_jaxpr(lambda *given: ours.update(*given))(PARAMS, state, PARAMS)
-    assert len(traced) == 3  # Once for what it mixes, and for each use.
+    assert len(traced) == 4  # Twice for what it mixes, and for each use.
 
 
 @pytest.mark.parametrize("make", [optax.lamb, contrib.muon])

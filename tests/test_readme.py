@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 FIGURES = (ROOT / "docs" / "figures.md").read_text()
 SETUP = (ROOT / "docs" / "setup.md").read_text()
 DEPTH = (ROOT / "docs" / "depth.md").read_text()
+SCALE = (ROOT / "docs" / "scale.md").read_text()
 
 
 PAGES = "start hoisting loops migrate reuse checkpoints depth scale".split()
@@ -62,16 +63,26 @@ def _result(machine):
     return results.load(ROOT / "docs" / "results" / f"{machine}.json")
 
 
-def _ratio(machine, case, way, measure):
-    """To the baseline of a case: `model, mode, layers[, batch 4][, length 512]`."""
-    from hk_stack.compare import results
-
-    result = _result(machine)
-    model, mode, layers, *more = case.split(", ")
+def _case(machine, text):
+    """A case: `model, mode, layers[, batch 4][, length 512]`."""
+    model, mode, layers, *more = text.split(", ")
     sizes = {"model": model, "mode": mode, "layers": int(layers)}
     sizes |= {name: int(size) for name, size in (text.split() for text in more)}
-    (found,) = (c for c in result.cases() if sizes.items() <= c._asdict().items())
-    return results.ratio(result.of(found)[way], result.baseline(found), measure)
+    cases = _result(machine).cases()
+    (found,) = (case for case in cases if sizes.items() <= case._asdict().items())
+    return found
+
+
+def _row(machine, case, way):
+    return _result(machine).of(_case(machine, case))[way]
+
+
+def _ratio(machine, case, way, measure):
+    """To the baseline of the case."""
+    from hk_stack.compare import results
+
+    base = _result(machine).baseline(_case(machine, case))
+    return results.ratio(_row(machine, case, way), base, measure)
 
 
 MEASURES = {"run": "run_s", "temp": "temp_bytes", "eager": "eager_s"}
@@ -120,6 +131,30 @@ def test_rematerialisation_saves_memory_at_the_speed_of_that_by_hand():
         ):
             run = ratio(ours, "run_s").value
             assert run <= 1.03 * ratio(by_hand, "run_s").value
+
+
+def test_programs_of_thousands_of_layers_are_built_as_fast():
+    rows = re.findall(r"^\| `(\w+, \w+), (\d+)` \| ([\d.]+) \|$", DEPTH, re.MULTILINE)
+    assert len(rows) == 8
+    for case, layers, shown in rows:
+        few, many = (_row("cpu", f"{case}, {n}", "hk_stack auto") for n in (10, layers))
+        ratio = many.median("build_cpu_s") / few.median("build_cpu_s")
+        assert f"{ratio:.2f}" == shown, case
+        # Setup of ten layers of S4 is one batch, of more a loop over batches.
+        assert ratio <= (1.35 if case == "s4, grad" else 1.3), case
+
+
+def test_initialisation_in_shards_takes_little_beside_them():
+    row = r"^\| `(transformer, init_sharded, 32)` \| `(.+?)` \| ([\d.]+) \|$"
+    rows = re.findall(row, SCALE, re.MULTILINE)
+    assert len(rows) == 6
+    for case, way, shown in rows:
+        row = _row("cpu", case, way)
+        share = row.median("output_bytes")
+        assert 4 * 100e6 / 8 < share < 4 * 102e6 / 8
+        part = row.median("temp_bytes") / share
+        assert f"{part:.2f}" == shown, way
+        assert part <= 0.25 or not way.startswith("hk_stack")
 
 
 COMPARISON = (ROOT / "docs" / "comparison.md").read_text()

@@ -85,6 +85,22 @@ def test_initial_parameters_in_shards(mesh, spec):
     assert_close(params, computed(theirs.init, KEY, inputs()))
 
 
+def test_initialisation_takes_little_beside_a_share_of_the_parameters(mesh):
+    def layer(x):
+        return jnp.tanh(hk.Linear(256)(x))
+
+    model = hk.transform(hk_stack.layer_stack(32)(layer))
+    init = jax.jit(
+        model.init,
+        out_shardings=NamedSharding(mesh, P(None, "b")),
+        compiler_options=FAST,
+    )
+    x = jax.ShapeDtypeStruct([1, 256], jnp.float32)
+    memory = init.lower(KEY, x).compile().memory_analysis()
+    assert memory.output_size_in_bytes < 1.01 / DEVICES * 4 * 32 * (256 + 1) * 256
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 4
+
+
 def test_constraints_inside_the_layer(mesh):
     def layer(x):
         w = jax.lax.with_sharding_constraint(

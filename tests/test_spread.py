@@ -1,9 +1,9 @@
 """Setup spread over the devices of a mesh: less work on each, and the same results."""
 
 import functools
-import re
 
 import haiku as hk
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,33 +115,10 @@ def placed(params, mesh, spec):
     )
 
 
-COLLECTIVE = re.compile(
-    r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\("
-)
-
-
 def collectives(compiled):
     """Names of the collectives of a program: outside of its loops, and inside."""
-    bodies = {}
-    for block in compiled.as_text().split("\n\n"):
-        first, *lines = block.strip().splitlines() or [""]
-        name = first.removeprefix("ENTRY ").lstrip("%").split(" ")[0]
-        bodies[name] = "\n".join(lines)
-    called = {
-        name: set(re.findall(r"%([\w.-]+)", body)) for name, body in bodies.items()
-    }
-    waiting = [n for b in bodies.values() for n in re.findall(r"body=%([\w.-]+)", b)]
-    looped = set()
-    while waiting:
-        name = waiting.pop()
-        if name in bodies and name not in looped:
-            looped.add(name)
-            waiting += called[name]
-    found = {True: [], False: []}
-    for name, body in bodies.items():
-        found[name in looped] += COLLECTIVE.findall(body)
-    return found[False], found[True]
+    found = hlo.collectives(compiled)
+    return tuple([c.kind for c in found if bool(c.depth) == is_in] for is_in in (0, 1))
 
 
 class TestWork:

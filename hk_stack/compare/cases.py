@@ -26,6 +26,7 @@ MODES = {
     "setup": "as grad: layers whose setup runs at once, kept or computed again",
     "remat": "as grad: ways of rematerialisation",
     "eager": "the forward pass outside of jit, as a loop in Python",
+    "init_sharded": "as init, under jit, each parameter in shards on all devices",
     "port": "trees of parameters: copied, stacked, ported from and to Flax",
 }
 GENERATED, MICROBATCHES = 32, 8
@@ -74,8 +75,8 @@ def reason(case: Case) -> str:
     if case.mode in ("decode", "generate") and not model.state_size:
         able = ", ".join(name for name, m in models.MODELS.items() if m.state_size)
         return f"{case.model} does not decode; {able} does"
-    if case.mode == "init" and case.dtype != "float32":
-        return f"init makes parameters in float32, not {case.dtype}"
+    if case.mode.startswith("init") and case.dtype != "float32":
+        return f"{case.mode} makes parameters in float32, not {case.dtype}"
     return ""
 
 
@@ -220,6 +221,27 @@ def _init(stack: models.Stack, x: jax.Array) -> Task | None:
     return Task(init, args, values)
 
 
+def _init_sharded(stack: models.Stack, x: jax.Array) -> Task | None:
+    task = _init(stack, x)
+    if task is None:
+        return None
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("devices",), (jax.sharding.AxisType.Auto,))
+
+    def sharded(leaf: jax.Array) -> jax.Array:
+        spec: list[str | None] = [None] * leaf.ndim
+        # Of one layer: the layers themselves are what a loop makes one after another.
+        able = [i for i, size in enumerate(leaf.shape) if size % devices == 0]
+        if able:
+            spec[able[-1]] = "devices"
+        where = jax.NamedSharding(mesh, jax.P(*spec))
+        found: jax.Array = jax.lax.with_sharding_constraint(leaf, where)
+        return found
+
+    init = task.function
+    return task._replace(function=lambda *args: jax.tree.map(sharded, init(*args)))
+
+
 def _decode(decoder: models.Stack, x: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
     first = x, decoder.states
@@ -251,6 +273,7 @@ def _generate(decoder: models.Stack, x: jax.Array) -> Task:
 
 _TASKS: Mapping[str, Callable[..., Task | None]] = {
     "init": _init,
+    "init_sharded": _init_sharded,
     "fwd": _forward,
     "grad": _gradient,
     "train": _train,

@@ -34,17 +34,19 @@ def build(task: cases.Task) -> tuple[Callable[..., Any], dict[str, float]]:
     """
     function = _jitted(task)
     gc.collect()  # Not in one of the phases.
-    times = [time.perf_counter()]
+    times, processor = [time.perf_counter()], time.process_time()
     traced = function.trace(*task.args)
     times.append(time.perf_counter())
     lowered = traced.lower()
     times.append(time.perf_counter())
     compiled = lowered.compile()
     times.append(time.perf_counter())
+    processor = time.process_time() - processor
     names = ("trace_s", "lower_s", "compile_s")
     spent = (end - start for start, end in itertools.pairwise(times))
     return compiled, {
         **dict(zip(names, spent, strict=True)),
+        "build_cpu_s": processor,
         "equations": number_of_equations(traced.jaxpr.jaxpr),
         "hlo_bytes": len(lowered.as_text()),
         **_analysed(compiled),

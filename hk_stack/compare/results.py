@@ -31,6 +31,7 @@ MEASURES = {
     "lower_s": "lower, s",
     "compile_s": "compile, s",
     "build_s": "trace, lower and compile, s; their sum, not in the file",
+    "build_cpu_s": "the same in time of the processor, of all cores, s",
     "first_s": "first run, s",
     "run_s": "run, s",
     "eager_first_s": "first run outside of jit, s",
