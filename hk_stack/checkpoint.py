@@ -10,23 +10,24 @@ say so. Orbax finds out what was altered; files have checksums for that.
 Neither format is ever half there: it is written under another name first.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import importlib
 import json
 import os
 import re
-import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.tree_util import DictKey, keystr
 
-from hk_stack import _layout, _naming
+from hk_stack import _layout, _naming, _whole
 from hk_stack._checks import path_name
 
 Path = str | os.PathLike[str]
@@ -109,22 +110,25 @@ def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
 class Saving:
     """A folder that is being written; made by `save_async`."""
 
-    def __init__(self, checkpointer: Any, path: str, where: str):
-        self._checkpointer = checkpointer
-        self._path = path
+    def __init__(self, finish: Callable[[], None], where: str):
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._done = thread.submit(finish)
+        thread.shutdown(wait=False)
         self._where = where
 
     def wait(self) -> None:
         """Returns once the folder is complete, under its final name.
 
         Raises:
-          ValueError: If orbax could not write it.
+          ValueError: If orbax could not write it, or another process wrote one of that
+            name meanwhile, which stays as it is.
         """
-        with _explained(f"{self._where}: orbax could not write it"):
-            self._checkpointer.close()
-        # Orbax tells of a failure once only.
-        if not os.path.isdir(self._path):
-            raise ValueError(f"{self._where}: orbax did not write it.")
+        error = self._done.exception()
+        failed = _of_first_process(bytes([error is not None]))
+        if error is not None:
+            raise error
+        if any(failed):
+            raise ValueError(f"{self._where}: the first process could not write it.")
 
 
 def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> Saving:
@@ -164,11 +168,19 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
     # Orbax writes no empty arrays. A stand-in keeps their name, metadata the rest.
     item = {name: x if x.size else np.zeros(1, bool) for name, x in arrays.items()}
     checkpointer = orbax.AsyncCheckpointer(orbax.CompositeCheckpointHandler())
-    with _explained(f"{where}: orbax could not write it"):
-        about = orbax.args.JsonSave(content)
-        both = orbax.args.Composite(arrays=orbax.args.PyTreeSave(item), about=about)
-        checkpointer.save(path, args=both)
-    return Saving(checkpointer, path, where)
+    with contextlib.ExitStack() as undo:
+        # Orbax writes at the same place whoever writes: a mixture, if there are two.
+        draft = _whole.Draft(path) if jax.process_index() == 0 else None
+        if draft is not None:
+            undo.callback(draft.close)
+        name = _of_first_process(draft.name.encode() if draft else bytes(37)).decode()
+        inside = os.path.join(os.path.dirname(path), name, os.path.basename(path))
+        with _explained(f"{where}: orbax could not write it"):
+            about = orbax.args.JsonSave(content)
+            both = orbax.args.Composite(arrays=orbax.args.PyTreeSave(item), about=about)
+            checkpointer.save(inside, args=both)
+        undo.pop_all()
+    return Saving(functools.partial(_finish, checkpointer, draft, path, where), where)
 
 
 def load(
@@ -514,26 +526,49 @@ def _leading_sizes(
     return sizes
 
 
+def _finish(
+    checkpointer: Any, draft: _whole.Draft | None, path: str, where: str
+) -> None:
+    """Waits until orbax has written a folder, and gives it its name."""
+    with contextlib.ExitStack() as afterwards:
+        if draft is not None:
+            afterwards.callback(draft.close)
+        with _explained(f"{where}: orbax could not write it"):
+            checkpointer.close()
+        if draft is None:
+            return
+        try:
+            draft.publish()
+        except OSError as error:
+            found = _line(error)
+            if os.path.lexists(path):
+                found = "something else was saved there meanwhile, and stays"
+            raise ValueError(f"{where}: not saved: {found}.") from error
+
+
+def _of_first_process(value: bytes) -> bytes:
+    """What the first process gives, to all; each gives as many bytes."""
+    if jax.process_count() == 1:
+        return value
+    given = multihost_utils.broadcast_one_to_all(np.frombuffer(value, np.uint8))
+    return bytes(np.asarray(given).astype(np.uint8))
+
+
 def _write_file(
     path: str, arrays: Mapping[str, Any], content: Mapping[str, Any], where: str
 ) -> None:
     numpy = _library("safetensors.numpy")
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)  # As orbax does.
-    partial = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     natives = {name: _native(array) for name, array in arrays.items()}
-    try:
-        with open(partial, "xb") as file:
+    with contextlib.closing(_whole.Draft(path)) as draft:
+        with open(draft.inside, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         with _explained(f"{where}: safetensors could not write it"):
-            numpy.save_file(natives, partial, {_FORMAT: json.dumps(content)})
-        os.chmod(partial, mode)  # Safetensors makes files that only their owner reads.
-        with open(partial, "r+b") as file:
+            numpy.save_file(natives, draft.inside, {_FORMAT: json.dumps(content)})
+        # Safetensors makes files that only their owner reads.
+        os.chmod(draft.inside, mode)
+        with open(draft.inside, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+        draft.publish()
 
 
 def _native(value: Any) -> np.ndarray:
@@ -849,7 +884,7 @@ def _absolute(path: Path) -> str:
             "checkpoint: the path must be a str or an os.PathLike, not a "
             f"{type(path).__name__}. It comes first: checkpoint.save(path, tree)."
         )
-    return os.path.abspath(path)
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _library(name: str) -> Any:

@@ -892,9 +892,9 @@ def test_failure_in_the_background_is_told(tmp_path):
     tree = {"x": np.ones(3, "uint4")}  # Orbax finds out late.
     saving = checkpoint.save_async(path, tree)
     parts = [f"checkpoint.save to {path}: orbax could not write it", "uint4"]
-    assert_error(ValueError, parts, saving.wait)
-    assert_error(ValueError, [path, "orbax did not write it"], saving.wait)
-    assert not path.exists()
+    for _ in range(2):
+        assert_error(ValueError, parts, saving.wait)
+    assert list(tmp_path.iterdir()) == []
     checkpoint.save(path, {"x": np.ones(3)})
     checkpoint.save(tmp_path / "step.safetensors", tree)
     assert_same(checkpoint.load(tmp_path / "step.safetensors", tree), tree)
