@@ -10,6 +10,7 @@ say so. Orbax finds out what was altered; files have checksums for that.
 Neither format is ever half there: it is written under another name first.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -25,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.tree_util import DictKey, keystr
+from jax.tree_util import DictKey, GetAttrKey, keystr
 
-from hk_stack import _layout, _naming, _whole
+from hk_stack import _formats, _hugging_face, _layout, _naming, _whole
 from hk_stack._checks import path_name
 
 Path = str | os.PathLike[str]
@@ -35,6 +36,7 @@ Path = str | os.PathLike[str]
 _FORMAT = "hk_stack.checkpoint"
 _VERSION = 1
 _SUFFIX = ".safetensors"
+_LAYOUTS = ("none", "stacked", "per-layer")
 # What safetensors reads back as the same numpy dtype. Others are stored as bytes.
 _NATIVE = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
@@ -248,6 +250,72 @@ def load(
     return jax.tree.unflatten(structure, placed)
 
 
+def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
+    """Reads a checkpoint, whoever wrote it, as nested dicts.
+
+    In words: what is in the file or folder, under the names that it has there, for
+    `hk_stack.flax_to_haiku` and its like. Of formats with checksums (folders of orbax,
+    `.npz`, what `save` wrote), alterations are found; of others, only those that show.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from hk_stack import checkpoint
+    >>> path = tempfile.mkdtemp() + "/params.npz"
+    >>> np.savez(path, **{"params/Dense_0/kernel": np.ones([2, 3], np.float32)})
+    >>> checkpoint.read(path, types=True)
+    {'params': {'Dense_0': {'kernel': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}}}
+
+    - Folders of orbax: a tree, or a step of a `CheckpointManager` (`run/700`). Several
+      items are dicts by their names. Items of JSON are left out.
+    - Files of `flax.training.checkpoints` and of `flax.serialization.to_bytes`.
+    - `.npz`, `.npy`, `.safetensors` and `.safetensors.index.json`: names with slashes,
+      or with dots instead, are nested dicts.
+    - What `save` wrote: as `load(path)`.
+
+    Texts are left out. Pickles (`.pkl`, `torch.save`, NumPy arrays of objects) run code
+    when they are read, and are refused.
+
+    Args:
+      path: A file or folder.
+      family: For weights that a model of Hugging Face has saved in PyTorch: "bert",
+        "gpt2", "t5" or "vit". They get the names and axes that this model has in Flax:
+        `kernel` for `weight`, transposed. By default, nothing is renamed.
+      types: Whether to give `jax.ShapeDtypeStruct`s; arrays are not even read then,
+        unless the format is that of Flax.
+
+    Returns:
+      Nested dicts of numpy arrays. NNX's variables are the arrays in them.
+
+    Raises:
+      ValueError: If the file is truncated or altered, of a format or type that is not
+        known, a pickle, or not of that `family`.
+      OSError: If there is no such path, or it cannot be opened.
+      ImportError: If safetensors, orbax or Flax is needed and not installed.
+    """
+    path = _absolute(path)
+    where = f"checkpoint.read of {path}"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{where}: there is no such file or folder.")
+    if not _is_own(path):
+        tree = _formats.read(path, types)
+    elif types:
+        leaves = _saved(_content(path)).values()
+        tree = _formats.nested((leaf.keys, leaf.spec) for leaf in leaves)
+    else:
+        tree = load(path)
+    return _hugging_face.in_flax(tree, family, where) if family else tree
+
+
+def _is_own(path: str) -> bool:
+    """Whether `save` wrote this, as far as can be seen."""
+    if os.path.isdir(path):
+        items = (os.path.join(path, item) for item in ("about", "arrays"))
+        return all(map(os.path.isdir, items))
+    with contextlib.suppress(ValueError, ImportError), _open_file(path) as file:
+        return _FORMAT in (file.metadata() or {})
+    return False
+
+
 def metadata(path: Path) -> Metadata:
     """What a checkpoint holds, without reading arrays.
 
@@ -352,6 +420,11 @@ class _Leaf(NamedTuple):
         return f"{self.spec.dtype.name}{list(self.spec.shape)}"
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of nested dicts."""
+        return tuple(path_name((key,)) for key in self.path)
+
+    @property
     def is_key(self) -> bool:
         return bool(jnp.issubdtype(self.spec.dtype, jax.dtypes.prng_key))
 
@@ -409,6 +482,7 @@ def _prepare(
     """The arrays to write, by name, and the metadata to write beside them."""
     leaves = _leaves(tree, where)
     arrays, entries = {}, {}
+    insides = collections.Counter(name.rpartition("/")[0] for name in leaves)
     for name, leaf in leaves.items():
         array = arrays[name] = _stored(leaf, f"{where}: leaf {name!r}")
         if _is_file(path) and not getattr(array, "is_fully_addressable", True):
@@ -416,8 +490,11 @@ def _prepare(
                 f"{where}: arrays are spread over several processes. Save them with "
                 f"orbax: a path without {_SUFFIX}."
             )
+        # NNX's box around an array is no dict to load it into.
+        is_value = leaf.path[-1:] == (GetAttrKey("value"),)
+        is_boxed = is_value and insides[name.rpartition("/")[0]] == 1
         entries[name] = {
-            "path": [path_name((key,)) for key in leaf.path],
+            "path": leaf.keys[:-1] if is_boxed else leaf.keys,
             "shape": list(array.shape),
             "dtype": array.dtype.name,
             "crc32": _checksum(array) if _is_file(path) else None,
@@ -618,16 +695,41 @@ def _content(path: str) -> dict[str, Any]:
     if not (isinstance(content, dict) and content.get("format") == _FORMAT):
         raise ValueError(
             f"{path} has no metadata of hk_stack.checkpoint: something else wrote it, "
-            f"or it was altered. If it is of use, read it with {library} itself."
+            "or it was altered. If it is of use, read it as it is: "
+            "checkpoint.read(path)."
         )
-    if content.pop("crc32", None) != _checksum_of_content(content):
-        raise _altered(path, "its metadata is not what was saved")
-    if content["version"] > _VERSION:
+    with _explained(f"{path} {_ALTERED}: its metadata cannot be read", _INSTEAD):
+        noted = content.pop("crc32", None)
+        is_whole = noted == _checksum_of_content(content)
+    version = content.get("version")
+    if type(version) is int and version > _VERSION:  # May have checksums of its own.
+        altered = "" if is_whole else f", or {_ALTERED}"
         raise ValueError(
-            f"{path} is of version {content['version']} of its format; this hk_stack "
-            f"knows version {_VERSION}. Update hk_stack."
+            f"{path} is of version {version} of its format{altered}; this hk_stack "
+            f"knows version {_VERSION}. Update hk_stack{'' if is_whole else _OR_ELSE}."
         )
+    if not is_whole:
+        raise _altered(path, "its metadata is not what was saved")
+    with _explained(f"{path} {_ALTERED}: its metadata is not of its format", _INSTEAD):
+        _check_content(content)
     return content
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """Raises if metadata is not of its form: who writes files can write checksums."""
+    depth, modules, entries = (content[key] for key in ("depth", "modules", "leaves"))
+    depths = depth if isinstance(depth, list) else [depth or 0]
+    words = [name for names in modules.values() for name in [*names, names[0]]]
+    for entry in entries.values():
+        words += entry["path"]
+        spec = jax.ShapeDtypeStruct(entry["shape"], np.dtype(entry["dtype"]))
+        dtype = _spec(spec, "a leaf").dtype
+        np.broadcast_to(np.zeros([], dtype), entry["shape"])  # Fails if too large.
+    _saved(content)  # Fails for unknown kinds of random keys.
+    _formats.nested((tuple(entry["path"]), None) for entry in entries.values())
+    is_sound = all(type(n) is int for n in depths) and isinstance("".join(words), str)
+    if not (is_sound and entries and content["layout"] in _LAYOUTS):
+        raise ValueError("layout, depth, or no leaves")
 
 
 def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
@@ -671,13 +773,7 @@ def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str)
     if like is not None:
         structure = jax.tree.structure(like)
         return jax.tree.unflatten(structure, [placed[name] for name in leaves])
-    root: dict[str, Any] = {}
-    for name, leaf in placed.items():
-        node, keys = root, ["", *entries[name]["path"]]
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
-    return root[""]
+    return _formats.nested((saved[name].keys, leaf) for name, leaf in placed.items())
 
 
 @contextlib.contextmanager
@@ -899,6 +995,7 @@ def _library(name: str) -> Any:
 
 _ALTERED = "is truncated or was altered"
 _INSTEAD = "Load another copy of it."
+_OR_ELSE = ", or load another copy of it"
 
 
 def _altered(path: str, what: str) -> ValueError:
