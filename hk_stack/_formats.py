@@ -120,8 +120,10 @@ def _format(path: str) -> str:
     if found is None and head[8:9] == b"{" and 8 + length <= size:
         found = "safetensors"
     named = "index" if path.endswith(".index.json") else suffix[1:]
-    if found in _REFUSED or named in ("pkl", "pickle", "joblib"):
-        raise ValueError(f"{path}: {_REFUSED.get(found or '', _REFUSED['pickle'])}")
+    if found is None and named in _PICKLES:
+        found = "pickle"
+    if found in _REFUSED:
+        raise ValueError(f"{path}: {_REFUSED[found]}")
     if named in _READERS and found not in (None, named):
         raise ValueError(
             f"{path}: it is a {_READERS[found or ''][1]}, though its name says "
@@ -137,6 +139,7 @@ _STARTS = [
     ("hdf5", rb"\x89HDF"),
     ("gguf", rb"GGUF"),
 ]
+_PICKLES = ("pkl", "pickle", "joblib", "pt", "pth", "bin")
 _REFUSED = {
     "pickle": "a pickle runs code when it is read. If you trust who wrote it, load it "
     "yourself (pickle.load, joblib.load, torch.load), and write the arrays that are in "
@@ -227,9 +230,10 @@ def _of_index(path: str, types: bool) -> Leaves:
     named = json.loads(pathlib.Path(path).read_bytes())["weight_map"]
     leaves: Leaves = {}
     for name in sorted(set(named.values())):
-        if os.path.basename(name) != name:
+        file = os.path.join(os.path.dirname(path), name)
+        if os.path.basename(name) != name or not os.path.isfile(file):
             raise _Refused(f"it names the file {name!r}, which is not beside it.")
-        leaves |= _of_safetensors(os.path.join(os.path.dirname(path), name), types)
+        leaves |= _of_safetensors(file, types)
     missing = [name for name, at in _paths(named).items() if at not in leaves]
     if missing:
         raise _Refused(f"the files that it names lack {_listed(missing)}.")
@@ -273,8 +277,13 @@ def _of_npy(path: str, types: bool) -> Leaves:
 
 def _spec_of_npy(file: Any, size: int, name: str) -> jax.ShapeDtypeStruct | None:
     """What the header says, if that is as much as there is; None if it is text."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
+    head = file.read(12)
+    is_first, length = head[6:8] == b"\1\0", int.from_bytes(head[8:], "little")
+    if not is_first and length > size:  # NumPy would make room for it.
+        raise ValueError(f"a header of {length} bytes in {size}")
+    file.seek(0)
+    np.lib.format.read_magic(file)
+    if is_first:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
@@ -300,7 +309,10 @@ def _is_numbers(dtype: np.dtype, name: str) -> bool:
 
 def _of_msgpack(path: str, types: bool) -> Leaves:
     flax = _library("flax.serialization", "flax")
-    return _numbers(flax.msgpack_restore(pathlib.Path(path).read_bytes()), types)
+    tree = flax.msgpack_restore(pathlib.Path(path).read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError(f"a {type(tree).__name__} instead of a dict")
+    return _numbers(tree, types)
 
 
 def _numbers(tree: Any, types: bool) -> Leaves:

@@ -292,10 +292,7 @@ def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
       OSError: If there is no such path, or it cannot be opened.
       ImportError: If safetensors, orbax or Flax is needed and not installed.
     """
-    path = _absolute(path)
-    where = f"checkpoint.read of {path}"
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{where}: there is no such file or folder.")
+    where, path = _found(path, "read")
     if not _is_own(path):
         tree = _formats.read(path, types)
     elif types:
@@ -665,14 +662,22 @@ def _checksum_of_content(content: Mapping[str, Any]) -> int:
 # Loading
 
 
-def _existing(path: Path, verb: str) -> tuple[str, str]:
-    """How errors name the path, and the path, after a check of what is there."""
+def _found(path: Path, verb: str) -> tuple[str, str]:
+    """How errors name the path, and the path, if there is something to read."""
     path = _absolute(path)
     where = f"checkpoint.{verb} of {path}"
     if not os.path.exists(path):
         other = path.removesuffix(_SUFFIX) if _is_file(path) else f"{path}{_SUFFIX}"
         hint = f" There is {other}, though." if os.path.exists(other) else ""
-        raise FileNotFoundError(f"{where}: there is no such path.{hint}")
+        raise FileNotFoundError(f"{where}: there is no such file or folder.{hint}")
+    if not os.path.isdir(path) and not os.path.isfile(path):  # A pipe may never end.
+        raise ValueError(f"{where}: this is neither a file nor a folder.")
+    return where, path
+
+
+def _existing(path: Path, verb: str) -> tuple[str, str]:
+    """The same, if it may be what `save` wrote."""
+    where, path = _found(path, verb)
     if os.path.isdir(path) == _is_file(path):
         found = "folder" if os.path.isdir(path) else "file"
         raise ValueError(

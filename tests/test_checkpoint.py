@@ -574,7 +574,7 @@ def test_parameters_say_how_deep_a_stack_is(path):
 
 def test_paths_that_are_not_there(path, tmp_path):
     for f in (checkpoint.load, checkpoint.metadata):
-        assert_error(FileNotFoundError, [path, "no such path"], f, path)
+        assert_error(FileNotFoundError, [path, "no such file or folder"], f, path)
     checkpoint.save(path, {"a": 1})
     is_file = path.suffix == ".safetensors"
     other = tmp_path / ("step" if is_file else "step.safetensors")
