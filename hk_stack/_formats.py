@@ -248,6 +248,8 @@ def _of_npz(path: str, types: bool) -> Leaves:
             raise _Refused(_REFUSED["torch"])
         if sum(entry.compress_size for entry in entries) > os.path.getsize(path):
             raise ValueError("its members overlap")
+        if any(entry.comment for entry in entries):
+            raise ValueError("it has comments, which may hide members")
         for entry in entries:
             name = entry.filename.removesuffix(".npy")
             is_plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -259,9 +261,10 @@ def _of_npz(path: str, types: bool) -> Leaves:
             leaf: Leaf | None
             with archive.open(entry) as file:
                 leaf = _spec_of_npy(file, entry.file_size, name)
-            if leaf is not None and not types:
+            if not types:  # All is read, and its checksum compared: text may be none.
                 with archive.open(entry) as file:
-                    leaf = np.lib.format.read_array(file, allow_pickle=False)
+                    array = np.lib.format.read_array(file, allow_pickle=False)
+                leaf = array if leaf is not None else None
             if leaf is not None:
                 leaves[name] = leaf
     return {at: leaves[name] for name, at in _paths(leaves).items()}
@@ -287,11 +290,10 @@ def _spec_of_npy(file: Any, size: int, name: str) -> jax.ShapeDtypeStruct | None
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    if not _is_numbers(dtype, name):
-        return None
+    is_numbers = _is_numbers(dtype, name)
     if math.prod(shape) * dtype.itemsize != size - file.tell():
         raise ValueError(f"the header of {name!r} does not fit its data")
-    return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype) if is_numbers else None
 
 
 def _is_numbers(dtype: np.dtype, name: str) -> bool:

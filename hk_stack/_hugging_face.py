@@ -50,7 +50,7 @@ _FAMILIES = {
     ),
     "t5": _Family(
         embeddings="shared|embed_tokens|relative_attention_bias",
-        unbiased="Attention/[qkvo]|DenseReluDense/w[io](_[01])?|lm_head",
+        unbiased="(Self|EncDec)Attention/[qkvo]|DenseReluDense/w[io](_[01])?|lm_head",
         scale="weight",
     ),
     "vit": _Family(

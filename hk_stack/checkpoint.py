@@ -724,17 +724,23 @@ def _check_content(content: dict[str, Any]) -> None:
     """Raises if metadata is not of its form: who writes files can write checksums."""
     depth, modules, entries = (content[key] for key in ("depth", "modules", "leaves"))
     depths = depth if isinstance(depth, list) else [depth or 0]
-    words = [name for names in modules.values() for name in [*names, names[0]]]
+    names = [*modules.values(), *(entry["path"] for entry in entries.values())]
     for entry in entries.values():
-        words += entry["path"]
         spec = jax.ShapeDtypeStruct(entry["shape"], np.dtype(entry["dtype"]))
-        dtype = _spec(spec, "a leaf").dtype
-        np.broadcast_to(np.zeros([], dtype), entry["shape"])  # Fails if too large.
+        zero = np.zeros([], _spec(spec, "a leaf").dtype)
+        np.broadcast_to(zero, entry["shape"])  # Fails if that is too large.
     _saved(content)  # Fails for unknown kinds of random keys.
     _formats.nested((tuple(entry["path"]), None) for entry in entries.values())
-    is_sound = all(type(n) is int for n in depths) and isinstance("".join(words), str)
-    if not (is_sound and entries and content["layout"] in _LAYOUTS):
-        raise ValueError("layout, depth, or no leaves")
+    is_sound = (
+        entries
+        and content["layout"] in _LAYOUTS
+        and all(type(number) is int for number in depths)
+        and all(modules.values())
+        and all(isinstance(keys, list) for keys in names)
+        and all(isinstance(key, str) for keys in names for key in keys)
+    )
+    if not is_sound:
+        raise ValueError("its layout, its depth, or no leaves")
 
 
 def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
@@ -814,6 +820,8 @@ def _read_folder(
         # The data of typed keys has other axes than the keys, and is placed later.
         if sharding and "key" not in entry and 0 not in entry["shape"]:
             restore_args[name] = orbax.ArrayRestoreArgs(sharding=sharding)
+    with _reading(path, "orbax"):  # Checks that sizes are not larger than can be.
+        _formats.read(os.path.join(path, "arrays"), types=True)
     items = dict.fromkeys(likes, 0)
     args = orbax.args.PyTreeRestore(items, restore_args, partial_restore=True)
     for name, array in _restore(path, "arrays", args).items():
@@ -837,7 +845,7 @@ def _check_array(array: Any, name: str, entry: Mapping[str, Any], path: str) -> 
     expected = f"{entry['dtype']}{entry['shape']}"
     if found != expected:
         raise _altered(path, f"leaf {name!r} is {found}, but was saved {expected}")
-    if _is_file(path) and _checksum(array) != entry["crc32"]:
+    if _is_file(path) and _checksum(array) != entry.get("crc32"):
         raise _altered(path, f"the data of leaf {name!r} is not what was saved")
 
 
