@@ -1029,4 +1029,7 @@ def _explained(what: str, instead: str = "") -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+    """What an error says first, and, if that is long, last: there is the cause."""
+    text = str(error).partition("\n")[0]
+    short = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+    return f"{type(error).__name__}: {short}"

@@ -458,7 +458,7 @@ def test_orbax_makes_no_room_for_more_than_there_is(key, tmp_path):
 
 @pytest.mark.parametrize(
     "write",
-    [as_safetensors, as_npz, as_packed_npz, as_msgpack],
+    [as_safetensors, as_packed_npz, as_msgpack],
     ids=lambda write: write.__name__,
 )
 def test_damaged_files_are_read_or_refused(write, tmp_path):
@@ -478,7 +478,7 @@ def test_damaged_files_are_read_or_refused(write, tmp_path):
             assert str(path) in str(error)
             continue
         assert len(altered) == len(data)
-        if write in (as_npz, as_packed_npz):
+        if write is as_packed_npz:
             assert [x.tobytes() for x in jax.tree.leaves(found)] == [
                 x.tobytes() for x in jax.tree.leaves(tree)
             ]
