@@ -41,14 +41,13 @@ def read(path: str, types: bool) -> Any:
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     except Exception as error:  # Of many libraries.
-        text = str(error).partition("\n")[0][:300]
         raise ValueError(
-            f"{path}: it is no {kind}, or is damaged: {type(error).__name__}: {text}. "
-            "Load another copy of it."
+            f"{path}: it is no {kind}, or is damaged ({line(error)}). Load another "
+            "copy of it."
         ) from error
     if not jax.tree.leaves(tree):
         inside = sorted(os.listdir(path), key=_by_number) if os.path.isdir(path) else []
-        hint = f" Name what is inside of it: {_listed(inside)}." if inside else ""
+        hint = f" Name what is inside of it: {listed(inside)}." if inside else ""
         raise ValueError(f"{path}: there are no arrays in it.{hint}")
     return tree
 
@@ -101,8 +100,17 @@ def _by_number(name: str) -> tuple[int, str]:
     return int(number[1]) if number else -1, name
 
 
-def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """The first names."""
+    first = list(names)
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
+
+
+def line(error: Exception) -> str:
+    """What an error says first, and, if that is long, last: there is the cause."""
+    text = str(error).partition("\n")[0]
+    short = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+    return f"{type(error).__name__}: {short}"
 
 
 # Which format it is.
@@ -236,7 +244,7 @@ def _of_index(path: str, types: bool) -> Leaves:
         leaves |= _of_safetensors(file, types)
     missing = [name for name, at in _paths(named).items() if at not in leaves]
     if missing:
-        raise _Refused(f"the files that it names lack {_listed(missing)}.")
+        raise _Refused(f"the files that it names lack {listed(missing)}.")
     return leaves
 
 

@@ -44,9 +44,9 @@ _FAMILIES = {
     ),
     "gpt2": _Family(
         embeddings="wte|wpe",
-        unbiased="lm_head|score",
-        dropped="attn/(masked_)?bias|crossattention/(masked_)?bias",
         inputs_first="c_attn|c_proj|c_fc|q_attn",
+        unbiased="lm_head|score",
+        dropped="(attn|crossattention)/(masked_)?bias",
     ),
     "t5": _Family(
         embeddings="shared|embed_tokens|relative_attention_bias",

@@ -19,24 +19,21 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.tree_util import DictKey, GetAttrKey, keystr
+from jax.tree_util import GetAttrKey
 
-from hk_stack import _formats, _hugging_face, _layout, _naming, _whole
-from hk_stack._checks import path_name
+from hk_stack import _entries, _formats, _hugging_face, _layout, _naming, _whole
 
 Path = str | os.PathLike[str]
 
 _FORMAT = "hk_stack.checkpoint"
 _VERSION = 1
 _SUFFIX = ".safetensors"
-_LAYOUTS = ("none", "stacked", "per-layer")
 # What safetensors reads back as the same numpy dtype. Others are stored as bytes.
 _NATIVE = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
@@ -232,9 +229,10 @@ def load(
     if layers is None:
         return _load(path, content, like, where, at)
     names = _naming.naming_map(layers, "layers", where)
-    asked = _leaves(like, f"{where}: like", at)
-    layout = _layers_in(asked, names, f"{where}: like").layout
-    if layout == _layers_in(_saved(content), names, where).layout:
+    asked = _entries.leaves_of(like, f"{where}: like", at)
+    layout = _entries.layers_in(asked, names, f"{where}: like").layout
+    saved = _entries.saved_leaves(content)
+    if layout == _entries.layers_in(saved, names, where).layout:
         return _load(path, content, like, where, at)
     back, forth = _layout.stack_params, _layout.unstack_params
     if layout == "stacked":
@@ -296,7 +294,7 @@ def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
     if not _is_own(path):
         tree = _formats.read(path, types)
     elif types:
-        leaves = _saved(_content(path)).values()
+        leaves = _entries.saved_leaves(_content(path)).values()
         tree = _formats.nested((leaf.keys, leaf.spec) for leaf in leaves)
     else:
         tree = load(path)
@@ -333,7 +331,7 @@ def metadata(path: Path) -> Metadata:
     _, path = _existing(path, "metadata")
     content = _content(path)
     depth = content["depth"]
-    leaves = {name: leaf.spec for name, leaf in _saved(content).items()}
+    leaves = {name: leaf.spec for name, leaf in _entries.saved_leaves(content).items()}
     depth = tuple(depth) if isinstance(depth, list) else depth
     return Metadata(content["layout"], depth, leaves)
 
@@ -400,76 +398,6 @@ def _is_checkpoint(path: str) -> bool:
 _PARTIAL = ".orbax-checkpoint-tmp"  # How orbax names what it has not finished.
 
 
-class _Leaf(NamedTuple):
-    """A leaf of a tree, or one that was saved. As text, its type.
-
-    Attributes:
-      path: Where it is: a key for each step from the root.
-      spec: Its shape and dtype, and the sharding that it has to have.
-      value: The leaf itself; None if it was saved.
-    """
-
-    path: tuple[Any, ...]
-    spec: jax.ShapeDtypeStruct
-    value: Any = None
-
-    def __str__(self) -> str:
-        return f"{self.spec.dtype.name}{list(self.spec.shape)}"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Those of nested dicts."""
-        return tuple(path_name((key,)) for key in self.path)
-
-    @property
-    def is_key(self) -> bool:
-        return bool(jnp.issubdtype(self.spec.dtype, jax.dtypes.prng_key))
-
-
-_Leaves = Mapping[str, _Leaf]
-_OF_JAX = (jax.Array, jax.ShapeDtypeStruct)
-
-
-def _leaves(tree: Any, where: str, at: str = "") -> dict[str, _Leaf]:
-    """The leaves of a tree by name, after a check that each is an array."""
-    leaves: dict[str, _Leaf] = {}
-    for path, value in jax.tree.leaves_with_path(tree):
-        name = "/".join(filter(None, [at, path_name(path)])) or "leaf"
-        if name in leaves:
-            raise ValueError(
-                f"{where}: {keystr(leaves[name].path)} and {keystr(path)} would both "
-                f"be named {name!r}. Rename a module or a leaf."
-            )
-        leaves[name] = _Leaf(path, _spec(value, f"{where}: leaf {name!r}"), value)
-    if not leaves or "__metadata__" in leaves:
-        found = "a leaf named '__metadata__'" if leaves else "no leaves"
-        raise ValueError(f"{where}: the tree has {found}; expected named arrays.")
-    return leaves
-
-
-def _spec(value: Any, at: str) -> jax.ShapeDtypeStruct:
-    """What a leaf is, after a check that it is an array."""
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(f"{at} is traced. Save and load outside of jit and grad.")
-    array = np.asarray(value) if isinstance(value, int | float | complex) else value
-    is_array = isinstance(array, (*_OF_JAX, np.ndarray, np.generic))
-    kinds = (np.number, np.bool_, jax.dtypes.prng_key)
-    if not (is_array and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)):
-        raise TypeError(
-            f"{at} is a {type(value).__name__} ({value!r}); expected an array. Keep "
-            "what is no number beside the checkpoint."
-        )
-    if isinstance(array, np.ndarray) and not array.dtype.isnative:
-        raise ValueError(
-            f"{at} is {array.dtype!r}, of foreign byte order. Write "
-            "x.astype(x.dtype.newbyteorder('='))."
-        )
-    # None for numpy, or if JAX may choose.
-    is_free = isinstance(array, jax.Array) and not array.committed
-    sharding = None if is_free else getattr(array, "sharding", None)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
 # Saving
 
 
@@ -477,7 +405,7 @@ def _prepare(
     path: str, tree: Any, layers: _naming.Maps | None, where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays to write, by name, and the metadata to write beside them."""
-    leaves = _leaves(tree, where)
+    leaves = _entries.leaves_of(tree, where)
     arrays, entries = {}, {}
     insides = collections.Counter(name.rpartition("/")[0] for name in leaves)
     for name, leaf in leaves.items():
@@ -501,12 +429,12 @@ def _prepare(
     noted: dict[str, Any] = {"layout": "none", "depth": None, "modules": {}}
     if layers is not None:
         names = _naming.naming_map(layers, "layers", where)
-        noted = _layers_in(leaves, names, where).noted(names)
+        noted = _entries.layers_in(leaves, names, where).noted(names)
     content = {"format": _FORMAT, "version": _VERSION, **noted, "leaves": entries}
     return arrays, content | {"crc32": _checksum_of_content(content)}
 
 
-def _stored(leaf: _Leaf, at: str) -> Any:
+def _stored(leaf: _entries.Leaf, at: str) -> Any:
     """The array that stands for a leaf: the data of a typed key, else the leaf."""
     value = leaf.value
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -517,87 +445,6 @@ def _stored(leaf: _Leaf, at: str) -> Any:
     # Of several processes, orbax takes arrays of them all, or what is on the host.
     is_local = getattr(array, "is_fully_addressable", True) and jax.process_count() > 1
     return np.asarray(array) if is_local or not isinstance(array, jax.Array) else array
-
-
-class _Layers(NamedTuple):
-    """Whether a tree is stacked or per-layer, and how deep, by stacked module."""
-
-    layout: str
-    depths: dict[str, int]
-
-    @property
-    def depth(self) -> int | list[int]:
-        depths = sorted(set(self.depths.values()))
-        return depths[0] if len(depths) == 1 else depths
-
-    def noted(self, names: _naming.Map) -> dict[str, Any]:
-        """What the metadata says: by stacked module, its name in each layer.
-
-        That of layer L, which tells a deeper tree when loading, comes last.
-        """
-        modules: dict[str, list[str]] = {}
-        for module, depth in sorted(self.depths.items()):
-            modules[module] = [names.stacked_to_flat(module, i) for i in range(depth)]
-            with contextlib.suppress(ValueError, LookupError):  # It may end at L.
-                modules[module].append(names.stacked_to_flat(module, depth))
-        return {"layout": self.layout, "depth": self.depth, "modules": modules}
-
-
-def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
-    """The layers of a tree, by the names of its modules and, in a stack, by shapes."""
-    modules: dict[str, str] = {}
-    for name, leaf in leaves.items():
-        for key in leaf.path[:-1]:  # The last is the leaf's own.
-            module = getattr(key, "key", None)
-            if not isinstance(module, str):
-                continue
-            if _naming.is_stacked(names, module) or _naming.place_of(names, module):
-                modules.setdefault(name, module)
-    # The first layer may be named as a stack is: `linear`, `linear_1`.
-    flat = [name for name in modules if not _naming.is_stacked(names, modules[name])]
-    stacked = [name for name in modules if not _naming.place_of(names, modules[name])]
-    if not modules:
-        raise ValueError(
-            f"{where}: no module of the tree is a layer to {names}. The leaves are: "
-            f"{_listed(leaves, 8)}. Give the naming map of this stack, or leave "
-            "`layers` out."
-        )
-    if flat and stacked:
-        raise ValueError(
-            f"{where}: {flat[0]} is of one layer, {stacked[0]} of a stack. "
-            "Convert one of them, or save the two trees on their own."
-        )
-    if not flat:
-        return _Layers("stacked", _leading_sizes(leaves, modules, names, where))
-    depths: dict[str, int] = {}
-    for module in modules.values():
-        of_stack, layer = _naming.place_of(names, module) or (module, 0)
-        depths[of_stack] = max(depths.get(of_stack, 0), 1 + layer)
-    return _Layers("per-layer", depths)
-
-
-def _leading_sizes(
-    leaves: _Leaves, modules: Mapping[str, str], names: _naming.Map, where: str
-) -> dict[str, int]:
-    """Those of the leaves of each module, which are given by leaf.
-
-    The leaves nearest to the root decide, parameters and state: an optimiser's state
-    may hold some of other shapes.
-    """
-    sizes: dict[str, int] = {}
-    nearest: dict[Any, str] = {}
-    for name in sorted(modules, key=lambda name: len(leaves[name].path)):
-        first = nearest.setdefault(_naming.stack_of(names, modules[name]), name)
-        one, other = (leaves[name].spec.shape for name in (first, name))
-        is_near = len(leaves[name].path) == len(leaves[first].path)
-        if is_near and (not one or one[:1] != other[:1]):
-            raise ValueError(
-                f"{where}: {first} has shape {one}, {name} has shape {other}; expected "
-                "one leading axis L in all leaves of the stack. Give the naming map of "
-                "one stack, or leave `layers` out."
-            )
-        sizes[modules[name]] = one[0]
-    return sizes
 
 
 def _finish(
@@ -614,7 +461,7 @@ def _finish(
         try:
             draft.publish()
         except OSError as error:
-            found = _line(error)
+            found = _formats.line(error)
             if os.path.lexists(path):
                 found = "something else was saved there meanwhile, and stays"
             raise ValueError(f"{where}: not saved: {found}.") from error
@@ -716,31 +563,8 @@ def _content(path: str) -> dict[str, Any]:
     if not is_whole:
         raise _altered(path, "its metadata is not what was saved")
     with _explained(f"{path} {_ALTERED}: its metadata is not of its format", _INSTEAD):
-        _check_content(content)
+        _entries.check(content)
     return content
-
-
-def _check_content(content: dict[str, Any]) -> None:
-    """Raises if metadata is not of its form: who writes files can write checksums."""
-    depth, modules, entries = (content[key] for key in ("depth", "modules", "leaves"))
-    depths = depth if isinstance(depth, list) else [depth or 0]
-    names = [*modules.values(), *(entry["path"] for entry in entries.values())]
-    for entry in entries.values():
-        spec = jax.ShapeDtypeStruct(entry["shape"], np.dtype(entry["dtype"]))
-        zero = np.zeros([], _spec(spec, "a leaf").dtype)
-        np.broadcast_to(zero, entry["shape"])  # Fails if that is too large.
-    _saved(content)  # Fails for unknown kinds of random keys.
-    _formats.nested((tuple(entry["path"]), None) for entry in entries.values())
-    is_sound = (
-        entries
-        and content["layout"] in _LAYOUTS
-        and all(type(number) is int for number in depths)
-        and all(modules.values())
-        and all(isinstance(keys, list) for keys in names)
-        and all(isinstance(key, str) for keys in names for key in keys)
-    )
-    if not is_sound:
-        raise ValueError("its layout, its depth, or no leaves")
 
 
 def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
@@ -759,18 +583,18 @@ def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
         )
         raise ValueError(
             f"{where}: the checkpoint has no part {at!r}. Give one of its parts, such "
-            f"as {_listed(known, 8)}."
+            f"as {_formats.listed(known, 8)}."
         )
     return {**content, "leaves": entries}
 
 
 def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str) -> Any:
     """What `load` gives, in the layout that it is in."""
-    entries, saved = content["leaves"], _saved(content)
+    entries, saved = content["leaves"], _entries.saved_leaves(content)
     leaves = saved
     if like is not None:
-        leaves = _leaves(like, f"{where}: like", at)
-        misfit = next(_misfits(leaves, saved, content), None)
+        leaves = _entries.leaves_of(like, f"{where}: like", at)
+        misfit = next(_entries.misfits(leaves, saved, content), None)
         if misfit:
             raise ValueError(f"{where}: {misfit}")
     read = _read_file if _is_file(path) else _read_folder
@@ -795,7 +619,7 @@ def _open_file(path: str) -> Iterator[Any]:
 
 
 def _read_file(
-    path: str, entries: Mapping[str, Any], likes: _Leaves
+    path: str, entries: Mapping[str, Any], likes: _entries.Leaves
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays by name, one after the other."""
     with _open_file(path) as file:
@@ -809,7 +633,7 @@ def _read_file(
 
 
 def _read_folder(
-    path: str, entries: Mapping[str, Any], likes: _Leaves
+    path: str, entries: Mapping[str, Any], likes: _entries.Leaves
 ) -> Iterator[tuple[str, Any]]:
     """Arrays by name, on the shardings of `likes`."""
     orbax = _library("orbax.checkpoint")
@@ -849,9 +673,9 @@ def _check_array(array: Any, name: str, entry: Mapping[str, Any], path: str) -> 
         raise _altered(path, f"the data of leaf {name!r} is not what was saved")
 
 
-def _placed(value: Any, like: _Leaf) -> Any:
+def _placed(value: Any, like: _entries.Leaf) -> Any:
     """The value as a leaf of the kind of `like`, and where that is."""
-    if isinstance(like.value, _OF_JAX):
+    if isinstance(like.value, _entries.OF_JAX):
         return _put(value, like.spec.sharding)
     if isinstance(like.value, np.generic):
         return np.asarray(value)[()]
@@ -866,118 +690,6 @@ def _put(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
         return array  # Orbax has put it there.
     # On devices of other processes, `device_put` puts no typed keys.
     return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
-
-
-# The comparison of what was saved with what it shall be loaded into.
-
-
-def _saved(content: Mapping[str, Any]) -> dict[str, _Leaf]:
-    """The leaves that were saved, in nested dicts."""
-    leaves = {}
-    for name, entry in content["leaves"].items():
-        spec = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
-        if "key" in entry:
-            wrap = functools.partial(jax.random.wrap_key_data, impl=entry["key"])
-            spec = jax.eval_shape(wrap, spec)
-        leaves[name] = _Leaf(tuple(map(DictKey, entry["path"])), spec)
-    return leaves
-
-
-def _misfits(
-    asked: _Leaves, saved: _Leaves, content: Mapping[str, Any]
-) -> Iterator[str]:
-    """How a like differs from what was saved, what explains most first."""
-    shapes, others = ({n: x.spec.shape for n, x in y.items()} for y in (asked, saved))
-    if shapes != others:
-        yield from _other_layers(asked, content)
-    missing = [f"{name} {asked[name]}" for name in asked if name not in saved]
-    unexpected = [f"{name} {saved[name]}" for name in saved if name not in asked]
-    if missing or unexpected:
-        depth = f" It is {content['layout']}, with L={content['depth']} layers."
-        yield (
-            "like and the checkpoint have other leaves."
-            f"{_some('The checkpoint lacks', missing)}{_some('Like lacks', unexpected)}"
-            f"{depth if content['depth'] else ''} Give a like of all leaves that were "
-            "saved, or load a part: checkpoint.load(path, params, at='params'). "
-            "checkpoint.load(path) gives all as nested dicts, to take some of them."
-        )
-    for name, leaf in asked.items():
-        for misfit in (*_other_type(leaf, saved[name]), *_misplaced(leaf)):
-            yield f"leaf {name!r} {misfit}"
-
-
-def _other_layers(asked: _Leaves, content: Mapping[str, Any]) -> Iterator[str]:
-    """Another layout or depth, by the names that were noted."""
-    layout, depth = content["layout"], content["depth"]
-    try:
-        found = _layers_in(asked, _naming.Table(content["modules"]), "like")
-    except ValueError:  # It has no one layout: leaves are compared one by one.
-        return
-    if found.layout != layout:
-        yield (
-            f"the checkpoint is {layout} (L={depth}), like is {found.layout}. With the "
-            "naming map of the stack, it is converted: checkpoint.load(path, like, "
-            "layers=naming_map)."
-        )
-    if isinstance(depth, int) and isinstance(found.depth, int) and found.depth != depth:
-        # Of a deeper per-layer tree, only the first layer too many has a known name.
-        more = layout == "per-layer" and found.depth > depth
-        yield (
-            f"the checkpoint holds L={depth} layers ({layout}), like has "
-            f"{'more' if more else found.depth}. Change num_layers to {depth}, or take "
-            "the layers you want from what checkpoint.load(path) gives: "
-            f"{'x[:n] of leaves [L, ...]' if layout == 'stacked' else 'some modules'}."
-        )
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    return f" {what} {len(names)}: {_listed(names, 4)}." if names else ""
-
-
-def _listed(names: Iterable[str], most: int) -> str:
-    first = list(names)
-    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
-
-
-def _other_type(asked: _Leaf, saved: _Leaf) -> Iterator[str]:
-    found = f"is {saved} in the checkpoint, {asked} in like"
-    if asked.spec.dtype != saved.spec.dtype:
-        convert = f"x.astype({asked.spec.dtype.name!r})"
-        if asked.is_key or saved.is_key:
-            convert = "jax.random.key_data or wrap_key_data"
-        yield (
-            f"{found}. Nothing is cast on the way: load into a like of "
-            f"{saved.spec.dtype.name}, and convert it yourself, with {convert}."
-        )
-    shapes = asked.spec.shape, saved.spec.shape
-    differ = [str(i) for i, (x, y) in enumerate(zip(*shapes, strict=False)) if x != y]
-    what = "the number of axes"
-    if asked.spec.ndim == saved.spec.ndim:
-        what = f"axis {', '.join(differ)}"
-    if shapes[0] != shapes[1]:
-        yield f"{found}: {what} differs. Change the model."
-
-
-def _misplaced(like: _Leaf) -> Iterator[str]:
-    """Why JAX has no arrays like `like`, or no devices to put them on."""
-    sharding, dtype = like.spec.sharding, like.spec.dtype
-    if not isinstance(like.value, _OF_JAX):
-        return
-    if not like.is_key and jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        yield (
-            f"is {dtype.name}, which JAX has only with jax_enable_x64. Set that, or "
-            "give a numpy array in like."
-        )
-    if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
-        yield (
-            f"has an abstract sharding in like, without devices: {sharding}. Give "
-            "jax.sharding.NamedSharding(mesh, spec) with a mesh of devices."
-        )
-    try:
-        if sharding is not None:
-            sharding.shard_shape(like.spec.shape)
-    except ValueError as error:
-        yield f"of like does not fit its sharding: {_line(error)}"
 
 
 # Libraries, and what their errors become.
@@ -1025,11 +737,5 @@ def _explained(what: str, instead: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Of many types.
-        raise ValueError(f"{what} ({_line(error)}). {instead}".strip()) from error
-
-
-def _line(error: Exception) -> str:
-    """What an error says first, and, if that is long, last: there is the cause."""
-    text = str(error).partition("\n")[0]
-    short = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-    return f"{type(error).__name__}: {short}"
+        text = f"{what} ({_formats.line(error)}). {instead}"
+        raise ValueError(text.strip()) from error
