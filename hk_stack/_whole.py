@@ -55,7 +55,7 @@ def _take_away_abandoned(parent: str) -> None:
     with os.scandir(parent) as entries:
         folders = [x.path for x in entries if x.is_dir(follow_symlinks=False)]
     for folder in folders:
-        if not re.fullmatch(r"\.[0-9a-f]{32}\.tmp", os.path.basename(folder)):
+        if not re.fullmatch(r"\.[0-9a-f]{32}\.hk_stack\.tmp", os.path.basename(folder)):
             continue
         with contextlib.suppress(OSError):
             lock = _locked(folder)
@@ -66,7 +66,7 @@ def _take_away_abandoned(parent: str) -> None:
 def _new_folder(parent: str) -> tuple[str, int | None]:
     """A hidden folder, and the lock that says that it is in use."""
     while True:
-        folder = os.path.join(parent, f".{uuid.uuid4().hex}.tmp")
+        folder = os.path.join(parent, f".{uuid.uuid4().hex}.hk_stack.tmp")
         os.mkdir(folder)
         try:
             lock = _locked(folder)

@@ -123,10 +123,10 @@ class Saving:
             name meanwhile, which stays as it is.
         """
         error = self._done.exception()
-        failed = _of_first_process(bytes([error is not None]))
+        failed = _of_first_process("failed" if error else "")
         if error is not None:
             raise error
-        if any(failed):
+        if failed:
             raise ValueError(f"{self._where}: the first process could not write it.")
 
 
@@ -172,7 +172,7 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
         draft = _whole.Draft(path) if jax.process_index() == 0 else None
         if draft is not None:
             undo.callback(draft.close)
-        name = _of_first_process(draft.name.encode() if draft else bytes(37)).decode()
+        name = _of_first_process(draft.name if draft else "")
         inside = os.path.join(os.path.dirname(path), name, os.path.basename(path))
         with _explained(f"{where}: orbax could not write it"):
             about = orbax.args.JsonSave(content)
@@ -252,8 +252,9 @@ def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
     """Reads a checkpoint, whoever wrote it, as nested dicts.
 
     In words: what is in the file or folder, under the names that it has there, for
-    `hk_stack.flax_to_haiku` and its like. Of formats with checksums (folders of orbax,
-    `.npz`, what `save` wrote), alterations are found; of others, only those that show.
+    `hk_stack.flax_to_haiku` and its like. In formats with checksums (`.npz`, folders of
+    orbax but old ones, what `save` wrote), what was altered is found; in others, only
+    what cannot be.
 
     >>> import tempfile
     >>> import numpy as np
@@ -294,6 +295,7 @@ def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
     if not _is_own(path):
         tree = _formats.read(path, types)
     elif types:
+        _existing(path, "read")
         leaves = _entries.saved_leaves(_content(path)).values()
         tree = _formats.nested((leaf.keys, leaf.spec) for leaf in leaves)
     else:
@@ -467,12 +469,13 @@ def _finish(
             raise ValueError(f"{where}: not saved: {found}.") from error
 
 
-def _of_first_process(value: bytes) -> bytes:
-    """What the first process gives, to all; each gives as many bytes."""
+def _of_first_process(text: str) -> str:
+    """What the first process says, to all."""
     if jax.process_count() == 1:
-        return value
-    given = multihost_utils.broadcast_one_to_all(np.frombuffer(value, np.uint8))
-    return bytes(np.asarray(given).astype(np.uint8))
+        return text
+    said = np.frombuffer(text.encode().ljust(64, b"\0"), np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8)
+    return heard.tobytes().rstrip(b"\0").decode()
 
 
 def _write_file(

@@ -914,10 +914,25 @@ def test_saves_that_are_killed_leave_what_was_there(suffix, count, tmp_path):
 
 def test_what_others_are_writing_stays(tmp_path):
     draft = _whole.Draft(str(tmp_path / "a"))
-    (tmp_path / f".{'0' * 32}.tmp").mkdir()
+    (tmp_path / f".{'0' * 32}.hk_stack.tmp").mkdir()
     checkpoint.save(tmp_path / "b.safetensors", {"a": 1})
     assert {path.name for path in tmp_path.iterdir()} == {draft.name, "b.safetensors"}
     draft.close()
+
+
+def test_places_without_locks_do(path, monkeypatch):
+    def refuse(*args):
+        raise OSError("no locks here")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for without in (False, True):
+        if without:  # As on Windows.
+            monkeypatch.setattr(_whole, "fcntl", None)
+        there = path.with_name(f"{without}_{path.name}")
+        checkpoint.save(there, {"a": 1})
+        assert checkpoint.load(there) == {"a": 1}
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_of_two_saves_of_a_folder_one_wins(tmp_path):
@@ -942,6 +957,7 @@ RACE = """
     from hk_stack import checkpoint
 
     number, path = int(sys.argv[1]), sys.argv[2]
+    print("ready", flush=True)
     sys.stdin.readline()
     try:
         tree = {f"m{i}": np.full(10_000, number) for i in range(20)}
@@ -966,6 +982,7 @@ def test_of_two_processes_one_wins(path, race):
         )
         for number in range(2)
     ]
+    assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
     for child in children:
         child.stdin.write("\n")
         child.stdin.flush()
