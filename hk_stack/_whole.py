@@ -9,7 +9,10 @@ import contextlib
 import os
 import re
 import shutil
+import socket
+import time
 import uuid
+import zlib
 
 try:
     import fcntl
@@ -50,23 +53,30 @@ class Draft:
             self._lock = None
 
 
+# Some file systems that machines share have locks within one machine only.
+_ENDING = f".{zlib.crc32(socket.gethostname().encode()):08x}.hk_stack.tmp"
+_DAY = 24 * 60 * 60
+
+
 def _take_away_abandoned(parent: str) -> None:
-    """Hidden folders that nobody holds a lock on."""
+    """Hidden folders that nobody holds a lock on: of this machine, or a day old."""
     with os.scandir(parent) as entries:
-        folders = [x.path for x in entries if x.is_dir(follow_symlinks=False)]
+        folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
     for folder in folders:
-        if not re.fullmatch(r"\.[0-9a-f]{32}\.hk_stack\.tmp", os.path.basename(folder)):
+        if not re.fullmatch(r"\.\w{32}\.\w{8}\.hk_stack\.tmp", folder.name):
             continue
         with contextlib.suppress(OSError):
-            lock = _locked(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            is_old = folder.stat().st_mtime < time.time() - _DAY
+            if is_old or folder.name.endswith(_ENDING):
+                lock = _locked(folder.path)
+                shutil.rmtree(folder.path, ignore_errors=True)
+                os.close(lock)
 
 
 def _new_folder(parent: str) -> tuple[str, int | None]:
     """A hidden folder, and the lock that says that it is in use."""
     while True:
-        folder = os.path.join(parent, f".{uuid.uuid4().hex}.hk_stack.tmp")
+        folder = os.path.join(parent, f".{uuid.uuid4().hex}{_ENDING}")
         os.mkdir(folder)
         try:
             lock = _locked(folder)

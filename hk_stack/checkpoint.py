@@ -169,10 +169,14 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
     checkpointer = orbax.AsyncCheckpointer(orbax.CompositeCheckpointHandler())
     with contextlib.ExitStack() as undo:
         # Orbax writes at the same place whoever writes: a mixture, if there are two.
-        draft = _whole.Draft(path) if jax.process_index() == 0 else None
-        if draft is not None:
-            undo.callback(draft.close)
-        name = _of_first_process(draft.name if draft else "")
+        draft, name = None, ""
+        try:
+            if jax.process_index() == 0:
+                draft = undo.enter_context(contextlib.closing(_whole.Draft(path)))
+        finally:  # The others wait to be told.
+            name = _of_first_process(draft.name if draft else "")
+        if not name:
+            raise ValueError(f"{where}: the first process cannot write there.")
         inside = os.path.join(os.path.dirname(path), name, os.path.basename(path))
         with _explained(f"{where}: orbax could not write it"):
             about = orbax.args.JsonSave(content)

@@ -914,9 +914,17 @@ def test_saves_that_are_killed_leave_what_was_there(suffix, count, tmp_path):
 
 def test_what_others_are_writing_stays(tmp_path):
     draft = _whole.Draft(str(tmp_path / "a"))
-    (tmp_path / f".{'0' * 32}.hk_stack.tmp").mkdir()
+    uuid, other = "0" * 32, f".{'0' * 32}.of_other.hk_stack.tmp"
+    (tmp_path / f".{uuid}{draft.name[33:]}").mkdir()
+    (tmp_path / other).mkdir()
     checkpoint.save(tmp_path / "b.safetensors", {"a": 1})
-    assert {path.name for path in tmp_path.iterdir()} == {draft.name, "b.safetensors"}
+    stay = {path.name for path in tmp_path.iterdir()}
+    assert stay == {draft.name, other, "b.safetensors"}
+    os.utime(tmp_path / other, (0, 0))
+    os.utime(tmp_path / draft.name, (0, 0))
+    checkpoint.save(tmp_path / "b.safetensors", {"a": 1})
+    stay = {path.name for path in tmp_path.iterdir()}
+    assert stay == {draft.name, "b.safetensors"}
     draft.close()
 
 
