@@ -190,6 +190,7 @@ def check(content: dict[str, Any]) -> None:
         and content["layout"] in _LAYOUTS
         and all(type(number) is int for number in depths)
         and all(modules.values())
+        and all(isinstance(entry["shape"], list) for entry in entries.values())
         and all(isinstance(keys, list) for keys in names)
         and all(isinstance(key, str) for keys in names for key in keys)
     )

@@ -764,7 +764,7 @@ def alter_folder(path):
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         data = file.read_bytes()
         bad = [data[: len(data) // 2], b"", None]
-        for at in range(0, len(data), 1 + len(data) // 6):
+        for at in range(0, len(data), 1 + len(data) // 4):
             bad.append(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
         for i, altered in enumerate(bad):
             file.unlink(missing_ok=True)
