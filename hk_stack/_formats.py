@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -171,12 +171,29 @@ _REFUSED = {
 def _of_safetensors(path: str, types: bool) -> Leaves:
     safetensors = _library("safetensors", "checkpoint")
     size = os.path.getsize(path)
+    leaves: Leaves = {}
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 8 + length <= min(size, 100_000_008):  # As much as the library takes.
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        header.pop("__metadata__", None)
+        _check_types(header)
+        with safetensors.safe_open(path, "numpy"):
+            pass  # The header fits the data.
+        for name, at in _paths(header).items():
+            entry = header[name]
+            dtype = np.dtype(_OF_SAFETENSORS[entry["dtype"]])
+            spec = leaves[at] = jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype)
+            if not types:
+                start, end = entry["data_offsets"]
+                file.seek(8 + length + start)
+                data = np.fromfile(file, np.uint8, end - start)
+                leaves[at] = data.view(dtype).reshape(spec.shape)
+    return leaves
+
+
+def _check_types(header: Mapping[str, Any]) -> None:
     for name, entry in header.items():
         if entry["dtype"] not in _OF_SAFETENSORS:
             raise _Refused(
@@ -184,18 +201,6 @@ def _of_safetensors(path: str, types: bool) -> Leaves:
                 f"type. There are: {', '.join(_OF_SAFETENSORS)}. Read it with "
                 "safetensors itself."
             )
-    with safetensors.safe_open(path, "numpy"):
-        pass  # The header fits the data.
-    leaves: Leaves = {}
-    for name, at in _paths(header).items():
-        entry = header[name]
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        dtype, shape = np.dtype(_OF_SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
-        leaves[at] = jax.ShapeDtypeStruct(shape, dtype)
-        if not types:
-            data = np.fromfile(path, np.uint8, end - start, offset=start)
-            leaves[at] = data.view(dtype).reshape(shape)
-    return leaves
 
 
 _OF_SAFETENSORS = {

@@ -229,25 +229,28 @@ def load(
       ImportError: If safetensors or orbax is not installed.
     """
     where, path = _existing(path, "load")
-    content = _part(_content(path), at, where)
-    if layers is None:
-        return _load(path, content, like, where, at)
-    names = _naming.naming_map(layers, "layers", where)
-    asked = _entries.leaves_of(like, f"{where}: like", at)
-    layout = _entries.layers_in(asked, names, f"{where}: like").layout
-    saved = _entries.saved_leaves(content)
-    if layout == _entries.layers_in(saved, names, where).layout:
-        return _load(path, content, like, where, at)
-    back, forth = _layout.stack_params, _layout.unstack_params
-    if layout == "stacked":
-        back, forth = forth, back
-    # Of arrays of JAX, their types do: converted, the arrays would take memory.
-    structure = jax.tree.structure(like)
-    light = (
-        x.spec if isinstance(x.value, jax.Array) else x.value for x in asked.values()
-    )
-    other = back(jax.tree.unflatten(structure, light), names)
-    loaded = forth(_load(path, content, other, where, at), names)
+    with _opened(path) as file:
+        content = _part(_content(path, file), at, where)
+        load_into = functools.partial(_load, path, file, content, where, at)
+        if layers is None:
+            return load_into(like)
+        names = _naming.naming_map(layers, "layers", where)
+        asked = _entries.leaves_of(like, f"{where}: like", at)
+        layout = _entries.layers_in(asked, names, f"{where}: like").layout
+        saved = _entries.saved_leaves(content)
+        if layout == _entries.layers_in(saved, names, where).layout:
+            return load_into(like)
+        back, forth = _layout.stack_params, _layout.unstack_params
+        if layout == "stacked":
+            back, forth = forth, back
+        # Of arrays of JAX, their types do: converted, the arrays would take memory.
+        structure = jax.tree.structure(like)
+        light = (
+            x.spec if isinstance(x.value, jax.Array) else x.value
+            for x in asked.values()
+        )
+        other = back(jax.tree.unflatten(structure, light), names)
+        loaded = forth(load_into(other), names)
     placed = map(_placed, jax.tree.leaves(loaded), asked.values())
     return jax.tree.unflatten(structure, placed)
 
@@ -299,8 +302,8 @@ def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
     if not _is_own(path):
         tree = _formats.read(path, types)
     elif types:
-        _existing(path, "read")
-        leaves = _entries.saved_leaves(_content(path)).values()
+        with _opened(path) as file:
+            leaves = _entries.saved_leaves(_content(path, file)).values()
         tree = _formats.nested((leaf.keys, leaf.spec) for leaf in leaves)
     else:
         tree = load(path)
@@ -312,8 +315,8 @@ def _is_own(path: str) -> bool:
     if os.path.isdir(path):
         items = (os.path.join(path, item) for item in ("about", "arrays"))
         return all(map(os.path.isdir, items))
-    with contextlib.suppress(ValueError, ImportError), _open_file(path) as file:
-        return _FORMAT in (file.metadata() or {})
+    with contextlib.suppress(ValueError, ImportError), _opened(path) as file:
+        return file is not None and _FORMAT in (file.metadata() or {})
     return False
 
 
@@ -335,7 +338,8 @@ def metadata(path: Path) -> Metadata:
       ImportError: If safetensors or orbax is not installed.
     """
     _, path = _existing(path, "metadata")
-    content = _content(path)
+    with _opened(path) as file:
+        content = _content(path, file)
     depth = content["depth"]
     leaves = {name: leaf.spec for name, leaf in _entries.saved_leaves(content).items()}
     depth = tuple(depth) if isinstance(depth, list) else depth
@@ -541,12 +545,11 @@ def _existing(path: Path, verb: str) -> tuple[str, str]:
     return where, path
 
 
-def _content(path: str) -> dict[str, Any]:
+def _content(path: str, file: Any) -> dict[str, Any]:
     """The metadata that `save` wrote."""
-    library = "safetensors" if _is_file(path) else "orbax"
     content = None
-    if library == "safetensors":
-        with _open_file(path) as file:
+    if file is not None:
+        with _reading(path, "safetensors"):
             content = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
     elif os.path.isdir(os.path.join(path, "about")):
         args = _library("orbax.checkpoint").args.JsonRestore()
@@ -595,7 +598,9 @@ def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
     return {**content, "leaves": entries}
 
 
-def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str) -> Any:
+def _load(
+    path: str, file: Any, content: Mapping[str, Any], where: str, at: str, like: Any
+) -> Any:
     """What `load` gives, in the layout that it is in."""
     entries, saved = content["leaves"], _entries.saved_leaves(content)
     leaves = saved
@@ -604,7 +609,7 @@ def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str)
         misfit = next(_entries.misfits(leaves, saved, content), None)
         if misfit:
             raise ValueError(f"{where}: {misfit}")
-    read = _read_file if _is_file(path) else _read_folder
+    read = _read_folder if file is None else functools.partial(_read_file, file)
     placed: dict[str, Any] = {}
     array: Any
     for name, array in read(path, entries, leaves):
@@ -618,25 +623,28 @@ def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str)
     return _formats.nested((saved[name].keys, leaf) for name, leaf in placed.items())
 
 
-@contextlib.contextmanager
-def _open_file(path: str) -> Iterator[Any]:
+def _opened(path: str) -> contextlib.AbstractContextManager[Any]:
+    """A file, to be read from though another one may replace it; None for a folder."""
+    if not _is_file(path):
+        return contextlib.nullcontext()
     library = _library("safetensors")
-    with _reading(path, "safetensors"), library.safe_open(path, "numpy") as file:
-        yield file
+    with _reading(path, "safetensors"):
+        file: contextlib.AbstractContextManager[Any] = library.safe_open(path, "numpy")
+    return file
 
 
 def _read_file(
-    path: str, entries: Mapping[str, Any], likes: _entries.Leaves
+    file: Any, path: str, entries: Mapping[str, Any], likes: _entries.Leaves
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays by name, one after the other."""
-    with _open_file(path) as file:
-        for name in likes:
+    for name in likes:
+        with _reading(path, "safetensors"):
             array = file.get_tensor(name)
-            dtype = np.dtype(entries[name]["dtype"])
-            is_bytes = dtype.name not in _NATIVE and array.dtype == np.uint8
-            if is_bytes and array.shape[-1:] == (dtype.itemsize,):
-                array = array.view(dtype).reshape(array.shape[:-1])
-            yield name, array
+        dtype = np.dtype(entries[name]["dtype"])
+        is_bytes = dtype.name not in _NATIVE and array.dtype == np.uint8
+        if is_bytes and array.shape[-1:] == (dtype.itemsize,):
+            array = array.view(dtype).reshape(array.shape[:-1])
+        yield name, array
 
 
 def _read_folder(

@@ -3,6 +3,7 @@
 import base64
 import copy
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -957,6 +959,28 @@ def test_of_two_saves_of_a_folder_one_wins(tmp_path):
     (tree,) = won
     assert_same(checkpoint.load(path), tree)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_may_be_replaced_while_it_is_read(tmp_path):
+    path = tmp_path / "step.safetensors"
+    is_read = threading.Event()
+
+    def save_without_end():
+        for i in itertools.cycle(range(1, 4)):
+            checkpoint.save(path, {name: np.full(10_000, i) for name in "ab"})
+            if is_read.is_set():
+                return
+
+    checkpoint.save(path, {name: np.zeros(10_000, int) for name in "ab"})
+    thread = threading.Thread(target=save_without_end)
+    thread.start()
+    try:
+        for read in [checkpoint.load, checkpoint.read] * 30:
+            found = read(path)
+            assert len({*found["a"], *found["b"]}) == 1
+    finally:
+        is_read.set()
+        thread.join()
 
 
 RACE = """
