@@ -377,19 +377,15 @@ def _of_orbax(path: str, types: bool) -> Leaves | None:
         tree = getattr(found, "tree", found)
         if tree is None:
             return None
-        check_size(path, tree)
+        _check_size(path, tree)
         if not types:
             args = orbax.args.PyTreeRestore(restore_args=jax.tree.map(how, tree))
             tree = checkpointer.restore(path, args=args)
         return _numbers(tree, types)
 
 
-def check_size(path: str, tree: Any) -> None:
-    """Checks that a folder can hold what orbax says of its arrays.
-
-    Raises:
-      ValueError: If not.
-    """
+def _check_size(path: str, tree: Any) -> None:
+    """Checks that a folder can hold what orbax says of its arrays."""
     claimed = 0
     for leaf in jax.tree.leaves(tree):
         chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()

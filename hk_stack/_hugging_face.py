@@ -14,6 +14,8 @@ import numpy as np
 from hk_stack import _formats
 from hk_stack._checks import one_of
 
+_NONE = "$."  # Matches nothing.
+
 
 class _Family(NamedTuple):
     """What names of modules and leaves say, as patterns of the ends of paths.
@@ -29,33 +31,33 @@ class _Family(NamedTuple):
 
     embeddings: str
     unbiased: str
-    plain: str = "$."
-    dropped: str = "$."
+    plain: str = _NONE
+    dropped: str = _NONE
     scale: str = "scale"
-    inputs_first: str = "$."
+    inputs_first: str = _NONE
 
 
 _FAMILIES = {
     "bert": _Family(
-        embeddings="(word|position|token_type)_embeddings",
-        unbiased="predictions/decoder|seq_relationship",
+        "(word|position|token_type)_embeddings",
+        "predictions/decoder|seq_relationship",
         plain="predictions/bias",
         dropped="embeddings/(position_ids|token_type_ids)",
     ),
     "gpt2": _Family(
-        embeddings="wte|wpe",
-        inputs_first="c_attn|c_proj|c_fc|q_attn",
-        unbiased="lm_head|score",
+        "wte|wpe",
+        "lm_head|score",
         dropped="(attn|crossattention)/(masked_)?bias",
+        inputs_first="c_attn|c_proj|c_fc|q_attn",
     ),
     "t5": _Family(
-        embeddings="shared|embed_tokens|relative_attention_bias",
-        unbiased="(Self|EncDec)Attention/[qkvo]|DenseReluDense/w[io](_[01])?|lm_head",
+        "shared|embed_tokens|relative_attention_bias",
+        "(Self|EncDec)Attention/[qkvo]|DenseReluDense/w[io](_[01])?|lm_head",
         scale="weight",
     ),
     "vit": _Family(
-        embeddings="$.",
-        unbiased="attention/(query|key|value)",
+        _NONE,
+        "attention/(query|key|value)",
         plain="embeddings/(cls_token|mask_token|position_embeddings)",
     ),
 }
@@ -76,15 +78,15 @@ def in_flax(tree: Any, family: str, where: str) -> Any:
     for path, leaf in leaves.items():
         if _ends(rules.dropped, path):
             continue
-        known = _known(path, leaf, leaves, rules)
-        if known is None:
+        name, axes = _known(path, leaf, leaves, rules) or ("", ())
+        at = (*path[:-1], name)
+        if not name or at in found:
             raise ValueError(
                 f"{where}: {'.'.join(path)} {leaf.dtype}{list(leaf.shape)} is not one "
                 f"of {family!r} that is known. Without family=, leaves are read as "
                 "they are: the weight of a Linear is then Flax's kernel, transposed."
             )
-        name, axes = known
-        found[*path[:-1], name] = _transposed(leaf, axes)
+        found[at] = _transposed(leaf, axes)
     return _formats.nested(found.items())
 
 
@@ -95,6 +97,8 @@ def _known(
     rules: _Family,
 ) -> tuple[str, tuple[int, ...]] | None:
     """Its name in Flax, and the order of its axes there, if they are certain."""
+    if not path:
+        return None
     *module, name = path
     name = {"gamma": "weight", "beta": "bias"}.get(name, name)
     same = tuple(range(leaf.ndim))

@@ -311,7 +311,9 @@ def test_weights_of_pytorch(family, tmp_path):
 def test_weights_that_do_not_fit_are_not_guessed(tmp_path):
     path = tmp_path / "a.safetensors"
     linear = {"pooler.dense.weight": np.ones([2, 3]), "pooler.dense.bias": np.ones(3)}
-    for leaves in (linear, {"a.weight": np.ones([2, 2])}, {"a.kernel": np.ones([2])}):
+    twice = {"LayerNorm.weight": np.ones(2), "LayerNorm.gamma": np.ones(2)}
+    square = {"a.weight": np.ones([2, 2])}
+    for leaves in (linear, twice, square, {"a.kernel": np.ones([2])}):
         safetensors.save_file(leaves, path)
         parts = [path, next(iter(leaves)), "Without family="]
         assert_error(ValueError, parts, checkpoint.read, path, family="bert")
