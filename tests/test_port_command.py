@@ -124,12 +124,6 @@ def test_what_would_go_where(variables, of_haiku, tmp_path, run):
     assert run(path, f"--like={of_haiku}", "--ignore=tail")[0] == 0
 
 
-def test_weights_of_pytorch(tmp_path, run):
-    path = as_npz(tmp_path / "a", {"wte": {"weight": np.ones([9, 4])}})
-    code, text, _ = run(path, "--family=gpt2")
-    assert code == 0 and "wte/embedding" in text
-
-
 def test_names_and_collections_on_the_command_line(variables, of_haiku, tmp_path, run):
     params = dict(variables["params"])
     params["logits"] = params.pop("head")
@@ -190,3 +184,9 @@ def test_libraries_that_are_missing(
     code, _, error = run(path)
     assert code == 2
     assert f"this needs {library}: pip install 'hk_stack[{extra}]'" in error
+
+
+def test_weights_of_pytorch(tmp_path, run):
+    path = as_npz(tmp_path / "a", {"wte": {"weight": np.ones([9, 4])}})
+    code, text, _ = run(path, "--family=gpt2")
+    assert code == 0 and "wte/embedding" in text
