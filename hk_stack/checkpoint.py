@@ -8,6 +8,8 @@ is stacked or per-layer, and how deep (`L`). So a load into another depth or lay
 say so. Orbax finds out what was altered; files have checksums for that.
 
 Neither format is ever half there: it is written under another name first.
+
+What others wrote, in these formats and in more, is read by `read`.
 """
 
 import collections
@@ -166,7 +168,11 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
     arrays, content = _prepare(path, tree, layers, where)
     # Orbax writes no empty arrays. A stand-in keeps their name, metadata the rest.
     item = {name: x if x.size else np.zeros(1, bool) for name, x in arrays.items()}
-    checkpointer = orbax.AsyncCheckpointer(orbax.CompositeCheckpointHandler())
+    # Folders are made at once: an orbax that cannot make them waits for minutes.
+    checkpointer = orbax.AsyncCheckpointer(
+        orbax.CompositeCheckpointHandler(),
+        async_options=orbax.AsyncOptions(create_directories_asynchronously=False),
+    )
     with contextlib.ExitStack() as undo:
         # Orbax writes at the same place whoever writes: a mixture, if there are two.
         draft, name = None, ""
@@ -474,7 +480,9 @@ def _finish(
             found = _formats.line(error)
             if os.path.lexists(path):
                 found = "something else was saved there meanwhile, and stays"
-            raise ValueError(f"{where}: not saved: {found}.") from error
+            raise ValueError(
+                f"{where}: not saved: {found}. Save under another name."
+            ) from error
 
 
 def _of_first_process(text: str) -> str:
