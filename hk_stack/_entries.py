@@ -201,14 +201,20 @@ def check(content: dict[str, Any]) -> None:
 # The comparison of what was saved with what it shall be loaded into.
 
 
+@functools.lru_cache
+def _keys_of(kind: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """The type of random keys that have data of this shape: slow to find out."""
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    return jax.eval_shape(wrap, jax.ShapeDtypeStruct(shape, dtype))
+
+
 def saved_leaves(content: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves that were saved, in nested dicts."""
     leaves = {}
     for name, entry in content["leaves"].items():
         spec = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
         if "key" in entry:
-            wrap = functools.partial(jax.random.wrap_key_data, impl=entry["key"])
-            spec = jax.eval_shape(wrap, spec)
+            spec = _keys_of(entry["key"], spec.shape, spec.dtype)
         leaves[name] = Leaf(tuple(map(DictKey, entry["path"])), spec)
     return leaves
 
