@@ -8,26 +8,28 @@ is stacked or per-layer, and how deep (`L`). So a load into another depth or lay
 say so. Orbax finds out what was altered; files have checksums for that.
 
 Neither format is ever half there: it is written under another name first.
+
+What others wrote, in these formats and in more, is read by `read`.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import importlib
 import json
 import os
 import re
-import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, keystr
+from jax.experimental import multihost_utils
+from jax.tree_util import GetAttrKey
 
-from hk_stack import _layout, _naming
-from hk_stack._checks import path_name
+from hk_stack import _entries, _formats, _hugging_face, _layout, _naming, _whole
 
 Path = str | os.PathLike[str]
 
@@ -109,22 +111,25 @@ def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
 class Saving:
     """A folder that is being written; made by `save_async`."""
 
-    def __init__(self, checkpointer: Any, path: str, where: str):
-        self._checkpointer = checkpointer
-        self._path = path
+    def __init__(self, finish: Callable[[], None], where: str):
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._done = thread.submit(finish)
+        thread.shutdown(wait=False)
         self._where = where
 
     def wait(self) -> None:
         """Returns once the folder is complete, under its final name.
 
         Raises:
-          ValueError: If orbax could not write it.
+          ValueError: If orbax could not write it, or another process wrote one of that
+            name meanwhile, which stays as it is.
         """
-        with _explained(f"{self._where}: orbax could not write it"):
-            self._checkpointer.close()
-        # Orbax tells of a failure once only.
-        if not os.path.isdir(self._path):
-            raise ValueError(f"{self._where}: orbax did not write it.")
+        error = self._done.exception()
+        failed = _of_first_process("failed" if error else "")
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError(f"{self._where}: the first process could not write it.")
 
 
 def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> Saving:
@@ -163,12 +168,28 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
     arrays, content = _prepare(path, tree, layers, where)
     # Orbax writes no empty arrays. A stand-in keeps their name, metadata the rest.
     item = {name: x if x.size else np.zeros(1, bool) for name, x in arrays.items()}
-    checkpointer = orbax.AsyncCheckpointer(orbax.CompositeCheckpointHandler())
-    with _explained(f"{where}: orbax could not write it"):
-        about = orbax.args.JsonSave(content)
-        both = orbax.args.Composite(arrays=orbax.args.PyTreeSave(item), about=about)
-        checkpointer.save(path, args=both)
-    return Saving(checkpointer, path, where)
+    # Folders are made at once: an orbax that cannot make them waits for minutes.
+    checkpointer = orbax.AsyncCheckpointer(
+        orbax.CompositeCheckpointHandler(),
+        async_options=orbax.AsyncOptions(create_directories_asynchronously=False),
+    )
+    with contextlib.ExitStack() as undo:
+        # Orbax writes at the same place whoever writes: a mixture, if there are two.
+        draft, name = None, ""
+        try:
+            if jax.process_index() == 0:
+                draft = undo.enter_context(contextlib.closing(_whole.Draft(path)))
+        finally:  # The others wait to be told.
+            name = _of_first_process(draft.name if draft else "")
+        if not name:
+            raise ValueError(f"{where}: the first process cannot write there.")
+        inside = os.path.join(os.path.dirname(path), name, os.path.basename(path))
+        with _explained(f"{where}: orbax could not write it"):
+            about = orbax.args.JsonSave(content)
+            both = orbax.args.Composite(arrays=orbax.args.PyTreeSave(item), about=about)
+            checkpointer.save(inside, args=both)
+        undo.pop_all()
+    return Saving(functools.partial(_finish, checkpointer, draft, path, where), where)
 
 
 def load(
@@ -214,26 +235,95 @@ def load(
       ImportError: If safetensors or orbax is not installed.
     """
     where, path = _existing(path, "load")
-    content = _part(_content(path), at, where)
-    if layers is None:
-        return _load(path, content, like, where, at)
-    names = _naming.naming_map(layers, "layers", where)
-    asked = _leaves(like, f"{where}: like", at)
-    layout = _layers_in(asked, names, f"{where}: like").layout
-    if layout == _layers_in(_saved(content), names, where).layout:
-        return _load(path, content, like, where, at)
-    back, forth = _layout.stack_params, _layout.unstack_params
-    if layout == "stacked":
-        back, forth = forth, back
-    # Of arrays of JAX, their types do: converted, the arrays would take memory.
-    structure = jax.tree.structure(like)
-    light = (
-        x.spec if isinstance(x.value, jax.Array) else x.value for x in asked.values()
-    )
-    other = back(jax.tree.unflatten(structure, light), names)
-    loaded = forth(_load(path, content, other, where, at), names)
+    with _opened(path) as file:
+        content = _part(_content(path, file), at, where)
+        load_into = functools.partial(_load, path, file, content, where, at)
+        if layers is None:
+            return load_into(like)
+        names = _naming.naming_map(layers, "layers", where)
+        asked = _entries.leaves_of(like, f"{where}: like", at)
+        layout = _entries.layers_in(asked, names, f"{where}: like").layout
+        saved = _entries.saved_leaves(content)
+        if layout == _entries.layers_in(saved, names, where).layout:
+            return load_into(like)
+        back, forth = _layout.stack_params, _layout.unstack_params
+        if layout == "stacked":
+            back, forth = forth, back
+        # Of arrays of JAX, their types do: converted, the arrays would take memory.
+        structure = jax.tree.structure(like)
+        light = (
+            x.spec if isinstance(x.value, jax.Array) else x.value
+            for x in asked.values()
+        )
+        other = back(jax.tree.unflatten(structure, light), names)
+        loaded = forth(load_into(other), names)
     placed = map(_placed, jax.tree.leaves(loaded), asked.values())
     return jax.tree.unflatten(structure, placed)
+
+
+def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
+    """Reads a checkpoint, whoever wrote it, as nested dicts.
+
+    In words: what is in the file or folder, under the names that it has there, for
+    `hk_stack.flax_to_haiku` and its like. In formats with checksums (`.npz`, folders of
+    orbax but old ones, what `save` wrote), what was altered is found; in others, only
+    what cannot be.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from hk_stack import checkpoint
+    >>> path = tempfile.mkdtemp() + "/params.npz"
+    >>> np.savez(path, **{"params/Dense_0/kernel": np.ones([2, 3], np.float32)})
+    >>> checkpoint.read(path, types=True)
+    {'params': {'Dense_0': {'kernel': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}}}
+
+    - Folders of orbax: a tree, or a step of a `CheckpointManager` (`run/700`). Several
+      items are dicts by their names. Items of JSON are left out.
+    - Files of `flax.training.checkpoints` and of `flax.serialization.to_bytes`.
+    - `.npz`, `.npy`, `.safetensors` and `.safetensors.index.json`: names with slashes,
+      or with dots instead, are nested dicts.
+    - What `save` wrote: as `load(path)`.
+
+    Texts are left out. Pickles (`.pkl`, `torch.save`, NumPy arrays of objects) run code
+    when they are read, and are refused.
+
+    Args:
+      path: A file or folder.
+      family: For weights that a model of Hugging Face has saved in PyTorch: "bert",
+        "gpt2", "t5" or "vit". They get the names and axes that this model has in Flax:
+        `kernel` for `weight`, transposed. By default, nothing is renamed.
+      types: Whether to give `jax.ShapeDtypeStruct`s; arrays are not even read then,
+        unless the format is that of Flax.
+
+    Returns:
+      Nested dicts of numpy arrays. NNX's variables are the arrays in them.
+
+    Raises:
+      ValueError: If the file is truncated or altered, of a format or type that is not
+        known, a pickle, or not of that `family`.
+      OSError: If there is no such path, or it cannot be opened.
+      ImportError: If safetensors, orbax or Flax is needed and not installed.
+    """
+    where, path = _found(path, "read")
+    if not _is_own(path):
+        tree = _formats.read(path, types)
+    elif types:
+        with _opened(path) as file:
+            leaves = _entries.saved_leaves(_content(path, file)).values()
+        tree = _formats.nested((leaf.keys, leaf.spec) for leaf in leaves)
+    else:
+        tree = load(path)
+    return _hugging_face.in_flax(tree, family, where) if family else tree
+
+
+def _is_own(path: str) -> bool:
+    """Whether `save` wrote this, as far as can be seen."""
+    if os.path.isdir(path):
+        items = (os.path.join(path, item) for item in ("about", "arrays"))
+        return all(map(os.path.isdir, items))
+    with contextlib.suppress(ValueError, ImportError), _opened(path) as file:
+        return file is not None and _FORMAT in (file.metadata() or {})
+    return False
 
 
 def metadata(path: Path) -> Metadata:
@@ -254,9 +344,10 @@ def metadata(path: Path) -> Metadata:
       ImportError: If safetensors or orbax is not installed.
     """
     _, path = _existing(path, "metadata")
-    content = _content(path)
+    with _opened(path) as file:
+        content = _content(path, file)
     depth = content["depth"]
-    leaves = {name: leaf.spec for name, leaf in _saved(content).items()}
+    leaves = {name: leaf.spec for name, leaf in _entries.saved_leaves(content).items()}
     depth = tuple(depth) if isinstance(depth, list) else depth
     return Metadata(content["layout"], depth, leaves)
 
@@ -323,71 +414,6 @@ def _is_checkpoint(path: str) -> bool:
 _PARTIAL = ".orbax-checkpoint-tmp"  # How orbax names what it has not finished.
 
 
-class _Leaf(NamedTuple):
-    """A leaf of a tree, or one that was saved. As text, its type.
-
-    Attributes:
-      path: Where it is: a key for each step from the root.
-      spec: Its shape and dtype, and the sharding that it has to have.
-      value: The leaf itself; None if it was saved.
-    """
-
-    path: tuple[Any, ...]
-    spec: jax.ShapeDtypeStruct
-    value: Any = None
-
-    def __str__(self) -> str:
-        return f"{self.spec.dtype.name}{list(self.spec.shape)}"
-
-    @property
-    def is_key(self) -> bool:
-        return bool(jnp.issubdtype(self.spec.dtype, jax.dtypes.prng_key))
-
-
-_Leaves = Mapping[str, _Leaf]
-_OF_JAX = (jax.Array, jax.ShapeDtypeStruct)
-
-
-def _leaves(tree: Any, where: str, at: str = "") -> dict[str, _Leaf]:
-    """The leaves of a tree by name, after a check that each is an array."""
-    leaves: dict[str, _Leaf] = {}
-    for path, value in jax.tree.leaves_with_path(tree):
-        name = "/".join(filter(None, [at, path_name(path)])) or "leaf"
-        if name in leaves:
-            raise ValueError(
-                f"{where}: {keystr(leaves[name].path)} and {keystr(path)} would both "
-                f"be named {name!r}. Rename a module or a leaf."
-            )
-        leaves[name] = _Leaf(path, _spec(value, f"{where}: leaf {name!r}"), value)
-    if not leaves or "__metadata__" in leaves:
-        found = "a leaf named '__metadata__'" if leaves else "no leaves"
-        raise ValueError(f"{where}: the tree has {found}; expected named arrays.")
-    return leaves
-
-
-def _spec(value: Any, at: str) -> jax.ShapeDtypeStruct:
-    """What a leaf is, after a check that it is an array."""
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(f"{at} is traced. Save and load outside of jit and grad.")
-    array = np.asarray(value) if isinstance(value, int | float | complex) else value
-    is_array = isinstance(array, (*_OF_JAX, np.ndarray, np.generic))
-    kinds = (np.number, np.bool_, jax.dtypes.prng_key)
-    if not (is_array and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)):
-        raise TypeError(
-            f"{at} is a {type(value).__name__} ({value!r}); expected an array. Keep "
-            "what is no number beside the checkpoint."
-        )
-    if isinstance(array, np.ndarray) and not array.dtype.isnative:
-        raise ValueError(
-            f"{at} is {array.dtype!r}, of foreign byte order. Write "
-            "x.astype(x.dtype.newbyteorder('='))."
-        )
-    # None for numpy, or if JAX may choose.
-    is_free = isinstance(array, jax.Array) and not array.committed
-    sharding = None if is_free else getattr(array, "sharding", None)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
 # Saving
 
 
@@ -395,8 +421,9 @@ def _prepare(
     path: str, tree: Any, layers: _naming.Maps | None, where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays to write, by name, and the metadata to write beside them."""
-    leaves = _leaves(tree, where)
+    leaves = _entries.leaves_of(tree, where)
     arrays, entries = {}, {}
+    insides = collections.Counter(name.rpartition("/")[0] for name in leaves)
     for name, leaf in leaves.items():
         array = arrays[name] = _stored(leaf, f"{where}: leaf {name!r}")
         if _is_file(path) and not getattr(array, "is_fully_addressable", True):
@@ -404,8 +431,11 @@ def _prepare(
                 f"{where}: arrays are spread over several processes. Save them with "
                 f"orbax: a path without {_SUFFIX}."
             )
+        # NNX's box around an array is no dict to load it into.
+        is_value = leaf.path[-1:] == (GetAttrKey("value"),)
+        is_boxed = is_value and insides[name.rpartition("/")[0]] == 1
         entries[name] = {
-            "path": [path_name((key,)) for key in leaf.path],
+            "path": leaf.keys[:-1] if is_boxed else leaf.keys,
             "shape": list(array.shape),
             "dtype": array.dtype.name,
             "crc32": _checksum(array) if _is_file(path) else None,
@@ -415,12 +445,12 @@ def _prepare(
     noted: dict[str, Any] = {"layout": "none", "depth": None, "modules": {}}
     if layers is not None:
         names = _naming.naming_map(layers, "layers", where)
-        noted = _layers_in(leaves, names, where).noted(names)
+        noted = _entries.layers_in(leaves, names, where).noted(names)
     content = {"format": _FORMAT, "version": _VERSION, **noted, "leaves": entries}
     return arrays, content | {"crc32": _checksum_of_content(content)}
 
 
-def _stored(leaf: _Leaf, at: str) -> Any:
+def _stored(leaf: _entries.Leaf, at: str) -> Any:
     """The array that stands for a leaf: the data of a typed key, else the leaf."""
     value = leaf.value
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -433,107 +463,52 @@ def _stored(leaf: _Leaf, at: str) -> Any:
     return np.asarray(array) if is_local or not isinstance(array, jax.Array) else array
 
 
-class _Layers(NamedTuple):
-    """Whether a tree is stacked or per-layer, and how deep, by stacked module."""
-
-    layout: str
-    depths: dict[str, int]
-
-    @property
-    def depth(self) -> int | list[int]:
-        depths = sorted(set(self.depths.values()))
-        return depths[0] if len(depths) == 1 else depths
-
-    def noted(self, names: _naming.Map) -> dict[str, Any]:
-        """What the metadata says: by stacked module, its name in each layer.
-
-        That of layer L, which tells a deeper tree when loading, comes last.
-        """
-        modules: dict[str, list[str]] = {}
-        for module, depth in sorted(self.depths.items()):
-            modules[module] = [names.stacked_to_flat(module, i) for i in range(depth)]
-            with contextlib.suppress(ValueError, LookupError):  # It may end at L.
-                modules[module].append(names.stacked_to_flat(module, depth))
-        return {"layout": self.layout, "depth": self.depth, "modules": modules}
-
-
-def _layers_in(leaves: _Leaves, names: _naming.Map, where: str) -> _Layers:
-    """The layers of a tree, by the names of its modules and, in a stack, by shapes."""
-    modules: dict[str, str] = {}
-    for name, leaf in leaves.items():
-        for key in leaf.path[:-1]:  # The last is the leaf's own.
-            module = getattr(key, "key", None)
-            if not isinstance(module, str):
-                continue
-            if _naming.is_stacked(names, module) or _naming.place_of(names, module):
-                modules.setdefault(name, module)
-    # The first layer may be named as a stack is: `linear`, `linear_1`.
-    flat = [name for name in modules if not _naming.is_stacked(names, modules[name])]
-    stacked = [name for name in modules if not _naming.place_of(names, modules[name])]
-    if not modules:
-        raise ValueError(
-            f"{where}: no module of the tree is a layer to {names}. The leaves are: "
-            f"{_listed(leaves, 8)}. Give the naming map of this stack, or leave "
-            "`layers` out."
-        )
-    if flat and stacked:
-        raise ValueError(
-            f"{where}: {flat[0]} is of one layer, {stacked[0]} of a stack. "
-            "Convert one of them, or save the two trees on their own."
-        )
-    if not flat:
-        return _Layers("stacked", _leading_sizes(leaves, modules, names, where))
-    depths: dict[str, int] = {}
-    for module in modules.values():
-        of_stack, layer = _naming.place_of(names, module) or (module, 0)
-        depths[of_stack] = max(depths.get(of_stack, 0), 1 + layer)
-    return _Layers("per-layer", depths)
-
-
-def _leading_sizes(
-    leaves: _Leaves, modules: Mapping[str, str], names: _naming.Map, where: str
-) -> dict[str, int]:
-    """Those of the leaves of each module, which are given by leaf.
-
-    The leaves nearest to the root decide, parameters and state: an optimiser's state
-    may hold some of other shapes.
-    """
-    sizes: dict[str, int] = {}
-    nearest: dict[Any, str] = {}
-    for name in sorted(modules, key=lambda name: len(leaves[name].path)):
-        first = nearest.setdefault(_naming.stack_of(names, modules[name]), name)
-        one, other = (leaves[name].spec.shape for name in (first, name))
-        is_near = len(leaves[name].path) == len(leaves[first].path)
-        if is_near and (not one or one[:1] != other[:1]):
+def _finish(
+    checkpointer: Any, draft: _whole.Draft | None, path: str, where: str
+) -> None:
+    """Waits until orbax has written a folder, and gives it its name."""
+    with contextlib.ExitStack() as afterwards:
+        if draft is not None:
+            afterwards.callback(draft.close)
+        with _explained(f"{where}: orbax could not write it"):
+            checkpointer.close()
+        if draft is None:
+            return
+        try:
+            draft.publish()
+        except OSError as error:
+            found = _formats.line(error)
+            if os.path.lexists(path):
+                found = "something else was saved there meanwhile, and stays"
             raise ValueError(
-                f"{where}: {first} has shape {one}, {name} has shape {other}; expected "
-                "one leading axis L in all leaves of the stack. Give the naming map of "
-                "one stack, or leave `layers` out."
-            )
-        sizes[modules[name]] = one[0]
-    return sizes
+                f"{where}: not saved: {found}. Save under another name."
+            ) from error
+
+
+def _of_first_process(text: str) -> str:
+    """What the first process says, to all."""
+    if jax.process_count() == 1:
+        return text
+    said = np.frombuffer(text.encode().ljust(64, b"\0"), np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8)
+    return heard.tobytes().rstrip(b"\0").decode()
 
 
 def _write_file(
     path: str, arrays: Mapping[str, Any], content: Mapping[str, Any], where: str
 ) -> None:
     numpy = _library("safetensors.numpy")
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)  # As orbax does.
-    partial = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     natives = {name: _native(array) for name, array in arrays.items()}
-    try:
-        with open(partial, "xb") as file:
+    with contextlib.closing(_whole.Draft(path)) as draft:
+        with open(draft.inside, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         with _explained(f"{where}: safetensors could not write it"):
-            numpy.save_file(natives, partial, {_FORMAT: json.dumps(content)})
-        os.chmod(partial, mode)  # Safetensors makes files that only their owner reads.
-        with open(partial, "r+b") as file:
+            numpy.save_file(natives, draft.inside, {_FORMAT: json.dumps(content)})
+        # Safetensors makes files that only their owner reads.
+        os.chmod(draft.inside, mode)
+        with open(draft.inside, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+        draft.publish()
 
 
 def _native(value: Any) -> np.ndarray:
@@ -553,14 +528,22 @@ def _checksum_of_content(content: Mapping[str, Any]) -> int:
 # Loading
 
 
-def _existing(path: Path, verb: str) -> tuple[str, str]:
-    """How errors name the path, and the path, after a check of what is there."""
+def _found(path: Path, verb: str) -> tuple[str, str]:
+    """How errors name the path, and the path, if there is something to read."""
     path = _absolute(path)
     where = f"checkpoint.{verb} of {path}"
     if not os.path.exists(path):
         other = path.removesuffix(_SUFFIX) if _is_file(path) else f"{path}{_SUFFIX}"
         hint = f" There is {other}, though." if os.path.exists(other) else ""
-        raise FileNotFoundError(f"{where}: there is no such path.{hint}")
+        raise FileNotFoundError(f"{where}: there is no such file or folder.{hint}")
+    if not os.path.isdir(path) and not os.path.isfile(path):  # A pipe may never end.
+        raise ValueError(f"{where}: this is neither a file nor a folder.")
+    return where, path
+
+
+def _existing(path: Path, verb: str) -> tuple[str, str]:
+    """The same, if it may be what `save` wrote."""
+    where, path = _found(path, verb)
     if os.path.isdir(path) == _is_file(path):
         found = "folder" if os.path.isdir(path) else "file"
         raise ValueError(
@@ -570,12 +553,11 @@ def _existing(path: Path, verb: str) -> tuple[str, str]:
     return where, path
 
 
-def _content(path: str) -> dict[str, Any]:
+def _content(path: str, file: Any) -> dict[str, Any]:
     """The metadata that `save` wrote."""
-    library = "safetensors" if _is_file(path) else "orbax"
     content = None
-    if library == "safetensors":
-        with _open_file(path) as file:
+    if file is not None:
+        with _reading(path, "safetensors"):
             content = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
     elif os.path.isdir(os.path.join(path, "about")):
         args = _library("orbax.checkpoint").args.JsonRestore()
@@ -583,15 +565,23 @@ def _content(path: str) -> dict[str, Any]:
     if not (isinstance(content, dict) and content.get("format") == _FORMAT):
         raise ValueError(
             f"{path} has no metadata of hk_stack.checkpoint: something else wrote it, "
-            f"or it was altered. If it is of use, read it with {library} itself."
+            "or it was altered. If it is of use, read it as it is: "
+            "checkpoint.read(path)."
         )
-    if content.pop("crc32", None) != _checksum_of_content(content):
-        raise _altered(path, "its metadata is not what was saved")
-    if content["version"] > _VERSION:
+    with _explained(f"{path} {_ALTERED}: its metadata cannot be read", _INSTEAD):
+        noted = content.pop("crc32", None)
+        is_whole = noted == _checksum_of_content(content)
+    version = content.get("version")
+    if type(version) is int and version > _VERSION:  # May have checksums of its own.
+        altered = "" if is_whole else f", or {_ALTERED}"
         raise ValueError(
-            f"{path} is of version {content['version']} of its format; this hk_stack "
-            f"knows version {_VERSION}. Update hk_stack."
+            f"{path} is of version {version} of its format{altered}; this hk_stack "
+            f"knows version {_VERSION}. Update hk_stack{'' if is_whole else _OR_ELSE}."
         )
+    if not is_whole:
+        raise _altered(path, "its metadata is not what was saved")
+    with _explained(f"{path} {_ALTERED}: its metadata is not of its format", _INSTEAD):
+        _entries.check(content)
     return content
 
 
@@ -611,21 +601,23 @@ def _part(content: dict[str, Any], at: str, where: str) -> dict[str, Any]:
         )
         raise ValueError(
             f"{where}: the checkpoint has no part {at!r}. Give one of its parts, such "
-            f"as {_listed(known, 8)}."
+            f"as {_formats.listed(known, 8)}."
         )
     return {**content, "leaves": entries}
 
 
-def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str) -> Any:
+def _load(
+    path: str, file: Any, content: Mapping[str, Any], where: str, at: str, like: Any
+) -> Any:
     """What `load` gives, in the layout that it is in."""
-    entries, saved = content["leaves"], _saved(content)
+    entries, saved = content["leaves"], _entries.saved_leaves(content)
     leaves = saved
     if like is not None:
-        leaves = _leaves(like, f"{where}: like", at)
-        misfit = next(_misfits(leaves, saved, content), None)
+        leaves = _entries.leaves_of(like, f"{where}: like", at)
+        misfit = next(_entries.misfits(leaves, saved, content), None)
         if misfit:
             raise ValueError(f"{where}: {misfit}")
-    read = _read_file if _is_file(path) else _read_folder
+    read = _read_folder if file is None else functools.partial(_read_file, file)
     placed: dict[str, Any] = {}
     array: Any
     for name, array in read(path, entries, leaves):
@@ -636,38 +628,35 @@ def _load(path: str, content: Mapping[str, Any], like: Any, where: str, at: str)
     if like is not None:
         structure = jax.tree.structure(like)
         return jax.tree.unflatten(structure, [placed[name] for name in leaves])
-    root: dict[str, Any] = {}
-    for name, leaf in placed.items():
-        node, keys = root, ["", *entries[name]["path"]]
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
-    return root[""]
+    return _formats.nested((saved[name].keys, leaf) for name, leaf in placed.items())
 
 
-@contextlib.contextmanager
-def _open_file(path: str) -> Iterator[Any]:
+def _opened(path: str) -> contextlib.AbstractContextManager[Any]:
+    """A file, to be read from though another one may replace it; None for a folder."""
+    if not _is_file(path):
+        return contextlib.nullcontext()
     library = _library("safetensors")
-    with _reading(path, "safetensors"), library.safe_open(path, "numpy") as file:
-        yield file
+    with _reading(path, "safetensors"):
+        file: contextlib.AbstractContextManager[Any] = library.safe_open(path, "numpy")
+    return file
 
 
 def _read_file(
-    path: str, entries: Mapping[str, Any], likes: _Leaves
+    file: Any, path: str, entries: Mapping[str, Any], likes: _entries.Leaves
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays by name, one after the other."""
-    with _open_file(path) as file:
-        for name in likes:
+    for name in likes:
+        with _reading(path, "safetensors"):
             array = file.get_tensor(name)
-            dtype = np.dtype(entries[name]["dtype"])
-            is_bytes = dtype.name not in _NATIVE and array.dtype == np.uint8
-            if is_bytes and array.shape[-1:] == (dtype.itemsize,):
-                array = array.view(dtype).reshape(array.shape[:-1])
-            yield name, array
+        dtype = np.dtype(entries[name]["dtype"])
+        is_bytes = dtype.name not in _NATIVE and array.dtype == np.uint8
+        if is_bytes and array.shape[-1:] == (dtype.itemsize,):
+            array = array.view(dtype).reshape(array.shape[:-1])
+        yield name, array
 
 
 def _read_folder(
-    path: str, entries: Mapping[str, Any], likes: _Leaves
+    path: str, entries: Mapping[str, Any], likes: _entries.Leaves
 ) -> Iterator[tuple[str, Any]]:
     """Arrays by name, on the shardings of `likes`."""
     orbax = _library("orbax.checkpoint")
@@ -678,6 +667,8 @@ def _read_folder(
         # The data of typed keys has other axes than the keys, and is placed later.
         if sharding and "key" not in entry and 0 not in entry["shape"]:
             restore_args[name] = orbax.ArrayRestoreArgs(sharding=sharding)
+    with _reading(path, "orbax"):  # Checks that sizes are not larger than can be.
+        _formats.read(os.path.join(path, "arrays"), types=True)
     items = dict.fromkeys(likes, 0)
     args = orbax.args.PyTreeRestore(items, restore_args, partial_restore=True)
     for name, array in _restore(path, "arrays", args).items():
@@ -701,13 +692,13 @@ def _check_array(array: Any, name: str, entry: Mapping[str, Any], path: str) -> 
     expected = f"{entry['dtype']}{entry['shape']}"
     if found != expected:
         raise _altered(path, f"leaf {name!r} is {found}, but was saved {expected}")
-    if _is_file(path) and _checksum(array) != entry["crc32"]:
+    if _is_file(path) and _checksum(array) != entry.get("crc32"):
         raise _altered(path, f"the data of leaf {name!r} is not what was saved")
 
 
-def _placed(value: Any, like: _Leaf) -> Any:
+def _placed(value: Any, like: _entries.Leaf) -> Any:
     """The value as a leaf of the kind of `like`, and where that is."""
-    if isinstance(like.value, _OF_JAX):
+    if isinstance(like.value, _entries.OF_JAX):
         return _put(value, like.spec.sharding)
     if isinstance(like.value, np.generic):
         return np.asarray(value)[()]
@@ -724,118 +715,6 @@ def _put(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
     return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
 
 
-# The comparison of what was saved with what it shall be loaded into.
-
-
-def _saved(content: Mapping[str, Any]) -> dict[str, _Leaf]:
-    """The leaves that were saved, in nested dicts."""
-    leaves = {}
-    for name, entry in content["leaves"].items():
-        spec = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
-        if "key" in entry:
-            wrap = functools.partial(jax.random.wrap_key_data, impl=entry["key"])
-            spec = jax.eval_shape(wrap, spec)
-        leaves[name] = _Leaf(tuple(map(DictKey, entry["path"])), spec)
-    return leaves
-
-
-def _misfits(
-    asked: _Leaves, saved: _Leaves, content: Mapping[str, Any]
-) -> Iterator[str]:
-    """How a like differs from what was saved, what explains most first."""
-    shapes, others = ({n: x.spec.shape for n, x in y.items()} for y in (asked, saved))
-    if shapes != others:
-        yield from _other_layers(asked, content)
-    missing = [f"{name} {asked[name]}" for name in asked if name not in saved]
-    unexpected = [f"{name} {saved[name]}" for name in saved if name not in asked]
-    if missing or unexpected:
-        depth = f" It is {content['layout']}, with L={content['depth']} layers."
-        yield (
-            "like and the checkpoint have other leaves."
-            f"{_some('The checkpoint lacks', missing)}{_some('Like lacks', unexpected)}"
-            f"{depth if content['depth'] else ''} Give a like of all leaves that were "
-            "saved, or load a part: checkpoint.load(path, params, at='params'). "
-            "checkpoint.load(path) gives all as nested dicts, to take some of them."
-        )
-    for name, leaf in asked.items():
-        for misfit in (*_other_type(leaf, saved[name]), *_misplaced(leaf)):
-            yield f"leaf {name!r} {misfit}"
-
-
-def _other_layers(asked: _Leaves, content: Mapping[str, Any]) -> Iterator[str]:
-    """Another layout or depth, by the names that were noted."""
-    layout, depth = content["layout"], content["depth"]
-    try:
-        found = _layers_in(asked, _naming.Table(content["modules"]), "like")
-    except ValueError:  # It has no one layout: leaves are compared one by one.
-        return
-    if found.layout != layout:
-        yield (
-            f"the checkpoint is {layout} (L={depth}), like is {found.layout}. With the "
-            "naming map of the stack, it is converted: checkpoint.load(path, like, "
-            "layers=naming_map)."
-        )
-    if isinstance(depth, int) and isinstance(found.depth, int) and found.depth != depth:
-        # Of a deeper per-layer tree, only the first layer too many has a known name.
-        more = layout == "per-layer" and found.depth > depth
-        yield (
-            f"the checkpoint holds L={depth} layers ({layout}), like has "
-            f"{'more' if more else found.depth}. Change num_layers to {depth}, or take "
-            "the layers you want from what checkpoint.load(path) gives: "
-            f"{'x[:n] of leaves [L, ...]' if layout == 'stacked' else 'some modules'}."
-        )
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    return f" {what} {len(names)}: {_listed(names, 4)}." if names else ""
-
-
-def _listed(names: Iterable[str], most: int) -> str:
-    first = list(names)
-    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
-
-
-def _other_type(asked: _Leaf, saved: _Leaf) -> Iterator[str]:
-    found = f"is {saved} in the checkpoint, {asked} in like"
-    if asked.spec.dtype != saved.spec.dtype:
-        convert = f"x.astype({asked.spec.dtype.name!r})"
-        if asked.is_key or saved.is_key:
-            convert = "jax.random.key_data or wrap_key_data"
-        yield (
-            f"{found}. Nothing is cast on the way: load into a like of "
-            f"{saved.spec.dtype.name}, and convert it yourself, with {convert}."
-        )
-    shapes = asked.spec.shape, saved.spec.shape
-    differ = [str(i) for i, (x, y) in enumerate(zip(*shapes, strict=False)) if x != y]
-    what = "the number of axes"
-    if asked.spec.ndim == saved.spec.ndim:
-        what = f"axis {', '.join(differ)}"
-    if shapes[0] != shapes[1]:
-        yield f"{found}: {what} differs. Change the model."
-
-
-def _misplaced(like: _Leaf) -> Iterator[str]:
-    """Why JAX has no arrays like `like`, or no devices to put them on."""
-    sharding, dtype = like.spec.sharding, like.spec.dtype
-    if not isinstance(like.value, _OF_JAX):
-        return
-    if not like.is_key and jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        yield (
-            f"is {dtype.name}, which JAX has only with jax_enable_x64. Set that, or "
-            "give a numpy array in like."
-        )
-    if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
-        yield (
-            f"has an abstract sharding in like, without devices: {sharding}. Give "
-            "jax.sharding.NamedSharding(mesh, spec) with a mesh of devices."
-        )
-    try:
-        if sharding is not None:
-            sharding.shard_shape(like.spec.shape)
-    except ValueError as error:
-        yield f"of like does not fit its sharding: {_line(error)}"
-
-
 # Libraries, and what their errors become.
 
 
@@ -849,7 +728,7 @@ def _absolute(path: Path) -> str:
             "checkpoint: the path must be a str or an os.PathLike, not a "
             f"{type(path).__name__}. It comes first: checkpoint.save(path, tree)."
         )
-    return os.path.abspath(path)
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _library(name: str) -> Any:
@@ -864,6 +743,7 @@ def _library(name: str) -> Any:
 
 _ALTERED = "is truncated or was altered"
 _INSTEAD = "Load another copy of it."
+_OR_ELSE = ", or load another copy of it"
 
 
 def _altered(path: str, what: str) -> ValueError:
@@ -880,8 +760,5 @@ def _explained(what: str, instead: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Of many types.
-        raise ValueError(f"{what} ({_line(error)}). {instead}".strip()) from error
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+        text = f"{what} ({_formats.line(error)}). {instead}"
+        raise ValueError(text.strip()) from error

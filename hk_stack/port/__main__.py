@@ -5,32 +5,24 @@ but names, shapes and dtypes, where the format allows that. With `--like=CHECKPO
 checkpoint of the model in Haiku, it prints what would go where, and exits with 1 if
 something does not fit.
 
-A checkpoint is a folder of orbax (Flax's, or one of `hk_stack.checkpoint`), a file of
-safetensors, `.npz`, or of Flax's msgpack.
+A checkpoint is what `hk_stack.checkpoint.read` reads.
 """
 
 import builtins
 import importlib
 import importlib.util
 import math
-import os
-import pathlib
 import re
-import string
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from absl import app, flags, logging
 
 from hk_stack import _table, checkpoint
 from hk_stack.port import _leaves, _names, _rules, plan
 
 Tree = dict[str, Any]
-Leaves = Mapping[str, Any]  # By their paths; what has a shape and a dtype.
-_of: Callable[[Any, Any], Any] = jax.ShapeDtypeStruct
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
 _COLLECTIONS = flags.DEFINE_list(
@@ -46,6 +38,12 @@ _LAYER_AXIS = flags.DEFINE_integer(
     "layer_axis", None, "The axis on which nn.scan put the layers."
 )
 _CAST = flags.DEFINE_bool("cast", False, "Whether dtypes may differ.")
+_FAMILY = flags.DEFINE_enum(
+    "family",
+    None,
+    ["bert", "gpt2", "t5", "vit"],
+    "What has the names of PyTorch, of Hugging Face.",
+)
 _INTERLEAVE = flags.DEFINE_bool(
     "interleave", None, "Whether a scan is over blocks of numbered layers."
 )
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("expected one checkpoint: python -m hk_stack.port PATH")
     try:
-        tree = _collections(read(argv[1]))
+        tree = _collections(read(argv[1], _FAMILY.value))
         if _LIKE.value is None:
             print(inspected(tree))
             return
@@ -122,122 +120,10 @@ def _size(pieces: list[_leaves.Piece]) -> str:
     return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
 
 
-# Reading
-
-
-def read(path: str) -> Tree:
-    """The leaves of a checkpoint as nested dicts of `jax.ShapeDtypeStruct`s.
-
-    Raises:
-      FileNotFoundError: If there is no such path.
-      ImportError: If the library of its format is not installed.
-      ValueError: If it cannot be read.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: there is no such file or folder.")
-    is_folder, suffix = os.path.isdir(path), pathlib.Path(path).suffix
-    if suffix in (".pkl", ".pickle"):
-        raise ValueError(
-            f"{path}: a pickle runs code when it is read. If you trust it, load it "
-            "yourself, and call hk_stack.port.plan(variables, like)."
-        )
-    reader, kind = _READERS.get("folder" if is_folder else suffix, _READERS[".msgpack"])
-    try:
-        tree = _nested(reader(path))
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # Of many libraries.
-        text = f"{path}: it is no {kind}, or is damaged: {error}"
-        raise ValueError(text) from error
-    if not jax.tree.leaves(tree):
-        steps = ", ".join(sorted(os.listdir(path))[:4]) if is_folder else ""
-        inside = f" Name what is inside of it: {steps}." if steps else ""
-        raise ValueError(f"{path}: there are no arrays in it.{inside}")
-    return tree
-
-
-def _nested(leaves: Leaves) -> Tree:
-    """Nested dicts of types."""
-    tree: Tree = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split("/")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        node[last] = _of(array.shape, array.dtype)
-    return tree
-
-
-def _of_safetensors(path: str) -> Leaves:
-    """Names have slashes, or dots instead."""
-    library = _library("safetensors", "checkpoint")
-    with library.safe_open(path, "numpy") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name if "/" in name else name.replace(".", "/"): _of(
-                part.get_shape(), _dtype(part.get_dtype())
-            )
-            for name, part in slices.items()
-        }
-
-
-def _dtype(name: str) -> str:
-    """`BF16` is `bfloat16`."""
-    kind, bits = name.rstrip("0123456789"), name.lstrip(string.ascii_uppercase)
-    kinds = {"BF": "bfloat", "C": "complex", "F": "float", "I": "int", "U": "uint"}
-    return kinds.get(kind, kind.lower()) + bits
-
-
-def _of_npz(path: str) -> Leaves:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-
-
-def _of_msgpack(path: str) -> Leaves:
-    flax = _library("flax.serialization", "flax")
-    tree = flax.msgpack_restore(pathlib.Path(path).read_bytes())
-    return _named(tree)
-
-
-def _of_folder(path: str) -> Leaves:
-    """What orbax says of a folder, a checkpoint manager's or our own ones, too."""
-    orbax = _library("orbax.checkpoint", "checkpoint")
-    if os.path.isdir(os.path.join(path, "about")):
-        return dict(checkpoint.metadata(path).leaves)
-    folder = os.path.abspath(path)
-    inside = os.path.join(folder, "default")
-    with orbax.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.metadata(inside if os.path.isdir(inside) else folder)
-    found = getattr(found, "item_metadata", found)
-    return _named(getattr(found, "tree", found))
-
-
-def _named(tree: Any) -> Leaves:
-    """By their paths; `value` is a box of NNX, no name."""
-    found = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found[name.removesuffix("/value")] = leaf
+def read(path: str, family: str | None = None) -> Tree:
+    """The types of the leaves of a checkpoint, as nested dicts."""
+    found: Tree = checkpoint.read(path, family=family, types=True)
     return found
-
-
-def _library(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(
-            f"this needs {package}: pip install 'hk_stack[{extra}]'"
-        ) from error
-
-
-_READERS: dict[str, tuple[Callable[[str], Leaves], str]] = {
-    ".msgpack": (_of_msgpack, "file of Flax's msgpack"),
-    ".npz": (_of_npz, "file of NumPy"),
-    ".safetensors": (_of_safetensors, "file of safetensors"),
-    "folder": (_of_folder, "folder of orbax"),
-}
 
 
 def run() -> None:
