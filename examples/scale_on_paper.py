@@ -140,9 +140,14 @@ def block(x: jax.Array, heads: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
-def make_model(config: Config) -> hk.Transformed:
+def make_model(config: Config, mesh: Mesh) -> hk.Transformed:
     """The stack of all layers. Gradients keep the carry of each, no more."""
-    stack = hk_stack.layer_stack(config.layers, name="blocks", remat=True)
+    pipeline = None
+    if mesh.stages > 1:
+        pipeline = hk_stack.Pipeline("stages", config.microbatches)
+    stack = hk_stack.layer_stack(
+        config.layers, name="blocks", remat=True, pipeline=pipeline
+    )
     return hk.without_apply_rng(
         hk.transform(lambda x: stack(block)(x, heads=config.heads))
     )
@@ -157,7 +162,7 @@ def make_mesh(sizes: Mesh) -> jax.sharding.Mesh:
 def train_step(config: Config, sizes: Mesh) -> jax.stages.Lowered:
     """A training step on so many devices, to be compiled."""
     mesh = make_mesh(sizes)
-    model, optimiser = make_model(config), optax.adam(1e-3)
+    model, optimiser = make_model(config, sizes), optax.adam(1e-3)
     shape = config.batch, config.length, config.width
     with jax.set_mesh(mesh):
         x = jax.ShapeDtypeStruct(
@@ -166,7 +171,8 @@ def train_step(config: Config, sizes: Mesh) -> jax.stages.Lowered:
         params = jax.eval_shape(model.init, jax.random.key(0), x)
         both = params, jax.eval_shape(optimiser.init, params)
         axes = hk_stack.layer_axes(model.apply, params, x)
-        where = hk_stack.shardings(both, RULES, mesh, layer_axes=axes, layers="layers")
+        layers = "stages" if sizes.stages > 1 else "layers"
+        where = hk_stack.shardings(both, RULES, mesh, layer_axes=axes, layers=layers)
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding

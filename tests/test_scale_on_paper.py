@@ -19,13 +19,16 @@ for module in ("matplotlib", "optax", "tqdm"):
 SIZES = {"layers": 6, "width": 32, "heads": 8, "length": 16, "batch": 8}
 FLAGS = {"devices": 8, "host": 2, "stages": 2, "microbatches": 2}
 MESHES = {
-    4: [{"data": 2, "layers": 2}, {"fsdp": 2, "tensor": 2}],
+    4: [{"data": 2, "layers": 2}, {"fsdp": 2, "tensor": 2}, {"tensor": 2, "stages": 2}],
     8: [
         {"data": 8},
         {"fsdp": 8},
         {"tensor": 8},
         {"data": 4, "layers": 2},
         {"data": 2, "fsdp": 2, "tensor": 2},
+        {"stages": 2},
+        {"fsdp": 4, "stages": 2},
+        {"data": 2, "tensor": 2, "stages": 2},
     ],
 }
 
@@ -44,8 +47,14 @@ def test_bytes_and_collectives_are_those_of_the_compiled_step(sizes):
 
     # Derived values are in the place of as many parameters.
     turns = {config.layers, config.layers // mesh.layers}
-    *_, backward = hlo.carried(compiled)
-    arrays = [shape for shape in backward if shape and shape[0] in turns]
+    *others, backward = hlo.carried(compiled)
+    if mesh.stages > 1:  # The loop of ticks has one of layers in it.
+        layers = config.layers // mesh.stages
+        rows = config.batch // (mesh.data * mesh.fsdp * config.microbatches)
+        carries = layers, rows, config.length, config.width
+        assert any(carries in loop for loop in others)
+        turns, backward = {layers, example.ticks(config, mesh)}, [*backward, carries]
+    arrays = [shape for shape in backward if shape[1:] and shape[0] in turns]
     given = held.gathered if mesh.layers > 1 else held.parameters
     in_loop = example.NUMBER * sum(map(math.prod, arrays))
     assert in_loop == given + held.gradients + held.activations
@@ -71,7 +80,7 @@ def by_kind(collectives):
 def test_derived_values_are_made_before_the_loop():
     example = load("scale_on_paper")
     config, mesh = example.Config(**SIZES, **FLAGS), example.Mesh()
-    model = example.make_model(config)
+    model = example.make_model(config, mesh)
     with as_script(), jax.set_mesh(example.make_mesh(mesh)):
         x = jnp.zeros([1, config.length, config.width])
         params = jax.eval_shape(model.init, jax.random.key(0), x)
