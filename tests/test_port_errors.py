@@ -492,8 +492,8 @@ def test_a_mistake(name):
 
 def assert_rest_is_ported(flax, haiku, rules):
     """Each leaf is new or as it was, and the rest is listed."""
-    flax = {**flax, "params": {**flax["params"], "good": dense(2, 2)}}
-    haiku = {**haiku[0], "good": linear(2, 2)}, haiku[1]
+    flax = {**flax, "params": {**flax["params"], "good": dense(2, 3)}}
+    haiku = {**haiku[0], "good": linear(2, 3)}, haiku[1]
     ported, rows = hk_stack.flax_to_haiku(flax, haiku, strict=False, **rules)
     back, same = hk_stack.haiku_to_flax(haiku, flax, strict=False, **rules)
     good = flax["params"]["good"]

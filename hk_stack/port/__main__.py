@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from hk_stack import _table, checkpoint
-from hk_stack.port import _leaves, _names, _rules, plan
+from hk_stack.port import _codecs, _leaves, _names, _rules, plan
 
 Tree = dict[str, Any]
 Leaves = Mapping[str, Any]  # By their paths; what has a shape and a dtype.
@@ -97,7 +97,7 @@ def _collections(tree: Tree) -> Tree:
 def inspected(tree: Tree) -> str:
     """A table of the leaves of Flax variables, numbered ones together."""
     rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
-    for leaf in _leaves.of_flax(tree, _rules.Rules("rename", {})):
+    for leaf in _leaves.of_flax(tree, _rules.checked())[0]:
         alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
         rows.setdefault(tuple(alike), []).append(leaf)
     pieces = [piece for leaves in rows.values() for x in leaves for piece in x.pieces]
@@ -118,7 +118,7 @@ def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
     return [str(leaves[0]), in_haiku, str(len(leaves)), size]
 
 
-def _size(pieces: list[_leaves.Piece]) -> str:
+def _size(pieces: list[_codecs.Piece]) -> str:
     return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
 
 

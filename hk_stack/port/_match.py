@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from hk_stack.port import _layers, _names
-from hk_stack.port._layers import Group, Reading
+from hk_stack.port._layers import Group, Reading, Refusal
 from hk_stack.port._leaves import Leaf
 from hk_stack.port._names import Module, Path
 from hk_stack.port._rules import Said
@@ -29,7 +29,7 @@ class Matched(NamedTuple):
     """What goes, what does not fit, what is left over, and renamings to propose."""
 
     moves: list[Reading]
-    unfit: list[tuple[Group, str]]  # And why.
+    unfit: list[tuple[Group, Refusal]]
     flax: list[Leaf]
     haiku: list[Leaf]
     renames: dict[str, str]
@@ -40,19 +40,19 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
     theirs, ours = _named_alike(flax, haiku)
     groups = list(_groups(theirs, ours))
     moves: list[Reading] = []
-    unfit: list[tuple[Group, str]] = []
-    for (group, alone), found in zip(
-        groups, _layers.read([group for group, _ in groups], said), strict=True
-    ):
+    unfit: list[tuple[Group, Refusal]] = []
+    every = _layers.read([group for group, _ in groups], said)
+    is_turned = any(found.is_turned for found in every)
+    for (group, alone), found in zip(groups, every, strict=True):
         if isinstance(found, Reading):
             moves.append(found)
             continue
         # Numbers that count no layers tell modules apart, some of which are missing.
-        apart = [] if found.fits else _layers.read(alone, said)
+        apart = [] if found.fits else _layers.read(alone, said, is_turned)
         fits = [one for one in apart if isinstance(one, Reading)]
         moves += fits if len(fits) == len(apart) else []
         if not apart or len(fits) < len(apart):
-            unfit.append((group, found.why))
+            unfit.append((group, found))
     used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
     used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
     left, others = (
@@ -65,12 +65,7 @@ def _named_alike(
     flax: Sequence[Leaf], haiku: Sequence[Leaf]
 ) -> tuple[Families, Families]:
     """Families, without the modules that are around everything in one tree only."""
-    written: dict[Hashable, set[Module]] = collections.defaultdict(set)
-    for leaf in haiku:
-        written[leaf.kind, _module(leaf), leaf.path[-1]].add(_module(leaf, True))
-    # `conv1_d` and `conv2_d` are both a first convolution: only rules tell them apart.
-    several = [modules for modules in written.values() if len(modules) > 1]
-    literal = set(itertools.chain.from_iterable(several))
+    literal = _ambiguous(flax) | _ambiguous(haiku)
     theirs, ours = _families(flax, literal), _families(haiku, literal)
     for i in itertools.count():
         old, new = _inside(theirs, i), _inside(ours, i)
@@ -87,15 +82,34 @@ def _module(leaf: Leaf, literal: bool = False) -> Module:
     return _names.parts(leaf.path[:-1], literal)
 
 
-def _families(leaves: Iterable[Leaf], literal: Set[Module]) -> Families:
+def _ambiguous(leaves: Sequence[Leaf]) -> set[Hashable]:
+    """Names of modules, and of leaves, that several in one tree have.
+
+    `conv1_d` and `conv2_d` are both a first convolution, `b` and `offset` both a bias:
+    only what is written the same in both trees tells them apart.
+    """
+    modules: dict[Hashable, set[Hashable]] = collections.defaultdict(set)
+    names: dict[Hashable, set[Hashable]] = collections.defaultdict(set)
+    for leaf in leaves:
+        literal = _module(leaf, True)
+        modules[leaf.name].add(literal)
+        names[leaf.name, literal].add(leaf.path[-1])
+    of_modules = {leaf.name[:2] for leaf in leaves if len(modules[leaf.name]) > 1}
+    several = (x for x in leaves if len(names[x.name, _module(x, True)]) > 1)
+    return of_modules | {leaf.name for leaf in several}
+
+
+def _families(leaves: Iterable[Leaf], ambiguous: Set[Hashable]) -> Families:
     """Leaves by name. Where two have one name and number, neither has a place."""
     families: Families = collections.defaultdict(dict)
     twice = []
     for leaf in leaves:
-        module = _module(leaf, True)
-        module = module if module in literal else _module(leaf)
-        bases = (*(part.base for part in module), _names.leaf(leaf.path[-1]))
-        family = families[leaf.kind, bases]
+        module, name = _module(leaf), _names.leaf(leaf.path[-1])
+        if (leaf.kind, module) in ambiguous:
+            module, name = _module(leaf, True), f"{name} as written"
+        if leaf.name in ambiguous:
+            name = f"{leaf.path[-1]} as written"
+        family = families[leaf.kind, (*(part.base for part in module), name)]
         numbers = tuple(part.number for part in module)
         if family.setdefault(numbers, leaf) is not leaf:
             twice.append((family, numbers))
@@ -240,7 +254,8 @@ def _written(
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.
-        return (rule, other) if len(old[0]) == len(new[0]) else None
+        depths = {len(_names.parts(paths[0])) for paths in (old, new)}
+        return (rule, other) if len(depths) == 1 else None
     if rule.count("*") == 1 and new[0]:
         return rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)
     return None if "*" in rule else (rule, other.replace("_*", ""))
