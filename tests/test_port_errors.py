@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_equal
-from port_trees import new, right_or_refused, types
+from port_trees import (
+    assert_proposals_lead_on,
+    new,
+    proposals,
+    right_or_refused,
+    types,
+)
 
 import hk_stack
 from hk_stack import port
@@ -488,6 +494,26 @@ def test_a_mistake(name):
         assert all(text in message for message in said)
     if not (" for nothing" in name or "stars" in name):
         assert_rest_is_ported(theirs, ours, rules)
+
+
+def all_that_errors_say():
+    """Trees that are refused in this file, and rules with which they are."""
+    for name, mistake in MISTAKES.items():
+        if not (" for nothing" in name or "stars" in name):
+            yield name, *mistake.trees(), mistake.rules
+    for name, riddle in RIDDLES.items():
+        for said in ({}, riddle.said):
+            trees = {"params": riddle.flax}, (riddle.haiku, {})
+            yield f"{name}, {said}", *trees, {**riddle.given, **said}
+
+
+def test_what_an_error_proposes_leads_on():
+    """Every proposal of every error, and of what is refused then."""
+    count = 0
+    for _, theirs, ours, said in all_that_errors_say():
+        count += len(proposals(str(port.plan(types(theirs), types(ours), **said))))
+        assert_proposals_lead_on(types(theirs), types(ours), said)
+    assert count > 150
 
 
 def assert_rest_is_ported(flax, haiku, rules):

@@ -183,7 +183,10 @@ def _flax_leaf(
     collection, path, pieces, codec = one
     siblings = inside[collection, path[:-1]]
     is_offset = path[-1] == "bias" and "kernel" not in siblings
-    name = "offset" if is_offset else _names.leaf(path[-1])
+    # What is no word of Flax is written as it is: both trees may have it.
+    is_word = path[-1] in ("bias", "embedding", "kernel")
+    name = _names.leaf(path[-1]) if is_word else path[-1]
+    name = "offset" if is_offset else name
     new, count = renamed(rename, collection, path)
     found: Path = (*new, *(*path[:-1], name)[count:])
     outs = [i for i, part in enumerate(path) if part == "out" and i >= count]
