@@ -103,9 +103,6 @@ def assert_proposals_lead_on(flax, haiku, said, depth=4):
 
 def size(row):
     """How many leaves a row is about."""
-    return sum(
-        1 + int(found[1])
-        if (found := re.search(r"and (\d+) more", side))
-        else bool(side)
-        for side in (row.flax, row.haiku)
-    )
+    sides = (row.flax, row.haiku)
+    more = re.findall(r"and (\d+) more", " ".join(sides))
+    return sum(map(bool, sides)) + sum(map(int, more))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from hk_stack import _checks
-from hk_stack.port import _layers, _leaves, _match, _move, _plan, _rules
+from hk_stack.port import _layers, _leaves, _match, _move, _plan, _rules, recipes
 from hk_stack.port._gru import GRU
 from hk_stack.port._plan import Plan, Row
 from hk_stack.port._regroup import (
@@ -36,6 +36,7 @@ __all__ = (
     "haiku_to_flax",
     "pad_vocab",
     "plan",
+    "recipes",
     "split",
     "tie",
     "transpose",

@@ -146,10 +146,22 @@ def _groups(theirs: Families, ours: Families) -> Iterator[tuple[Group, list[Grou
     for key in [key for key in theirs if key in ours]:
         kind, name = key
         scopes = [(kind, name[:i]) for i in range(1, len(name))]
-        same = [i for i, at in enumerate(scopes) if flax[at, i] == haiku[at, i]]
+        numbers = [(flax[at, i], haiku[at, i]) for i, at in enumerate(scopes)]
+        if not all(_may_count(*both) for both in numbers):
+            continue
+        same = [i for i, (one, other) in enumerate(numbers) if one == other]
         old, new = _split(theirs[key], same), _split(ours[key], same)
         for at in sorted(old.keys() & new.keys()):
             yield from _group(old[at], new[at])
+
+
+def _may_count(flax: set[int], haiku: set[int]) -> bool:
+    """Whether numbers are the same, or may count the layers that the other tree has.
+
+    A module that is alone and has a number is none of these: `norm_1` is no `norm`.
+    """
+    alone = [numbers for numbers in (flax, haiku) if len(numbers) == 1]
+    return flax == haiku or all(numbers == {0} for numbers in alone)
 
 
 def _numbers(families: Families) -> dict[Hashable, set[int]]:
