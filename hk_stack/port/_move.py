@@ -21,6 +21,11 @@ def ported(plan: _plan.Plan, source: int, tree: Any, like: Any) -> Any:
     made, structure = jax.tree.flatten(like)
     to_come = _shares(plan, 1 - source)
     filled: dict[int, Array] = {}
+    stay = {  # Parts of it are missing.
+        place
+        for place, shares in to_come.items()
+        if sum(shares) < 1 and isinstance(made[place], jax.ShapeDtypeStruct)
+    }
     for move in plan.moves:
         change = move.change.to_flax if source else move.change.to_haiku
         new = move.sides[1 - source]
@@ -39,7 +44,8 @@ def ported(plan: _plan.Plan, source: int, tree: Any, like: Any) -> Any:
             to_come[piece.place].pop()
             if not to_come[piece.place]:
                 array = filled.pop(piece.place)
-                made[piece.place] = _as_like(array, made[piece.place])
+                if piece.place not in stay:
+                    made[piece.place] = _as_like(array, made[piece.place])
     return jax.tree.unflatten(structure, made)
 
 
@@ -55,13 +61,8 @@ def _shares(plan: _plan.Plan, target: int) -> Mapping[int, list[Fraction]]:
 
 def _started(piece: Piece, is_whole: bool, like: Any) -> Array:
     """An array to fill; with what `like` has, if some of it stays."""
-    if is_whole:
+    if is_whole or isinstance(like, jax.ShapeDtypeStruct):
         return _layout.empty(piece.shape, piece.dtype)
-    if isinstance(like, jax.ShapeDtypeStruct):
-        raise ValueError(
-            f"port: only a part of {piece.name} is ported, as the others of its "
-            "parts are ignored. Give `like` with an array for it."
-        )
     return np.array(_values(like, piece))
 
 

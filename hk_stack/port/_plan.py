@@ -262,11 +262,11 @@ def _left_over(
         if said.ignore.closest(leaf.paths):
             yield Row(*sides, "", "", "ignored")
         else:  # To compare each with each takes long, and nobody reads that much.
-            why = _why_left(leaf, tree, others) if i < _MOST_COMPARED else ""
+            why = _why_left(leaf, tree, others) if i < _MOST_NAMED else ""
             yield Row(*sides, "", "", status, why)
 
 
-_MOST_COMPARED = 48
+_MOST_NAMED, _MOST_COMPARED = 12, 48
 
 
 def _why_left(leaf: Leaf, tree: Sequence[Leaf], others: Sequence[Leaf]) -> str:
