@@ -5,13 +5,22 @@ Both trees are read in one vocabulary (`_leaves`), paired by name (`_match`) and
 itself is not needed: Linen's variables and NNX's states are the trees that they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from hk_stack import _checks
-from hk_stack.port import _layers, _leaves, _match, _move, _plan, _rules, recipes
+from hk_stack.port import (
+    _layers,
+    _leaves,
+    _match,
+    _move,
+    _plan,
+    _rules,
+    _verify,
+    recipes,
+)
 from hk_stack.port._gru import GRU
 from hk_stack.port._plan import Plan, Row
 from hk_stack.port._regroup import (
@@ -24,12 +33,14 @@ from hk_stack.port._regroup import (
     transpose,
 )
 from hk_stack.port._rules import Axis, Rule
+from hk_stack.port._verify import Report
 
 __all__ = (
     "GRU",
     "SAME",
     "TRANSPOSED",
     "Plan",
+    "Report",
     "Row",
     "flax_to_haiku",
     "fuse",
@@ -40,6 +51,7 @@ __all__ = (
     "split",
     "tie",
     "transpose",
+    "verify",
 )
 
 
@@ -195,6 +207,50 @@ def plan(
     """
     said = rename, leaf, ignore, layer_axis, interleave, cast
     return _planned(variables, like, *said)
+
+
+def verify(
+    flax_apply: Callable[..., Any],
+    haiku_apply: Callable[..., Any],
+    variables: Any,
+    like: tuple[Any, Any],
+    inputs: Any,
+    **rules: Any,
+) -> Report:
+    """Ports a model, runs it in both frameworks, and says where they first differ.
+
+    ```
+    report = port.verify(model.apply, transformed.apply, variables, like, tokens)
+    assert report.ok, report
+    ```
+
+    Outputs are compared, then gradients by parameters; where outputs differ, so is what
+    goes into and comes out of each module of Linen that has its like in Haiku, in the
+    order in which they run. In double precision, unless a model has none.
+
+    Args:
+      flax_apply: `flax_apply(variables, *inputs)` returns the outputs.
+      haiku_apply: `haiku_apply(params, state, key, *inputs)` returns outputs and state,
+        as the `apply` of `hk.transform_with_state`.
+      variables: As in `flax_to_haiku`, with values.
+      like: As in `flax_to_haiku`.
+      inputs: An array, or a tuple of arguments.
+      **rules: As in `flax_to_haiku`: `rename`, `leaf`, `ignore`, `layer_axis`,
+        `interleave`, `cast`.
+
+    Returns:
+      A report: `ok`, and as text what differs, where, and what may be the reason.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If the port is refused, or outputs are not of the same structure.
+    """
+    _checks.function(flax_apply, "hk_stack.port.verify")
+    _checks.function(haiku_apply, "hk_stack.port.verify")
+    ported = flax_to_haiku(variables, like, **rules)
+    found = plan(variables, like, **rules)
+    several = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return _verify.verified(flax_apply, haiku_apply, variables, found, ported, several)
 
 
 def _planned(variables: Any, like: Any, *options: Any) -> Plan:
