@@ -384,7 +384,8 @@ def _count_the_same(flax: Side, haiku: Side) -> bool:
     """Whether both have the same number of layers."""
     # Where names have other numbers in both trees, one of them has axes too.
     is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
-    is_other = is_numbered and len(flax.axes) == len(haiku.axes)
+    old, new = ([n for n in side.sizes if n != 1] for side in (flax, haiku))
+    is_other = is_numbered and len(old) == len(new)
     return flax.num_layers == haiku.num_layers and not is_other
 
 

@@ -132,32 +132,33 @@ def of_flax(
       The leaves, and what to say of rules that none of them needs.
     """
     has_values = any(leaf.path[-1] == "value" for leaf in haiku)
-    stored, unused = _regroup.regrouped(_stored(variables, has_values), said.regroup)
+    every, unused = _regroup.regrouped(stored(variables, has_values), said.regroup)
     inside: dict[Scope, dict[str, Stored]] = collections.defaultdict(dict)
-    for (collection, path), leaf in stored.items():
+    for (collection, path), leaf in every.items():
         for i in range(len(path)):
             # NNX writes `if_` for a gate, as `if` is a word of Python.
             name = "/".join(path[i:]).replace("if_/", "if/")
             inside[collection, path[:i]][name] = leaf
     leaves: list[Leaf] = []
     taken: set[Scope] = set()
-    for (collection, module), found in inside.items():
-        shapes = {n: x.pieces[0].shape for n, x in found.items() if x.codec.is_plain}
+    for (collection, module), names_in in inside.items():
+        plain = ((n, x) for n, x in names_in.items() if x.codec.is_plain)
+        shapes = {name: x.pieces[0].shape for name, x in plain}
         for path, names, codec in _cells.leaves_of(shapes):
-            several = [found[name] for name in names]
+            several = [names_in[name] for name in names]
             taken |= {(one.collection, one.path) for one in several}
             pieces = tuple(one.pieces[0] for one in several)
             new, count = renamed(said.rename, collection, module)
             whole = (*new, *module[count:], *path)
             leaves.append(Leaf(collection, (*module, *path), whole, pieces, codec))
     ours = {_bases(leaf.path) for leaf in haiku}
-    for key, one in stored.items():
+    for key, one in every.items():
         if key not in taken:
             leaves.append(_flax_leaf(one, inside, said.rename, ours))
     return leaves, unused
 
 
-def _stored(variables: Any, has_values: bool) -> dict[Scope, Stored]:
+def stored(variables: Any, has_values: bool = False) -> dict[Scope, Stored]:
     """The arrays of a tree, by collection and path."""
     arrays = _paths(variables)
     # A state of NNX that was saved has a `value` for the box around each array.

@@ -144,33 +144,43 @@ def _groups(theirs: Families, ours: Families) -> Iterator[tuple[Group, list[Grou
     """Leaves that hold the same layers; and if they hold none, which are the same."""
     flax, haiku = _numbers(theirs), _numbers(ours)
     for key in [key for key in theirs if key in ours]:
-        kind, name = key
-        scopes = [(kind, name[:i]) for i in range(1, len(name))]
-        numbers = [(flax[at, i], haiku[at, i]) for i, at in enumerate(scopes)]
-        if not all(_may_count(*both) for both in numbers):
-            continue
+        name = key[1]
+        scopes = [(name[:i], i - 1) for i in range(1, len(name))]
+        numbers = [(flax[at], haiku[at]) for at in scopes]
         same = [i for i, (one, other) in enumerate(numbers) if one == other]
+        is_part = all(one <= other or other <= one for one, other in numbers)
         old, new = _split(theirs[key], same), _split(ours[key], same)
         for at in sorted(old.keys() & new.keys()):
-            yield from _group(old[at], new[at])
+            one, other = old[at], new[at]
+            both = [n for n in one if n in other and is_part]
+            alone = [Group((one[n],), (other[n],)) for n in both]
+            if not _may_count(one, other):
+                yield from ((group, []) for group in alone)
+            else:
+                yield from _group(one, other, alone)
 
 
-def _may_count(flax: set[int], haiku: set[int]) -> bool:
+def _may_count(flax: Family, haiku: Family) -> bool:
     """Whether numbers are the same, or may count the layers that the other tree has.
 
     A module that is alone and has a number is none of these: `norm_1` is no `norm`.
     """
-    alone = [numbers for numbers in (flax, haiku) if len(numbers) == 1]
-    return flax == haiku or all(numbers == {0} for numbers in alone)
+    columns = zip(zip(*flax, strict=True), zip(*haiku, strict=True), strict=True)
+    pairs = [(set(one), set(other)) for one, other in columns]
+    return all(
+        one == other
+        or all(numbers == {0} for numbers in (one, other) if len(numbers) == 1)
+        for one, other in pairs
+    )
 
 
-def _numbers(families: Families) -> dict[Hashable, set[int]]:
+def _numbers(families: Families) -> dict[tuple[Path, int], set[int]]:
     """The numbers that each scope has, in whatever leaf."""
-    found: dict[Hashable, set[int]] = collections.defaultdict(set)
-    for (kind, name), family in families.items():
+    found: dict[tuple[Path, int], set[int]] = collections.defaultdict(set)
+    for (_, name), family in families.items():
         for numbers in family:
             for i, number in enumerate(numbers):
-                found[(kind, name[: i + 1]), i].add(number)
+                found[name[: i + 1], i].add(number)
     return found
 
 
@@ -182,15 +192,19 @@ def _split(family: Family, places: Sequence[int]) -> dict[Numbers, Family]:
     return found
 
 
-def _group(flax: Family, haiku: Family) -> Iterator[tuple[Group, list[Group]]]:
-    both = [numbers for numbers in flax if numbers in haiku]
-    if len(flax) == len(haiku) == 1 and not both:
+def _group(
+    flax: Family, haiku: Family, alone: list[Group]
+) -> Iterator[tuple[Group, list[Group]]]:
+    if len(flax) == len(haiku) == 1 and not flax.keys() & haiku.keys():
         return
     holes = _holes(flax) or _holes(haiku)
     # Numbers of two loops that only overlap may not be those of the same modules.
-    is_part = len(both) == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
-    alone = [Group((flax[n],), (haiku[n],)) for n in both if is_part]
-    yield Group(tuple(flax.values()), tuple(haiku.values()), holes), alone
+    count = len(flax.keys() & haiku.keys())
+    is_part = count == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
+    yield (
+        Group(tuple(flax.values()), tuple(haiku.values()), holes),
+        alone if is_part else [],
+    )
 
 
 def _holes(family: Family) -> str:
