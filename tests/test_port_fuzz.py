@@ -78,16 +78,15 @@ def at_parts(path, change):
     return "/".join([first, *(change.get(part, part) for part in modules), last])
 
 
+# What is numbered by layers; other modules are what their numbers say.
+LAYERS = {"", "layers_", "encoderblock_", "ResNetBlock_", "res_net_block_"}
+
+
 def recounted(rng, leaves):
     """Layers begin with another number, or have one left out."""
-    numbered = sorted(
-        {
-            re.sub("[0-9]+$", "", part)
-            for path in leaves
-            for part in path.split("/")[1:-1]
-            if re.fullmatch("(.*_)?[0-9]+", part)
-        }
-    )
+    parts = {part for path in leaves for part in path.split("/")[1:-1]}
+    bases = {re.sub("[0-9]+$", "", x) for x in parts if re.search("[0-9]$", x)}
+    numbered = sorted(bases & LAYERS)
     if not numbered:
         return leaves
     base, by, since = rng.choice(numbered), rng.choice([1, 1, 5]), rng.choice([0, 0, 1])

@@ -66,7 +66,9 @@ class Model(nn.Module):
 # The same in Haiku, with mistakes
 
 
-def attend(q, k, v, heads=2, scale=None, mask_value=-1e9, mask=True, axis=-1, turn=False):
+def attend(
+    q, k, v, heads=2, scale=None, mask_value=-1e9, mask=True, axis=-1, turn=False
+):
     def split(x):
         if turn:
             return x.reshape(B, T, -1, heads).swapaxes(-1, -2)
@@ -167,7 +169,9 @@ MISTAKES = {
         "block",
         "GELU",
     ),
-    "another activation": Mistake({"activation": relu}, "block", "activation", {}, True),
+    "another activation": Mistake(
+        {"activation": relu}, "block", "activation", {}, True
+    ),
     "no mask": Mistake({"mask": False}, ATTENTION, "mask"),
     "value of the mask": Mistake({"mask_value": -1.0}, ATTENTION, "mask"),
     "no scale of scores": Mistake({"scale": 1.0}, ATTENTION, "scale of scores"),

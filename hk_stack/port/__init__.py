@@ -18,6 +18,7 @@ from hk_stack.port import (
     _move,
     _plan,
     _rules,
+    _skeleton,
     _verify,
     recipes,
 )
@@ -48,6 +49,7 @@ __all__ = (
     "pad_vocab",
     "plan",
     "recipes",
+    "skeleton",
     "split",
     "tie",
     "transpose",
@@ -251,6 +253,32 @@ def verify(
     found = plan(variables, like, **rules)
     several = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     return _verify.verified(flax_apply, haiku_apply, variables, found, ported, several)
+
+
+def skeleton(variables: Any) -> str:
+    """The source of a Haiku model for a Flax tree, whose forward pass is to be edited.
+
+    It has all modules with their sizes and names, and `hk_stack.layer_stack` where
+    equal blocks are numbered or scanned. It runs as it is, and its parameters are
+    ported without a rule; how modules are connected no tree tells, so they run one
+    after the other, with a TODO wherever a human has to look.
+
+    >>> import numpy as np
+    >>> variables = {"params": {"Dense_0": {"kernel": np.ones([3, 4])}}}
+    >>> print(skeleton(variables)[-61:], end="")
+        x = hk.Linear(4, with_bias=False, name="linear")(x)  # TODO: activation
+        return x
+
+    Args:
+      variables: As in `flax_to_haiku`; arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      Python source, with a function `model(inputs, is_training=False)`.
+
+    Raises:
+      TypeError: If it is no dict of modules.
+    """
+    return _skeleton.source(variables)
 
 
 def _planned(variables: Any, like: Any, *options: Any) -> Plan:

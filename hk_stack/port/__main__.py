@@ -3,7 +3,8 @@
 Prints its leaves, numbered ones together, and what Haiku calls them; nothing is loaded
 but names, shapes and dtypes, where the format allows that. With `--like=CHECKPOINT`, a
 checkpoint of the model in Haiku, it prints what would go where, and exits with 1 if
-something does not fit.
+something does not fit. With `--skeleton`, it prints the source of a model in Haiku for
+the checkpoint, whose forward pass is to be edited.
 
 A checkpoint is a folder of orbax (Flax's, or one of `hk_stack.checkpoint`), a file of
 safetensors, `.npz`, or of Flax's msgpack.
@@ -26,13 +27,16 @@ import numpy as np
 from absl import app, flags, logging
 
 from hk_stack import _table, checkpoint
-from hk_stack.port import _codecs, _leaves, _names, _rules, plan
+from hk_stack.port import _codecs, _leaves, _names, _rules, plan, skeleton
 
 Tree = dict[str, Any]
 Leaves = Mapping[str, Any]  # By their paths; what has a shape and a dtype.
 _of: Callable[[Any, Any], Any] = jax.ShapeDtypeStruct
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
+_SKELETON = flags.DEFINE_bool(
+    "skeleton", False, "Whether to print source of a model in Haiku for it."
+)
 _COLLECTIONS = flags.DEFINE_list(
     "collections", [], "Collections of Flax to take; all, if none is named."
 )
@@ -59,7 +63,7 @@ def main(argv: list[str]) -> None:
     try:
         tree = _collections(read(argv[1]))
         if _LIKE.value is None:
-            print(inspected(tree))
+            print(skeleton(tree) if _SKELETON.value else inspected(tree))
             return
         like = read(_LIKE.value)  # All is parameters if nothing says so.
         has_params = isinstance(like.get("params"), Mapping)

@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hk_stack.port import _leaves, _names
+from hk_stack.port import _cells, _leaves, _names
 from hk_stack.port._codecs import Shape
 
 _HEAD = '''"""{title}
 
-Made from the tree of a Flax checkpoint: names and shapes are its own, and parameters
-are ported without a rule. The order in which modules run, activations, residuals and
-masks are not in a tree: look at each TODO, then at hk_stack.port.verify.
+Made from the tree of a Flax checkpoint: names and shapes are its own. Parameters are
+ported with {rules}.
+The order in which modules run, activations, residuals and masks are not in a tree: look
+at each TODO, then at hk_stack.port.verify.
 """
 
 import haiku as hk
@@ -67,11 +68,13 @@ class Node:
       leaves: By name; `mean` and `var` are of the statistics.
       inside: By name.
       depth: How many layers it holds, if `nn.scan` has put these on an axis.
+      axis: That axis.
     """
 
     leaves: dict[str, Shape] = dataclasses.field(default_factory=dict)
     inside: dict[str, "Node"] = dataclasses.field(default_factory=dict)
     depth: int = 0
+    axis: int = 0
 
     @property
     def shapes(self) -> list[tuple[str, Shape]]:
@@ -99,7 +102,10 @@ def source(variables: Any) -> str:
     lines += [f"    {line}" for line in writer.scope(root)]
     lines += ["    return x"]
     count = sum(math.prod(shape) for _, shape in root.shapes)
+    axes = max((node.axis for node in _every(root) if node.depth), default="()")
+    rules = f"no rule, or layer_axis={axes} if sizes are equal"
     head = _HEAD.replace("{title}", f"A model of {count:,} numbers in Haiku.")
+    head = head.replace("{rules}", rules)
     turned = _TURNED if writer.is_turned else ""
     return head + turned + "\n".join(lines) + "\n"
 
@@ -137,7 +143,9 @@ def _unscanned(node: Node) -> Node:
         sizes = {shape[axis] if len(shape) > axis else 0 for _, shape in shapes}
         is_stack = len(sizes) == 1 and ranks and min(ranks) > 1
         if is_stack and not any("mean" in x.leaves for x in _every(node)):
-            return dataclasses.replace(_without(node, axis), depth=sizes.pop())
+            return dataclasses.replace(
+                _without(node, axis), depth=sizes.pop(), axis=axis
+            )
     inside = {name: _unscanned(one) for name, one in node.inside.items()}
     return dataclasses.replace(node, inside=inside)
 
@@ -171,7 +179,7 @@ class _Writer:
 
     def __init__(self, is_turned: bool):
         self.is_turned = is_turned
-        self.width = 0  # Not known.
+        self.width = self.ndim = 0  # Not known.
         self.has_embed = False
 
     def scope(self, node: Node) -> list[str]:
@@ -211,15 +219,16 @@ class _Writer:
         ]
 
     def _fitted(self, width: int, ndim: int = 0) -> list[str]:
-        if self.width == width and not ndim:
+        if self.width == width and ndim in (0, self.ndim):
             return []
-        self.width = width
+        self.width, self.ndim = width, ndim or self.ndim
         return [f"x = fit(x, {width}{f', {ndim}' if ndim else ''})"]
 
     def _module(self, name: str, node: Node) -> list[str]:
         names = node.leaves.keys()
         if node.inside:
-            return self._attention(name, node) or self._named_scope(name, node)
+            own = self._attention(name, node) or self._cell(name, node)
+            return own or self._named_scope(name, node)
         if names in ({"kernel"}, {"kernel", "bias"}):
             return self._kernel(name, node)
         if names == {"embedding"}:
@@ -255,6 +264,30 @@ class _Writer:
             "x = attention(x, x, x)  # TODO: mask",
         ]
 
+    def _cell(self, name: str, node: Node) -> list[str]:
+        """A recurrent cell."""
+        rows = _cells.leaves_of(
+            {
+                f"{part}/{leaf}": shape
+                for part, inside in node.inside.items()
+                for leaf, shape in inside.leaves.items()
+            }
+        )
+        if not rows:
+            return []
+        is_lstm = rows[0].path == ("linear", "w")
+        first = node.inside[rows[0].pieces[0].partition("/")[0]].leaves["kernel"]
+        size = first[1] // (1 if len(rows[0].pieces) > 2 else 4 if is_lstm else 3)
+        kind = "hk.LSTM" if is_lstm else "hk_stack.port.GRU"
+        lines = self._fitted(first[0], 3)
+        self.width = size
+        return [
+            *lines,
+            f'core = {kind}({size}, name="{name}")',
+            "start = core.initial_state(x.shape[0])",
+            "x, _ = hk.dynamic_unroll(core, x, start, time_major=False)",
+        ]
+
     def _kernel(self, name: str, node: Node) -> list[str]:
         kernel, bias = node.leaves["kernel"], node.leaves.get("bias")
         end = f'{", with_bias=False" if bias is None else ""}, name="{name}"'
@@ -269,6 +302,7 @@ class _Writer:
             return [*lines, f"x = {kind}({after}{end})(x)  # TODO: activation"]
         *window, width, out = kernel
         rank = len(window)
+        end = re.sub(r'name="conv(_\d+)?"', rf'name="conv{rank}_d\1"', end)
         lines = self._fitted(width, rank + 2)
         self.width = out
         what = "TODO: stride, padding, groups; transposed?"
@@ -296,44 +330,53 @@ class _Writer:
         ]
 
 
+def _names_of(node: Node) -> dict[str, str]:
+    """What the modules inside of one are called in Haiku, if that is no other's name."""
+    written = {name: _written(name) for name in node.inside}
+    parts = collections.Counter(_names.parts([name]) for name in node.inside)
+    return {
+        n: new if parts[_names.parts([n])] == 1 else n for n, new in written.items()
+    }
+
+
+def _written(name: str) -> str:
+    """As it is, or as Haiku writes a default name of Flax."""
+    is_default = re.fullmatch(r"[A-Z]\w*_\d+", name)
+    return _names.written(_names.parts([name])) if is_default else name
+
+
 def _groups(node: Node) -> Iterator[tuple[str, dict[str, Node]]]:
     """Modules by what Haiku calls them; equal blocks that are numbered are one."""
+    names = _names_of(node)
     numbered: dict[str, dict[str, Node]] = collections.defaultdict(dict)
     for name, inside in node.inside.items():
         match = re.fullmatch(r"(.+)_(\d+)", name)
         numbered[match[1] if match and inside.inside else name][name] = inside
     for base, group in numbered.items():
         if len(group) > 1 and _are_equal(list(group.values())):
-            yield _written(base), group
+            yield _written(f"{base}_0").removesuffix("_0"), group
             continue
         for name, inside in group.items():
-            yield from _listed(name, inside)
+            yield from _listed(names[name], inside)
 
 
 def _listed(name: str, node: Node) -> Iterator[tuple[str, dict[str, Node]]]:
     """A module; or several, if it is a list of NNX or Hugging Face."""
     numbers = sorted(node.inside, key=lambda x: int(x) if x.isdecimal() else -1)
     if not numbers or not all(map(str.isdecimal, numbers)) or node.leaves:
-        yield _written(name), {name: node}
+        yield name, {name: node}
         return
     layers = {number: node.inside[number] for number in numbers}
     if len(layers) > 1 and _are_equal(list(layers.values())):
-        yield _written(name), layers
+        yield name, layers
         return
     for number, layer in layers.items():
         own = f"{name}_{number}" if int(number) else name
-        yield _written(own), {own: layer}
+        yield own, {own: layer}
 
 
 def _are_equal(layers: Sequence[Node]) -> bool:
     return all(one.layout == layers[0].layout for one in layers)
-
-
-def _written(name: str) -> str:
-    """As it is, or as Haiku writes a default name of Flax."""
-    if re.fullmatch(r"[A-Z]\w*_\d+", name):
-        return _names.written(_names.parts([name]))
-    return name
 
 
 def _variable(name: str) -> str:
