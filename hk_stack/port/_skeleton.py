@@ -331,12 +331,10 @@ class _Writer:
 
 
 def _names_of(node: Node) -> dict[str, str]:
-    """What the modules inside of one are called in Haiku, if that is no other's name."""
-    written = {name: _written(name) for name in node.inside}
-    parts = collections.Counter(_names.parts([name]) for name in node.inside)
-    return {
-        n: new if parts[_names.parts([n])] == 1 else n for n, new in written.items()
-    }
+    """What the modules inside of one are called in Haiku: all otherwise."""
+    parts = {name: _names.parts([name]) for name in node.inside}
+    count = collections.Counter(parts.values())
+    return {n: _written(n) if count[parts[n]] == 1 else n for n in parts}
 
 
 def _written(name: str) -> str:

@@ -152,7 +152,7 @@ class _Models:
     def run_flax(self, variables: Any) -> Any:
         return self.flax(variables, *self.inputs)
 
-    def run_haiku(self, params: Any, seed: int = 0) -> Any:
+    def run_haiku(self, params: Any, seed: Any = 0) -> Any:
         key = jax.random.key(seed)
         return self.haiku(params, self.ported[1], key, *self.inputs)[0]
 
@@ -214,7 +214,8 @@ class _Models:
 
     def _is_random(self, precision: Precision) -> bool:
         """Whether the model in Haiku draws: the same parameters, and another key."""
-        pair = (self.run_haiku(self.ported[0], seed) for seed in range(2))
+        run = jax.jit(self.run_haiku)
+        pair = (run(self.ported[0], seed) for seed in range(2))
         return any(one.error > precision.output for one in _outputs(*pair))
 
 
