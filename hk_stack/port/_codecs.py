@@ -40,7 +40,7 @@ class Codec:
     label = ""
     rank: int | None = None
     is_plain = True
-    share = Fraction(1)
+    share: Fraction | int = 1
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """The leaf's shape, from those of its pieces."""

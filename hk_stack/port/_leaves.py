@@ -151,7 +151,8 @@ def of_flax(
             new, count = renamed(said.rename, collection, module)
             whole = (*new, *module[count:], *path)
             leaves.append(Leaf(collection, (*module, *path), whole, pieces, codec))
-    ours = {_bases(leaf.path) for leaf in haiku}
+    has_outs = any("out" in path for _, path in every)
+    ours = {_bases(leaf.path) for leaf in haiku} if has_outs else set()
     for key, one in every.items():
         if key not in taken:
             leaves.append(_flax_leaf(one, inside, said.rename, ours))

@@ -90,13 +90,12 @@ def _ambiguous(leaves: Sequence[Leaf]) -> set[Hashable]:
     """
     modules: dict[Hashable, set[Hashable]] = collections.defaultdict(set)
     names: dict[Hashable, set[Hashable]] = collections.defaultdict(set)
-    for leaf in leaves:
-        literal = _module(leaf, True)
-        modules[leaf.name].add(literal)
-        names[leaf.name, literal].add(leaf.path[-1])
-    of_modules = {leaf.name[:2] for leaf in leaves if len(modules[leaf.name]) > 1}
-    several = (x for x in leaves if len(names[x.name, _module(x, True)]) > 1)
-    return of_modules | {leaf.name for leaf in several}
+    keys = [(leaf.name, _module(leaf, True), leaf.path[-1]) for leaf in leaves]
+    for name, literal, written in keys:
+        modules[name].add(literal)
+        names[name, literal].add(written)
+    found: set[Hashable] = {name[:2] for name, *_ in keys if len(modules[name]) > 1}
+    return found | {name for name, at, _ in keys if len(names[name, at]) > 1}
 
 
 def _families(leaves: Iterable[Leaf], ambiguous: Set[Hashable]) -> Families:
@@ -104,12 +103,12 @@ def _families(leaves: Iterable[Leaf], ambiguous: Set[Hashable]) -> Families:
     families: Families = collections.defaultdict(dict)
     twice = []
     for leaf in leaves:
-        module, name = _module(leaf), _names.leaf(leaf.path[-1])
-        if (leaf.kind, module) in ambiguous:
+        kind, module, name = own = leaf.name
+        if (kind, module) in ambiguous:
             module, name = _module(leaf, True), f"{name} as written"
-        if leaf.name in ambiguous:
+        if own in ambiguous:
             name = f"{leaf.path[-1]} as written"
-        family = families[leaf.kind, (*(part.base for part in module), name)]
+        family = families[kind, (*(part.base for part in module), name)]
         numbers = tuple(part.number for part in module)
         if family.setdefault(numbers, leaf) is not leaf:
             twice.append((family, numbers))

@@ -49,9 +49,9 @@ def ported(plan: _plan.Plan, source: int, tree: Any, like: Any) -> Any:
     return jax.tree.unflatten(structure, made)
 
 
-def _shares(plan: _plan.Plan, target: int) -> Mapping[int, list[Fraction]]:
+def _shares(plan: _plan.Plan, target: int) -> Mapping[int, list[Fraction | int]]:
     """How much of each array is filled by each of the moves into it."""
-    found: dict[int, list[Fraction]] = collections.defaultdict(list)
+    found: dict[int, list[Fraction | int]] = collections.defaultdict(list)
     for move in plan.moves:
         for leaf in move.sides[target].leaves:
             for piece in leaf.pieces:

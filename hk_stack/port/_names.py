@@ -55,6 +55,11 @@ def parts(path: Iterable[str], literal: bool = False) -> Module:
     >>> parts(["layers", "3", "kernel"])  # a list of modules in NNX
     (Part(base='layers', number=3), Part(base='kernel', number=0))
     """
+    return _parts(tuple(path), literal)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _parts(path: Path, literal: bool) -> Module:
     found: list[Part] = []
     before = ""
     for name in path:
