@@ -91,6 +91,16 @@ def together(leaves):
     return np.concatenate([np.ravel(leaf) for _, leaf in sorted(leaves.items())])
 
 
+@pytest.mark.long
+@every_family
+def test_a_family_is_verified(name):
+    family = FAMILIES[name]
+    apply = hk.transform_with_state(family.haiku).apply
+    given = drawn(family), like_of(family), tuple(inputs_of(family))
+    report = port.verify(family.flax, apply, *given, **family.recipe)
+    assert report.ok and report.precision == "double", str(report)
+
+
 @every_family
 def test_what_errors_propose_without_the_recipe_leads_on(name):
     family = FAMILIES[name]

@@ -21,7 +21,7 @@ from port_trees import (
 
 from hk_stack import port
 
-TREES = int(os.environ.get("HK_STACK_TREES", "300"))
+TREES = int(os.environ.get("HK_STACK_TREES", "150"))
 
 
 def drawn_sizes(rng):

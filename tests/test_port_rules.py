@@ -153,7 +153,9 @@ def test_what_is_ignored_needs_a_value():
     said = {"ignore": ["b"]}
     ported, _ = hk_stack.flax_to_haiku({"params": flax}, (haiku, {}), **said)
     assert ported["b"]["w"] is haiku["b"]["w"]
-    assert "0/b/w is ignored, and `like` has no value" in refused(flax, haiku, **said)
+    assert "params/b/w is ignored, and `like` has no value" in refused(
+        flax, haiku, **said
+    )
 
 
 # Several leaves

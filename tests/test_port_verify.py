@@ -247,3 +247,45 @@ def test_gradients_may_differ_where_outputs_agree():
     assert not report.ok and report.module is None
     assert "Outputs agree, but not the gradient of block/" in str(report)
     assert "stop_gradient" in str(report)
+
+
+# What is no Linen
+
+
+def plain(change=lambda y: y, **options):
+    """A report of a matrix, and of a function of what it makes."""
+    kernel = np.arange(12, dtype=np.float32).reshape(3, 4)
+    variables = {"params": {"linear": {"kernel": kernel}}}
+    model = hk.transform_with_state(lambda x: hk.Linear(4, with_bias=False)(x))
+    like = jax.eval_shape(model.init, jax.random.key(0), np.ones([2, 3], "f"))
+    x = np.ones([2, 3], np.float32)
+    return port.verify(
+        lambda variables, x: change(x @ variables["params"]["linear"]["kernel"]),
+        model.apply,
+        variables,
+        like,
+        x,
+        **options,
+    )
+
+
+def test_plain_functions():
+    report = plain(lambda y: y + 1)
+    assert not report.ok and report.module is None
+    assert "Nothing is known of modules" in str(report)
+    assert [row.shapes for row in report.outputs] == [((2, 4), (2, 4))]
+    report = plain(lambda y: y[:, :2])
+    assert not report.ok and report.outputs[0].error == np.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plain(lambda y: (y, y)), "flax_apply returns 2 arrays"),
+        (lambda: plain(rename={"linea": "a"}), "beginning of no leaf's path"),
+        (lambda: port.verify(None, None, {}, ({}, {}), ()), "expected a function"),
+    ],
+)
+def test_wrong_arguments(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

@@ -308,7 +308,8 @@ def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:
     result = _move.ported(found, source, tree, like)
     if not strict:
         return result, bad
-    for path, leaf in jax.tree.leaves_with_path(result):
+    named = result if source else dict(zip(("params", "state"), result, strict=True))
+    for path, leaf in jax.tree.leaves_with_path(named):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
