@@ -67,6 +67,8 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
+        self.param("lambda", nn.initializers.zeros, (4, 2))
+        self.param("x", nn.initializers.zeros, (2, 3))
         h = nn.Dense(5)(nn.LayerNorm()(x).swapaxes(1, 2)).swapaxes(1, 2)
         return x + nn.Dense(4)(nn.LayerNorm()(x + h)), None
 

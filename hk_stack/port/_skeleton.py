@@ -7,6 +7,7 @@ human has to look.
 
 import collections
 import dataclasses
+import keyword
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -377,14 +378,19 @@ def _are_equal(layers: Sequence[Node]) -> bool:
     return all(one.layout == layers[0].layout for one in layers)
 
 
+_TAKEN = {"x", "h", "hk", "jax", "jnp", "ids", "init", "fit", "inputs", "norm", "core"}
+
+
 def _variable(name: str) -> str:
+    """A name that Python takes, and the source has not."""
     text = re.sub(r"\W", "_", name).lower()
-    return f"_{text}" if text[:1].isdecimal() else text
+    text = f"_{text}" if text[:1].isdecimal() else text
+    return f"{text}_" if keyword.iskeyword(text) or text in _TAKEN else text
 
 
 def _of_h(line: str) -> str:
     """A line of a layer, in which `x` stays what went in."""
-    return re.sub(r"\bx\b(?!:)", "h", line)
+    return re.sub(r"(?<!\")\bx\b(?![:\"])", "h", line)
 
 
 def _width_of(node: Node) -> int:
