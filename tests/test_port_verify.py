@@ -278,6 +278,28 @@ def test_plain_functions():
     assert not report.ok and report.outputs[0].error == np.inf
 
 
+def test_tied_leaves_have_gradients_that_add_up():
+    """In Flax; in Haiku each has its own, and nothing is compared but the others."""
+    table, other = np.ones([3, 4], np.float32), np.ones([4, 4], np.float32)
+    variables = {"params": {"wte": {"embedding": table}, "a": {"kernel": other}}}
+    rules = {"leaf": {"wte/embedding": port.tie("head/kernel", transposed=True)}}
+
+    def in_flax(variables, ids):
+        params = variables["params"]
+        table = params["wte"]["embedding"]
+        return table[ids] @ params["a"]["kernel"] @ table.T
+
+    def in_haiku(ids):
+        x = hk.Linear(4, with_bias=False, name="a")(hk.Embed(3, 4, name="wte")(ids))
+        return hk.Linear(3, with_bias=False, name="head")(x)
+
+    model, ids = hk.transform_with_state(in_haiku), np.array([0, 2, 1])
+    like = jax.eval_shape(model.init, jax.random.key(0), ids)
+    report = port.verify(in_flax, model.apply, variables, like, ids, **rules)
+    assert report.ok, str(report)
+    assert [row.name for row in report.gradients] == ["gradient of a"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

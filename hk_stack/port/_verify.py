@@ -6,7 +6,6 @@ first that differs is where to look. Modules of the two are paired as their leav
 """
 
 import dataclasses
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -173,43 +172,29 @@ class _Models:
 
     def gradients(self) -> tuple[Compared, ...]:
         """Of each module's parameters: a leaf's own may be zero but for rounding."""
-        weights = functools.partial(jax.tree.map, _weights)
-
-        def loss(run: Apply, tree: Any) -> jax.Array:
-            y = run(tree)
-            terms = jax.tree.map(lambda a, b: jnp.sum(a * b), y, weights(y))
-            total: jax.Array = sum(jax.tree.leaves(terms), start=jnp.zeros([]))
-            return total
-
-        of_flax = _gradient(functools.partial(loss, self.run_flax), self.variables)
-        of_haiku = _gradient(functools.partial(loss, self.run_haiku), self.ported[0])
-        # Some moves add a constant, which gradients do not have; tied ones add up.
-        moves = [move for move in self.plan.moves if not _is_tied(move)]
-        plan = dataclasses.replace(self.plan, moves=tuple(moves))
-        like = jax.tree.map(np.asarray, (of_haiku, self.ported[1]))
-        zeros = jax.tree.map(np.zeros_like, (of_flax, like))
-        there = _move.ported(plan, 0, of_flax, zeros[1])[0]
-        start = _move.ported(plan, 0, zeros[0], zeros[1])[0]
-        moved = {
-            piece.place for move in moves for piece in move.haiku.pieces
-        }  # Parameters come first in Haiku's pair.
+        of_flax = _gradient(self.run_flax, self.variables)
+        of_haiku = _gradient(self.run_haiku, self.ported[0])
+        moves = _untied(self.plan.moves)
+        plan = dataclasses.replace(self.plan, moves=moves)
+        zeros = jax.tree.map(np.zeros_like, (of_flax, of_haiku, self.ported[1]))
+        there = _move.ported(plan, 0, of_flax, zeros[1:])[0]
+        # Some moves add a constant, which gradients do not have.
+        start = _move.ported(plan, 0, zeros[0], zeros[1:])[0]
+        right = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), there, start)
+        # Parameters come first in Haiku's pair.
+        moved = {piece.place for move in moves for piece in move.haiku.pieces}
         modules: dict[str, list[tuple[Any, Any]]] = {}
-        leaves = zip(
-            jax.tree.leaves_with_path(of_haiku),
-            jax.tree.leaves(there),
-            jax.tree.leaves(start),
-            strict=True,
-        )
-        for place, ((path, found), one, other) in enumerate(leaves):
+        pairs = zip(jax.tree.leaves(right), jax.tree.leaves(of_haiku), strict=True)
+        paths = (path for path, _ in jax.tree.leaves_with_path(of_haiku))
+        for place, (path, pair) in enumerate(zip(paths, pairs, strict=True)):
             if place in moved:
-                name = "gradient of " + jax.tree_util.keystr(
-                    path[:-1], simple=True, separator="/"
-                )
-                right = np.ravel(np.asarray(one) - np.asarray(other))
-                modules.setdefault(name, []).append((right, np.ravel(found)))
+                module = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+                modules.setdefault(module, []).append(tuple(map(np.ravel, pair)))
         return tuple(
-            _compared(name, *map(np.concatenate, zip(*pairs, strict=True)))
-            for name, pairs in modules.items()
+            _compared(
+                f"gradient of {name}", *map(np.concatenate, zip(*of, strict=True))
+            )
+            for name, of in modules.items()
         )
 
     def _is_random(self, precision: Precision) -> bool:
@@ -220,40 +205,49 @@ class _Models:
 
 
 def _as_double(tree: Any) -> Any:
-    def change(leaf: Any) -> Any:
-        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return np.asarray(leaf, np.float64) if is_float else leaf
-
-    return jax.tree.map(change, tree)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64) if _is_float(leaf) else leaf, tree
+    )
 
 
-def _weights(y: Any) -> jax.Array:
-    """For a sum of outputs that depends on each."""
-    return jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+def _flat(arrays: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.ravel(array) for array in arrays])
 
 
-def _gradient(loss: Callable[[Any], Any], tree: Any) -> Any:
-    """The gradient by all leaves of real numbers; zeros of the others."""
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+def _gradient(run: Apply, tree: Any) -> Any:
+    """Of a sum that depends on each output, by all leaves of real numbers."""
     leaves, structure = jax.tree.flatten(tree)
-    kinds = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+    floats = {i: jnp.asarray(leaf) for i, leaf in enumerate(leaves) if _is_float(leaf)}
 
-    def of_floats(floats: list[Any]) -> Any:
-        rest = iter(floats)
-        pairs = zip(leaves, kinds, strict=True)
-        every = [next(rest) if is_float else leaf for leaf, is_float in pairs]
-        return loss(jax.tree.unflatten(structure, every))
+    def loss(floats: dict[int, Any]) -> jax.Array:
+        now = [floats.get(i, leaf) for i, leaf in enumerate(leaves)]
+        outputs = jax.tree.leaves(run(jax.tree.unflatten(structure, now)))
+        total = jnp.zeros([])
+        for y in filter(_is_float, outputs):
+            weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype))
+            total = total + jnp.sum(jnp.ravel(y) * weights)
+        return total
 
-    chosen = [jnp.asarray(x) for x, kind in zip(leaves, kinds, strict=True) if kind]
-    found = iter(jax.jit(jax.grad(of_floats))(chosen))
-    pairs = zip(leaves, kinds, strict=True)
-    every = [np.asarray(next(found)) if kind else np.asarray(x) for x, kind in pairs]
+    found = jax.jit(jax.grad(loss))(floats)
+    every = [np.asarray(found.get(i, leaf)) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, every)
 
 
-def _is_tied(move: Reading) -> bool:
-    places = [piece.place for piece in move.flax.pieces]
-    is_tied = isinstance(move.flax.leaves[0].codec, Tied)
-    return is_tied or len(set(places)) < len(places)
+def _untied(moves: Sequence[Reading]) -> tuple[Reading, ...]:
+    """Without leaves that are two in one tree only: their gradients add up there."""
+    tied = {
+        piece.place
+        for move in moves
+        if isinstance(move.flax.leaves[0].codec, Tied)
+        for piece in move.flax.pieces
+    }
+    return tuple(
+        move for move in moves if not tied & {piece.place for piece in move.flax.pieces}
+    )
 
 
 def _outputs(flax: Any, haiku: Any) -> tuple[Compared, ...]:
@@ -264,11 +258,12 @@ def _outputs(flax: Any, haiku: Any) -> tuple[Compared, ...]:
             f"{len(sides[1])}. Both must return the same outputs; haiku_apply with the "
             "state, as hk.transform_with_state does."
         )
-    names = (jax.tree_util.keystr(path) for path, _ in sides[0])
-    return tuple(
-        _compared(f"output{name}", np.asarray(x), np.asarray(y))
-        for name, (_, x), (_, y) in zip(names, *sides, strict=True)
-    )
+    found = []
+    for (path, x), (_, y) in zip(*sides, strict=True):
+        one = _compared(f"output{jax.tree_util.keystr(path)}", x, y)
+        is_alike = one.shapes[0] == one.shapes[1]
+        found.append(one if is_alike else one._replace(error=np.inf))
+    return tuple(found)
 
 
 def _compared(name: str, flax: Any, haiku: Any) -> Compared:
@@ -310,27 +305,26 @@ def _heard_flax(run: Apply, variables: Any) -> tuple[Any, list[Heard]]:
     if "flax" not in sys.modules:  # Then it is a function of plain arrays.
         return run(variables), []
     intercept: Any = importlib.import_module("flax.linen").intercept_methods
-
-    def hear(use: Apply, args: Any, kwargs: Any, context: Any) -> Any:
-        if context.method_name != "__call__":
-            return use(*args, **kwargs)
-        return _heard("/".join(context.module.path), use, args, kwargs)
-
+    hear = _hearing(lambda module: "/".join(module.path))
     return _with_taps(intercept(hear), run, variables)
 
 
 def _heard_haiku(run: Apply, params: Any) -> tuple[Any, list[Heard]]:
+    # The path of a tap is that of the module that runs.
+    return _with_taps(hk.intercept_methods(_hearing(lambda module: "")), run, params)
+
+
+def _hearing(path_of: Callable[[Any], str]) -> Apply:
+    """Taps the first array that goes into a module, and that comes out of it."""
+
     def hear(use: Apply, args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name != "__call__":
             return use(*args, **kwargs)
-        return _heard("", use, args, kwargs)  # A tap's path is that of the module.
+        path = path_of(context.module)
+        args = _tapped(args, f"{path}@{_IN}")
+        return _tapped(use(*args, **kwargs), f"{path}@{_OUT}")
 
-    return _with_taps(hk.intercept_methods(hear), run, params)
-
-
-def _heard(path: str, use: Apply, args: Any, kwargs: Any) -> Any:
-    args = _tapped(args, f"{path}@{_IN}")
-    return _tapped(use(*args, **kwargs), f"{path}@{_OUT}")
+    return hear
 
 
 def _tapped(tree: Any, name: str) -> Any:
