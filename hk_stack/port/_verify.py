@@ -189,12 +189,10 @@ class _Models:
         for place, (path, pair) in enumerate(zip(paths, pairs, strict=True)):
             if place in moved:
                 module = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-                modules.setdefault(module, []).append(tuple(map(np.ravel, pair)))
+                modules.setdefault(module, []).append(pair)
         return tuple(
-            _compared(
-                f"gradient of {name}", *map(np.concatenate, zip(*of, strict=True))
-            )
-            for name, of in modules.items()
+            _compared(f"gradient of {name}", *map(_flat, zip(*several, strict=True)))
+            for name, several in modules.items()
         )
 
     def _is_random(self, precision: Precision) -> bool:
