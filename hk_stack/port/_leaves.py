@@ -104,9 +104,8 @@ class Leaf(NamedTuple):
 
     def __str__(self) -> str:
         if len(self.pieces) == 1:
-            return f"{self.pieces[0]}" + f" ({self.codec.label})" * bool(
-                self.codec.label
-            )
+            label = f" ({self.codec.label})" if self.codec.label else ""
+            return f"{self.pieces[0]}{label}"
         scope = os.path.commonpath([piece.name for piece in self.pieces])
         inside = ",".join(piece.name[len(scope) + 1 :] for piece in self.pieces)
         return f"{scope}/{{{inside}}} {str(self.pieces[-1]).rpartition(' ')[2]}"
