@@ -1,5 +1,6 @@
 """Well-known families are ported by their recipes: right, there and back."""
 
+import functools
 import pathlib
 import re
 
@@ -38,7 +39,9 @@ def drawn(family):
     }
 
 
-def like_of(family):
+@functools.cache
+def like_of(name):
+    family = FAMILIES[name]
     init = hk.transform_with_state(family.haiku).init
     return jax.eval_shape(init, jax.random.key(0), *inputs_of(family))
 
@@ -61,7 +64,7 @@ def test_a_family(name):
     """Outputs, gradients, values leaf by leaf, and bit for bit on the way back."""
     family = FAMILIES[name]
     variables, inputs = drawn(family), inputs_of(family)
-    ported = hk_stack.flax_to_haiku(variables, like_of(family), **family.recipe)
+    ported = hk_stack.flax_to_haiku(variables, like_of(name), **family.recipe)
     assert_equal(ported, expected(family, variables))
     back = hk_stack.haiku_to_flax(ported, variables, **family.recipe)
     assert_equal(back, variables)
@@ -96,7 +99,7 @@ def together(leaves):
 def test_a_family_is_verified(name):
     family = FAMILIES[name]
     apply = hk.transform_with_state(family.haiku).apply
-    given = drawn(family), like_of(family), tuple(inputs_of(family))
+    given = drawn(family), like_of(name), tuple(inputs_of(family))
     report = port.verify(family.flax, apply, *given, **family.recipe)
     assert report.ok and report.precision == "double", str(report)
 
@@ -105,7 +108,7 @@ def test_a_family_is_verified(name):
 def test_what_errors_propose_without_the_recipe_leads_on(name):
     family = FAMILIES[name]
     said = {"ignore": family.recipe.get("ignore", [])}
-    variables, like = types(drawn(family)), like_of(family)
+    variables, like = types(drawn(family)), like_of(name)
     assert_proposals_lead_on(variables, like, said, depth=12)
 
 

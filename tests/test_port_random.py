@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from port_trees import new, proposals, right_or_refused, types, with_proposal
 
 from hk_stack import port
+from hk_stack.port import _plan
 
 MODELS = int(os.environ.get("HK_STACK_MODELS", "250"))
 
@@ -414,9 +415,10 @@ def follow(trees, said, row, count):
     return proposed_rules
 
 
-def test_random_models_that_differ_are_refused():
+def test_random_models_that_differ_are_refused(monkeypatch):
     """Each tree lacks a leaf that the other has, of the same size if there is one."""
     outcomes = collections.Counter()
+    monkeypatch.setattr(_plan, "_MOST_NAMED", 0)  # Nobody reads what is nearest.
 
     @over(st.tuples(models, st.randoms(use_true_random=False)), MODELS)
     def check(given):
