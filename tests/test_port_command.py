@@ -124,6 +124,13 @@ def test_what_would_go_where(variables, of_haiku, tmp_path, run):
     assert run(path, f"--like={of_haiku}", "--ignore=tail")[0] == 0
 
 
+def test_a_skeleton_is_written(variables, tmp_path, run):
+    code, source, _ = run(as_npz(tmp_path / "checkpoint", variables), "--skeleton")
+    assert code == 0
+    assert 'x = hk_stack.layer_stack(3, name="block")(block_layer)(x)' in source
+    compile(source, "skeleton", "exec")
+
+
 def test_names_and_collections_on_the_command_line(variables, of_haiku, tmp_path, run):
     params = dict(variables["params"])
     params["logits"] = params.pop("head")

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_equal
-from port_trees import new, right_or_refused, types
+from port_trees import (
+    assert_proposals_lead_on,
+    new,
+    proposals,
+    right_or_refused,
+    types,
+)
 
 import hk_stack
 from hk_stack import port
@@ -490,10 +496,30 @@ def test_a_mistake(name):
         assert_rest_is_ported(theirs, ours, rules)
 
 
+def all_that_errors_say():
+    """Trees that are refused in this file, and rules with which they are."""
+    for name, mistake in MISTAKES.items():
+        if not (" for nothing" in name or "stars" in name):
+            yield name, *mistake.trees(), mistake.rules
+    for name, riddle in RIDDLES.items():
+        for said in ({}, riddle.said):
+            trees = {"params": riddle.flax}, (riddle.haiku, {})
+            yield f"{name}, {said}", *trees, {**riddle.given, **said}
+
+
+def test_what_an_error_proposes_leads_on():
+    """Every proposal of every error, and of what is refused then."""
+    count = 0
+    for _, theirs, ours, said in all_that_errors_say():
+        count += len(proposals(str(port.plan(types(theirs), types(ours), **said))))
+        assert_proposals_lead_on(types(theirs), types(ours), said)
+    assert count > 150
+
+
 def assert_rest_is_ported(flax, haiku, rules):
     """Each leaf is new or as it was, and the rest is listed."""
-    flax = {**flax, "params": {**flax["params"], "good": dense(2, 2)}}
-    haiku = {**haiku[0], "good": linear(2, 2)}, haiku[1]
+    flax = {**flax, "params": {**flax["params"], "good": dense(2, 3)}}
+    haiku = {**haiku[0], "good": linear(2, 3)}, haiku[1]
     ported, rows = hk_stack.flax_to_haiku(flax, haiku, strict=False, **rules)
     back, same = hk_stack.haiku_to_flax(haiku, flax, strict=False, **rules)
     good = flax["params"]["good"]

@@ -5,25 +5,55 @@ Both trees are read in one vocabulary (`_leaves`), paired by name (`_match`) and
 itself is not needed: Linen's variables and NNX's states are the trees that they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from hk_stack import _checks
-from hk_stack.port import _layers, _leaves, _match, _move, _plan
+from hk_stack.port import (
+    _layers,
+    _leaves,
+    _match,
+    _move,
+    _plan,
+    _rules,
+    _skeleton,
+    _verify,
+    recipes,
+)
 from hk_stack.port._gru import GRU
-from hk_stack.port._layers import SAME, TRANSPOSED
 from hk_stack.port._plan import Plan, Row
-from hk_stack.port._rules import Axis, Rule, Rules, Said
+from hk_stack.port._regroup import (
+    SAME,
+    TRANSPOSED,
+    fuse,
+    pad_vocab,
+    split,
+    tie,
+    transpose,
+)
+from hk_stack.port._rules import Axis, Rule
+from hk_stack.port._verify import Report
 
 __all__ = (
     "GRU",
     "SAME",
     "TRANSPOSED",
     "Plan",
+    "Report",
     "Row",
     "flax_to_haiku",
+    "fuse",
     "haiku_to_flax",
+    "pad_vocab",
     "plan",
+    "recipes",
+    "skeleton",
+    "split",
+    "tie",
+    "transpose",
+    "verify",
 )
 
 
@@ -64,12 +94,15 @@ def flax_to_haiku(
         or what `jax.eval_shape` gives for it. `state` is `{}` for a model without.
       rename: Beginnings of paths in Flax (without the collection, or with it), and what
         they are in Haiku. `*` stands for any text in one part of a path, and is copied:
-        `{"encoder/layers_*": "encoder/block_*"}`. The closest rule stands:
+        `{"encoder/layers_*": "encoder/block_*"}`. `{i}` stands for a number, with
+        which can be counted: `{"block_{i+1}": "rest_{i}"}`. The closest rule stands:
         `{"block_0": "first", "block_*": "rest_*"}`, after which a stack `rest` holds
         the layers from `block_1` on.
       leaf: Beginnings of paths in Flax, and two functions: from Flax's array of one
-        layer to Haiku's, and back; `SAME` and `TRANSPOSED` are two such pairs.
-      ignore: Beginnings of paths in Flax or Haiku that may be left over.
+        layer to Haiku's, and back, such as `SAME`, `TRANSPOSED`, `transpose` and
+        `pad_vocab`; or what `split`, `fuse` and `tie` say of several leaves.
+      ignore: Beginnings of paths in Flax or Haiku that may be left over; `like` then
+        has arrays there, which stay as they are.
       layer_axis: The axis that `nn.scan` or `nn.vmap` put the layers on
         (`variable_axes={"params": 1}`): one for all stacks, or by the beginning of a
         path in Flax, which then is that of a stack; a tuple for scans in a scan, ()
@@ -178,42 +211,90 @@ def plan(
     return _planned(variables, like, *said)
 
 
+def verify(
+    flax_apply: Callable[..., Any],
+    haiku_apply: Callable[..., Any],
+    variables: Any,
+    like: tuple[Any, Any],
+    inputs: Any,
+    **rules: Any,
+) -> Report:
+    """Ports a model, runs it in both frameworks, and says where they first differ.
+
+    ```
+    report = port.verify(model.apply, transformed.apply, variables, like, tokens)
+    assert report.ok, report
+    ```
+
+    Outputs are compared, then gradients by parameters; where outputs differ, so is what
+    goes into and comes out of each module of Linen that has its like in Haiku, in the
+    order in which they run. In double precision, unless a model has none.
+
+    Args:
+      flax_apply: `flax_apply(variables, *inputs)` returns the outputs.
+      haiku_apply: `haiku_apply(params, state, key, *inputs)` returns outputs and state,
+        as the `apply` of `hk.transform_with_state`.
+      variables: As in `flax_to_haiku`, with values.
+      like: As in `flax_to_haiku`.
+      inputs: An array, or a tuple of arguments.
+      **rules: As in `flax_to_haiku`: `rename`, `leaf`, `ignore`, `layer_axis`,
+        `interleave`, `cast`.
+
+    Returns:
+      A report: `ok`, and as text what differs, where, and what may be the reason.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If the port is refused, or outputs are not of the same structure.
+    """
+    _checks.function(flax_apply, "hk_stack.port.verify")
+    _checks.function(haiku_apply, "hk_stack.port.verify")
+    ported = flax_to_haiku(variables, like, **rules)
+    found = plan(variables, like, **rules)
+    several = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return _verify.verified(flax_apply, haiku_apply, variables, found, ported, several)
+
+
+def skeleton(variables: Any) -> str:
+    r"""The source of a Haiku model for a Flax tree, whose forward pass is to be edited.
+
+    It has all modules with their sizes and names, and `hk_stack.layer_stack` where
+    equal blocks are numbered or scanned. It runs as it is, and its parameters are
+    ported without a rule; how modules are connected no tree tells, so they run one
+    after the other, with a TODO wherever a human has to look.
+
+    >>> import numpy as np
+    >>> variables = {"params": {"Dense_0": {"kernel": np.ones([3, 4])}}}
+    >>> print("\n".join(skeleton(variables).splitlines()[-2:]))
+        x = hk.Linear(4, with_bias=False, name="linear")(x)  # TODO: activation
+        return x
+
+    Args:
+      variables: As in `flax_to_haiku`; arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      Python source, with a function `model(inputs, is_training=False)`.
+
+    Raises:
+      TypeError: If it is no dict of modules.
+    """
+    return _skeleton.source(variables)
+
+
 def _planned(variables: Any, like: Any, *options: Any) -> Plan:
-    said = _checked(*options)
+    said = _rules.checked(*options)
     if not isinstance(like, (tuple, list)) or len(like) != 2:
         raise TypeError(
             "port: Haiku's side must be a pair (params, state), not "
             f"{type(like).__name__}. Write (params, {{}}) for a model without state."
         )
-    flax = _leaves.of_flax(variables, said.rename)
     haiku = _leaves.of_haiku(*like)
+    flax, unused = _leaves.of_flax(variables, said, haiku)
     found = _match.match(flax, haiku, said)
-    unused = said.unused([leaf.paths for leaf in (*flax, *haiku)])
+    unused += said.unused([leaf.paths for leaf in (*flax, *haiku)])
     if not (found.unfit or found.flax or found.haiku):
         unused += _layers.unused(found.moves, said)
     return _plan.made(found, (flax, haiku), said, unused)
-
-
-def _checked(
-    rename: Any, leaf: Any, ignore: Any, layer_axis: Any, interleave: Any, cast: bool
-) -> Said:
-    """What the user says, after a check of what it is."""
-    are_paths = isinstance(ignore, Sequence) and not isinstance(ignore, str)
-    if not are_paths or not all(isinstance(path, str) for path in ignore):
-        raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
-    if interleave not in (None, True, False):
-        raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
-    _checks.flag(cast, "cast", "port")
-    if isinstance(layer_axis, (int, tuple)):
-        layer_axis = {"": layer_axis}
-    return Said(
-        Rules("rename", rename or {}),
-        Rules("leaf", leaf or {}),
-        Rules("ignore", dict.fromkeys(ignore)),
-        Rules("layer_axis", {} if layer_axis is None else layer_axis),
-        interleave,
-        cast,
-    )
 
 
 def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:
@@ -225,4 +306,15 @@ def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:
         lines = [f"{what}: {found.headline()}", *found.problems(what)]
         raise ValueError("\n".join(lines))
     result = _move.ported(found, source, tree, like)
-    return result if strict else (result, bad)
+    if not strict:
+        return result, bad
+    named = result if source else dict(zip(("params", "state"), result, strict=True))
+    for path, leaf in jax.tree.leaves_with_path(named):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"port: {name} is ignored, and `like` has no value for it, but a "
+                "jax.ShapeDtypeStruct. Give `like` with an array there, as the "
+                "model's init returns it."
+            )
+    return result

@@ -3,7 +3,8 @@
 Prints its leaves, numbered ones together, and what Haiku calls them; nothing is loaded
 but names, shapes and dtypes, where the format allows that. With `--like=CHECKPOINT`, a
 checkpoint of the model in Haiku, it prints what would go where, and exits with 1 if
-something does not fit.
+something does not fit. With `--skeleton`, it prints the source of a model in Haiku for
+the checkpoint, whose forward pass is to be edited.
 
 A checkpoint is what `hk_stack.checkpoint.read` reads.
 """
@@ -20,11 +21,14 @@ from typing import Any
 from absl import app, flags, logging
 
 from hk_stack import _table, checkpoint
-from hk_stack.port import _leaves, _names, _rules, plan
+from hk_stack.port import _codecs, _leaves, _names, _rules, plan, skeleton
 
 Tree = dict[str, Any]
 
 _LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
+_SKELETON = flags.DEFINE_bool(
+    "skeleton", False, "Whether to print source of a model in Haiku for it."
+)
 _COLLECTIONS = flags.DEFINE_list(
     "collections", [], "Collections of Flax to take; all, if none is named."
 )
@@ -57,7 +61,7 @@ def main(argv: list[str]) -> None:
     try:
         tree = _collections(read(argv[1], _FAMILY.value))
         if _LIKE.value is None:
-            print(inspected(tree))
+            print(skeleton(tree) if _SKELETON.value else inspected(tree))
             return
         like = read(_LIKE.value)  # All is parameters if nothing says so.
         has_params = isinstance(like.get("params"), Mapping)
@@ -95,7 +99,7 @@ def _collections(tree: Tree) -> Tree:
 def inspected(tree: Tree) -> str:
     """A table of the leaves of Flax variables, numbered ones together."""
     rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
-    for leaf in _leaves.of_flax(tree, _rules.Rules("rename", {})):
+    for leaf in _leaves.of_flax(tree, _rules.checked())[0]:
         alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
         rows.setdefault(tuple(alike), []).append(leaf)
     pieces = [piece for leaves in rows.values() for x in leaves for piece in x.pieces]
@@ -116,7 +120,7 @@ def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
     return [str(leaves[0]), in_haiku, str(len(leaves)), size]
 
 
-def _size(pieces: list[_leaves.Piece]) -> str:
+def _size(pieces: list[_codecs.Piece]) -> str:
     return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
 
 

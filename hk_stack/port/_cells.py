@@ -5,34 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hk_stack.port._codecs import Array, Codec, Shape
 from hk_stack.port._names import Path
-
-Shape = tuple[int, ...]
-Array = np.ndarray
-
-
-class Codec:
-    """How a leaf is stored: here, as it is.
-
-    Attributes:
-      label: What a plan calls it.
-      rank: How many axes the pieces of one layer have, if that is known.
-    """
-
-    label = ""
-    rank: int | None = None
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The leaf's shape, from those of its pieces."""
-        return shapes[-1]
-
-    def read(self, pieces: Sequence[Array]) -> Array:
-        """The leaf."""
-        return pieces[-1]
-
-    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        """Fills the pieces."""
-        pieces[-1][...] = leaf
 
 
 class Gates(Codec):
@@ -46,6 +20,7 @@ class Gates(Codec):
     """
 
     label = "fused gates"
+    is_plain = False
 
     def __init__(self, order: Sequence[int], inputs: int, offsets: Sequence[int] = ()):
         self.order = tuple(order)

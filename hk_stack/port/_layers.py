@@ -15,9 +15,20 @@ from typing import NamedTuple
 import numpy as np
 
 from hk_stack.port import _names
-from hk_stack.port._cells import Array, Shape
-from hk_stack.port._leaves import Average, Leaf, Piece
-from hk_stack.port._rules import Axes, Function, Rule, Said
+from hk_stack.port._codecs import Array, Piece, Shape
+from hk_stack.port._leaves import Average, Leaf
+from hk_stack.port._names import Path
+from hk_stack.port._regroup import NO_SHAPE, SAME, TRANSPOSED, swapped
+from hk_stack.port._rules import (
+    Arguments,
+    Axes,
+    Function,
+    Pair,
+    Said,
+    Transpose,
+    matched,
+    written,
+)
 
 
 class Group(NamedTuple):
@@ -135,10 +146,16 @@ class Reading(NamedTuple):
         return self.is_alike and self.change is not _UNSAID
 
     @property
+    def is_turned(self) -> bool:
+        """Whether it is a matrix that is stored transposed."""
+        is_matrix = self.flax.leaves[0].is_kernel and len(self.flax.one_layer) == 2
+        return is_matrix and self.change.to_haiku is swapped
+
+    @property
     def effect(self) -> Hashable:
         """What tells apart readings that give other values: which axes become which."""
         # A function of the user's sees one layer, whichever that is.
-        if self.change.label == _RULE or len(self.flax.leaves[0].pieces) > 1:
+        if self.change.label == _RULE or not self.flax.leaves[0].codec.is_plain:
             return self.where
         old, new = self.flax.order, self.haiku.order
         if self.change.to_haiku is swapped:
@@ -151,19 +168,48 @@ class Reading(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a group does not go; and whether that is as it could go in several ways."""
+    """Why a group does not go.
+
+    Attributes:
+      why: In words.
+      fits: Whether it could go in several ways.
+      rules: What to write, for each of the ways that are known.
+      is_turned: Whether it fits if it is transposed.
+      lead: What comes before the rules.
+    """
 
     why: str
-    fits: bool
+    fits: bool = False
+    rules: tuple[Arguments, ...] = ()
+    is_turned: bool = False
+    lead: str = ". Say "
+
+    def __str__(self) -> str:
+        rules = dict.fromkeys(map(written, self.rules))
+        return f"{self.why}{self.lead}{'; or '.join(rules)}" if rules else self.why
 
 
-def read(groups: Sequence[Group], said: Said) -> list[Reading | Refusal]:
-    """How each group goes from one tree to the other, or why it does not."""
+def read(
+    groups: Sequence[Group], said: Said, is_turned: bool = False
+) -> list[Reading | Refusal]:
+    """How each group goes from one tree to the other, or why it does not.
+
+    Args:
+      groups: Groups of leaves.
+      said: Rules.
+      is_turned: Whether kernels in other groups are stored transposed.
+
+    Returns:
+      A reading or a refusal for each.
+    """
     depths: dict[Hashable, int] = {}
     for group in groups:
         if group.flax[0].is_bias:  # It has one axis in a layer of Haiku.
             depths[group.haiku[0].path[:-1]] = len(group.haiku[0].shape) - 1
     tried = [_Reader(group, depths, said) for group in groups]
+    if is_turned or any(one.is_turned for one in tried):
+        for one in tried:
+            one.doubt()
     steps: dict[str, set[tuple[int, int]]] = {}
     for one in tried:
         if one.fits:
@@ -189,11 +235,16 @@ class _Reader:
     def __init__(self, group: Group, depths: Mapping[Hashable, int], said: Said):
         self.group = group
         self.module = group.flax[0].collection, group.flax[0].raw[:-1]
-        self.block = _scope(group).partition("*")[0]
+        self.block = _scopes(group)[0].partition("*")[0]
         self.fits: list[Reading] = []
         self._said = said
         self._depth = _depth(group, depths)
-        self._why = group.holes or _other_rules(group, said)
+        self._rule = said.leaf.find(group.flax[0].paths)
+        self._may_turn = False
+        self._of_rule = ""  # What is wrong with it.
+        self._why = _other_rules(group, said)
+        if group.holes:
+            self._why = Refusal(group.holes)
         if not self._why:
             self._read()
 
@@ -202,29 +253,50 @@ class _Reader:
         several = (itertools.permutations(range(leaf.ndim), n) for n in range(3))
         every = list(itertools.chain.from_iterable(several))
         closest = rules.closest(leaf.paths)
-        if closest is None:
-            self.fits = list(self._readings(every))
+        choices = every
+        if closest is not None:
+            axes = rules.rules[closest.pattern]
+            choices = [axes if isinstance(axes, tuple) else (axes,)]
+            if closest.pattern.strip("/") in ("", leaf.collection):
+                choices.append(())  # It does not say what of the tree is a stack.
+            else:
+                self._depth = None
+        self.fits = list(self._readings(choices))
+        if self.fits:
             return
-        axes = rules.rules[closest[0]]
-        meant = [axes if isinstance(axes, tuple) else (axes,)]
-        if closest[0].strip("/") in ("", leaf.collection):
-            meant.append(())  # It does not say what of the tree is a stack.
-        else:
-            self._depth = None
-        self.fits = list(self._readings(meant))
-        if not self.fits and not self._why:
+        self._why = Refusal(self._of_rule) if self._of_rule else None
+        if self._rule is None:
+            self._may_turn = True
+            if list(self._readings(choices)):
+                self._why = _turned(self.group)
+        if closest is not None and not self._why:
             others = _by_effect(list(self._readings(every)))
             self._why = _not_on_axis(self.group, axes, others)
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether it is a matrix that is stored transposed."""
+        is_turned = isinstance(self._why, Refusal) and self._why.is_turned
+        return is_turned or any(one.is_turned for one in self.fits)
+
+    def doubt(self) -> None:
+        """A square matrix may be transposed, too, where others are."""
+        if self._rule is None and self.group.flax[0].is_kernel:
+            self.fits += [
+                one._replace(change=_UNSAID)
+                for one in self.fits
+                if one.change is _SAME and _is_square(one.flax.one_layer)
+            ]
 
     def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
         if not self.fits:
-            return Refusal(self._why or _difference(self.group), False)
+            return self._why or _differs(self.group)
         fits = [found for found in self.fits if found.where in where] or self.fits
         found = _by_effect(fits)
         if len(found) == 1 and found[0].is_sure:
             return found[0]
-        return Refusal(_unclear(self.group, found), True)
+        return _unclear(self.group, found)
 
     def _readings(self, choices: Sequence[Axes]) -> Iterator[Reading]:
         depths = range(3) if self._depth is None else [self._depth]
@@ -243,7 +315,7 @@ class _Reader:
     def _changes(self, flax: Side, haiku: Side) -> Iterator[Change]:
         """How one layer may change; nothing if it does not fit."""
         leaf, old, new = flax.leaves[0], flax.one_layer, haiku.one_layer
-        rule = self._said.leaf.find(leaf.paths)
+        rule = self._rule
         least = _LEAST.get(leaf.raw[-1], 0) if flax.own_axes else 0
         if len(old) < least or (leaf.is_of_batch_norm and len(old) > 1):
             return
@@ -252,11 +324,13 @@ class _Reader:
             if isinstance(found, Change):
                 yield found
             else:
-                self._why = self._why or found
+                self._of_rule = self._of_rule or found
         elif leaf.is_kernel and len(old) == len(new) >= 3:
             yield from _convolution(leaf, haiku.leaves[0], old, new, rule is not None)
         elif old == new:
             yield _SAME
+        elif self._may_turn and leaf.is_kernel and len(old) == 2 and old == new[::-1]:
+            yield _UNSAID
         elif _is_reshape(leaf, old, new):
             yield Change("reshape", lambda x: x.reshape(new), lambda x: x.reshape(old))
 
@@ -310,25 +384,34 @@ def _count_the_same(flax: Side, haiku: Side) -> bool:
     """Whether both have the same number of layers."""
     # Where names have other numbers in both trees, one of them has axes too.
     is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
-    is_other = is_numbered and len(flax.axes) == len(haiku.axes)
+    old, new = ([n for n in side.sizes if n != 1] for side in (flax, haiku))
+    is_other = is_numbered and len(old) == len(new)
     return flax.num_layers == haiku.num_layers and not is_other
 
 
-def _other_rules(group: Group, said: Said) -> str:
+def _other_rules(group: Group, said: Said) -> Refusal | None:
     """What to say if a rule is for some layers of a group only."""
     for rules in (said.leaf, said.layer_axis):
         closest = [rules.closest(leaf.paths) for leaf in group.flax]
-        if len({found and found[0] for found in closest}) > 1:
-            return (
+        if len({found and found.pattern for found in closest}) > 1:
+            return Refusal(
                 f"the rules in {rules.argument}= are not the same for all layers; "
-                f'write one, with * for the number: "{_scope(group)}"'
+                f'write one, with * for the number: "{_scopes(group)[0]}"'
             )
-    return ""
+    return None
 
 
-def _scope(group: Group) -> str:
+def _scopes(group: Group) -> list[str]:
     """Its module in Flax as a rule says it, with `*` for numbers."""
-    return _names.starred([leaf.raw[:-1] or leaf.raw for leaf in group.flax])
+    return _patterns([leaf.raw[:-1] or leaf.raw for leaf in group.flax])
+
+
+def _patterns(paths: Sequence[Path]) -> list[str]:
+    """One pattern for all paths, if these differ in numbers only."""
+    one = _names.starred(paths)
+    every = ["/".join(path) for path in paths]
+    is_right = all(matched(one, [path]) for path in every)
+    return [one] if is_right else list(dict.fromkeys(every))
 
 
 def _by_effect(fits: Sequence[Reading]) -> list[Reading]:
@@ -342,18 +425,6 @@ def _by_effect(fits: Sequence[Reading]) -> list[Reading]:
 # Changes of one layer
 
 
-def same(array: Array) -> Array:
-    """No change."""
-    return array
-
-
-def swapped(array: Array) -> Array:
-    """With the last two axes the other way round."""
-    return np.swapaxes(array, -1, -2)
-
-
-SAME: Rule = (same, same)
-TRANSPOSED: Rule = (swapped, swapped)
 _RULE = "rule"
 _SAME = Change("", *SAME)
 _SWAP = Change("last axes swapped", *TRANSPOSED)
@@ -361,15 +432,37 @@ _UNSAID = Change("last axes swapped, which nothing says", *TRANSPOSED)
 
 
 @functools.lru_cache(maxsize=1024)
-def _by_rule(rule: Rule, old: Shape, new: Shape, dtype: np.dtype) -> Change | str:
+def _by_rule(rule: Pair, old: Shape, new: Shape, dtype: np.dtype) -> Change | str:
     """What a user's rule does, or why it does not fit."""
+    to_haiku, to_flax = rule
     try:
-        found = list(np.shape(rule[0](np.zeros(old, dtype))))
+        found = np.shape(to_haiku(np.zeros(old, dtype)))
     except Exception as error:
         return f"its rule in leaf= fails on shape {list(old)}: {error!r}"
-    if found == list(new):
-        return _SWAP if rule == TRANSPOSED else Change(_RULE, *rule)
-    return f"its rule in leaf= makes {found} of {list(old)}, not {list(new)}"
+    if found == new:
+        return _SWAP if rule == TRANSPOSED else Change(_RULE, to_haiku, to_flax)
+    if isinstance(rule, Transpose) and _is_merged(found, new):
+        return Change(
+            _RULE,
+            lambda x: np.reshape(to_haiku(x), new),
+            lambda x: to_flax(np.reshape(x, found)),
+        )
+    return f"its rule in leaf= makes {list(found)} of {list(old)}, not {list(new)}"
+
+
+def _is_merged(old: Shape, new: Shape) -> bool:
+    """Whether neighbouring axes became one, and nothing else changed."""
+    if len(old) <= len(new):
+        return False
+    rest = list(old)
+    for size in new:
+        count = next(
+            (i for i in range(1, len(rest) + 1) if math.prod(rest[:i]) == size), 0
+        )
+        if not count:
+            return False
+        rest = rest[count:]
+    return math.prod(rest) == 1
 
 
 def _convolution(
@@ -387,6 +480,10 @@ def _convolution(
             yield _UNSAID
 
 
+def _is_square(shape: Shape) -> bool:
+    return len(shape) == 2 and len(set(shape)) == 1
+
+
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
     if leaf.is_kernel:  # Heads, before or after the other axis.
         splits = [(math.prod(old[:i]), math.prod(old[i:])) for i in range(1, len(old))]
@@ -402,7 +499,8 @@ def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
 
 def _difference(group: Group) -> str:
     """Why the leaves of a group are not the same."""
-    old, new = group.flax[0].shape, group.haiku[0].shape
+    flax, haiku = group.flax[0], group.haiku[0]
+    old, new = flax.shape, haiku.shape
     numbered = [
         f"{len(side)} numbered leaves in {name}"
         for side, name in ((group.flax, "Flax"), (group.haiku, "Haiku"))
@@ -413,6 +511,9 @@ def _difference(group: Group) -> str:
             f"{' and '.join(numbered)}, but with other numbers: where they are the "
             "same layers, give both the same numbers, module by module, with rename="
         )
+    if NO_SHAPE in (old, new):
+        pieces = " and ".join(map(str, flax.pieces))
+        return f"the rule in leaf= for {pieces} does not fit: {flax.codec.label}"
     text = f"shape {list(old)} in Flax, {list(new)} in Haiku"
     if numbered:
         return f"{text}, with {numbered[0]}"
@@ -422,12 +523,46 @@ def _difference(group: Group) -> str:
     )
 
 
-def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> str:
+def _differs(group: Group) -> Refusal:
+    """What to say where nothing fits: counting anew may help."""
+    rename = _counted_anew(group)
+    rules: tuple[Arguments, ...] = ({"rename": rename},) if rename else ()
+    return Refusal(_difference(group), rules=rules)
+
+
+def _counted_anew(group: Group) -> dict[str, str]:
+    """A renaming for two loops that begin with other numbers, if that is all."""
+    old = _names.counted([leaf.raw for leaf in group.flax])
+    new = _names.counted([leaf.path for leaf in group.haiku])
+    if old is None or new is None or len(group.flax) != len(group.haiku):
+        return {}
+    shifts = {a - b for a, b in zip(old.numbers, new.numbers, strict=True)}
+    if len(shifts) > 1 or shifts == {0}:
+        return {}
+    shift = shifts.pop()
+    flax = f"{{i+{shift}}}" if shift > 0 else "{i}"
+    haiku = f"{{i+{-shift}}}" if shift < 0 else "{i}"
+    return {old.before + flax: new.before + haiku}
+
+
+def _turned(group: Group) -> Refusal:
+    """What to say of a matrix that fits if it is transposed."""
+    why = f"{_difference(group)}: it may be stored transposed"
+    return Refusal(why, rules=({"leaf": _leaf_rule(group, True)},), is_turned=True)
+
+
+def _leaf_rule(group: Group, is_turned: bool) -> dict[str, str]:
+    name = "TRANSPOSED" if is_turned else "SAME"
+    patterns = _patterns([leaf.raw for leaf in group.flax])
+    return dict.fromkeys(patterns, f"hk_stack.port.{name}")
+
+
+def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> Refusal:
     """What to say where a rule does not fit, and what would."""
-    rules = [_rule(group, one, {"layer_axis"}) for one in others if one.is_sure]
-    fitting = f"; this fits: {'; or '.join(rules[:4])}" if rules else ""
+    rules = [_rules(group, one, {"layer_axis"}) for one in others if one.is_sure]
     text = f"its layers are not on axis {said}, as layer_axis= says"
-    return f"{text}: {_difference(group)}{fitting}"
+    why, lead = f"{text}: {_difference(group)}", "; this fits: "
+    return Refusal(why, rules=tuple(rules[:4]), lead=lead)
 
 
 _MEANING = {
@@ -446,9 +581,10 @@ _MEANING = {
         "interleave=False if each numbered module is a stack"
     ),
 }
+_SQUARE = "it is square, and may be stored transposed, as others of this tree are"
 
 
-def _unclear(group: Group, found: Sequence[Reading]) -> str:
+def _unclear(group: Group, found: Sequence[Reading]) -> Refusal:
     """What to say where several readings fit, or one that nothing says."""
     alike = [one for one in found if one.is_alike]
     differ = {
@@ -458,28 +594,28 @@ def _unclear(group: Group, found: Sequence[Reading]) -> str:
     }
     arguments = {argument for argument, is_open in differ.items() if is_open}
     texts = [_MEANING[argument] for argument in differ if argument in arguments]
+    if differ["leaf"] and any(one.is_turned for one in found):
+        texts[0] = _SQUARE
     for one in [one for one in found if not one.is_alike][:1]:
         texts.append(
             f"its layers may be nested as {one.flax.sizes} in Flax, and as "
             f"{one.haiku.sizes} in Haiku, which are not ported into one another: if "
             "so, port into a tree that is nested alike"
         )
-    rules = dict.fromkeys(_rule(group, one, arguments) for one in alike)
-    what = f". Say {'; or '.join(rules)}" if any(rules) else ""
-    return f"{_difference(group)}: {'; '.join(texts)}{what}"
+    rules = tuple(_rules(group, one, arguments) for one in alike) if arguments else ()
+    return Refusal(f"{_difference(group)}: {'; '.join(texts)}", True, rules)
 
 
-def _rule(group: Group, one: Reading, arguments: set[str]) -> str:
+def _rules(group: Group, one: Reading, arguments: set[str]) -> Arguments:
     """What to write for one reading: its values of these arguments."""
-    scope, texts = _scope(group), []
+    found: Arguments = {}
     if "layer_axis" in arguments:
-        texts.append(f'layer_axis={{"{scope}": {one.flax.own_axes}}}')
+        found["layer_axis"] = dict.fromkeys(_scopes(group), one.flax.own_axes)
     if "interleave" in arguments and one.interleaved is not None:
-        texts.append(f"interleave={one.interleaved}")
+        found["interleave"] = one.interleaved
     if "leaf" in arguments:
-        name = "TRANSPOSED" if one.change is _UNSAID else "SAME"
-        texts.append(f'leaf={{"{scope}/kernel": hk_stack.port.{name}}}')
-    return ", ".join(texts)
+        found["leaf"] = _leaf_rule(group, one.change is _UNSAID)
+    return found
 
 
 def unused(found: Sequence[Reading], said: Said) -> list[str]:

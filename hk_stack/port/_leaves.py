@@ -7,34 +7,19 @@ them apart, one layer at a time.
 """
 
 import collections
-import math
+import itertools
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hk_stack.port import _cells, _names
-from hk_stack.port._cells import Array, Codec, Shape
+from hk_stack.port import _cells, _names, _regroup
+from hk_stack.port._codecs import Array, Codec, Piece, Shape
 from hk_stack.port._names import Path
-from hk_stack.port._rules import Rules, paths_of, renamed
-
-
-class Piece(NamedTuple):
-    """One array of a tree: its whole name, and its place among the tree's leaves."""
-
-    name: str
-    place: int
-    shape: Shape
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype}{list(self.shape)}".replace(", ", ",")
+from hk_stack.port._regroup import Stored
+from hk_stack.port._rules import Rules, Said, paths_of, renamed
 
 
 class Average(Codec):
@@ -76,7 +61,7 @@ class Leaf(NamedTuple):
         return "params" if self.collection == "params" else "state"
 
     @property
-    def name(self) -> Hashable:
+    def name(self) -> tuple[str, _names.Module, str]:
         """What it is matched by."""
         return self.kind, _names.parts(self.path[:-1]), _names.leaf(self.path[-1])
 
@@ -119,7 +104,8 @@ class Leaf(NamedTuple):
 
     def __str__(self) -> str:
         if len(self.pieces) == 1:
-            return str(self.pieces[0])
+            label = f" ({self.codec.label})" if self.codec.label else ""
+            return f"{self.pieces[0]}{label}"
         scope = os.path.commonpath([piece.name for piece in self.pieces])
         inside = ",".join(piece.name[len(scope) + 1 :] for piece in self.pieces)
         return f"{scope}/{{{inside}}} {str(self.pieces[-1]).rpartition(' ')[2]}"
@@ -131,57 +117,101 @@ class Leaf(NamedTuple):
 Scope = tuple[str, Path]  # A collection, and a module.
 
 
-def of_flax(variables: Any, rename: Rules[str]) -> list[Leaf]:
-    """The leaves of Linen's variables, an NNX state, or a plain dict of either."""
+def of_flax(
+    variables: Any, said: Said, haiku: Sequence[Leaf] = ()
+) -> tuple[list[Leaf], list[str]]:
+    """The leaves of Linen's variables, an NNX state, or a plain dict of either.
+
+    Args:
+      variables: The tree.
+      said: Rules; `rename`, and those in `leaf` for several leaves.
+      haiku: The leaves of the other tree, which may be called as these are.
+
+    Returns:
+      The leaves, and what to say of rules that none of them needs.
+    """
+    has_values = any(leaf.path[-1] == "value" for leaf in haiku)
+    every, unused = _regroup.regrouped(stored(variables, has_values), said.regroup)
+    inside: dict[Scope, dict[str, Stored]] = collections.defaultdict(dict)
+    for (collection, path), leaf in every.items():
+        for i in range(len(path)):
+            # NNX writes `if_` for a gate, as `if` is a word of Python.
+            name = "/".join(path[i:]).replace("if_/", "if/")
+            inside[collection, path[:i]][name] = leaf
+    leaves: list[Leaf] = []
+    taken: set[Scope] = set()
+    for (collection, module), names_in in inside.items():
+        plain = ((n, x) for n, x in names_in.items() if x.codec.is_plain)
+        shapes = {name: x.pieces[0].shape for name, x in plain}
+        for path, names, codec in _cells.leaves_of(shapes):
+            several = [names_in[name] for name in names]
+            taken |= {(one.collection, one.path) for one in several}
+            pieces = tuple(one.pieces[0] for one in several)
+            new, count = renamed(said.rename, collection, module)
+            whole = (*new, *module[count:], *path)
+            leaves.append(Leaf(collection, (*module, *path), whole, pieces, codec))
+    has_outs = any("out" in path for _, path in every)
+    ours = {_bases(leaf.path) for leaf in haiku} if has_outs else set()
+    for key, one in every.items():
+        if key not in taken:
+            leaves.append(_flax_leaf(one, inside, said.rename, ours))
+    return leaves, unused
+
+
+def stored(variables: Any, has_values: bool = False) -> dict[Scope, Stored]:
+    """The arrays of a tree, by collection and path."""
     arrays = _paths(variables)
+    # A state of NNX that was saved has a `value` for the box around each array.
+    if not has_values and all(len(p) > 1 and p[-1] == "value" for p, _ in arrays):
+        arrays = [(path[:-1], leaf) for path, leaf in arrays]
     if isinstance(variables.get("params"), Mapping):
         at: list[Scope] = [(path[0], path[1:] or path) for path, _ in arrays]
     else:
         at = list(zip(_collections(variables, arrays), dict(arrays), strict=True))
-    inside: dict[Scope, dict[str, Piece]] = collections.defaultdict(dict)
-    for place, ((path, leaf), (collection, inner)) in enumerate(
-        zip(arrays, at, strict=True)
-    ):
+    found = {}
+    for place, ((path, leaf), key) in enumerate(zip(arrays, at, strict=True)):
         piece = _piece("/".join(path), place, leaf)
-        for i in range(len(inner)):
-            # NNX writes `if_` for a gate, as `if` is a word of Python.
-            name = "/".join(inner[i:]).replace("if_/", "if/")
-            inside[collection, inner[:i]][name] = piece
-    leaves: list[Leaf] = []
-    for (collection, module), found in inside.items():
-        for path, names, codec in _cells.leaves_of(
-            {n: p.shape for n, p in found.items()}
-        ):
-            pieces = tuple(found[name] for name in names)
-            new, count = renamed(rename, collection, module)
-            whole = (*new, *module[count:], *path)
-            leaves.append(Leaf(collection, (*module, *path), whole, pieces, codec))
-    taken = {piece.place for leaf in leaves for piece in leaf.pieces}
-    for place, (collection, path) in enumerate(at):
-        if place not in taken:
-            leaves.append(_flax_leaf(collection, path, inside, rename))
-    return leaves
+        found[key] = Stored(*key, (piece,))
+    return found
 
 
 def _flax_leaf(
-    collection: str,
-    path: Path,
-    inside: Mapping[Scope, Mapping[str, Piece]],
+    one: Stored,
+    inside: Mapping[Scope, Mapping[str, Stored]],
     rename: Rules[str],
+    ours: Set[Path],
 ) -> Leaf:
-    found = [
-        "linear"
-        if part == "out" and _is_attention(inside["params", path[:i]])
-        else part
-        for i, part in enumerate(path)
-    ]
+    collection, path, pieces, codec = one
     siblings = inside[collection, path[:-1]]
     is_offset = path[-1] == "bias" and "kernel" not in siblings
-    found[-1] = "offset" if is_offset else _names.leaf(path[-1])
+    # What is no word of Flax is written as it is: both trees may have it.
+    is_word = path[-1] in ("bias", "embedding", "kernel")
+    name = _names.leaf(path[-1]) if is_word else path[-1]
+    name = "offset" if is_offset else name
     new, count = renamed(rename, collection, path)
-    pieces = (siblings[path[-1]],)
-    whole = (*new, *found[count:])
-    return Leaf(collection, path, whole, pieces, has_kernel="kernel" in siblings)
+    found: Path = (*new, *(*path[:-1], name)[count:])
+    outs = [i for i, part in enumerate(path) if part == "out" and i >= count]
+    outs = [i for i in outs if _is_attention(inside["params", path[:i]])]
+    if outs:
+        shift = len(found) - len(path)
+        parts = enumerate(found)
+        linear = tuple("linear" if i - shift in outs else x for i, x in parts)
+        found = found if _alike(found, ours) >= _alike(linear, ours) else linear
+    return Leaf(collection, path, found, pieces, codec, "kernel" in siblings)
+
+
+def _bases(path: Path) -> Path:
+    """A name without the numbers in it."""
+    return (*(part.base for part in _names.parts(path[:-1])), _names.leaf(path[-1]))
+
+
+def _alike(path: Path, ours: Set[Path]) -> int:
+    """How many parts at the end a name has in common with one of others."""
+    ends = (
+        zip(reversed(_bases(path)), reversed(other), strict=False) for other in ours
+    )
+    same = (itertools.takewhile(lambda pair: pair[0] == pair[1], end) for end in ends)
+    return max((len(list(pairs)) for pairs in same), default=-1)
 
 
 def _is_attention(inside: Iterable[str]) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from hk_stack.port import _layers, _names
-from hk_stack.port._layers import Group, Reading
+from hk_stack.port._layers import Group, Reading, Refusal
 from hk_stack.port._leaves import Leaf
 from hk_stack.port._names import Module, Path
 from hk_stack.port._rules import Said
@@ -29,7 +29,7 @@ class Matched(NamedTuple):
     """What goes, what does not fit, what is left over, and renamings to propose."""
 
     moves: list[Reading]
-    unfit: list[tuple[Group, str]]  # And why.
+    unfit: list[tuple[Group, Refusal]]
     flax: list[Leaf]
     haiku: list[Leaf]
     renames: dict[str, str]
@@ -40,19 +40,19 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
     theirs, ours = _named_alike(flax, haiku)
     groups = list(_groups(theirs, ours))
     moves: list[Reading] = []
-    unfit: list[tuple[Group, str]] = []
-    for (group, alone), found in zip(
-        groups, _layers.read([group for group, _ in groups], said), strict=True
-    ):
+    unfit: list[tuple[Group, Refusal]] = []
+    every = _layers.read([group for group, _ in groups], said)
+    is_turned = any(found.is_turned for found in every)
+    for (group, alone), found in zip(groups, every, strict=True):
         if isinstance(found, Reading):
             moves.append(found)
             continue
         # Numbers that count no layers tell modules apart, some of which are missing.
-        apart = [] if found.fits else _layers.read(alone, said)
+        apart = [] if found.fits else _layers.read(alone, said, is_turned)
         fits = [one for one in apart if isinstance(one, Reading)]
         moves += fits if len(fits) == len(apart) else []
         if not apart or len(fits) < len(apart):
-            unfit.append((group, found.why))
+            unfit.append((group, found))
     used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
     used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
     left, others = (
@@ -65,12 +65,7 @@ def _named_alike(
     flax: Sequence[Leaf], haiku: Sequence[Leaf]
 ) -> tuple[Families, Families]:
     """Families, without the modules that are around everything in one tree only."""
-    written: dict[Hashable, set[Module]] = collections.defaultdict(set)
-    for leaf in haiku:
-        written[leaf.kind, _module(leaf), leaf.path[-1]].add(_module(leaf, True))
-    # `conv1_d` and `conv2_d` are both a first convolution: only rules tell them apart.
-    several = [modules for modules in written.values() if len(modules) > 1]
-    literal = set(itertools.chain.from_iterable(several))
+    literal = _ambiguous(flax) | _ambiguous(haiku)
     theirs, ours = _families(flax, literal), _families(haiku, literal)
     for i in itertools.count():
         old, new = _inside(theirs, i), _inside(ours, i)
@@ -87,15 +82,33 @@ def _module(leaf: Leaf, literal: bool = False) -> Module:
     return _names.parts(leaf.path[:-1], literal)
 
 
-def _families(leaves: Iterable[Leaf], literal: Set[Module]) -> Families:
+def _ambiguous(leaves: Sequence[Leaf]) -> set[Hashable]:
+    """Names of modules, and of leaves, that several in one tree have.
+
+    `conv1_d` and `conv2_d` are both a first convolution, `b` and `offset` both a bias:
+    only what is written the same in both trees tells them apart.
+    """
+    modules: dict[Hashable, set[Hashable]] = collections.defaultdict(set)
+    names: dict[Hashable, set[Hashable]] = collections.defaultdict(set)
+    keys = [(leaf.name, _module(leaf, True), leaf.path[-1]) for leaf in leaves]
+    for name, literal, written in keys:
+        modules[name].add(literal)
+        names[name, literal].add(written)
+    found: set[Hashable] = {name[:2] for name, *_ in keys if len(modules[name]) > 1}
+    return found | {name for name, at, _ in keys if len(names[name, at]) > 1}
+
+
+def _families(leaves: Iterable[Leaf], ambiguous: Set[Hashable]) -> Families:
     """Leaves by name. Where two have one name and number, neither has a place."""
     families: Families = collections.defaultdict(dict)
     twice = []
     for leaf in leaves:
-        module = _module(leaf, True)
-        module = module if module in literal else _module(leaf)
-        bases = (*(part.base for part in module), _names.leaf(leaf.path[-1]))
-        family = families[leaf.kind, bases]
+        kind, module, name = own = leaf.name
+        if (kind, module) in ambiguous:
+            module, name = _module(leaf, True), f"{name} as written"
+        if own in ambiguous:
+            name = f"{leaf.path[-1]} as written"
+        family = families[kind, (*(part.base for part in module), name)]
         numbers = tuple(part.number for part in module)
         if family.setdefault(numbers, leaf) is not leaf:
             twice.append((family, numbers))
@@ -130,21 +143,43 @@ def _groups(theirs: Families, ours: Families) -> Iterator[tuple[Group, list[Grou
     """Leaves that hold the same layers; and if they hold none, which are the same."""
     flax, haiku = _numbers(theirs), _numbers(ours)
     for key in [key for key in theirs if key in ours]:
-        kind, name = key
-        scopes = [(kind, name[:i]) for i in range(1, len(name))]
-        same = [i for i, at in enumerate(scopes) if flax[at, i] == haiku[at, i]]
+        name = key[1]
+        scopes = [(name[:i], i - 1) for i in range(1, len(name))]
+        numbers = [(flax[at], haiku[at]) for at in scopes]
+        same = [i for i, (one, other) in enumerate(numbers) if one == other]
+        is_part = all(one <= other or other <= one for one, other in numbers)
         old, new = _split(theirs[key], same), _split(ours[key], same)
         for at in sorted(old.keys() & new.keys()):
-            yield from _group(old[at], new[at])
+            one, other = old[at], new[at]
+            both = [n for n in one if n in other and is_part]
+            alone = [Group((one[n],), (other[n],)) for n in both]
+            if not _may_count(one, other):
+                yield from ((group, []) for group in alone)
+            else:
+                yield from _group(one, other, alone)
 
 
-def _numbers(families: Families) -> dict[Hashable, set[int]]:
+def _may_count(flax: Family, haiku: Family) -> bool:
+    """Whether numbers are the same, or may count the layers that the other tree has.
+
+    A module that is alone and has a number is none of these: `norm_1` is no `norm`.
+    """
+    columns = zip(zip(*flax, strict=True), zip(*haiku, strict=True), strict=True)
+    pairs = [(set(one), set(other)) for one, other in columns]
+    return all(
+        one == other
+        or all(numbers == {0} for numbers in (one, other) if len(numbers) == 1)
+        for one, other in pairs
+    )
+
+
+def _numbers(families: Families) -> dict[tuple[Path, int], set[int]]:
     """The numbers that each scope has, in whatever leaf."""
-    found: dict[Hashable, set[int]] = collections.defaultdict(set)
-    for (kind, name), family in families.items():
+    found: dict[tuple[Path, int], set[int]] = collections.defaultdict(set)
+    for (_, name), family in families.items():
         for numbers in family:
             for i, number in enumerate(numbers):
-                found[(kind, name[: i + 1]), i].add(number)
+                found[name[: i + 1], i].add(number)
     return found
 
 
@@ -156,15 +191,19 @@ def _split(family: Family, places: Sequence[int]) -> dict[Numbers, Family]:
     return found
 
 
-def _group(flax: Family, haiku: Family) -> Iterator[tuple[Group, list[Group]]]:
-    both = [numbers for numbers in flax if numbers in haiku]
-    if len(flax) == len(haiku) == 1 and not both:
+def _group(
+    flax: Family, haiku: Family, alone: list[Group]
+) -> Iterator[tuple[Group, list[Group]]]:
+    if len(flax) == len(haiku) == 1 and not flax.keys() & haiku.keys():
         return
     holes = _holes(flax) or _holes(haiku)
     # Numbers of two loops that only overlap may not be those of the same modules.
-    is_part = len(both) == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
-    alone = [Group((flax[n],), (haiku[n],)) for n in both if is_part]
-    yield Group(tuple(flax.values()), tuple(haiku.values()), holes), alone
+    count = len(flax.keys() & haiku.keys())
+    is_part = count == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
+    yield (
+        Group(tuple(flax.values()), tuple(haiku.values()), holes),
+        alone if is_part else [],
+    )
 
 
 def _holes(family: Family) -> str:
@@ -240,7 +279,8 @@ def _written(
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.
-        return (rule, other) if len(old[0]) == len(new[0]) else None
+        depths = {len(_names.parts(paths[0])) for paths in (old, new)}
+        return (rule, other) if len(depths) == 1 else None
     if rule.count("*") == 1 and new[0]:
         return rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)
     return None if "*" in rule else (rule, other.replace("_*", ""))

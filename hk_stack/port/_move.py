@@ -1,16 +1,17 @@
 """Carries out a plan: new arrays for one tree, from those of the other."""
 
+import collections
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
 import numpy as np
 
 from hk_stack import _layout
-from hk_stack.port import _plan
-from hk_stack.port._cells import Array
+from hk_stack.port import _plan, _regroup
+from hk_stack.port._codecs import Array, Piece
 from hk_stack.port._layers import Side
-from hk_stack.port._leaves import Piece
 from hk_stack.port._rules import Function
 
 
@@ -18,23 +19,65 @@ def ported(plan: _plan.Plan, source: int, tree: Any, like: Any) -> Any:
     """A tree as `like`, with the moves of a plan from the side `source` (0 is Flax)."""
     given = jax.tree.leaves(tree)
     made, structure = jax.tree.flatten(like)
+    to_come = _shares(plan, 1 - source)
+    filled: dict[int, Array] = {}
+    stay = {  # Parts of it are missing.
+        place
+        for place, shares in to_come.items()
+        if sum(shares) < 1 and isinstance(made[place], jax.ShapeDtypeStruct)
+    }
     for move in plan.moves:
         change = move.change.to_flax if source else move.change.to_haiku
-        filled = _filled(move.sides[source], move.sides[1 - source], change, given)
-        for place, array in filled.items():
-            made[place] = _as_like(array, made[place])
+        new = move.sides[1 - source]
+        before = {}
+        for piece in new.pieces:
+            if piece.place not in filled:
+                is_whole = sum(to_come[piece.place]) >= 1
+                filled[piece.place] = _started(piece, is_whole, made[piece.place])
+            elif new.leaves[0].codec.share == 1:
+                before[piece] = filled[piece.place].tobytes()
+        _fill(move.sides[source], new, change, given, filled)
+        for piece, values in before.items():
+            if values != filled[piece.place].tobytes():
+                raise ValueError(f"port: {piece.name}: {_regroup.NOT_EQUAL}.")
+        for piece in new.pieces:
+            to_come[piece.place].pop()
+            if not to_come[piece.place]:
+                array = filled.pop(piece.place)
+                if piece.place not in stay:
+                    made[piece.place] = _as_like(array, made[piece.place])
     return jax.tree.unflatten(structure, made)
 
 
-def _filled(
-    old: Side, new: Side, change: Function, given: Sequence[Any]
-) -> Mapping[int, Array]:
-    """New arrays for the pieces that a move fills, by their place in the tree."""
+def _shares(plan: _plan.Plan, target: int) -> Mapping[int, list[Fraction | int]]:
+    """How much of each array is filled by each of the moves into it."""
+    found: dict[int, list[Fraction | int]] = collections.defaultdict(list)
+    for move in plan.moves:
+        for leaf in move.sides[target].leaves:
+            for piece in leaf.pieces:
+                found[piece.place].append(leaf.codec.share)
+    return found
+
+
+def _started(piece: Piece, is_whole: bool, like: Any) -> Array:
+    """An array to fill; with what `like` has, if some of it stays."""
+    if is_whole or isinstance(like, jax.ShapeDtypeStruct):
+        return _layout.empty(piece.shape, piece.dtype)
+    return np.array(_values(like, piece))
+
+
+def _fill(
+    old: Side,
+    new: Side,
+    change: Function,
+    given: Sequence[Any],
+    filled: Mapping[int, Array],
+) -> None:
+    """Fills the arrays of a move."""
     arrays = {p.place: _values(given[p.place], p) for p in old.pieces}
-    filled = {p.place: _layout.empty(p.shape, p.dtype) for p in new.pieces}
     for layer in range(new.num_layers):
-        value = old.leaves[0].codec.read(old.views(layer, arrays))
         try:
+            value = old.leaves[0].codec.read(old.views(layer, arrays))
             value = np.asarray(change(value))
         except Exception as error:
             raise ValueError(
@@ -42,7 +85,6 @@ def _filled(
             ) from error
         _check(value, new)
         new.leaves[0].codec.write(value, new.views(layer, filled))
-    return filled
 
 
 def _check(value: Array, new: Side) -> None:

@@ -55,6 +55,11 @@ def parts(path: Iterable[str], literal: bool = False) -> Module:
     >>> parts(["layers", "3", "kernel"])  # a list of modules in NNX
     (Part(base='layers', number=3), Part(base='kernel', number=0))
     """
+    return _parts(tuple(path), literal)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _parts(path: Path, literal: bool) -> Module:
     found: list[Part] = []
     before = ""
     for name in path:
@@ -122,6 +127,28 @@ def starred(paths: Sequence[Path]) -> str:
         re.sub("[0-9]+$", "*", max(texts, key=len)) if len(texts) > 1 else texts.pop()
         for texts in columns
     )
+
+
+class Counted(NamedTuple):
+    """Paths that differ in one number: what is before it, and the numbers."""
+
+    before: str
+    numbers: tuple[int, ...]
+
+
+def counted(paths: Sequence[Path]) -> Counted | None:
+    """What numbers paths have, if they differ in one only."""
+    columns = list(zip(*paths, strict=False))
+    varied = [i for i, texts in enumerate(columns) if len(set(texts)) > 1]
+    if len(varied) != 1 or len(set(map(len, paths))) > 1:
+        return None
+    matches = [re.fullmatch(r"(.*?)(\d*)", text) for text in columns[varied[0]]]
+    pairs = [(match[1].removesuffix("_"), match[2]) for match in matches if match]
+    if len({base for base, _ in pairs}) > 1:
+        return None
+    before = max((match[1] for match in matches if match), key=len)
+    numbers = tuple(int(number or 0) for _, number in pairs)
+    return Counted("/".join((*paths[0][: varied[0]], before)), numbers)
 
 
 def without_end(module: Path, count: int) -> Path:

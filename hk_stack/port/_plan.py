@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from hk_stack.port._cells import Gates
 from hk_stack.port._layers import Reading, Side
 from hk_stack.port._leaves import Leaf
 from hk_stack.port._match import Matched
-from hk_stack.port._rules import Said
+from hk_stack.port._rules import Arguments, Said, written
 
 
 class Row(NamedTuple):
@@ -46,6 +46,13 @@ class Row(NamedTuple):
         return self.status in ("ok", "ignored")
 
 
+class Choice(NamedTuple):
+    """What to write for some leaves, in one of several ways."""
+
+    rows: int
+    ways: tuple[Arguments, ...]
+
+
 _TITLES = ["Flax", "Haiku", "change", "shape", "status"]
 _PROBLEMS = {
     "differs": "of one name, but not the same",
@@ -66,6 +73,7 @@ class Plan(Shown):
       unused_rules: What to say of rules that fit nothing.
       rename: The renamings that were given, and those that would pair more leaves.
       ignore: What to ignore, for what is left over.
+      choices: What to write for leaves that do not fit, or fit in several ways.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +81,7 @@ class Plan(Shown):
     unused_rules: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -88,7 +97,7 @@ class Plan(Shown):
     def headline(self) -> str:
         """How much of both trees goes where, in one line."""
         flax, haiku = (
-            [piece for move in self.moves for piece in move.sides[i].pieces]
+            {piece for move in self.moves for piece in move.sides[i].pieces}
             for i in range(2)
         )
         nbytes = _table.si(sum(piece.nbytes for piece in haiku))
@@ -118,6 +127,11 @@ class Plan(Shown):
     def _calls(self, what: str) -> Iterator[str]:
         """What to write for leaves that are left over: renamings, or to ignore them."""
         source = "variables" if what == "flax_to_haiku" else "params_and_state"
+        if len(self.choices) + sum(one.rows > 1 for one in self.choices) > 1:
+            yield "All that is to be said of what differs, one of each line:"
+            for one in self.choices:
+                ways = "; or ".join(map(written, one.ways))
+                yield f"  {one.rows} rows: {ways}"
         if not self.ignore:
             return
         rename = ", ".join(f'"{old}": "{new}"' for old, new in self.rename)
@@ -146,13 +160,15 @@ def made(
     moves = sorted(found.moves, key=lambda move: move.flax.leaves[0].pieces[0].place)
     of_moves = [_moved(move, said.cast) for move in moves]
     rows = list(of_moves)
-    for group, why in found.unfit:
+    refused = []
+    for group, refusal in found.unfit:
         every = (*group.flax, *group.haiku)
         is_ignored = all(said.ignore.closest(leaf.paths) for leaf in every)
-        status, why = ("ignored", "") if is_ignored else ("differs", why)
+        status, why = ("ignored", "") if is_ignored else ("differs", str(refusal))
         rows.append(Row(_all(group.flax), _all(group.haiku), "", "", status, why))
-    rows += _left_over(found.flax, found.haiku, said, "unused")
-    rows += _left_over(found.haiku, found.flax, said, "missing")
+        refused += [] if is_ignored else [refusal.rules]
+    rows += _left_over(found.flax, trees[0], found.haiku, said, "unused")
+    rows += _left_over(found.haiku, trees[1], found.flax, said, "missing")
     rename = {**said.rename.rules, **found.renames} if found.renames else {}
     return Plan(
         tuple(rows),
@@ -160,7 +176,36 @@ def made(
         tuple(unused),
         tuple(rename.items()),
         _to_ignore([*found.flax, *found.haiku], [*trees[0], *trees[1]], said),
+        _together(refused),
     )
+
+
+def _together(refused: Iterable[tuple[Arguments, ...]]) -> tuple[Choice, ...]:
+    """Proposals for leaves that have the same choice, as one."""
+    found: dict[Hashable, list[tuple[Arguments, ...]]] = {}
+    for ways in refused:
+        if ways:
+            kinds = [{n: _values(value) for n, value in way.items()} for way in ways]
+            found.setdefault(str(kinds), []).append(ways)
+    return tuple(
+        Choice(len(rows), tuple(map(_merged, zip(*rows, strict=True))))
+        for rows in found.values()
+    )
+
+
+def _values(value: object) -> object:
+    return sorted(map(str, value.values())) if isinstance(value, dict) else value
+
+
+def _merged(several: Iterable[Arguments]) -> Arguments:
+    merged: Arguments = {}
+    for one in several:
+        for name, value in one.items():
+            if isinstance(value, dict):
+                merged[name] = {**merged.get(name, {}), **value}
+            else:
+                merged[name] = value
+    return merged
 
 
 def _moved(move: Reading, cast: bool) -> Row:
@@ -206,23 +251,27 @@ def _all(several: Sequence[Leaf]) -> str:
 
 
 def _left_over(
-    side: Sequence[Leaf], others: Sequence[Leaf], said: Said, status: str
+    side: Sequence[Leaf],
+    tree: Sequence[Leaf],
+    others: Sequence[Leaf],
+    said: Said,
+    status: str,
 ) -> Iterator[Row]:
     for i, leaf in enumerate(side):
         sides = (str(leaf), "") if status == "unused" else ("", str(leaf))
         if said.ignore.closest(leaf.paths):
             yield Row(*sides, "", "", "ignored")
         else:  # To compare each with each takes long, and nobody reads that much.
-            why = _why_left(leaf, side, others) if i < _MOST_COMPARED else ""
+            why = _why_left(leaf, tree, others) if i < _MOST_NAMED else ""
             yield Row(*sides, "", "", status, why)
 
 
-_MOST_COMPARED = 48
+_MOST_NAMED, _MOST_COMPARED = 12, 48
 
 
-def _why_left(leaf: Leaf, side: Sequence[Leaf], others: Sequence[Leaf]) -> str:
+def _why_left(leaf: Leaf, tree: Sequence[Leaf], others: Sequence[Leaf]) -> str:
     """Which leaves have the same name, or look most like it, of those left over."""
-    twins = [x for x in side if x is not leaf and x.name == leaf.name]
+    twins = [x for x in tree if x is not leaf and x.name == leaf.name]
     if twins:
         module = _names.written(_names.parts(leaf.path[:-1]))
         return (

@@ -4,27 +4,83 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from hk_stack import _naming
+from hk_stack import _checks
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
 Axis = int | Axes
 Function = Callable[[np.ndarray], np.ndarray]
-Rule = tuple[Function, Function]
-Found = tuple[str, "re.Match[str]"]
+Pair = tuple[Function, Function]
+Arguments = dict[str, Any]  # Of the verbs, to propose; rules in `leaf` by their names.
 _T = TypeVar("_T")
+
+
+class Transpose(NamedTuple):
+    """What `hk_stack.port.transpose` returns, a pair as well."""
+
+    to_haiku: Function
+    to_flax: Function
+
+
+class Split(NamedTuple):
+    """See `hk_stack.port.split`."""
+
+    names: tuple[str, ...]
+    axis: int
+    sizes: tuple[int, ...]
+
+
+class Fuse(NamedTuple):
+    """See `hk_stack.port.fuse`."""
+
+    names: tuple[str, ...]
+    axis: int
+
+
+class Tie(NamedTuple):
+    """See `hk_stack.port.tie`."""
+
+    other: str
+    transposed: bool
+
+
+Regroup = Split | Fuse | Tie
+Rule = Pair | Regroup
+
+
+class Found(NamedTuple):
+    """How a rule fits a path.
+
+    Attributes:
+      pattern: The rule.
+      path: The path.
+      texts: What each of its wildcards stands for.
+      inside: How many parts of the path the rule does not say.
+    """
+
+    pattern: str
+    path: str
+    texts: tuple[str, ...]
+    inside: int
+
+    @property
+    def left_open(self) -> tuple[int, ...]:
+        """How much of a path a pattern does not say: what is inside, and for `*`."""
+        end = "/".join(self.path.split("/")[-self.inside :]) if self.inside else ""
+        return len(end), sum(map(len, self.texts)), self.pattern.count("*")
 
 
 class Rules(Generic[_T]):
     """What users say, by the beginnings of paths.
 
-    `*` stands for any text in one part. The empty pattern is the beginning of every
-    path. Of several that fit, the closest stands: the longest, of these the one that
-    leaves least to `*`, and then the last.
+    `*` stands for any text in one part, `{i}` for a number, and `{i+1}` for one that is
+    larger by one. The empty pattern is the beginning of every path. Of several that
+    fit, the closest stands: the longest, of these the one that leaves least to `*`, and
+    then the last.
     """
 
     def __init__(self, argument: str, rules: Mapping[str, _T]):
@@ -47,25 +103,20 @@ class Rules(Generic[_T]):
     def find(self, paths: Sequence[str]) -> _T | None:
         """What is said of a leaf that may be called by each of the `paths`."""
         found = self.closest(paths)
-        return self.rules[found[0]] if found else None
+        return self.rules[found.pattern] if found else None
 
     def closest(self, paths: Sequence[str]) -> Found | None:
         """The pattern of that rule, and how it fits."""
-        tried = (
-            (pattern, re.fullmatch(_pattern(pattern), path))
-            for pattern in reversed(self.rules)
-            for path in paths
-        )
-        fitting = ((pattern, match) for pattern, match in tried if match)
-        return min(fitting, key=lambda found: _left_open(found[1]), default=None)
+        tried = (matched(pattern, paths) for pattern in reversed(self.rules))
+        fitting = (found for found in tried if found)
+        return min(fitting, key=lambda found: found.left_open, default=None)
 
     def unused(self, everything: Sequence[Sequence[str]]) -> list[str]:
         """What to say of rules that fit no leaf, of which all paths are given."""
         raw = list(dict.fromkeys(paths[0] for paths in everything))
         lines = []
         for pattern in self.rules:
-            tried = (path for paths in everything for path in paths)
-            if not any(re.fullmatch(_pattern(pattern), path) for path in tried):
+            if not any(matched(pattern, paths) for paths in everything):
                 close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
                 lines.append(
                     f"{self.argument}: {pattern!r} is the beginning of no leaf's path."
@@ -80,34 +131,76 @@ def _is_axes(value: object) -> bool:
 
 
 def _is_rule(value: object) -> bool:
-    return isinstance(value, tuple) and list(map(callable, value)) == [True, True]
+    is_pair = isinstance(value, tuple) and list(map(callable, value)) == [True, True]
+    return is_pair or isinstance(value, Regroup)
 
 
 _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "rename": (lambda value: isinstance(value, str), "the path in Haiku"),
-    "leaf": (_is_rule, "a pair of functions, to Haiku and to Flax"),
+    "leaf": (
+        _is_rule,
+        "a pair of functions, to Haiku and to Flax, or what hk_stack.port.split, fuse "
+        "or tie return",
+    ),
     "layer_axis": (_is_axes, "an axis, or a tuple of axes for nested scans"),
     "ignore": (lambda value: True, ""),
 }
 
 
+# Patterns
+
+_WILDCARD = re.compile(r"(\*|\{[a-z](?:[+-]\d+)?\})")
+
+
+def matched(pattern: str, paths: Sequence[str]) -> Found | None:
+    """How a pattern fits the first of the paths that it fits."""
+    compiled = _compiled(pattern)
+    for path in paths:
+        match = compiled.fullmatch(path)
+        if match:
+            *texts, inside = match.groups()
+            rest = len([part for part in (inside or "").split("/") if part])
+            found = Found(pattern, path, tuple(texts), rest)
+            if _numbers(found) is not None:
+                return found
+    return None
+
+
 @functools.cache
-def _pattern(pattern: str) -> str:
-    template = "/".join(part for part in pattern.split("/") if part)
-    return _naming.pattern(template) if template else "(?P<inside>.*)"
+def _compiled(pattern: str) -> "re.Pattern[str]":
+    template = _joined(pattern)
+    if not template:
+        return re.compile("(.*)")
+    escaped = (
+        re.escape(text) if i % 2 == 0 else "([^/]*)" if text == "*" else r"(\d+)"
+        for i, text in enumerate(_WILDCARD.split(template))
+    )
+    return re.compile("".join(escaped) + "(/.*)?")
 
 
-def _left_open(match: "re.Match[str]") -> tuple[int, int]:
-    """How much of a path a pattern does not say: what is inside, and for `*`."""
-    *texts, inside = match.groups()
-    return len((inside or "").strip("/")), sum(map(len, texts))
+def _joined(pattern: str) -> str:
+    return "/".join(part for part in pattern.split("/") if part)
+
+
+def _numbers(found: Found) -> dict[str, int] | None:
+    """What `i` is, if it is the same everywhere, and counts from 0."""
+    numbers: dict[str, int] = {}
+    wildcards = _WILDCARD.findall(_joined(found.pattern))
+    for wildcard, text in zip(wildcards, found.texts, strict=True):
+        if wildcard != "*":
+            name, shift = wildcard[1], int(wildcard[2:-1] or 0)
+            number = int(text) - shift
+            if number < 0 or numbers.setdefault(name, number) != number:
+                return None
+    return numbers
 
 
 class Said(NamedTuple):
     """All that users say; see `flax_to_haiku`."""
 
     rename: Rules[str]
-    leaf: Rules[Rule]
+    leaf: Rules[Pair]
+    regroup: Rules[Regroup]
     ignore: Rules[None]
     layer_axis: Rules[Axis]
     interleave: bool | None
@@ -119,28 +212,96 @@ class Said(NamedTuple):
         return [line for each in rules for line in each.unused(everything)]
 
 
+def checked(
+    rename: Any = None,
+    leaf: Any = None,
+    ignore: Any = (),
+    layer_axis: Any = None,
+    interleave: Any = None,
+    cast: bool = False,
+) -> Said:
+    """What the user says, after a check of what it is."""
+    are_paths = isinstance(ignore, Sequence) and not isinstance(ignore, str)
+    if not are_paths or not all(isinstance(path, str) for path in ignore):
+        raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
+    if interleave not in (None, True, False):
+        raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
+    _checks.flag(cast, "cast", "port")
+    if isinstance(layer_axis, (int, tuple)):
+        layer_axis = {"": layer_axis}
+    rules = Rules("leaf", leaf or {}).rules.items()
+    return Said(
+        Rules("rename", rename or {}),
+        Rules("leaf", {k: rule for k, rule in rules if not isinstance(rule, Regroup)}),
+        Rules("leaf", {k: rule for k, rule in rules if isinstance(rule, Regroup)}),
+        Rules("ignore", dict.fromkeys(ignore)),
+        Rules("layer_axis", {} if layer_axis is None else layer_axis),
+        interleave,
+        cast,
+    )
+
+
 def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]:
     """The new beginning of a path, and how many of its parts it stands for."""
     found = rename.closest(paths_of(collection, path))
     if found is None:
         return (), 0
-    pattern, match = found
-    new, (*texts, inside) = rename.rules[pattern], match.groups()
+    new = _filled(rename.rules[found.pattern], found)
+    if found.path != "/".join(path):  # The rule names the collection.
+        new = new.removeprefix(f"{collection}/")
+    return tuple(part for part in new.split("/") if part), len(path) - found.inside
+
+
+def _filled(new: str, found: Found) -> str:
+    """A path with what the wildcards of a rule stand for."""
+    wildcards = _WILDCARD.findall(_joined(found.pattern))
+    pairs = zip(wildcards, found.texts, strict=True)
+    texts = [text for wildcard, text in pairs if wildcard == "*"]
     if new.count("*") != len(texts):
         raise ValueError(
             f"port: rename to {new!r} has {new.count('*')} '*', the path in Flax has "
             f"{len(texts)}. What they stand for is copied in order, so give as many. A "
             "number of layers is written even where Haiku has a stack: block_*."
         )
-    for text in texts:
-        new = new.replace("*", text, 1)
-    if match.string != "/".join(path):  # The rule names the collection.
-        new = new.removeprefix(f"{collection}/")
-    rest = len([part for part in (inside or "").split("/") if part])
-    return tuple(part for part in new.split("/") if part), len(path) - rest
+    numbers = _numbers(found) or {}
+    stars = iter(texts)
+
+    def text(match: "re.Match[str]") -> str:
+        wildcard = match[0]
+        if wildcard == "*":
+            return next(stars)
+        if wildcard[1] not in numbers:
+            raise ValueError(
+                f"port: rename to {new!r} has {wildcard}, the path in Flax, "
+                f"{found.pattern!r}, has no such number. Write it in both, as in "
+                '{"block_{i+1}": "rest_{i}"}.'
+            )
+        number = numbers[wildcard[1]] + int(wildcard[2:-1] or 0)
+        if number < 0:
+            raise ValueError(
+                f"port: rename of {found.path!r} to {new!r} gives the number {number}; "
+                "layers are counted from 0."
+            )
+        return str(number)
+
+    return _WILDCARD.sub(text, new)
 
 
 def paths_of(collection: str, path: Path) -> tuple[str, str]:
     """What rules for a leaf may say: its path, without the collection or with it."""
     raw = "/".join(path)
     return raw, f"{collection}/{raw}"
+
+
+def written(arguments: Arguments) -> str:
+    """Arguments as one writes them."""
+    return ", ".join(f"{name}={_value(value)}" for name, value in arguments.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return value if value.startswith("hk_stack.") else f'"{value}"'
+    if isinstance(value, dict):
+        inside = ", ".join(f'"{key}": {_value(each)}' for key, each in value.items())
+        return f"{{{inside}}}"
+    return repr(value)

@@ -1,0 +1,535 @@
+"""Whether a port computes the same: outputs, gradients, and where it first differs.
+
+Both models run on the same inputs. Where their results differ, what goes into and comes
+out of each module of either is compared, in the order in which the Flax model runs: the
+first that differs is where to look. Modules of the two are paired as their leaves are.
+"""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hk_stack import _taps
+from hk_stack._table import Shown, Table
+from hk_stack.port import _move, _names
+from hk_stack.port._layers import Reading, Side
+from hk_stack.port._plan import Plan
+from hk_stack.port._regroup import Tied
+
+Module = tuple[_names.Module, tuple[int, ...]]  # Its name, and the layer in scans.
+Apply = Callable[..., Any]
+
+
+class Precision(NamedTuple):
+    """How far two numbers may be apart, as parts of the largest."""
+
+    name: str
+    output: float
+    gradient: float
+
+
+_DOUBLE, _SINGLE = Precision("double", 1e-7, 1e-6), Precision("single", 1e-5, 1e-4)
+
+
+class Compared(NamedTuple):
+    """Two arrays that should be the same.
+
+    Attributes:
+      name: What they are.
+      shapes: Of both.
+      error: The largest difference, as a part of the largest number; infinite for
+        other shapes or values that are not finite.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Shown):
+    """What `verify` found.
+
+    Attributes:
+      ok: Whether outputs and gradients agree.
+      precision: In which precision: "double", or "single" if a model only has that.
+      outputs: Each output.
+      gradients: Those by each module's parameters, by Haiku's names; none where
+        outputs differ.
+      module: The module in Flax that is first to differ, "" for what is outside of all
+        modules; None if none does, or nothing is known of modules.
+      where: What of it differs, in words.
+      first: The values that differ.
+      causes: What may be the reason.
+    """
+
+    ok: bool
+    precision: str
+    outputs: tuple[Compared, ...]
+    gradients: tuple[Compared, ...] = ()
+    module: str | None = None
+    where: str = ""
+    first: Compared | None = None
+    causes: tuple[str, ...] = ()
+
+    def _parts(self) -> Iterator[str | Table]:
+        what = "agree" if self.ok else "differ"
+        yield f"The two models {what}, in {self.precision} precision."
+        if self.where:
+            yield self.where
+        yield from (f"- {cause}" for cause in self.causes)
+        several = [*self.outputs, *sorted(self.gradients, key=lambda row: -row.error)]
+        yield Table(
+            ["value", "in Flax", "in Haiku", "difference"],
+            [_row(one) for one in several[:_MOST]],
+        )
+        if len(several) > _MOST:
+            yield f"  and {len(several) - _MOST} more, which differ less"
+
+
+_MOST = 16
+
+
+def _row(one: Compared) -> list[str]:
+    return [one.name, *(str(list(shape)) for shape in one.shapes), f"{one.error:.0e}"]
+
+
+def verified(
+    flax_apply: Apply,
+    haiku_apply: Apply,
+    variables: Any,
+    found: Plan,
+    ported: tuple[Any, Any],
+    inputs: Sequence[Any],
+) -> Report:
+    """Compares two models; in double precision, if both have it.
+
+    Args:
+      flax_apply: As in `hk_stack.port.verify`.
+      haiku_apply: As there.
+      variables: Of Flax.
+      found: The plan of the port.
+      ported: Parameters and state.
+      inputs: Of both.
+
+    Returns:
+      What differs.
+    """
+    models = _Models(flax_apply, haiku_apply, variables, ported, found, tuple(inputs))
+    try:
+        with jax.enable_x64(True):
+            return models.in_double().compared(_DOUBLE)
+    except (TypeError, ValueError, jax.errors.JAXTypeError):  # It mixes precisions.
+        return models.compared(_SINGLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Models:
+    """Both models, and what they are run on."""
+
+    flax: Apply
+    haiku: Apply
+    variables: Any
+    ported: tuple[Any, Any]
+    plan: Plan
+    inputs: tuple[Any, ...]
+
+    def in_double(self) -> "_Models":
+        changed = _as_double((self.variables, self.ported, self.inputs))
+        variables, ported, inputs = changed
+        return dataclasses.replace(
+            self, variables=variables, ported=ported, inputs=inputs
+        )
+
+    def run_flax(self, variables: Any) -> Any:
+        return self.flax(variables, *self.inputs)
+
+    def run_haiku(self, params: Any, seed: Any = 0) -> Any:
+        key = jax.random.key(seed)
+        return self.haiku(params, self.ported[1], key, *self.inputs)[0]
+
+    def compared(self, precision: Precision) -> Report:
+        right, of_flax = _heard_flax(self.run_flax, self.variables)
+        y, of_haiku = _heard_haiku(self.run_haiku, self.ported[0])
+        outputs = _outputs(right, y)
+        report = Report(True, precision.name, outputs)
+        if all(one.error <= precision.output for one in outputs):
+            gradients = self.gradients()
+            is_ok = all(one.error <= precision.gradient for one in gradients)
+            report = dataclasses.replace(report, ok=is_ok, gradients=gradients)
+            return report if is_ok else _of_gradients(report)
+        events = list(_events(self.plan, of_flax, of_haiku))
+        first = next((x for x in events if x.values.error > precision.output), None)
+        random = self._is_random(precision)
+        return _first(report, first, random, bool(events))
+
+    def gradients(self) -> tuple[Compared, ...]:
+        """Of each module's parameters: a leaf's own may be zero but for rounding."""
+        of_flax = _gradient(self.run_flax, self.variables)
+        of_haiku = _gradient(self.run_haiku, self.ported[0])
+        moves = _untied(self.plan.moves)
+        plan = dataclasses.replace(self.plan, moves=moves)
+        zeros = jax.tree.map(np.zeros_like, (of_flax, of_haiku, self.ported[1]))
+        there = _move.ported(plan, 0, of_flax, zeros[1:])[0]
+        # Some moves add a constant, which gradients do not have.
+        start = _move.ported(plan, 0, zeros[0], zeros[1:])[0]
+        right = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), there, start)
+        # Parameters come first in Haiku's pair.
+        moved = {piece.place for move in moves for piece in move.haiku.pieces}
+        modules: dict[str, list[tuple[Any, Any]]] = {}
+        pairs = zip(jax.tree.leaves(right), jax.tree.leaves(of_haiku), strict=True)
+        paths = (path for path, _ in jax.tree.leaves_with_path(of_haiku))
+        for place, (path, pair) in enumerate(zip(paths, pairs, strict=True)):
+            if place in moved:
+                module = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+                modules.setdefault(module, []).append(pair)
+        return tuple(
+            _compared(f"gradient of {name}", *map(_flat, zip(*several, strict=True)))
+            for name, several in modules.items()
+        )
+
+    def _is_random(self, precision: Precision) -> bool:
+        """Whether the model in Haiku draws: the same parameters, and another key."""
+        run = jax.jit(self.run_haiku)
+        pair = (run(self.ported[0], seed) for seed in range(2))
+        return any(one.error > precision.output for one in _outputs(*pair))
+
+
+def _as_double(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64) if _is_float(leaf) else leaf, tree
+    )
+
+
+def _flat(arrays: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.ravel(array) for array in arrays])
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+def _gradient(run: Apply, tree: Any) -> Any:
+    """Of a sum that depends on each output, by all leaves of real numbers."""
+    leaves, structure = jax.tree.flatten(tree)
+    floats = {i: jnp.asarray(leaf) for i, leaf in enumerate(leaves) if _is_float(leaf)}
+
+    def loss(floats: dict[int, Any]) -> jax.Array:
+        now = [floats.get(i, leaf) for i, leaf in enumerate(leaves)]
+        outputs = jax.tree.leaves(run(jax.tree.unflatten(structure, now)))
+        total = jnp.zeros([])
+        for y in filter(_is_float, outputs):
+            weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype))
+            total = total + jnp.sum(jnp.ravel(y) * weights)
+        return total
+
+    found = jax.jit(jax.grad(loss))(floats)
+    every = [np.asarray(found.get(i, leaf)) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, every)
+
+
+def _untied(moves: Sequence[Reading]) -> tuple[Reading, ...]:
+    """Without leaves that are two in one tree only: their gradients add up there."""
+    tied = {
+        piece.place
+        for move in moves
+        if isinstance(move.flax.leaves[0].codec, Tied)
+        for piece in move.flax.pieces
+    }
+    return tuple(
+        move for move in moves if not tied & {piece.place for piece in move.flax.pieces}
+    )
+
+
+def _outputs(flax: Any, haiku: Any) -> tuple[Compared, ...]:
+    sides = jax.tree.leaves_with_path(flax), jax.tree.leaves_with_path(haiku)
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"port.verify: flax_apply returns {len(sides[0])} arrays, haiku_apply "
+            f"{len(sides[1])}. Both must return the same outputs; haiku_apply with the "
+            "state, as hk.transform_with_state does."
+        )
+    found = []
+    for (path, x), (_, y) in zip(*sides, strict=True):
+        one = _compared(f"output{jax.tree_util.keystr(path)}", x, y)
+        is_alike = one.shapes[0] == one.shapes[1]
+        found.append(one if is_alike else one._replace(error=np.inf))
+    return tuple(found)
+
+
+def _compared(name: str, flax: Any, haiku: Any) -> Compared:
+    one, other = np.asarray(flax), np.asarray(haiku)
+    shapes = one.shape, other.shape
+    if one.size != other.size:
+        return Compared(name, shapes, np.inf)
+    one, other = one.ravel(), other.ravel()
+    if not one.size or np.array_equal(one, other, equal_nan=one.dtype.kind in "fc"):
+        return Compared(name, shapes, 0.0)
+    with np.errstate(all="ignore"):
+        largest = float(np.max(np.abs(one)))
+        error = float(np.max(np.abs(one - other))) / max(largest, 1e-30)
+    return Compared(name, shapes, error if np.isfinite(error) else np.inf)
+
+
+# What goes into modules, and comes out
+
+_IN, _OUT = "what goes in", "what comes out"
+
+
+class Heard(NamedTuple):
+    """A value at a module, in all layers of the scans around it.
+
+    Attributes:
+      module: The name.
+      what: Whether it goes in or comes out, and for which use of the module.
+      value: The array, with the axes of scans in front.
+      depth: How many axes of scans it has.
+    """
+
+    module: _names.Module
+    what: str
+    value: jax.Array
+    depth: int
+
+
+def _heard_flax(run: Apply, variables: Any) -> tuple[Any, list[Heard]]:
+    if "flax" not in sys.modules:  # Then it is a function of plain arrays.
+        return run(variables), []
+    intercept: Any = importlib.import_module("flax.linen").intercept_methods
+    hear = _hearing(lambda module: "/".join(module.path))
+    return _with_taps(intercept(hear), run, variables)
+
+
+def _heard_haiku(run: Apply, params: Any) -> tuple[Any, list[Heard]]:
+    # The path of a tap is that of the module that runs.
+    return _with_taps(hk.intercept_methods(_hearing(lambda module: "")), run, params)
+
+
+def _hearing(path_of: Callable[[Any], str]) -> Apply:
+    """Taps the first array that goes into a module, and that comes out of it."""
+
+    def hear(use: Apply, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__":
+            return use(*args, **kwargs)
+        path = path_of(context.module)
+        args = _tapped(args, f"{path}@{_IN}")
+        return _tapped(use(*args, **kwargs), f"{path}@{_OUT}")
+
+    return hear
+
+
+def _tapped(tree: Any, name: str) -> Any:
+    """Taps the first array of a tree, and keeps how many axes it has there."""
+    leaves, structure = jax.tree.flatten(tree)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, (jax.Array, np.ndarray)):
+            leaves[i] = _taps.tap(jnp.asarray(leaf), f"{name}@{leaf.ndim}")
+            break
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _with_taps(context: Any, run: Apply, tree: Any) -> tuple[Any, list[Heard]]:
+    def within(tree: Any) -> Any:
+        with context:
+            return run(tree)
+
+    try:
+        y, taps = _taps.collect(within)(tree)
+    except ValueError:  # A tap is where no value can leave.
+        return jax.jit(run)(tree), []
+    return y, [_at(name, value) for name, value in taps.items()]
+
+
+def _at(name: str, value: jax.Array) -> Heard:
+    path, what, ndim = name.split("@")
+    rank, _, use = ndim.partition("_")  # Paths that are there twice are numbered.
+    module = _names.parts(part for part in path.split("/") if part)
+    return Heard(module, f"{what}@{use}", value, value.ndim - int(rank))
+
+
+class Event(NamedTuple):
+    """A value of both models: of which module, and what it is."""
+
+    module: Module
+    what: str
+    values: Compared
+
+
+def _events(
+    plan: Plan, flax: Sequence[Heard], haiku: Sequence[Heard]
+) -> Iterator[Event]:
+    """The values that both have, in the order of Flax."""
+    partner = _partners(plan)
+    there = {(heard.module, heard.what): heard for heard in haiku}
+    for heard, index in _in_order(flax):
+        names, layer = partner.get((heard.module, index), ((), ()))
+        other = there.get((names, heard.what))
+        if other is not None and (names or not heard.module):
+            layer = layer[: other.depth]
+            if len(layer) == other.depth:
+                values = _compared(
+                    heard.what.split("@")[0], heard.value[index], other.value[layer]
+                )
+                yield Event((heard.module, index), heard.what, values)
+
+
+def _in_order(heard: Sequence[Heard]) -> Iterator[tuple[Heard, tuple[int, ...]]]:
+    """What is heard of each layer: in a scan, of one layer after the other."""
+    keyed = []
+    starts: list[int] = []
+    for place, one in enumerate(heard):
+        starts = starts[: one.depth]
+        starts += [place] * (one.depth - len(starts))
+        for index in np.ndindex(one.value.shape[: one.depth]):
+            pairs = zip(starts, index, strict=True)
+            order = (*(n for pair in pairs for n in pair), place)
+            keyed.append((order, place, one, index))
+    for _, _, one, index in sorted(keyed, key=lambda item: item[:2]):
+        yield one, index
+
+
+def _partners(plan: Plan) -> Mapping[Module, Module]:
+    """Which module of Haiku each of Flax is, as their leaves say."""
+    found: dict[Module, Module] = {((), ()): ((), ())}
+    for move in plan.moves:
+        for layer in range(move.flax.num_layers):
+            (old, index), (new, other) = (_module(side, layer) for side in move.sides)
+            while old and new and (old, index) not in found:
+                found[old, index] = new, other
+                for depth in range(len(index)):  # What is around a scan.
+                    found.setdefault((old, index[:depth]), (new, other))
+                if old[-1].base != new[-1].base:
+                    break
+                old, new = old[:-1], new[:-1]
+    return found
+
+
+def _module(side: Side, layer: int) -> Module:
+    at = dict(
+        zip(side.axes, map(int, np.unravel_index(layer, side.sizes)), strict=True)
+    )
+    leaf = side.leaves[at.get(0, 0)]
+    path = leaf.raw[:-1]
+    return _names.parts(path), tuple(i for axis, i in at.items() if axis)
+
+
+# What may be the reason
+
+
+def _first(
+    report: Report, event: Event | None, is_random: bool, has_events: bool
+) -> Report:
+    causes = []
+    if is_random:
+        causes = ["haiku_apply draws at random: dropout is on"]
+    if event is None:
+        where = (
+            "First to differ is what the model returns: what goes into and comes out "
+            "of its modules agrees."
+            if has_events
+            else "Nothing is known of modules: flax_apply runs none of Linen, or none "
+            "that both have."
+        )
+        module = "" if has_events else None
+        causes += _CAUSES["elsewhere"]
+        return dataclasses.replace(
+            report, ok=False, module=module, where=where, causes=tuple(causes)
+        )
+    names, index = event.module
+    own = _names.written(names)
+    is_in = event.what.startswith(_IN)
+    around = _names.written(names[:-1])
+    module = around if is_in else own
+    layer = f" in layer {', '.join(map(str, index))}" if index else ""
+    where = (
+        f"First to differ is what {around or 'the model'} gives to {own}{layer}"
+        if is_in
+        else f"First to differ is what {own or 'the model'} returns{layer}"
+    )
+    values = event.values
+    where += f": by {values.error:.0e}, shapes {list(values.shapes[0])} in Flax and "
+    where += f"{list(values.shapes[1])} in Haiku."
+    return dataclasses.replace(
+        report,
+        ok=False,
+        module=module,
+        where=where,
+        first=values,
+        causes=(*causes, *_likely(names, is_in)),
+    )
+
+
+def _of_gradients(report: Report) -> Report:
+    worst = max(report.gradients, key=lambda one: one.error)
+    return dataclasses.replace(
+        report,
+        where=f"Outputs agree, but not the {worst.name}: by {worst.error:.0e}.",
+        first=worst,
+        causes=_CAUSES["gradient"],
+    )
+
+
+_CAUSES = {
+    "norm": (
+        "the norm's epsilon: 1e-6 in Flax, 1e-5 in Haiku, if nothing is said",
+        "use_fast_variance, a scale or an offset that is left out, or 1 + scale",
+        "statistics of the batch in one model, running ones in the other",
+    ),
+    "conv": (
+        "strides, padding, dilation or groups",
+        "a kernel that is stored transposed or flipped: leaf={...: port.TRANSPOSED}",
+    ),
+    "embed": (
+        "a factor, such as the root of the width",
+        "positions from another number",
+    ),
+    "linear": (
+        "a kernel that is stored transposed: leaf={...: port.TRANSPOSED}",
+        "another layer's parameters: leaves whose names do not say which is which",
+        "a bias, or a factor, that one of the two has",
+    ),
+    "attention": (
+        "query, key and value in another order, or heads laid out otherwise",
+        "the mask, or the value of what is masked; what is added to scores",
+        "the scale of scores",
+        "dropout that is on",
+    ),
+    "elsewhere": (
+        "the activation: exact or tanh GELU (approximate=)",
+        "a residual, or the order of norms and residuals",
+        "layers in another order, or counted from another number",
+        "a factor that one of the two has; dropout that is on",
+    ),
+    "gradient": (
+        "a jax.lax.stop_gradient in one of the two",
+        "values that are tied in one model only",
+    ),
+}
+
+
+def _likely(names: _names.Module, is_in: bool) -> tuple[str, ...]:
+    """What usually is the reason, by the name of the module."""
+    text = "/".join(part.base for part in (names[:-1] if is_in else names)).lower()
+    last = text.rpartition("/")[2]
+    is_attention = "attn" in last or "attention" in last
+    if is_in:
+        return _CAUSES["attention" if is_attention else "elsewhere"]
+    kinds = {
+        "norm": ("norm", "ln"),
+        "conv": ("conv", "projection", "patch"),
+        "embed": ("embed", "wte", "wpe"),
+    }
+    for kind, words in kinds.items():
+        if any(word in last for word in words):
+            return _CAUSES[kind]
+    return _CAUSES["attention" if is_attention else "linear"]
+
+
+__all__ = ("Compared", "Report", "verified")
