@@ -259,9 +259,6 @@ def save(path: pathlib.Path, config: Config, training: Any, losses: Losses) -> N
 
 def resume(config: Config, path: pathlib.Path) -> tuple[Any, Losses]:
     """The training in a checkpoint and its losses, if it exists; else a new start."""
-    # What a run that was killed while it saved has left behind.
-    for unfinished in path.parent.glob(".*.tmp"):
-        unfinished.unlink()
     if not path.exists():
         return jax.jit(functools.partial(start, config))(), Losses([], [])
     try:

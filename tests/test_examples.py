@@ -161,6 +161,7 @@ def test_processes_that_are_more_or_fewer_then(numbers, expected, tmp_path):
     assert then == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_seed_as_it_is(tmp_path, capsys):
     flags = [f"--{name}={size}" for name, size in SEED.items()]
     flags += ["--layers=4", "--depths=4", "--rounds=2", f"--out={tmp_path}"]

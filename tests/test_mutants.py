@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SOURCE = "def doubled(x):\n    return x + x\n"
 TESTS = """
 from hk_stack import _tiny
@@ -22,6 +24,7 @@ why = "it is zero"
 """
 
 
+@pytest.mark.long
 def test_mutants(tmp_path):
     for folder, name, text in [
         ("hk_stack", "__init__.py", ""),

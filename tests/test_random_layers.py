@@ -25,7 +25,7 @@ from ways import Given, assert_agree, assert_close, rejoined, shape_of
 
 import hk_stack
 
-LAYERS = int(os.environ.get("HK_STACK_LAYERS", "40"))
+LAYERS = int(os.environ.get("HK_STACK_LAYERS", "20"))
 SHARD = 20  # Layers in one test, so that the long run shows how far it is.
 COMPILED = 50  # One in so many is compiled too.
 

@@ -1,6 +1,6 @@
 """Rolling never changes results, on random loops; and what must roll rolls.
 
-    pytest tests/test_random_rolls.py                              # a few dozen
+    pytest tests/test_random_rolls.py                              # a dozen
     HK_STACK_ROLLS=2000 pytest -n 2 -v tests/test_random_rolls.py  # the long run
 
 Programs are interpreted, not compiled: see `ways`.
@@ -25,7 +25,7 @@ from ways import Given, assert_agree, rejoined, shape_of
 
 import hk_stack
 
-ROLLS = int(os.environ.get("HK_STACK_ROLLS", "24"))
+ROLLS = int(os.environ.get("HK_STACK_ROLLS", "12"))
 SHARD = 12  # Loops in one test, so that the long run shows how far it is.
 
 # What went wrong once, at its smallest.
