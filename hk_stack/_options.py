@@ -279,7 +279,8 @@ def num_stages(pipeline: Pipeline, num_layers: int, where: str) -> int:
         raise ValueError(
             f"{where}: pipeline= takes the mesh axis {pipeline.axis!r}, but a "
             "jax.shard_map around has taken it: inside of it each device runs a "
-            "program of its own. Give shard_map the axis_names of the other axes only."
+            "program of its own. Give shard_map the axis_names of the other axes only, "
+            "and check_vma=False."
         )
     if explicit := [a for a, kind in kinds.items() if kind is AxisType.Explicit]:
         raise ValueError(

@@ -7,8 +7,8 @@ stages (Huang et al., "GPipe", 2018).
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import haiku as hk
 import jax
@@ -24,12 +24,15 @@ from hk_stack import (
     _executors,
     _flat,
     _marks,
+    _spread,
     _summary,
     _taps,
 )
 from hk_stack._layer import Given, Invocation, Result
 from hk_stack._options import Pipeline
 from hk_stack._types import Tree
+
+T = TypeVar("T")
 
 # Of the stack whose layer is traced; JAX's caches know the value.
 _around: Any = jax.make_user_context(None)
@@ -94,7 +97,7 @@ def _split(carry: Tree, invocation: Invocation, pipeline: Pipeline) -> Any:
     shared = invocation.situation.kwargs
     named = zip(_checks.leaf_names(shared), jax.tree.leaves(shared), strict=True)
     if count > 1:
-        _check_shared(invocation, {f"`{at}`": value for at, value in named}, sizes)
+        _check_shared(invocation, {f"`{at}`": value for at, value in named}, shapes)
 
     def split(leaf: jax.Array) -> jax.Array:
         rows = leaf.shape[0] // count
@@ -125,9 +128,11 @@ def _compiled(invocation: Invocation, given: Given, pipeline: Pipeline) -> Resul
         f"the array number {i} that the layer function closes over": value
         for i, value in enumerate(program.constants)
     }
-    sizes = {count * leaf.shape[1] for leaf in jax.tree.leaves(given.carry)}
+    leaves = jax.tree.leaves(given.carry)
+    carry = [(v.shape[0] * v.shape[1], *v.shape[2:]) for v in leaves]
     if count > 1:
-        _check_shared(invocation, closed_over, sizes)
+        _check_shared(invocation, closed_over, carry)
+    _check_state(invocation, given.state, program.shapes.state)
     _summary.record(invocation, given.params, program.cut)
     num_stages = _num_stages(invocation, given)
 
@@ -138,12 +143,14 @@ def _compiled(invocation: Invocation, given: Given, pipeline: Pipeline) -> Resul
         # Traced again, as types name the mesh, and whose axes each device runs alone.
         share = invocation.options.num_layers // num_stages
         carry, constants = jax.tree.map(lambda v: v[0], (given.carry, constants))
-        here, given = _prepared(invocation, given._replace(carry=carry), share)
+        with _spread.not_over(pipeline.axis):
+            here, given = _prepared(invocation, given._replace(carry=carry), share)
         stage = _set_up(here, given, constants)
         return _in_stages(stage, given, count, pipeline.axis, num_stages)
 
     if num_stages == 1:
         return _result(invocation, program, _run(whole, given, program.constants))
+    _check_types(invocation, [*jax.tree.leaves(given), *program.constants])
     layered = PartitionSpec(pipeline.axis)
     in_stages = jax.shard_map(
         in_stages,
@@ -215,6 +222,11 @@ class _Stage(NamedTuple):
     program: _executors.Program
     derived: tuple[list[Any], list[Any]]
 
+    def only_if(self, is_there: jax.Array) -> "_Stage":
+        """The same, with derivatives by what is closed over only if work is there."""
+        constants, derived = _only_if(is_there, (self.program.constants, self.derived))
+        return _Stage(self.program._replace(constants=constants), derived)
+
     def __call__(self, given: Given) -> tuple[list[Any], list[Any], list[Any]]:
         """Runs a microbatch: the carry, state, and rows `[L, ...]`."""
         plan = self.program.plan
@@ -222,6 +234,18 @@ class _Stage(NamedTuple):
         result, marked = self.program.result(leaves)
         carry, output, state = map(jax.tree.leaves, result)
         return carry, state, [*output, *marked]
+
+
+def _only_if(is_there: jax.Array, tree: T) -> T:
+    """`tree`, with derivatives by it only if work is there: others may be NaN."""
+
+    def one(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(is_there, leaf, jax.lax.stop_gradient(leaf))
+
+    found: T = jax.tree.map(one, tree)
+    return found
 
 
 def _set_up(program: _executors.Program, given: Given, constants: list[Any]) -> _Stage:
@@ -241,7 +265,7 @@ def _one_after_another(stage: _Stage, given: Given, count: int) -> _Made:
         return state, (carry, rows)
 
     turn = jax.checkpoint(turn, prevent_cse=False)
-    own = jnp.arange(count), given.carry
+    own = jnp.arange(count, dtype=jnp.int32), given.carry
     state, (carry, rows) = jax.lax.scan(turn, jax.tree.leaves(given.state), own)
     return _Made(carry, state, [jnp.swapaxes(row, 0, 1) for row in rows])
 
@@ -253,16 +277,16 @@ def _in_stages(
     place = jax.lax.axis_index(axis)
     trees = jax.tree.structure(given.carry), jax.tree.structure(given.state)
 
-    def work(microbatch: Any, carry: list[Any], state: list[Any]) -> Any:
-        at = map(jax.tree.unflatten, trees, (carry, state))
-        return stage(_of(given, microbatch, *at))
-
-    def wait(_: Any, carry: list[Any], state: list[Any]) -> Any:
-        return carry, state, jax.tree.map(_equations.zeros, row_types)
-
     def at_work(microbatch: Any, carry: list[Any], state: list[Any]) -> Any:
+        # A stage that waits works, too, and nothing is made of it. In a conditional it
+        # would not be there where XLA has all stages pass something on, as it does to
+        # split an axis that is spread over other devices.
         is_there = (microbatch >= 0) & (microbatch < count)
-        return jax.lax.cond(is_there, work, wait, microbatch, carry, state)
+        choose = functools.partial(jnp.where, is_there)
+        at = map(jax.tree.unflatten, trees, (carry, state))
+        of = _of(given, jnp.clip(microbatch, 0, count - 1), *at)
+        made, after, rows = stage.only_if(is_there)(_only_if(is_there, of))
+        return list(map(choose, made, carry)), list(map(choose, after, state)), rows
 
     # What a stage computes on the way is computed again: else each tick would keep a
     # copy of the parameters, too. What it is given is kept.
@@ -281,10 +305,9 @@ def _in_stages(
     entering = jax.tree.leaves(given.carry)
     start = [leaf[0] for leaf in entering]
     state = jax.tree.leaves(given.state)
-    _, _, row_types = jax.eval_shape(work, 0, start, state)
     spare = [leaf[-1:].repeat(num_stages - 1, 0) for leaf in entering]
     entering = list(map(lambda *both: jnp.concatenate(both), entering, spare))
-    times = jnp.arange(count + num_stages - 1)
+    times = jnp.arange(count + num_stages - 1, dtype=jnp.int32)
     (state, _), (carry, rows) = jax.lax.scan(tick, (state, start), (times, entering))
     rows = [jax.lax.dynamic_slice_in_dim(row, place, count) for row in rows]
     carry = [leaf[None, num_stages - 1 :] for leaf in carry]
@@ -365,21 +388,56 @@ def _check(invocation: Invocation, given: Given, pipeline: Pipeline) -> None:
             )
 
 
+def _check_state(invocation: Invocation, state: Tree, after: Tree) -> None:
+    """Checks that the next microbatch can be given the state that one leaves."""
+    pairs = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(after), strict=True)
+    for (path, old), new in pairs:
+        types = [(leaf.shape, leaf.dtype) for leaf in (old[0], new)]
+        if types[0] != types[1]:
+            raise ValueError(
+                f"{invocation.where}: with pipeline= state goes from microbatch to "
+                f"microbatch, but a layer is given {_checks.path_name(path)} as "
+                f"{old.dtype}{list(old.shape[1:])} and leaves "
+                f"{new.dtype}{list(new.shape)}. Give its initial value this shape and "
+                "type."
+            )
+
+
+def _check_types(invocation: Invocation, values: list[Any]) -> None:
+    """Refuses values of which a `shard_map` around keeps account."""
+    for axis in sorted({a for v in values for a in _equations.varying(jax.typeof(v))}):
+        raise ValueError(
+            f"{invocation.where}: a jax.shard_map around has taken the mesh axis "
+            f"{axis!r}, and checks which values differ along it; with pipeline= JAX "
+            "would lose that, and gradients would be wrong. Give this shard_map "
+            "check_vma=False, or leave the axis to XLA: "
+            "jax.lax.with_sharding_constraint."
+        )
+
+
 def _check_shared(
-    invocation: Invocation, shared: Mapping[str, Any], batches: set[int]
+    invocation: Invocation, shared: Mapping[str, Any], carry: Sequence[tuple[int, ...]]
 ) -> None:
     """Refuses arrays of all microbatches that seem to have a row for each of the batch.
 
-    Parameters of the model, and NumPy's arrays, are no rows.
+    Numbers of a weight may be as many by chance; so it has to be a mask or tokens, or
+    to be as what goes from layer to layer in its next axis, too.
+
+    Args:
+      invocation: Of the stack.
+      shared: What the layer function closes over, or is given by keyword, by name.
+      carry: The shapes of what goes from layer to layer.
     """
     known = {id(leaf) for leaf in jax.tree.leaves(hk.experimental.get_params())}
     for name, value in shared.items():
         if not isinstance(value, jax.Array) or id(value) in known:
             continue
-        if value.ndim and len(value) in batches:
+        is_weight = jnp.issubdtype(value.dtype, jnp.inexact) or value.dtype == "uint32"
+        axes = 2 if is_weight else 1
+        if value.ndim >= axes and value.shape[:axes] in {c[:axes] for c in carry}:
             raise ValueError(
                 f"{invocation.where}: {name} has shape {value.shape}, with a row for "
                 f"each of the batch of {len(value)}; all of it would be in each "
-                f"microbatch. {_advice.ALONG}; if this axis is no "
-                "batch, give it as array[None]."
+                f"microbatch. {_advice.ALONG}; if this axis is no batch, give it as "
+                "array[None]."
             )

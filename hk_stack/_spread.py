@@ -28,6 +28,11 @@ def over(axis: str | None) -> contextlib.AbstractContextManager[None]:
     return context
 
 
+def not_over(axis: str) -> contextlib.AbstractContextManager[Any]:
+    """Spreads no stack in a `with` block over an axis just because one is around."""
+    return over(None) if _around.value == axis else contextlib.nullcontext()
+
+
 def in_force(asked: str | None, where: str) -> "Devices | None":
     """The devices that a stack is spread over which asks for an axis, if for any."""
     return devices(asked or _around.value, where)

@@ -341,12 +341,13 @@ def _notes(
         yield f"{what} runs the layer function as it is, and hoists nothing"
     elif not has_setup:
         yield "none: nothing dear in the layer is made of parameters alone"
-    elif batches.why and options.num_layers > 1:
+    elif batches.why and options.num_layers > invocation.num_stages:
         why = f"runs layer after layer, as {batches.why}"
         yield f"{why}: {batches.write}" if batches.write else why
     if pipeline := options.pipeline:
         count, stages = pipeline.microbatches, invocation.num_stages
-        share = f"{stages} stages of {options.num_layers // stages} layers each"
+        own = options.num_layers // stages
+        share = f"{stages} stages of {own} layer{'s' if own > 1 else ''} each"
         how = share if stages > 1 else "no mesh axis for stages, so in turn"
         yield f"pipeline={pipeline.axis!r}: {count} microbatches, {how}"
     if unspread:

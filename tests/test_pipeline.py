@@ -232,6 +232,35 @@ def test_stages_that_wait_make_no_nan():
     assert np.isfinite(gradients["s/~"]["w"]).all()
 
 
+def test_what_stages_do_together_they_do_at_once():
+    """XLA has all of them pass something on, to split what is spread elsewhere."""
+
+    def gated(x):
+        init = hk.initializers.RandomNormal(0.3)
+        w = hk.get_parameter("w", [D, 2 * D], init=init)
+        a, b = jnp.split(x @ w, 2, -1)
+        return x + jax.nn.silu(a) * b
+
+    params = {"s/~": {"w": 0.3 * normal(4, LAYERS, D, 2 * D)}}
+    of = functools.partial(loss, layer=gated)
+    mesh = mesh_of(stage=2, data=2)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("stage", None, "data"))
+        put = jax.tree.map(lambda p: jax.device_put(p, place), params)
+        x = jax.device_put(X, NamedSharding(mesh, P("data")))
+        run = jax.jit(jax.grad(of)).lower(put, x).compile(FAST)
+        permutes = [c for c in collectives(run) if c.kind == "collective-permute"]
+        assert len(permutes) > 2
+        found = run(put, x)
+    assert_close(found, jax.grad(of)(params, X, microbatches=None))
+
+
+def test_setup_that_is_spread_over_the_same_axis_around():
+    with jax.set_mesh(mesh_of(stage=2)):
+        apply = hk_stack.setup_first(model().apply, setup_sharding="stage")
+        assert_close(jax.jit(apply)(PARAMS, X), jax.jit(model().apply)(PARAMS, X))
+
+
 def test_taps_and_what_is_added_to_them_have_microbatches():
     def tapped(x):
         return jnp.tanh(hk_stack.tap(x @ weight(), "h"))
@@ -278,17 +307,40 @@ class TestErrors:
         self.refused("batch of 8 cannot be cut into microbatches=3", microbatches=3)
 
     def test_an_array_of_the_batch_closed_over(self):
-        mask = jnp.ones([BATCH, 1])
-        self.refused(r"shape \(8, 1\), with a row", layer=lambda x: layer(x) * mask[:2])
-        with pytest.raises(TypeError, match="broadcasting") as found:
-            jax.eval_shape(model(lambda x: layer(x) * mask).apply, PARAMS, X)
+        mask = jnp.ones([BATCH, 1], bool)
+        rows = r"shape \(8, 1\), with a row"
+        self.refused(rows, layer=lambda x: jnp.where(mask[:2], x, 0))
+        with pytest.raises(ValueError, match="broadcasting") as found:
+            jax.eval_shape(model(lambda x: jnp.where(mask, x, 0)).apply, PARAMS, X)
         assert "a layer is given a microbatch" in " ".join(found.value.__notes__)
 
     def test_an_array_of_the_batch_by_keyword(self):
         stack = hk_stack.layer_stack(LAYERS, pipeline=pipeline(), name="s")
         apply = hk.transform(lambda x, m: stack(lambda x, m: x * m)(x, m=m)).apply
         with pytest.raises(ValueError, match=r"`m` has shape \(8, 1\), with a row"):
-            jax.eval_shape(apply, {}, None, X, jnp.ones([BATCH, 1]))
+            jax.eval_shape(apply, {}, None, X, jnp.ones([BATCH, 1], bool))
+
+    def test_state_of_another_type_afterwards(self):
+        def counting(x):
+            count = hk.get_state("count", [], jnp.int32, init=jnp.zeros)
+            hk.set_state("count", count.astype(jnp.float32) + 1.5)
+            return x
+
+        stack = hk_stack.layer_stack(LAYERS, pipeline=pipeline(), name="s")
+        both = hk.transform_with_state(lambda x: stack(counting)(x))
+        with pytest.raises(ValueError, match=r"count as int32\[\] and leaves float32"):
+            jax.eval_shape(both.init, None, X)
+
+    def test_types_of_a_map_around_would_be_lost(self):
+        @jax.shard_map(in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+        def manual(x):
+            return model().apply(PARAMS, x)
+
+        with (
+            jax.set_mesh(mesh_of(stage=2, data=2)),
+            pytest.raises(ValueError, match="shard_map check_vma=False"),
+        ):
+            jax.eval_shape(manual, X)
 
     def test_one_in_another(self):
         def outer(x):
