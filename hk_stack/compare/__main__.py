@@ -17,6 +17,7 @@ compare two, give files:
 import itertools
 import pathlib
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -99,10 +100,12 @@ def main(argv: list[str]) -> int:
     if argv[1:]:
         result, status = _read(*argv[1:]), 0
         for case in result.cases():
-            _show(result, case)
+            _show(result, case, case.title)
     else:
         _configure()
         result, status = _measure(out, old)
+    if partial := show.partial(result):
+        _say(partial)
     if out is not None and result.rows:
         _write(out, result)
         _say(f"Written to {out}: results.json, report.html, table.md, pictures")
@@ -114,7 +117,15 @@ def main(argv: list[str]) -> int:
 
 
 def _say(text: str) -> None:
+    _tell("")
     print(text, flush=True)
+
+
+def _tell(text: str) -> None:
+    """On a terminal, what is being done; whatever is printed next replaces it."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _read(*paths: str) -> Result:
@@ -146,8 +157,9 @@ def _folder(name: str) -> pathlib.Path:
 def _write(out: pathlib.Path, result: Result) -> None:
     results.save(out / "results.json", result)
     (out / "table.md").write_text(show.markdown(result))
-    (out / "report.html").write_text(page.html(result))
-    for picture in draw.pictures(result):
+    pictures = list(draw.pictures(result))
+    (out / "report.html").write_text(page.html(result, pictures))
+    for picture in pictures:
         (out / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
@@ -163,19 +175,26 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
     todo = _planned(result, old)
     result.environment.update(_asked())
     options = measure.Options(_REPEAT.value, _BUILDS.value)
+    result.environment["unfinished"] = [case.title for case in todo]
     status = 0
     for i, (case, ways) in enumerate(todo.items()):
-        print(f"{i + 1} of {len(todo)}: {case.title}", file=sys.stderr)
-        found = measure.measured(case, _in_time(result, case, ways), options)
+        title = f"{i + 1} of {len(todo)}: {case.title}"
+
+        def tell(what: str, title: str = title) -> None:
+            _tell(f"{title}: {what}")
+
+        ways = _in_time(result, case, ways)
+        found = measure.measured(case, ways, options, tell)
         result.rows.extend(found.rows)
         result.failed.extend(found.failed)
         result.environment["seconds"] = round(time.perf_counter() - start, 1)
-        _show(result, case)
+        if not found.is_stopped:
+            result.unfinished.remove(case.title)
+        _show(result, case, title)
         status = status or int(bool(found.failed))
         if out is not None:
             results.save(out / "results.json", result)
         if found.is_stopped:
-            _say("stopped; what was measured is kept")
             return result, 130
     return result, status
 
@@ -192,14 +211,14 @@ def _planned(result: Result, old: Result | None) -> dict[Case, _Ways]:
     return {case: _ways(installed, case.mode) for case in todo}
 
 
-def _show(result: Result, case: Case) -> None:
+def _show(result: Result, case: Case, title: str) -> None:
     """A table, which also says what failed; or only that."""
     if not result.of(case):
         for failure in result.failures(case):
             _say(f"failed: {case.title}: {failure.way}: {failure.error}")
         return
     lines = _table.aligned(show.table(result, case))
-    _say("\n".join([show.caption(result, case), *lines, ""]))
+    _say("\n".join([f"{title}; {show.caption(result, case)}", *lines, ""]))
 
 
 def _in_time(result: Result, case: Case, ways: _Ways) -> _Ways:
@@ -310,6 +329,9 @@ def _main(argv: list[str]) -> int:
     except (app.UsageError, OSError) as error:
         print(f"python -m hk_stack.compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # Not while it measures: that keeps what there is.
+        _say("Stopped.")
+        return 130
 
 
 if __name__ == "__main__":
