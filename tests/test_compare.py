@@ -149,7 +149,6 @@ def test_the_gradient_of_s4_is_that_of_haiku(framework):
         ("spectral", "plain", "reused"),
         ("spectral", "hk_stack", "prepared"),
         ("s4", "linen", "nn.scan + setup_first"),
-        ("spectral", "haiku", "layer_stack + setup_first"),
     ],
 )
 def test_setup_that_is_done_before_changes_nothing(model, framework, way):
@@ -476,7 +475,7 @@ def test_what_takes_too_long_to_build_is_left_out(odd, monkeypatch, capsys):
         (["--model="], "--model: [] not among s4"),
         (
             ["--baseline=haiku scan"],
-            "'haiku scan' not among equinox filter_vmap + scan, equinox filter",
+            "'haiku scan' not among equinox filter_vmap + scan, equinox loop",
         ),
         (["--model=mlp", "--mode=decode"], "mlp does not decode; s4, s4_terms does"),
         (["--mode=port"], "port moves one tree: --model=transformer --layers=24"),

@@ -44,7 +44,7 @@ _MODEL = flags.DEFINE_list("model", list(models.DEFAULT), "Models to run.")
 _FRAMEWORKS = flags.DEFINE_list(
     "frameworks", models.framework_names(), "Frameworks to run them in."
 )
-_LAYERS = flags.DEFINE_list("layers", ["8"], "Numbers of layers.")
+_LAYERS = flags.DEFINE_list("layers", ["6"], "Numbers of layers.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", list(cases.TOLERANCES), "Of parameters and activations."
 )
@@ -59,7 +59,7 @@ _MODE = flags.DEFINE_list(
     "What to run: "
     + "; ".join(f"{name}, {what}" for name, what in cases.MODES.items()),
 )
-_REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each case.", lower_bound=1)
+_REPEAT = flags.DEFINE_integer("repeat", 12, "Rounds of each case.", lower_bound=1)
 _BUILDS = flags.DEFINE_integer(
     "builds",
     1,

@@ -91,10 +91,7 @@ class Block(eqx.Module):
 
 # What `models` asks of a framework
 
-WAYS = (
-    *("filter_vmap + scan", "filter_vmap + scan + setup_first"),
-    *("loop", "loop + roll"),
-)
+WAYS = ("filter_vmap + scan", "loop", "loop + roll")
 WAYS_OF = {"eager": ("loop",)}
 
 

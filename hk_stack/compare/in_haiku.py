@@ -160,7 +160,7 @@ def _s4(size: int, states: int) -> dict[str, jax.Array]:
 
 # What `models` asks of a framework
 
-WAYS = ("layer_stack", "layer_stack + setup_first", "loop", "loop + roll")
+WAYS = ("layer_stack", "loop", "loop + roll")
 WAYS_OF = {"remat": ("layer_stack", "layer_stack + hk.remat"), "eager": ("loop",)}
 _LOOP = hk_stack.NumberedLayers("layers_{}", "layers")
 

@@ -119,7 +119,7 @@ class LoopStack(nnx.Module):
 # What `models` asks of a framework
 
 STACKS: dict[str, Any] = {"nnx.scan": ScanStack, "loop": LoopStack}
-WAYS = ("nnx.scan", "nnx.scan + setup_first", "loop", "loop + roll")
+WAYS = ("nnx.scan", "loop", "loop + roll")
 WAYS_OF = {"eager": ("loop",)}
 _RULES: dict[str, Any] = {
     "nnx.scan": {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}},
