@@ -167,7 +167,8 @@ def glance(result: results.Result) -> _table.Table:
 READING = (
     "Ratios are to the baseline of the case, in the same process and the same round; "
     "below 1 is better. Behind a ratio is the interval that holds 95 % of its "
-    "bootstrap. A star is at the lowest of a column, and at those not told from it."
+    "bootstrap. A star is at the lowest of a column and at those not told from it, "
+    "unless those are all."
 )
 
 
