@@ -542,7 +542,7 @@ def test_what_is_done_is_told_on_a_terminal_only(odd, monkeypatch, stream):
     ]
     told = re.findall(r"\r([^\r\x1b]+)\x1b", sys.stderr.getvalue())
     assert bool(told) == (stream is Terminal)
-    of_way = r"[12] of 2: mlp, .*: (odd (right|again)|rounds)"
+    of_way = r"[12] of 2: (odd (right|again)|rounds) of mlp, .*"
     assert all(re.fullmatch(of_way, text) for text in told)
 
 

@@ -14,6 +14,7 @@ compare two, give files:
     python -m hk_stack.compare results.json --against=old.json
 """
 
+import functools
 import itertools
 import pathlib
 import shlex
@@ -117,15 +118,15 @@ def main(argv: list[str]) -> int:
 
 
 def _say(text: str) -> None:
-    _tell("")
+    _tell("", "", "")
     print(text, flush=True)
 
 
-def _tell(text: str) -> None:
+def _tell(before: str, after: str, what: str) -> None:
     """On a terminal, what is being done; whatever is printed next replaces it."""
     if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+        text = (before + what + after)[: shutil.get_terminal_size().columns - 1]
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _read(*paths: str) -> Result:
@@ -178,11 +179,8 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
     result.environment["unfinished"] = [case.title for case in todo]
     status = 0
     for i, (case, ways) in enumerate(todo.items()):
-        title = f"{i + 1} of {len(todo)}: {case.title}"
-
-        def tell(what: str, title: str = title) -> None:
-            _tell(f"{title}: {what}")
-
+        place = f"{i + 1} of {len(todo)}: "
+        tell = functools.partial(_tell, place, f" of {case.title}")
         ways = _in_time(result, case, ways)
         found = measure.measured(case, ways, options, tell)
         result.rows.extend(found.rows)
@@ -190,7 +188,7 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
         result.environment["seconds"] = round(time.perf_counter() - start, 1)
         if not found.is_stopped:
             result.unfinished.remove(case.title)
-        _show(result, case, title)
+        _show(result, case, place + case.title)
         status = status or int(bool(found.failed))
         if out is not None:
             results.save(out / "results.json", result)
