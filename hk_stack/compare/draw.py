@@ -7,7 +7,7 @@ layers on logarithmic ones, where a way has its own marker.
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -99,17 +99,19 @@ def ratios(result: results.Result, cases: Sequence[results.Case]) -> Figure:
       cases: Those that differ in the number of layers only.
     """
     lines = {case: show.lines(result, case) for case in cases}
-    ways = list(dict.fromkeys(x.row.way for case in cases for x in lines[case]))
+    measured = {x.row.way for case in cases for x in lines[case]}
+    colours = _colours(result.ways())  # As in other pictures.
+    colours = {way: colours[way] for way in colours if way in measured}
     found = {name for case in cases for x in lines[case] for name in x.ratios}
     measures = [name for name in show.SHOWN if name in found]
-    figure = Figure(figsize=(9.6, 1 + 0.22 * len(ways)), layout="constrained")
+    figure = Figure(figsize=(9.6, 1 + 0.22 * len(colours)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
         for i, case in enumerate(cases):
-            _ratios(axes, ways, lines[case], measure, (i + 1) / len(cases))
+            _ratios(axes, colours, lines[case], measure, (i + 1) / len(cases))
         _ratio_axes(axes, show.SHOWN[measure].name)
-    panels[0].set_yticks(range(len(ways)), ways)
-    panels[0].set_ylim(len(ways) - 0.4, -0.6)
+    panels[0].set_yticks(range(len(colours)), colours)
+    panels[0].set_ylim(len(colours) - 0.4, -0.6)
     for label in panels[0].get_yticklabels():
         label.set(color=_OURS if show.is_ours(label.get_text()) else INK)
     if len(cases) > 1:
@@ -125,18 +127,17 @@ _LARGEST, _EDGE = 2.0, 2.05
 
 def _ratios(
     axes: Axes,
-    ways: Sequence[str],
+    colours: Mapping[str, str],
     lines: Sequence[show.Line],
     measure: str,
     depth: float,
 ) -> None:
     """The ratios of a case; `depth` is 1 for the deepest, less for others."""
-    colours = _colours(ways)
-    places = {way: place for place, way in enumerate(ways)}
+    ratios = {x.row.way: x.ratios[measure] for x in lines if measure in x.ratios}
     found = [
-        (line.ratios[measure], places[line.row.way], colours[line.row.way])
-        for line in lines
-        if measure in line.ratios
+        (ratios[way], place, colour)
+        for place, (way, colour) in enumerate(colours.items())
+        if way in ratios
     ]
     inside = [point for point in found if point[0].value <= _LARGEST]
     if inside:
