@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import median_filter
@@ -75,7 +78,7 @@ class TextConfig(Config):
     layers: int = flag("Number of layers.", default=4)
     width: int = flag("Features in each layer.", default=64)
     heads: int = flag("Attention heads, a divisor of the width.", default=4)
-    length: int = flag("Characters read at once.", default=64, below=513)
+    length: int = flag("Characters read at once.", default=64, least=2, below=513)
     dropout: float = flag("Share of values to drop.", default=0.05, below=1)
 
     def __post_init__(self) -> None:
@@ -108,7 +111,13 @@ def run(
         parser.error(str(error))
     if isinstance(config, Output):
         make_writable(config.folder)
-    main(config)
+    for library in ("jax", "absl"):  # Of accelerators that are not there, for example.
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        main(config)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def add_flag(
@@ -206,34 +215,62 @@ def train(
     save: Callable[[Any, Losses], None] = lambda state, losses: None,
     name: str | None = None,
 ) -> tuple[Any, Losses]:
-    """Trains with a progress bar.
+    """Trains with a progress bar on a terminal, or else a line now and then.
 
     Args:
       step: `(state, number) -> (state, loss)`.
       state: Where training starts.
       steps: The numbers of its steps.
       held_out: `state -> loss`.
-      every: After how many steps, and after the last, this is asked.
+      every: After how many steps, and after the last, this is asked, or a line is due.
       losses: Of the steps before.
       save: Is given state and losses each time.
       name: What the bar is called.
 
     Returns:
       Where training ends, and its losses.
+
+    Raises:
+      SystemExit: If a loss is not finite.
     """
     losses, tested = losses or Losses([], []), ""
-    bar = tqdm.tqdm(steps, name, initial=steps.start, total=steps.stop, unit="step")
+    bar = progress(steps, name, initial=steps.start, total=steps.stop, unit="step")
     for number in bar:
         state, loss = step(state, number)
+        check(number + 1, float(loss))
         losses.training.append(float(loss))
         done = number + 1
-        if held_out and (done % every == 0 or done == steps.stop):
+        is_due = done % every == 0 or done == steps.stop
+        if held_out and is_due:
             losses.held_out.append((done, float(held_out(state))))
             tested = f", held out {losses.held_out[-1][1]:.3f}"
             save(state, losses)
-        recent = np.mean(losses.training[-20:])
-        bar.set_postfix_str(f"loss {recent:.3f}{tested}", refresh=False)
+        now = f"loss {np.mean(losses.training[-20:]):.3f}{tested}"
+        bar.set_postfix_str(now, refresh=False)
+        if is_due:
+            share = f"{done / steps.stop:.0%}, {done}/{steps.stop} steps"
+            note(bar, f"{name}: {share}, {now}" if name else f"{share}, {now}")
+    if losses.held_out:
+        check(*losses.held_out[-1], "held-out loss")
     return state, losses
+
+
+def progress(what: Iterable[Any], name: str | None, **options: Any) -> Any:
+    """A bar on a terminal; elsewhere there is none, and `note` prints lines."""
+    return tqdm.tqdm(what, name, disable=not sys.stderr.isatty(), **options)
+
+
+def note(bar: Any, text: str) -> None:
+    """A line where there is no bar to say it."""
+    if bar.disable:
+        print(text, file=sys.stderr, flush=True)
+
+
+def check(step: int, loss: float, name: str = "loss") -> None:
+    """Exits with a line if a loss is not finite: nothing can be learned any more."""
+    if not math.isfinite(loss):
+        why = f"the {name} is {loss}; a lower --learning_rate may help"
+        raise SystemExit(f"Stopped in step {step}: {why}")
 
 
 # Curves
@@ -255,18 +292,24 @@ def draw_smooth(
     axes: Axes, steps: Sequence[int], losses: Sequence[float], label: str
 ) -> None:
     """Draws each of the losses pale, and a smooth curve bold."""
-    smooth = median_filter(np.asarray(losses), 2 * SMOOTHING + 1)
-    (bold,) = axes.plot(steps, smooth, lw=2.5, label=label)
+    window = min(2 * SMOOTHING + 1, len(losses) - 1 + len(losses) % 2)
+    smooth = median_filter(np.asarray(losses), max(1, window))
+    marker = "o" if len(losses) == 1 else None  # Of one loss there is no line to see.
+    (bold,) = axes.plot(steps, smooth, marker=marker, lw=2.5, label=label)
     axes.plot(steps, losses, color=bold.get_color(), alpha=0.3, lw=1)
 
 
 def finish(axes: Axes, **labels: Any) -> None:
     """What all curves over training steps have."""
     axes.set(xlabel="training step", **labels)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if labels.get("yscale") == "log":
         axes.yaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        # Over less than that, numbers are at minor ticks, too.
+        axes.yaxis.set_minor_formatter("{x:.3g}" if high < 4 * low else "")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    axes.legend()
 
 
 # Measurement
@@ -311,4 +354,5 @@ def difference(found: Any, expected: Any) -> float:
     """The largest difference of two trees, relative to their largest number."""
     gaps = jax.tree.map(lambda x, y: np.max(np.abs(x - y)), found, expected)
     sizes = jax.tree.map(lambda x: np.max(np.abs(x)), expected)
-    return float(np.max(jax.tree.leaves(gaps)) / np.max(jax.tree.leaves(sizes)))
+    gap, size = (float(np.max(jax.tree.leaves(tree))) for tree in (gaps, sizes))
+    return gap / size if size else gap  # Where all is zero, nothing is relative to it.

@@ -304,7 +304,7 @@ def compare(config: Config, params: hk.Params, batch: Batch, kind: str) -> None:
 def draw_chain(exact: jax.Array, given: jax.Array, found: jax.Array) -> Figure:
     """Draws the distances in a chain, those that are given, and what was found."""
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
-    maps = {"in a held-out chain": exact, "as given": given, "without noise": found}
+    maps = {"in a held-out chain": exact, "as given": given, "by the model": found}
     panels = figure.subplots(1, 3)
     for axes, (name, distances) in zip(panels, maps.items(), strict=True):
         image = axes.imshow(distances, cmap="viridis_r", vmin=0, vmax=np.max(given))

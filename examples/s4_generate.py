@@ -27,6 +27,7 @@ Needs pip install 'hk_stack[examples]'.
 
 import dataclasses
 import functools
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -226,7 +227,8 @@ def draw(originals: np.ndarray, completions: np.ndarray) -> Figure:
     titles = ["original", "given half", *(f"completion {i + 1}" for i in range(count))]
     figure = Figure((1.15 * len(titles), 1.15 * len(originals) + 0.8), dpi=120)
     figure.set_layout_engine("constrained", h_pad=0.03, w_pad=0.03)
-    figure.suptitle("Held-out digits, completed pixel by pixel below the line")
+    title = "Held-out digits, completed pixel by pixel below the line"
+    figure.suptitle(textwrap.fill(title, 8 * len(titles)), fontsize=11)
     grid = figure.subplots(len(originals), len(titles), squeeze=False)
     given = np.where(np.arange(LENGTH) < GIVEN, originals, np.nan)
     images = np.stack([originals, given, *np.swapaxes(completions, 0, 1)], axis=1)

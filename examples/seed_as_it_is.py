@@ -47,7 +47,6 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from common import Built, flag
 from matplotlib.figure import Figure
 
@@ -287,8 +286,10 @@ def main(config: Config) -> None:
     build(all_ways(config, 1)["list"], x)  # What Python and JAX do once is not counted.
     built: dict[int, dict[str, Built]] = {}
     for depth in config.all_depths:
-        bar = tqdm.tqdm(all_ways(config, depth).items(), f"{depth} layers", unit="way")
+        ways = all_ways(config, depth)
+        bar = common.progress(ways.items(), f"{depth} layers", unit="way")
         built[depth] = {name: build(way, x) for name, way in bar}
+        common.note(bar, f"{depth} layers: {len(ways)} ways are built")
     draw(built).savefig(config.folder / "build.png", dpi=120)
 
     ways = all_ways(config, config.layers)

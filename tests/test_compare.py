@@ -1,8 +1,10 @@
 """`python -m hk_stack.compare`: all ways agree, and what fails is said and left out."""
 
 import functools
+import io
 import json
 import math
+import re
 import sys
 
 import jax
@@ -182,6 +184,23 @@ def test_other_modes(mode, framework, way):
     assert_agree(case(mode=mode, layers=4 if mode == "remat" else 1), framework, way)
 
 
+@pytest.mark.parametrize(
+    ("model", "mode", "framework", "way"),
+    [
+        ("mlp", "grad", "hk_stack", "inline"),
+        ("mlp", "grad", "linen", "nn.scan + setup_first"),
+        ("mlp", "fwd", "plain", "reused"),
+        ("spectral", "fwd", "hk_stack", "+ remat"),
+        ("spectral", "init", "linen", "nn.scan + nn.remat"),
+    ],
+)
+def test_ways_that_are_the_program_of_another_are_not_measured(
+    model, mode, framework, way
+):
+    assert cases.task(case(model, mode), framework, way) is None
+    assert cases.task(case("spectral", "grad"), framework, way) or way == "reused"
+
+
 @pytest.mark.parametrize("way", ["1 at a time", "2 at a time, remat", "4 at a time"])
 def test_batches_of_setup(way):
     one = case("recurrence", "setup")
@@ -217,7 +236,8 @@ def test_steps_of_time_in_one_program_are_those_one_by_one():
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_initial_parameters_have_the_shapes_of_haiku(framework):
     one = case(mode="init", layers=1)
-    task = cases.task(one, framework, ways_of(framework)[0])
+    way = "auto" if framework == "hk_stack" else ways_of(framework)[0]
+    task = cases.task(one, framework, way)
     assert (task is None) == (framework == "plain")
 
     def shapes(task):
@@ -451,13 +471,18 @@ def test_ctrl_c_keeps_what_was_measured(odd, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--model=mlp", "--mode=fwd", "--layers=1,2,3", f"--out={out}"]
     assert run(*arguments, "--repeat=1") == 130
-    assert "stopped; what was measured is kept" in capsys.readouterr().out
-    rows = results.load(out / "results.json").rows
-    assert [(row.case.layers, row.way) for row in rows] == [
+    printed = capsys.readouterr().out
+    found = results.load(out / "results.json")
+    assert [(row.case.layers, row.way) for row in found.rows] == [
         (1, "odd right"),
         (1, "odd interrupted"),
     ]
-    assert (out / "report.html").exists()
+    assert [title.split(", ")[2] for title in found.unfinished] == [
+        "2 layers",
+        "3 layers",
+    ]
+    for text in (printed, *(p.read_text() for p in out.glob("[rt]*.[hm]*"))):
+        assert "Partial: stopped before these cases were whole: mlp, fwd, 2" in text
 
 
 def test_what_takes_too_long_to_build_is_left_out(odd, monkeypatch, capsys):
@@ -510,6 +535,32 @@ def test_mistakes(arguments, message):
     assert message in str(error.value)
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_what_is_done_is_told_on_a_terminal_only(odd, monkeypatch, stream):
+    """In a line which is gone before another is printed."""
+    ways = [("odd", "right"), ("odd", "again")]
+    monkeypatch.setattr(command, "_ways", lambda frameworks, mode: ways)
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(sys, "stdout", sys.stderr)  # One console.
+    assert run("--model=mlp", "--mode=fwd", "--layers=2,1", "--repeat=1") == 0
+    lines = sys.stderr.getvalue().split("\n")
+    shown = [re.sub(r".*\r", "", line).replace("\x1b[K", "") for line in lines]
+    title = "{} layers, float32, batch 4, length 128, width 64; ratios are to odd right"
+    assert [x for x in shown if "batch" in x] == [
+        f"1 of 2: mlp, fwd, {title.format(2)}",
+        f"2 of 2: mlp, fwd, {title.format(1)}",
+    ]
+    told = re.findall(r"\r([^\r\x1b]+)\x1b", sys.stderr.getvalue())
+    assert bool(told) == (stream is Terminal)
+    of_way = r"[12] of 2: (odd (right|again)|rounds) of mlp, .*"
+    assert all(re.fullmatch(of_way, text) for text in told)
+
+
 def test_a_flag_of_the_wrong_kind_is_a_line_not_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare", "--repeat=0"])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
@@ -544,9 +595,9 @@ def test_the_command(written):
     found = [name for name in FRAMEWORKS if name != "equinox"]
     ways = [f"{name} {way}" for name, way in cases.all_ways(sorted(found), "fwd")]
     ways.sort(key=lambda way: way != "haiku layer_stack")  # The baseline is first.
-    # A model without setup, and no decoding.
-    none = ("plain split", "plain reused", "linen nn.scan, cache")
-    assert list(result.of(result.cases()[0])) == [x for x in ways if x not in none]
+    # A model without setup, no gradient and no decoding.
+    none = re.compile(".*(split|reused|cache|inline|prepared|setup_first|remat)$")
+    assert list(result.of(result.cases()[0])) == [x for x in ways if not none.match(x)]
     assert not result.failed
     (skipped,) = result.skipped
     assert skipped["what"] == "equinox" and "pip install equinox" in skipped["why"]
@@ -587,7 +638,7 @@ def test_several_results_become_one(written, tmp_path, capsys):
     out = tmp_path / "both"
     assert run(one, other, f"--out={out}") == 0
     assert (out / "scaling_mlp_fwd_float32_b1_t4_d8.svg").exists()
-    assert (out / "report.html").read_text().count("<svg") == 1
+    assert (out / "report.html").read_text().count("<svg") == 2
     assert "mlp, fwd, 11 layers" in capsys.readouterr().out
     other.write_text(json.dumps(document).replace('"device": "cpu"', '"device": "x"'))
     with pytest.raises(app.UsageError, match="of one device each: found cpu, x"):

@@ -78,7 +78,7 @@ def test_table_has_times_ratios_and_stars():
     assert re.search(r"(2\.0|1\.9)\d \[1\.9", loop) and "*" not in loop
     assert re.search(r"2\.0\d +0\.50 \[0\.\d+, 0\.\d+\]\*", ours)
     text = show.caption(result(), result().cases()[0])
-    assert text == f"{result().cases()[0].title}; ratios are to haiku layer_stack"
+    assert text == "ratios are to haiku layer_stack"
 
 
 def test_table_fits_100_columns():
@@ -104,19 +104,24 @@ def test_eager_runs_have_columns_of_their_own():
 
 
 def test_all_that_noise_cannot_tell_apart_are_best():
-    rows = [row("one", speed=1), row("two", speed=1), row("three", speed=2)]
-    stars = {x.row.way for x in show.lines(result(rows), rows[0].case) if x.best}
-    assert stars == {"one", "two"}
-    alike = result(rows[:2])
-    assert not any(x.best for x in show.lines(alike, rows[0].case))
+    """Not told from the lowest, that is: a baseline of much noise makes nobody best."""
+    base = np.linspace(1, 9, 15)
+    times = {"noisy": base, "low": 0.1 + base % 0.01, "same": 0.1 + base % 0.011}
+    times["more"] = 1.2 * times["low"]
+    rows = [row(x, run_s=[list(t)])._replace(way=x) for x, t in times.items()]
+    found = show.lines(result(rows), rows[0].case)
+    assert {x.row.way for x in found if "run_s" in x.best} == {"low", "same"}
+    alike = result(rows[1:3])
+    assert not any("run_s" in x.best for x in show.lines(alike, rows[0].case))
 
 
 def test_the_deepest_cases_are_shown_beside_one_another():
     rows = [row(way, n) for n in (4, 16) for way in WAYS]
     table = show.glance(result(rows[:-1], [failure(rows[-1])]))
-    assert list(table.titles) == ["deepest case", *WAYS]
-    ((title, base, *_, last),) = table.rows
-    assert title == "s4, grad, 16 layers" and (base, last) == ("1", "failed")
+    assert list(table.titles) == ["way", "s4, grad, 16 layers"]
+    assert [way for way, _ in table.rows] == WAYS
+    _, ratios = zip(*table.rows, strict=True)
+    assert ratios == ("1", "2.00", "0.50*", "failed")  # As in the case's own column.
 
 
 def test_markdown_has_a_table_for_each_case():
@@ -134,10 +139,13 @@ def test_markdown_has_a_table_for_each_case():
 
 
 def test_pictures_have_a_transparent_ground_and_text():
-    (picture,) = draw.pictures(result())
-    assert picture.name == "scaling_s4_grad_float32_b4_t256_d64"
-    assert picture.svg.startswith("<svg") and ">hk_stack auto<" in picture.svg
-    assert "fill: #ffffff" not in picture.svg
+    pictures = list(draw.pictures(result()))
+    about = "s4_grad_float32_b4_t256_d64"
+    assert [x.name for x in pictures] == [f"ratios_{about}", f"scaling_{about}"]
+    for picture in pictures:
+        assert picture.svg.startswith("<svg") and ">hk_stack auto<" in picture.svg
+        assert "fill: #ffffff" not in picture.svg
+        assert picture.svg.count("batch 4") == 1  # In the <title>, which is not drawn.
 
 
 def test_pictures_are_the_same_each_time():
@@ -145,12 +153,26 @@ def test_pictures_are_the_same_each_time():
     assert once == again
 
 
-def test_one_depth_has_no_picture_and_eager_runs_have_one():
+def test_one_depth_has_ratios_only_and_eager_runs_have_both():
     rows = [row(way)._replace(measures={"eager_s": [[1.0]]}) for way in WAYS]
-    assert list(draw.pictures(result(rows))) == []
-    rows += [r._replace(case=r.case._replace(layers=9)) for r in rows]
     (picture,) = draw.pictures(result(rows))
+    assert "eager, ratio" in picture.svg
+    rows += [r._replace(case=r.case._replace(layers=9)) for r in rows]
+    _, picture = draw.pictures(result(rows))
     assert "eager, ms" in picture.svg
+
+
+def test_ratios_are_on_linear_axes_and_large_ones_are_numbers():
+    speed = {WAYS[0]: 1, WAYS[1]: 5, WAYS[2]: 1.2}
+    found = result([row(way, n, speed=s) for n in (4, 16) for way, s in speed.items()])
+    panels = draw.ratios(found, found.cases()).axes
+    assert len(panels) == 3
+    for axes in panels:
+        assert axes.get_xscale() == "linear" and axes.get_xlim()[0] == 0
+        (number,) = axes.texts  # Of the deepest case.
+        assert re.fullmatch(r" → (4\.9|5\.0)\d", number.get_text())
+    points = panels[2].collections[-1].get_offsets().tolist()
+    assert points == [[1, 0], [pytest.approx(1.2, abs=0.01), 2]]
 
 
 def test_13_lines_can_be_told_apart():
@@ -192,7 +214,8 @@ class Parsed(html.parser.HTMLParser):
 def whole():
     rows = [row(way, n, m) for m in ("grad", "init") for n in (4, 16) for way in WAYS]
     skipped = [{"what": "penzai", "why": "pip install penzai"}]
-    return page.html(result(rows, [failure(row("nnx scan"))], skipped))
+    found = result(rows, [failure(row("nnx scan"))], skipped)
+    return page.html(found, list(draw.pictures(found)))
 
 
 def test_page_is_well_formed_and_loads_nothing(whole):
@@ -214,11 +237,28 @@ def test_page_can_be_read_aloud(whole):
     assert parsed.tags.count("table") == parsed.tags.count("caption")
     assert all("scope" in a for tag, a in parsed.attributes if tag == "th")
     pictures = [a for _, a in parsed.attributes if a.get("role") == "img"]
-    assert len(pictures) == parsed.tags.count("svg") == 2
+    assert len(pictures) == parsed.tags.count("svg") == 4
     assert all("s4" in a["aria-label"] for a in pictures)
     headings = [int(tag[1]) for tag in parsed.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1 and headings.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(headings))
+
+
+def test_a_result_that_was_stopped_says_so():
+    title = "mlp, fwd, 8 layers, float32, batch 4, length 256, width 64"
+    found = results.merged([result(unfinished=[title]), result([row("nnx scan", 9)])])
+    for text in (page.html(found, []), show.markdown(found)):
+        assert f"Partial: stopped before these cases were whole: {title}." in text
+    assert "Partial" not in page.html(result(unfinished=[]), []) + show.markdown(
+        result()
+    )
+
+
+def test_page_has_each_title_once(whole):
+    """In a heading, the list of them, and for those who cannot see it."""
+    seen = re.sub(r' aria-label="[^"]*"|<title>.*?</title>', "", whole)
+    assert seen.count("s4, grad, float32, batch 4, length 256, width 64") == 2
+    assert not re.search(r"\d layers, float32, batch", seen.split("problems")[0])
 
 
 def test_page_tells_what_was_measured(whole):
@@ -241,7 +281,7 @@ def test_names_are_never_html():
     rows = [r._replace(case=r.case._replace(model='"><img src=x>')) for r in rows]
     skipped = [{"what": bad, "why": bad}]
     found = result(rows, [failure(rows[1], bad)], skipped, device=bad, command=bad)
-    parsed = Parsed(page.html(found))
+    parsed = Parsed(page.html(found, list(draw.pictures(found))))
     assert not parsed.wrong and not parsed.open
     assert "script" not in parsed.tags and "img" not in parsed.tags
     assert "<script" not in show.markdown(found).replace(r"\<", "")
@@ -260,6 +300,8 @@ PROBE = """<script>
 const style = getComputedStyle(document.body);
 const shown = [...document.querySelectorAll("svg")].filter(
   x => x.getBoundingClientRect().width > 0 && x.getBoundingClientRect().height > 0);
+const measured = [...document.querySelectorAll("table.measured")];
+measured.forEach(x => { x.parentElement.scrollLeft = 10000; });
 parent.document.documentElement.dataset.found = JSON.stringify({
   dark: matchMedia("(prefers-color-scheme: dark)").matches,
   page: style.backgroundColor,
@@ -267,6 +309,10 @@ parent.document.documentElement.dataset.found = JSON.stringify({
   pictures: shown.length,
   content: document.documentElement.scrollWidth,
   window: innerWidth,
+  first: measured.map(x => Math.round(x.querySelector("th").getBoundingClientRect().left
+    - x.parentElement.getBoundingClientRect().left)),
+  hidden: measured.map(x => Math.round(x.querySelector("th:last-child")
+    .getBoundingClientRect().right - x.parentElement.getBoundingClientRect().right)),
 });
 </script>"""
 
@@ -296,15 +342,18 @@ def test_page_in_a_browser_on_a_phone(whole, tmp_path, scheme, background):
     # Chromium has no windows as narrow as a phone, but frames.
     frame = (
         '<!DOCTYPE html><meta name="color-scheme" content="light dark">'
-        f'<iframe width="400" height="900" srcdoc="{inside}"></iframe>'
+        f'<iframe width="500" height="900" srcdoc="{inside}"></iframe>'
     )
     text = browse(tmp_path, frame, dark, "--dump-dom")
     found = json.loads(
         html.unescape(re.search('<html[^>]* data-found="([^"]*)"', text)[1])
     )
     assert found["dark"] == (scheme == 0) and found["page"] == background
-    assert found["tables"] == whole.count("<table") and found["pictures"] == 2
-    assert found["content"] <= found["window"] == 400
+    assert found["tables"] == whole.count("<table") and found["pictures"] == 4
+    assert found["content"] <= found["window"] == 500
+    # Of each table, the names of ways stay, and the last column can be scrolled to.
+    assert found["first"] and set(found["first"]) == {0}
+    assert max(found["hidden"]) == 0
 
 
 @needs_chromium

@@ -1,8 +1,12 @@
 """Examples learn, write what they say, and say what is wrong if they cannot."""
 
+import io
 import json
+import math
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +40,7 @@ def test_runs_from_any_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: s4_digits.py [--FLAG=VALUE ...]\n")
+    assert done.stderr == "" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
@@ -77,6 +82,125 @@ def test_refuses_an_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"^Cannot write to --out=.*Not a directory"):
         run("s4_digits", f"--out={tmp_path / 'file' / 'folder'}")
+
+
+# The smallest settings of examples that run for a person to look at.
+SMALLEST = {
+    "slow_setup": "--layers=1 --states=1 --steps=1",
+    "seed_as_it_is": "--layers=1 --depths=1 --width=1 --state_size=1 --length=1 "
+    "--batch_size=1 --rounds=1",
+    "s4_digits": "--layers=1 --width=1 --state_size=1 --epochs=1 --batch_size=1000",
+    "s4_generate": "--layers=1 --width=1 --state_size=1 --epochs=1 --batch_size=1000 "
+    "--completions=1",
+    "transformer_lm": "--layers=1 --width=1 --heads=1 --length=2 --steps=1 "
+    "--batch_size=1",
+    "pair_transformer": "--super_blocks=1 --blocks=1 --points=4 --width=1 "
+    "--pair_width=1 --heads=1 --steps=1 --rounds=1 --batch_size=1",
+}
+
+
+def process(name, *flags, **options):
+    """An example as a person runs it, its output in pipes."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env["PYTHONPATH"] = str(FOLDER.parent)
+    command = [sys.executable, FOLDER / f"{name}.py", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, **pipes, **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_smallest_settings(name, tmp_path):
+    """Lines of progress and no others on stderr; files below out/ only."""
+    example = process(name, *SMALLEST[name].split(), cwd=tmp_path)
+    out, err = example.communicate()
+    assert example.returncode == 0, err
+    line = r"100%, 1/1 steps, loss \d.*|1 layers: 6 ways are built"
+    assert all(re.fullmatch(line, found) for found in err.splitlines())
+    assert not re.search(r"\bnan\b|DIFFERENT", out + err)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}
+
+
+@pytest.mark.long
+def test_ctrl_c_in_training(tmp_path):
+    flags = SMALLEST["s4_digits"].replace("--epochs=1", "--epochs=9999").split()
+    example = process("s4_digits", *flags, cwd=tmp_path)
+    assert example.stderr.readline().startswith("0%, 1/9999 steps, loss")
+    example.send_signal(signal.SIGINT)
+    _, err = example.communicate()
+    assert example.returncode == 130 and "Traceback" not in err
+    assert err.endswith("\nStopped.\n")
+
+
+def test_ctrl_c_is_a_line(capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match=r"^130$"):
+        load("common").run(interrupted, load("slow_setup").DEFAULT, [])
+    assert capsys.readouterr().err == "\nStopped.\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_is_a_bar_or_lines(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    steps, every = range(2, 7), 3
+    load("common").train(lambda x, n: (x, n), 0, steps, lambda x: 0.5, every, name="A")
+    shown = sys.stderr.getvalue()
+    if stream is Terminal:
+        assert re.search(r"\rA: 100%.* 7/7 .*loss 4.000, held out 0.500", shown)
+    else:
+        assert shown == (
+            "A: 43%, 3/7 steps, loss 2.000, held out 0.500\n"
+            "A: 86%, 6/7 steps, loss 3.500, held out 0.500\n"
+            "A: 100%, 7/7 steps, loss 4.000, held out 0.500\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("loss", "held_out", "message"),
+    [
+        (math.nan, 1, "Stopped in step 1: the loss is nan; a lower --learning_rate"),
+        (1, math.inf, "Stopped in step 2: the held-out loss is inf"),
+    ],
+)
+def test_losses_that_are_not_finite_stop_training(loss, held_out, message):
+    with pytest.raises(SystemExit, match=message):
+        load("common").train(
+            lambda x, n: (x, loss), 0, range(2), held_out=lambda x: held_out
+        )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+@pytest.mark.parametrize("yscale", ["linear", "log"])
+def test_curves_of_few_steps(steps, yscale):
+    """What is in the legend is seen; ticks are whole steps, and labelled in digits."""
+    common = load("common")
+    figure = common.Figure()
+    axes = figure.subplots()
+    losses = np.linspace(2.5, 2.4, steps)
+    common.draw_smooth(axes, range(steps), losses, "training")
+    common.finish(axes, title="T", ylabel="loss", xlim=(0, steps), yscale=yscale)
+    figure.draw_without_rendering()
+    (line,) = axes.get_legend().legend_handles
+    assert steps > 1 or line.get_marker() == "o"
+    assert np.allclose(axes.lines[0].get_ydata(), np.median(losses), atol=0.06)
+    assert all(tick.is_integer() for tick in axes.get_xticks())
+    labels = [text.get_text() for text in axes.yaxis.get_ticklabels(which="both")]
+    assert any(labels) and not any("$" in text for text in labels)
+
+
+def test_differences_where_all_is_zero():
+    difference = load("common").difference
+    zero, one = {"w": np.zeros(2)}, {"w": np.ones(2)}
+    assert [difference(zero, zero), difference(one, zero), difference(one, one)] == [
+        *(0, 1, 0)
+    ]
 
 
 def test_slow_setup(capsys):

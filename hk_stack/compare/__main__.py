@@ -14,9 +14,11 @@ compare two, give files:
     python -m hk_stack.compare results.json --against=old.json
 """
 
+import functools
 import itertools
 import pathlib
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -43,7 +45,7 @@ _MODEL = flags.DEFINE_list("model", list(models.DEFAULT), "Models to run.")
 _FRAMEWORKS = flags.DEFINE_list(
     "frameworks", models.framework_names(), "Frameworks to run them in."
 )
-_LAYERS = flags.DEFINE_list("layers", ["8"], "Numbers of layers.")
+_LAYERS = flags.DEFINE_list("layers", ["6"], "Numbers of layers.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", list(cases.TOLERANCES), "Of parameters and activations."
 )
@@ -58,7 +60,7 @@ _MODE = flags.DEFINE_list(
     "What to run: "
     + "; ".join(f"{name}, {what}" for name, what in cases.MODES.items()),
 )
-_REPEAT = flags.DEFINE_integer("repeat", 15, "Rounds of each case.", lower_bound=1)
+_REPEAT = flags.DEFINE_integer("repeat", 12, "Rounds of each case.", lower_bound=1)
 _BUILDS = flags.DEFINE_integer(
     "builds",
     1,
@@ -99,10 +101,12 @@ def main(argv: list[str]) -> int:
     if argv[1:]:
         result, status = _read(*argv[1:]), 0
         for case in result.cases():
-            _show(result, case)
+            _show(result, case, case.title)
     else:
         _configure()
         result, status = _measure(out, old)
+    if partial := show.partial(result):
+        _say(partial)
     if out is not None and result.rows:
         _write(out, result)
         _say(f"Written to {out}: results.json, report.html, table.md, pictures")
@@ -114,7 +118,15 @@ def main(argv: list[str]) -> int:
 
 
 def _say(text: str) -> None:
+    _tell("", "", "")
     print(text, flush=True)
+
+
+def _tell(before: str, after: str, what: str) -> None:
+    """On a terminal, what is being done; whatever is printed next replaces it."""
+    if sys.stderr.isatty():
+        text = (before + what + after)[: shutil.get_terminal_size().columns - 1]
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _read(*paths: str) -> Result:
@@ -146,8 +158,9 @@ def _folder(name: str) -> pathlib.Path:
 def _write(out: pathlib.Path, result: Result) -> None:
     results.save(out / "results.json", result)
     (out / "table.md").write_text(show.markdown(result))
-    (out / "report.html").write_text(page.html(result))
-    for picture in draw.pictures(result):
+    pictures = list(draw.pictures(result))
+    (out / "report.html").write_text(page.html(result, pictures))
+    for picture in pictures:
         (out / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
@@ -163,19 +176,23 @@ def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]
     todo = _planned(result, old)
     result.environment.update(_asked())
     options = measure.Options(_REPEAT.value, _BUILDS.value)
+    result.environment["unfinished"] = [case.title for case in todo]
     status = 0
     for i, (case, ways) in enumerate(todo.items()):
-        print(f"{i + 1} of {len(todo)}: {case.title}", file=sys.stderr)
-        found = measure.measured(case, _in_time(result, case, ways), options)
+        place = f"{i + 1} of {len(todo)}: "
+        tell = functools.partial(_tell, place, f" of {case.title}")
+        ways = _in_time(result, case, ways)
+        found = measure.measured(case, ways, options, tell)
         result.rows.extend(found.rows)
         result.failed.extend(found.failed)
         result.environment["seconds"] = round(time.perf_counter() - start, 1)
-        _show(result, case)
+        if not found.is_stopped:
+            result.unfinished.remove(case.title)
+        _show(result, case, place + case.title)
         status = status or int(bool(found.failed))
         if out is not None:
             results.save(out / "results.json", result)
         if found.is_stopped:
-            _say("stopped; what was measured is kept")
             return result, 130
     return result, status
 
@@ -192,14 +209,14 @@ def _planned(result: Result, old: Result | None) -> dict[Case, _Ways]:
     return {case: _ways(installed, case.mode) for case in todo}
 
 
-def _show(result: Result, case: Case) -> None:
+def _show(result: Result, case: Case, title: str) -> None:
     """A table, which also says what failed; or only that."""
     if not result.of(case):
         for failure in result.failures(case):
             _say(f"failed: {case.title}: {failure.way}: {failure.error}")
         return
     lines = _table.aligned(show.table(result, case))
-    _say("\n".join([show.caption(result, case), *lines, ""]))
+    _say("\n".join([f"{title}; {show.caption(result, case)}", *lines, ""]))
 
 
 def _in_time(result: Result, case: Case, ways: _Ways) -> _Ways:
@@ -310,6 +327,9 @@ def _main(argv: list[str]) -> int:
     except (app.UsageError, OSError) as error:
         print(f"python -m hk_stack.compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # Not while it measures: that keeps what there is.
+        _say("Stopped.")
+        return 130
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     if case.mode == "port":
         return _port(f"{framework} {way}")
     model = models.MODELS[case.model]._replace(width=case.width)
+    is_idle = not model.has_setup and any(name in way for name in _OF_SETUP)
+    if is_idle or ("remat" in way and case.mode in _WITHOUT_GRADIENT):
+        return None
     module = models.framework(framework)
     params, x = _inputs(case)
     given = models.Given(model, case.layers, params, x)
@@ -100,6 +103,13 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     made = _made(module.decoder if decodes else module.stack, way, given)
     return made and _TASKS[case.mode](made, x[:, 0] if decodes else x)
 
+
+# Ways that only differ from another one where there is setup, or a gradient.
+_OF_SETUP = (
+    *("inline", "prepared", "split", "reused", "setup_first"),
+    *("at a time", "layer by layer"),
+)
+_WITHOUT_GRADIENT = ("init", "fwd", "decode", "generate", "eager")
 
 # "loop + roll" is the function of "loop", as it is written, given to `hk_stack.roll`.
 _OURS = {"roll": hk_stack.roll, "setup_first": hk_stack.setup_first}

@@ -1,12 +1,13 @@
 """Pictures of a result that are legible on light and on dark, with and without colour.
 
 The background is transparent, and all colours are of a middle lightness. A colour is a
-framework's; a way has its own marker.
+framework's. Ratios are on linear axes, where 20 % can be seen; times by the number of
+layers on logarithmic ones, where a way has its own marker.
 """
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -39,7 +40,7 @@ _SETTINGS = {
 
 
 class Picture(NamedTuple):
-    """Run and build times by number of layers.
+    """Ratios of all ways, or their times by number of layers.
 
     Attributes:
       name: The name of its file, without a suffix.
@@ -55,24 +56,114 @@ class Picture(NamedTuple):
 
 
 def pictures(result: results.Result) -> Iterator[Picture]:
-    """A picture for each model and mode that was measured at several depths."""
+    """For each model and mode its ratios, and at several depths its times by depth."""
     for depths in results.by_depth(result):
+        yield _picture("ratios", ratios, result, depths)
         if len(depths) > 1:
-            case = depths[-1]
-            model, mode, _, dtype, batch, length, width = case
-            parts = ("scaling", model, mode, dtype, f"b{batch}", f"t{length}")
-            name = re.sub(r"[^\w-]+", "-", "_".join((*parts, f"d{width}")))
-            text = f"Run and build time of each way by number of layers: {title(case)}"
-            # Names inside of it are made of its own name: a page has no two alike.
-            settings: Any = _SETTINGS | {"svg.hashsalt": name}
-            with matplotlib.rc_context(settings):
-                svg = _svg(scaling(result, depths))
-            yield Picture(name, case, text, svg)
+            yield _picture("scaling", scaling, result, depths)
+
+
+def _picture(
+    kind: str,
+    draw: Callable[[results.Result, Sequence[results.Case]], Figure],
+    result: results.Result,
+    depths: Sequence[results.Case],
+) -> Picture:
+    model, mode, _, dtype, batch, length, width = depths[-1]
+    parts = (kind, model, mode, dtype, f"b{batch}", f"t{length}", f"d{width}")
+    name = re.sub(r"[^\w-]+", "-", "_".join(parts))
+    text = f"{_TEXTS[kind]}: {title(depths[-1])}"
+    # Names inside of it are made of its own name: a page has no two alike.
+    settings: Any = _SETTINGS | {"svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
+        svg = _svg(draw(result, depths), text)
+    return Picture(name, depths[-1], text, svg)
+
+
+_TEXTS = {
+    "ratios": "Ratios of each way to the baseline",
+    "scaling": "Run and build time of each way by number of layers",
+}
 
 
 def title(case: results.Case) -> str:
     """What cases have in common that differ in the number of layers only."""
     return case.title.replace(f" {case.layers} layers,", "")
+
+
+def ratios(result: results.Result, cases: Sequence[results.Case]) -> Figure:
+    """Ratios to the baseline, a line for each way, with intervals where there are any.
+
+    Args:
+      result: What was measured.
+      cases: Those that differ in the number of layers only.
+    """
+    lines = {case: show.lines(result, case) for case in cases}
+    measured = {x.row.way for case in cases for x in lines[case]}
+    colours = _colours(result.ways())  # As in other pictures.
+    colours = {way: colours[way] for way in colours if way in measured}
+    found = {name for case in cases for x in lines[case] for name in x.ratios}
+    measures = [name for name in show.SHOWN if name in found]
+    figure = Figure(figsize=(9.6, 1 + 0.22 * len(colours)), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
+        for i, case in enumerate(cases):
+            _ratios(axes, colours, lines[case], measure, (i + 1) / len(cases))
+        _ratio_axes(axes, show.SHOWN[measure].name)
+    panels[0].set_yticks(range(len(colours)), colours)
+    panels[0].set_ylim(len(colours) - 0.4, -0.6)
+    for label in panels[0].get_yticklabels():
+        label.set(color=_OURS if show.is_ours(label.get_text()) else INK)
+    if len(cases) > 1:
+        *shallow, deepest = (f"{case.layers} layers" for case in cases)
+        text = f"filled: {deepest}; smaller and not filled: {', '.join(shallow)}"
+        figure.supxlabel(text, x=0.99, ha="right", fontsize=9, color=INK)
+    return figure
+
+
+# What is more is a number at the edge: it would hide all else.
+_LARGEST, _EDGE = 2.0, 2.05
+
+
+def _ratios(
+    axes: Axes,
+    colours: Mapping[str, str],
+    lines: Sequence[show.Line],
+    measure: str,
+    depth: float,
+) -> None:
+    """The ratios of a case; `depth` is 1 for the deepest, less for others."""
+    ratios = {x.row.way: x.ratios[measure] for x in lines if measure in x.ratios}
+    found = [
+        (ratios[way], place, colour)
+        for place, (way, colour) in enumerate(colours.items())
+        if way in ratios
+    ]
+    inside = [point for point in found if point[0].value <= _LARGEST]
+    if inside:
+        shown, ys, inks = zip(*inside, strict=True)
+        lows, highs, values = ([x[i] for x in shown] for i in (1, 2, 0))
+        axes.hlines(ys, lows, highs, colors=inks, linewidths=1, alpha=depth)
+        faces = inks if depth == 1 else "none"
+        axes.scatter(values, ys, _area(depth), facecolors=faces, edgecolors=inks)
+    for ratio, y, colour in found:
+        if depth == 1 and ratio.value > _LARGEST:
+            text = f" \N{RIGHTWARDS ARROW} {show.digits(ratio.value)}"
+            axes.text(_EDGE, y, text, va="center", color=colour, fontsize=8)
+
+
+def _area(depth: float) -> float:
+    """Of a marker: the deeper the case, the larger."""
+    return (3 + 3 * depth) ** 2
+
+
+def _ratio_axes(axes: Axes, name: str) -> None:
+    axes.set_title(f"{name}, ratio", loc="left", fontsize=10)
+    axes.set_xlim(0, _EDGE)
+    axes.xaxis.set_major_locator(ticker.MultipleLocator(0.5))
+    axes.xaxis.set_minor_locator(ticker.MultipleLocator(0.1))
+    axes.axvline(1, color=INK, lw=1)
+    axes.grid(True, color=INK, alpha=0.25, linewidth=0.5)
 
 
 def scaling(result: results.Result, cases: Sequence[results.Case]) -> Figure:
@@ -89,8 +180,6 @@ def scaling(result: results.Result, cases: Sequence[results.Case]) -> Figure:
     for axes, measure in zip(both, (run, "build_s"), strict=True):
         _lines(axes, result.ways(), rows, measure)
         _log_axes(axes, [case.layers for case in cases])
-    about = title(cases[-1])
-    figure.suptitle(about, x=0.01, ha="left", fontsize=10, color=INK)
     figure.legend(*both[0].get_legend_handles_labels(), **_BESIDE)
     return figure
 
@@ -137,9 +226,11 @@ def _colours(ways: Sequence[str]) -> dict[str, str]:
     return {way: colours.get(theirs.get(way, ""), _OURS) for way in ways}
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, text: str) -> str:
     buffer = io.StringIO()
-    nothing: dict[str, Any] = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    known: dict[str, Any] = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+    known["Title"] = text  # Which is not drawn: what is around it has it.
+    figure.savefig(buffer, format="svg", transparent=True, metadata=known)
     drawn = buffer.getvalue()
+    drawn = re.sub(r"(?s) *<metadata>.*</metadata>\n", "", drawn)
     return re.sub(r'<g id="[^"]*"', "<g", drawn[drawn.index("<svg") :]).rstrip()

@@ -186,16 +186,13 @@ _RUNS: dict[str, Callable[..., jax.Array]] = {
     "checkpoint": _checkpointed,
     "checkpoint, groups": functools.partial(_checkpointed, in_groups=True),
 }
-_NEED_SETUP = ("split", "layer by layer", "reused")
 
 
-def stack(way: str, given: models.Given) -> models.Stack | None:
+def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks in `jax.lax.scan`, with setup inside, before, or done already."""
-    model, params, length = given.model, given.params, given.x.shape[1]
-    if way in _NEED_SETUP and not jax.eval_shape(lambda: setup(model, params, length)):
-        return None
+    model, params = given.model, given.params
     if way == "reused":
-        known = setup(model, params, length), params
+        known = setup(model, params, given.x.shape[1]), params
         return models.Stack(known, functools.partial(call, model))
     apply = functools.partial(_RUNS[way], model)
     return models.Stack(params, apply, None, lambda params: params)

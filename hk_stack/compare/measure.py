@@ -120,13 +120,24 @@ class Measured(NamedTuple):
 
 
 def measured(
-    case: results.Case, ways: Sequence[tuple[str, str]], options: Options
+    case: results.Case,
+    ways: Sequence[tuple[str, str]],
+    options: Options,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Measures a case in some ways, given as pairs of a framework and a way."""
+    """Measures a case in some ways, given as pairs of a framework and a way.
+
+    Args:
+      case: What to measure.
+      ways: In which ways.
+      options: How.
+      tell: Is told what is done, never within a round.
+    """
     ways_of = _Ways(case, options)
     is_stopped = False
     try:
-        ways_of.build(ways)
+        ways_of.build(ways, tell)
+        tell("rounds")
         for i, rounds in enumerate(_split(options.repeat, options.builds)):
             if i:
                 ways_of.each(_Way.build)
@@ -158,7 +169,9 @@ class _Ways:
         self.built: dict[str, _Way] = {}
         self.failed: dict[str, str] = {}
 
-    def build(self, ways: Sequence[tuple[str, str]]) -> None:
+    def build(
+        self, ways: Sequence[tuple[str, str]], tell: Callable[[str], None]
+    ) -> None:
         """Builds each way, and checks it against the first that there is."""
         expected: dict[str, Any] = {}
 
@@ -175,6 +188,7 @@ class _Ways:
 
         for pair in ways:
             name = " ".join(pair)
+            tell(name)
             self._try(name, functools.partial(build, name, *pair))
 
     def each(self, do: "Callable[[_Way], None]") -> None:

@@ -190,6 +190,7 @@ class Model(NamedTuple):
       dtypes: Those that it can be run in.
       state_size: Of a model that can run one step of time.
       width: Number of features, `D`.
+      has_setup: Whether a block has work that depends on its parameters alone.
     """
 
     name: str
@@ -198,6 +199,7 @@ class Model(NamedTuple):
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float64")
     state_size: int = 0
     width: int = 64
+    has_setup: bool = True
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -231,7 +233,7 @@ def transformer_model(num_heads: int = 4) -> Model:
         before = {"attention_norm": Part("norm", width), "attention": attention}
         return before | _mlp_parts(width)
 
-    return Model("transformer", parts, _transformer_block)
+    return Model("transformer", parts, _transformer_block, has_setup=False)
 
 
 MODELS = {
@@ -241,7 +243,7 @@ MODELS = {
         Model("recurrence", _recurrence_parts, _recurrence_block, _WITH_FFT, width=16),
         transformer_model(),
         Model("spectral", functools.partial(_up_and_down, "spectral"), spectral_block),
-        Model("mlp", _mlp_parts, _mlp_block),
+        Model("mlp", _mlp_parts, _mlp_block, has_setup=False),
         Model("shapes", _shapes_parts, _shapes_block),
         s4_model(mode="term by term", name="s4_terms"),
     )

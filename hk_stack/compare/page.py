@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -10,8 +11,8 @@ from hk_stack import _table
 from hk_stack.compare import draw, results, show
 
 
-def html(result: results.Result) -> str:
-    """All of a result, as the text of an HTML file."""
+def html(result: results.Result, pictures: Sequence[draw.Picture]) -> str:
+    """All of a result, with its pictures, as the text of an HTML file."""
     folder = pathlib.Path(__file__).parent
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -22,7 +23,9 @@ def html(result: results.Result) -> str:
     )
     return made.get_template("page.html.jinja").render(
         result=result,
-        groups=_groups(result),
+        groups=_groups(result, pictures),
+        is_ours=show.is_ours,
+        partial=show.partial(result),
         ink=draw.INK,
         glance=show.glance(result),
         reading=show.READING,
@@ -32,9 +35,10 @@ def html(result: results.Result) -> str:
     )
 
 
-def _groups(result: results.Result) -> list[dict[str, Any]]:
+def _groups(
+    result: results.Result, pictures: Sequence[draw.Picture]
+) -> list[dict[str, Any]]:
     """What the page has of cases that differ in the number of layers only."""
-    pictures = {picture.case: picture for picture in draw.pictures(result)}
     return [
         {
             "title": draw.title(depths[-1]),
@@ -42,7 +46,7 @@ def _groups(result: results.Result) -> list[dict[str, Any]]:
                 (case.layers, show.table(result, case), show.caption(result, case))
                 for case in reversed(depths)
             ],
-            "picture": pictures.get(depths[-1]),
+            "pictures": [x for x in pictures if x.case == depths[-1]],
         }
         for depths in results.by_depth(result)
     ]
@@ -50,6 +54,7 @@ def _groups(result: results.Result) -> list[dict[str, Any]]:
 
 def _environment(result: results.Result) -> _table.Table:
     found = dict(result.environment)
+    found.pop("unfinished", None)  # Which is said above.
     versions = found.pop("versions", {})
     flags = {f"--{name}": value for name, value in found.pop("flags", {}).items()}
     return _pairs(("what", "value"), found | versions | flags)

@@ -110,9 +110,16 @@ class Ratio(NamedTuple):
     rounds: int
 
     def __str__(self) -> str:
-        digits = 2 if self.value > 0.095 else 3
-        value, low, high = (f"{x:.{digits}f}" for x in self[:3])
-        return value if self.low == self.high else f"{value} [{low}, {high}]"
+        low, high = map(self._digits, (self.low, self.high))
+        return self.short if self.low == self.high else f"{self.short} [{low}, {high}]"
+
+    @property
+    def short(self) -> str:
+        """The ratio without its interval."""
+        return self._digits(self.value)
+
+    def _digits(self, number: float) -> str:
+        return f"{number:.{2 if self.value > 0.095 else 3}f}"
 
     def agrees(self, other: "Ratio") -> bool:
         """Whether the intervals have a number in common."""
@@ -174,7 +181,8 @@ class Result(NamedTuple):
     """All that one run of the command found.
 
     Attributes:
-      environment: Device, versions, flags, date.
+      environment: Device, versions, flags, date; "unfinished", the titles of cases that
+        were asked for and not measured, or not in all ways, as it was stopped.
       rows: What was measured.
       failed: What failed.
       skipped: Frameworks that are not there, and ways that would take too long to
@@ -185,6 +193,12 @@ class Result(NamedTuple):
     rows: list[Row]
     failed: list[Failure]
     skipped: list[dict[str, str]]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The titles of cases that are not there, or not whole."""
+        found: list[str] = self.environment.get("unfinished", [])
+        return found
 
     def cases(self) -> list[Case]:
         """All cases, in the order in which they were measured."""
@@ -223,7 +237,11 @@ def merged(parts: Sequence[Result]) -> Result:
         raise ValueError("results that have no row in common: found one in two of them")
     commands = [str(part.environment.get("command")) for part in parts]
     return Result(
-        parts[0].environment | {"command": " && ".join(commands)},
+        parts[0].environment
+        | {
+            "command": " && ".join(commands),
+            "unfinished": [title for part in parts for title in part.unfinished],
+        },
         rows,
         [failure for part in parts for failure in part.failed],
         [entry for part in parts for entry in part.skipped],

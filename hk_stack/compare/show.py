@@ -32,8 +32,8 @@ class Line(NamedTuple):
       row: What was measured.
       is_baseline: Whether the ratios of the case are to this row.
       ratios: To the baseline, by measure; without those that one of both lacks.
-      best: Measures in which it is lowest, or not told from the lowest; none of those
-        in which all ways are.
+      best: Measures in which it is lowest, or not told from the lowest: its ratio to
+        that may be 1. None of those in which all ways are.
     """
 
     row: results.Row
@@ -53,7 +53,7 @@ class Line(NamedTuple):
         if self.is_baseline:
             return "1" + "*" * (measure in self.best)
         ratio = self.ratios[measure]
-        text = str(ratio) if interval else f"{ratio.value:.2f}"
+        text = str(ratio) if interval else ratio.short
         return text + "*" * (measure in self.best)
 
 
@@ -62,7 +62,7 @@ def lines(result: results.Result, case: results.Case) -> list[Line]:
     base = result.baseline(case)
     rows = result.of(case)
     ratios = {way: _ratios(row, base) for way, row in rows.items()}
-    best = {name: _best(name, ratios) for name in SHOWN}
+    best = {name: _best(name, rows, ratios) for name in SHOWN}
     return [
         Line(
             row,
@@ -82,12 +82,17 @@ def _ratios(row: results.Row, base: results.Row) -> _Ratios:
     return {name: ratio for name, ratio in found.items() if ratio is not None}
 
 
-def _best(measure: str, ratios: dict[str, _Ratios]) -> set[str]:
+def _best(
+    measure: str, rows: dict[str, results.Row], ratios: dict[str, _Ratios]
+) -> set[str]:
     """The ways that are best in a measure."""
-    found = {way: r[measure] for way, r in ratios.items() if measure in r}
-    lowest = min(found.values(), key=lambda ratio: ratio.value, default=None)
-    # Of two that noise cannot tell apart, neither is better.
-    best = {way for way, ratio in found.items() if lowest and ratio.agrees(lowest)}
+    found = {way: r[measure].value for way, r in ratios.items() if measure in r}
+    if not found:
+        return set()
+    lowest = rows[min(found, key=lambda way: found[way])]
+    # Against each other, as the baseline's noise is in the ratios to it.
+    to_lowest = {way: results.ratio(rows[way], lowest, measure) for way in found}
+    best = {way for way, ratio in to_lowest.items() if ratio and ratio.low <= 1}
     return best if len(best) < len(found) else set()
 
 
@@ -138,40 +143,50 @@ def _cells(line: Line, shown: list[str]) -> list[str]:
         ratio = line.ratio(name, interval=name in _INTERVALS)
         cells += [line.amount(name), ratio]
     parity = line.row.parity.values()
-    return [*cells, f"{max(parity):.0e}" if parity else "-"]
+    largest = f"{max(parity):.0e}" if any(parity) else "0"
+    return [*cells, largest if parity else "-"]
 
 
 def caption(result: results.Result, case: results.Case) -> str:
     """What the ratios of a case are to."""
-    return f"{case.title}; ratios are to {result.baseline(case).way}"
+    return f"ratios are to {result.baseline(case).way}"
 
 
 def glance(result: results.Result) -> _table.Table:
-    """The ratios of run times of the deepest cases, all ways beside one another."""
-    ways = result.ways()
-    rows = []
+    """The ratios of run times: a row for each way, a column for each deepest case."""
+    titles, columns = [], []
     for *_, case in results.by_depth(result):
-        texts = {x.row.way: x.ratio(run_measure(x.row)) for x in lines(result, case)}
-        failed = {failure.way: "failed" for failure in result.failures(case)}
-        cells = [(failed | texts).get(way, "-") for way in ways]
-        rows.append([f"{case.model}, {case.mode}, {case.layers} layers", *cells])
-    return _table.Table(["deepest case", *ways], rows, numbers=ways)
+        texts = {failure.way: "failed" for failure in result.failures(case)}
+        texts |= {x.row.way: x.ratio(run_measure(x.row)) for x in lines(result, case)}
+        titles.append(f"{case.model}, {case.mode}, {case.layers} layers")
+        columns.append(texts)
+    rows = [[way, *(x.get(way, "-") for x in columns)] for way in result.ways()]
+    return _table.Table(["way", *titles], rows, numbers=titles)
 
 
 READING = (
     "Ratios are to the baseline of the case, in the same process and the same round; "
     "below 1 is better. Behind a ratio is the interval that holds 95 % of its "
-    "bootstrap. A star is at the lowest of a column, and at those not told from it."
+    "bootstrap. A star is at the lowest of a column and at those not told from it, "
+    "unless those are all."
 )
 
 
 def markdown(result: results.Result) -> str:
     """A part of a Markdown document: a table for each case."""
-    parts = [READING]
+    parts = [*filter(None, [_table.escaped(partial(result))]), READING]
     for case in result.cases():
-        parts.append(f"### {_table.escaped(caption(result, case))}")
+        title = f"{case.title}; {caption(result, case)}"
+        parts.append(f"### {_table.escaped(title)}")
         parts.append(_table.markdown(table(result, case)))
     return "\n\n".join([*parts, _table.escaped(environment(result))]) + "\n"
+
+
+def partial(result: results.Result) -> str:
+    """That a result was stopped before all was measured; "" if it was not."""
+    if not (titles := result.unfinished):
+        return ""
+    return f"Partial: stopped before these cases were whole: {'; '.join(titles)}."
 
 
 def environment(result: results.Result) -> str:
