@@ -99,7 +99,8 @@ def _coloured(table: Table) -> Any:
     tables, texts = map(importlib.import_module, ("rich.table", "rich.text"))
     made = tables.Table(box=None, header_style="bold")
     for title in table.titles:
-        made.add_column(title, justify="right" if title in table.numbers else "left")
+        side = "right" if title in table.numbers else "left"
+        made.add_column(title, justify=side, overflow="fold")  # All of a path.
     styles = table.styles or [""] * len(table.rows)
     for (*cells, last), style in zip(table.rows, styles, strict=True):
         made.add_row(*map(texts.Text, cells), texts.Text(last, style=style))

@@ -1,5 +1,6 @@
 """`python -m hk_stack.port` reads what is on people's disks, or says why not."""
 
+import io
 import os
 import pathlib
 import subprocess
@@ -124,6 +125,36 @@ def test_what_would_go_where(variables, of_haiku, tmp_path, run):
     assert run(path, f"--like={of_haiku}", "--ignore=tail")[0] == 0
 
 
+def test_what_is_left_out(variables, of_haiku, tmp_path, run):
+    moments = {"0": {"mu": variables["params"]}}
+    whole = {**variables, "opt_state": moments, "step": np.int32(7)}
+    path = as_npz(tmp_path / "checkpoint", whole)
+    code, text, _ = run(path)
+    assert code == 0 and text.startswith("8 leaves, 70 numbers, 280 B")
+    assert text.splitlines()[-2:] == [
+        "left out: opt_state, 8 leaves, 280 B; --collections takes it",
+        "left out: step, one leaf, 4 B; --collections takes it",
+    ]
+    assert run(path, f"--like={of_haiku}")[0] == 0
+    assert "opt_state/0/mu/block_0" in run(path, "--collections=opt_state")[1]
+
+
+def test_like_a_function(variables, tmp_path, run, monkeypatch):
+    (tmp_path / "model_of_mine.py").write_text(
+        "import jax\n"
+        "def like():\n"
+        "    of = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')\n"
+        "    return {'head': {'w': of(4, 2), 'b': of(2)},\n"
+        "            'block/linear': {'w': of(3, 4, 4), 'b': of(3, 4)}}, {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = as_npz(tmp_path / "checkpoint", variables)
+    code, text, _ = run(path, "--like=model_of_mine:like")
+    assert code == 0 and text.startswith("8 leaves of Flax -> 4 leaves of Haiku")
+    code, _, error = run(path, "--like=model_of_mine:none")
+    assert code == 2 and "expected a checkpoint, or module:function" in error
+
+
 def test_a_skeleton_is_written(variables, tmp_path, run):
     code, source, _ = run(as_npz(tmp_path / "checkpoint", variables), "--skeleton")
     assert code == 0
@@ -197,3 +228,16 @@ def test_weights_of_pytorch(tmp_path, run):
     path = as_npz(tmp_path / "a", {"wte": {"weight": np.ones([9, 4])}})
     code, text, _ = run(path, "--family=gpt2")
     assert code == 0 and "wte/embedding" in text
+
+
+def test_paths_are_whole_in_narrow_tables():
+    console = pytest.importorskip("rich.console")
+    path = "encoder/with_a_long_name/self_attention/query"
+    leaf = jax.ShapeDtypeStruct((3, 4), np.float32)
+    found = hk_stack.port.plan(
+        {"params": {path: {"w": leaf}}}, ({path: {"w": leaf}}, {})
+    )
+    narrow = console.Console(width=60, record=True, file=io.StringIO())
+    narrow.print(found)
+    lines = [line.split() for line in narrow.export_text().splitlines()[2:]]
+    assert "".join(line[0] for line in lines if line).startswith(f"params/{path}")

@@ -1,10 +1,12 @@
 """Inspects a checkpoint on disk: `python -m hk_stack.port CHECKPOINT`.
 
 Prints its leaves, numbered ones together, and what Haiku calls them; nothing is loaded
-but names, shapes and dtypes, where the format allows that. With `--like=CHECKPOINT`, a
-checkpoint of the model in Haiku, it prints what would go where, and exits with 1 if
-something does not fit. With `--skeleton`, it prints the source of a model in Haiku for
-the checkpoint, whose forward pass is to be edited.
+but names, shapes and dtypes, where the format allows that. Of a whole state of training
+it takes the parameters and what goes with them; `--collections` takes others. With
+`--like=CHECKPOINT`, a checkpoint of the model in Haiku, or `--like=module:function`,
+which returns its parameters and state or their shapes, it prints what would go where,
+and exits with 1 if something does not fit. With `--skeleton`, it prints the source of a
+model in Haiku for the checkpoint, whose forward pass is to be edited.
 
 A checkpoint is what `hk_stack.checkpoint.read` reads.
 """
@@ -13,11 +15,13 @@ import builtins
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from hk_stack import _table, checkpoint
@@ -25,12 +29,19 @@ from hk_stack.port import _codecs, _leaves, _names, _rules, plan, skeleton
 
 Tree = dict[str, Any]
 
-_LIKE = flags.DEFINE_string("like", None, "A checkpoint of the model in Haiku.")
+_LIKE = flags.DEFINE_string(
+    "like",
+    None,
+    "A checkpoint of the model in Haiku; or module:function, which returns (params, "
+    "state), as arrays or shapes.",
+)
 _SKELETON = flags.DEFINE_bool(
     "skeleton", False, "Whether to print source of a model in Haiku for it."
 )
 _COLLECTIONS = flags.DEFINE_list(
-    "collections", [], "Collections of Flax to take; all, if none is named."
+    "collections",
+    [],
+    "Collections of Flax to take; by default all but an optimiser's.",
 )
 _RENAME = flags.DEFINE_multi_string(
     "rename", [], "FLAX=HAIKU: the beginning of a path in Flax, and in Haiku."
@@ -59,14 +70,11 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("expected one checkpoint: python -m hk_stack.port PATH")
     try:
-        tree = _collections(read(argv[1], _FAMILY.value))
+        tree, left = _collections(read(argv[1], _FAMILY.value))
         if _LIKE.value is None:
-            print(skeleton(tree) if _SKELETON.value else inspected(tree))
+            print(skeleton(tree) if _SKELETON.value else inspected(tree, left))
             return
-        like = read(_LIKE.value)  # All is parameters if nothing says so.
-        has_params = isinstance(like.get("params"), Mapping)
-        pair = (like["params"], like.get("state", {})) if has_params else (like, {})
-        found = plan(tree, pair, **_options())
+        found = plan(tree, _like(_LIKE.value), **_options())
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -88,16 +96,48 @@ def _options() -> dict[str, Any]:
     }
 
 
-def _collections(tree: Tree) -> Tree:
+def _like(value: str) -> Any:
+    """Parameters and state of the model in Haiku, from a file or a function."""
+    module, _, name = value.rpartition(":")
+    if module and not os.path.exists(value):
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        try:
+            return getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"--like={value}: expected a checkpoint, or module:function, which "
+                f"returns (params, state): {error}."
+            ) from error
+    like = read(value)  # All is parameters if nothing says so.
+    has_params = isinstance(like.get("params"), Mapping)
+    return (like["params"], like.get("state", {})) if has_params else (like, {})
+
+
+def _collections(tree: Tree) -> tuple[Tree, Tree]:
+    """What to take of a checkpoint, and what is left out."""
     wanted = _COLLECTIONS.value
     missing = [name for name in wanted if name not in tree]
     if missing:
         raise ValueError(f"there is no {missing[0]!r}; there are: {', '.join(tree)}.")
-    return {name: tree[name] for name in wanted} if wanted else tree
+    if (
+        not wanted and "params" in tree
+    ):  # Beside it: counters, and what optimisers keep.
+        is_model = {
+            n: isinstance(t, Mapping) and n[:3] != "opt" for n, t in tree.items()
+        }
+        wanted = [name for name in tree if is_model[name]]
+    taken = {name: tree[name] for name in wanted or tree}
+    return taken, {name: tree[name] for name in tree if name not in taken}
 
 
-def inspected(tree: Tree) -> str:
-    """A table of the leaves of Flax variables, numbered ones together."""
+def inspected(tree: Tree, left: Tree) -> str:
+    """A table of the leaves of Flax variables, numbered ones together.
+
+    Args:
+      tree: The variables.
+      left: What else there is, of which a line tells.
+    """
     rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
     for leaf in _leaves.of_flax(tree, _rules.checked())[0]:
         alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
@@ -107,7 +147,13 @@ def inspected(tree: Tree) -> str:
     head = f"{len(pieces)} leaves, {numbers:,} numbers, {_size(pieces)}"
     cells = [_cells(leaves) for leaves in rows.values()]
     table = _table.Table(["Flax", "in Haiku", "times", "bytes"], cells)
-    return "\n".join([head, *_table.aligned(table)])
+    lines = [head, *_table.aligned(table)]
+    for name, rest in left.items():
+        leaves = jax.tree.leaves(rest)
+        size = _table.si(sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves))
+        count = f"{len(leaves)} leaves" if isinstance(rest, Mapping) else "one leaf"
+        lines.append(f"left out: {name}, {count}, {size}B; --collections takes it")
+    return "\n".join(lines)
 
 
 def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
