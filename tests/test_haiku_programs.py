@@ -600,6 +600,7 @@ def test_no_tracer_leaks():
         jax.eval_shape(model.apply, params, state, KEY, *vectors())
 
 
+@pytest.mark.long
 def test_no_tracer_leaks_from_nested_stacks():
     depth = 2
 
