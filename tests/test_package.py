@@ -74,4 +74,4 @@ def test_installed_it_runs_outside_of_its_folder(built, which, tmp_path):
     assert printed.startswith(str(target))
     for command in ("hk-stack-compare", "hk-stack-port"):
         printed = run(sys.executable, target / "bin" / command, "--help", env=env)
-        assert "CHECKPOINT" in printed or "frameworks" in printed
+        assert "]cast" in printed or "--frameworks" in printed

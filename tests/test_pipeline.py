@@ -75,12 +75,12 @@ def compiled(function, *args):
 def in_turn(case, microbatches):
     way = [{}, {"loop": "python"}, {"loop": "unrolled"}][CASES.index(case) % 3]
     expected = looped(case.name, microbatches)[1]
-    assert_close(found(case, microbatches, computed, **way), expected)
+    assert_close(found(case, microbatches, computed, **way), expected, 1e-4)
 
 
 def in_stages(case, microbatches, expected):
     with jax.set_mesh(mesh_of(stage=case.num_layers)):
-        assert_close(found(case, microbatches, compiled), expected)
+        assert_close(found(case, microbatches, compiled), expected, 1e-4)
 
 
 DIAGONAL = {

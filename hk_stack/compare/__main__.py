@@ -317,7 +317,10 @@ def _ways(frameworks: Sequence[str], mode: str) -> _Ways:
 
 def run() -> None:
     """The console script."""
-    app.run(_main)
+    if "--help" in sys.argv[1:]:  # That of absl is of the script's own flags.
+        print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sep="\n")
+    else:
+        app.run(_main)
 
 
 def _main(argv: list[str]) -> int:

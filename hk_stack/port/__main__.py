@@ -178,7 +178,10 @@ def read(path: str, family: str | None = None) -> Tree:
 
 def run() -> None:
     """The command `hk-stack-port`."""
-    app.run(main)
+    if "--help" in sys.argv[1:]:  # That of absl is of the script's own flags.
+        print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sep="\n")
+    else:
+        app.run(main)
 
 
 if __name__ == "__main__":
