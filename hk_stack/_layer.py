@@ -144,10 +144,9 @@ class Invocation:
 
     def _num_stages(self) -> int:
         options = self.options
-        is_traced = not jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        if not options.pipeline or self.loop != "scan" or hk.running_init():
-            return 1
-        if not is_traced:
+        is_eager = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        is_whole = is_eager or hk.running_init() or self.loop != "scan"
+        if is_whole or not options.pipeline:
             return 1
         return _options.num_stages(options.pipeline, options.num_layers, self.where)
 

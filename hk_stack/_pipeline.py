@@ -134,11 +134,27 @@ def _compiled(invocation: Invocation, given: Given, pipeline: Pipeline) -> Resul
         _check_shared(invocation, closed_over, carry)
     _check_state(invocation, given.state, program.shapes.state)
     _summary.record(invocation, given.params, program.cut)
-    num_stages = _num_stages(invocation, given)
+    if _num_stages(invocation, given) > 1:
+        _check_types(invocation, [*jax.tree.leaves(given), *program.constants])
+        run = _over_stages(invocation, pipeline)
+    else:
 
-    def whole(given: Given, constants: list[Any]) -> _Made:
-        return _one_after_another(_set_up(program, given, constants), given, count)
+        def run(given: Given, constants: list[Any]) -> _Made:
+            return _one_after_another(_set_up(program, given, constants), given, count)
 
+    return _result(invocation, program, _run(run, given, program.constants))
+
+
+def _over_stages(invocation: Invocation, pipeline: Pipeline) -> Callable[..., _Made]:
+    """What runs all microbatches, each device of the mesh axis a stage."""
+    num_stages, layered = invocation.num_stages, PartitionSpec(pipeline.axis)
+
+    @jax.shard_map(
+        in_specs=layered,
+        out_specs=layered,
+        axis_names={pipeline.axis},
+        check_vma=False,
+    )
     def in_stages(given: Given, constants: list[Any]) -> _Made:
         # Traced again, as types name the mesh, and whose axes each device runs alone.
         share = invocation.options.num_layers // num_stages
@@ -146,20 +162,10 @@ def _compiled(invocation: Invocation, given: Given, pipeline: Pipeline) -> Resul
         with _spread.not_over(pipeline.axis):
             here, given = _prepared(invocation, given._replace(carry=carry), share)
         stage = _set_up(here, given, constants)
-        return _in_stages(stage, given, count, pipeline.axis, num_stages)
+        return _in_stages(stage, given, pipeline, num_stages)
 
-    if num_stages == 1:
-        return _result(invocation, program, _run(whole, given, program.constants))
-    _check_types(invocation, [*jax.tree.leaves(given), *program.constants])
-    layered = PartitionSpec(pipeline.axis)
-    in_stages = jax.shard_map(
-        in_stages,
-        in_specs=layered,
-        out_specs=layered,
-        axis_names={pipeline.axis},
-        check_vma=False,
-    )
-
+    # Outside of `jit`, some versions of JAX refuse a mesh with other axes.
+    @jax.jit
     def spread(given: Given, constants: list[Any]) -> _Made:
         carry, constants = jax.tree.map(
             lambda v: jnp.broadcast_to(v, (num_stages, *jnp.shape(v))),
@@ -168,9 +174,7 @@ def _compiled(invocation: Invocation, given: Given, pipeline: Pipeline) -> Resul
         made = in_stages(given._replace(carry=carry), constants)
         return made._replace(carry=list(map(_of_last, made.carry)))
 
-    # Outside of `jit`, some versions of JAX refuse a mesh with other axes.
-    made = _run(jax.jit(spread), given, program.constants)
-    return _result(invocation, program, made)
+    return spread
 
 
 def _num_stages(invocation: Invocation, given: Given) -> int:
@@ -271,9 +275,10 @@ def _one_after_another(stage: _Stage, given: Given, count: int) -> _Made:
 
 
 def _in_stages(
-    stage: _Stage, given: Given, count: int, axis: str, num_stages: int
+    stage: _Stage, given: Given, pipeline: Pipeline, num_stages: int
 ) -> _Made:
     """Runs the layers of one device on the microbatches that come to it."""
+    axis, count = pipeline.axis, pipeline.microbatches
     place = jax.lax.axis_index(axis)
     trees = jax.tree.structure(given.carry), jax.tree.structure(given.state)
 
@@ -392,8 +397,7 @@ def _check_state(invocation: Invocation, state: Tree, after: Tree) -> None:
     """Checks that the next microbatch can be given the state that one leaves."""
     pairs = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(after), strict=True)
     for (path, old), new in pairs:
-        types = [(leaf.shape, leaf.dtype) for leaf in (old[0], new)]
-        if types[0] != types[1]:
+        if (old.shape[1:], old.dtype) != (new.shape, new.dtype):
             raise ValueError(
                 f"{invocation.where}: with pipeline= state goes from microbatch to "
                 f"microbatch, but a layer is given {_checks.path_name(path)} as "
