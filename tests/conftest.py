@@ -6,8 +6,14 @@ import shutil
 import tempfile
 
 # Of two flags the last counts, that of the environment.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=4",
+        # jaxlib 0.10 runs collectives of one program at once: with few cores they may
+        # wait for one another forever.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 ).strip()
 
 import jax
