@@ -93,8 +93,18 @@ def batch_size(num_layers: int, nbytes: int, limit: int | None = None) -> int:
         default backend.
     """
     limit = _limit_of_backend() if limit is None else limit
-    most = max(1, min(num_layers, limit // max(1, nbytes)))
-    # A divisor spares the program a second copy of the layer, for the last batch.
+    return even(num_layers, max(1, min(num_layers, limit // max(1, nbytes))))
+
+
+def even(num_layers: int, most: int) -> int:
+    """How many layers to take at once, of at most so many.
+
+    A divisor of `L` spares the program a second copy of the layer, for what is left
+    over; one that is much less than `most` is not worth it.
+
+    >>> even(12, 4), even(9, 4), even(10, 4), even(13, 4)
+    (4, 3, 4, 4)
+    """
     divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
     return divisor if 2 * divisor > most else most
 

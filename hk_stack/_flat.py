@@ -146,10 +146,8 @@ class _Flattening(NamedTuple):
 
         for eqn in jaxpr.eqns:
             now, invars = eqn, list(map(read, eqn.invars))
-            if place.source:
+            if place.source or invars != eqn.invars:
                 now = _equations.replace(eqn, invars=invars, source_info=place.source)
-            elif invars != eqn.invars:
-                now = _equations.replace(eqn, invars=invars)
             env.update(zip(eqn.outvars, self._enter(now, place), strict=True))
         return list(map(read, jaxpr.outvars))
 

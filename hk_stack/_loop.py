@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hk_stack import _checks, _equations
+from hk_stack import _batches, _checks, _equations
 from hk_stack._traceback import hidden
 from hk_stack._types import Tree
 
@@ -275,12 +275,9 @@ def _unstack(leaves: list[Any], count: int) -> list[list[Any]]:
 def square_root(num_layers: int) -> int:
     """How many layers to put into a group, so that few carries are kept.
 
-    Of group sizes near the square root, a divisor of `L` is best: a rest makes the
-    program larger, and copies what layers have of their own.
+    What is left over would be copied out of what layers have of their own, too.
 
     >>> square_root(48), square_root(47), square_root(2)
     (6, 6, 1)
     """
-    most = math.isqrt(num_layers)
-    divisor = max(k for k in range(1, most + 1) if num_layers % k == 0)
-    return divisor if 2 * divisor > most else most
+    return _batches.even(num_layers, math.isqrt(num_layers))

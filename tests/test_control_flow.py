@@ -199,7 +199,17 @@ class TestWhile:
 
             return jax.lax.while_loop(above, lambda x: 0.5 * jnp.tanh(x @ slow(w)), x)
 
-        assert_hoisted(fn, W, X)
+        assert_hoisted(fn, W, 9 * X)  # Three turns.
+
+    def test_what_the_call_reads_too(self):
+        def fn(w, x, v):
+            def turn(carry):
+                n, x = carry
+                return n + 1, jnp.tanh(x @ slow(w) + w[0] + v)
+
+            return jax.lax.while_loop(lambda carry: carry[0] < 3, turn, (0, x))[1]
+
+        assert_hoisted(fn, W, X, X[::-1])
 
     def test_number_of_turns_is_not_known(self):
         def fn(w, x, n):
@@ -263,11 +273,16 @@ class TestCond:
 
         assert_stays(fn, W, X)
 
-    def test_branches_by_platform(self):
+    @pytest.mark.parametrize("kind", ["known", "of both"])
+    def test_branches_by_platform(self, kind):
         def fn(w, x):
-            return x @ jax.lax.platform_dependent(
-                w, cpu=lambda w: jax.lax.linalg.schur(w)[0], default=slow
-            )
+            if kind == "known":
+                return x @ jax.lax.platform_dependent(w, cpu=schur, default=slow)
+            ways = [lambda w, x, f=f: x @ f(w) for f in (schur, slow)]
+            return jax.lax.platform_dependent(w, x, cpu=ways[0], default=ways[1])
+
+        def schur(w):
+            return jax.lax.linalg.schur(w)[0]
 
         split = hk_stack.partition(fn, W, X)
         both = jax.jit(lambda w, x: split.call(split.setup(w), x))

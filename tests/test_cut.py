@@ -599,6 +599,28 @@ class TestWhatStays:
 
         assert_same_results(layer, run=lambda fn, *args: jax.jit(fn)(*args))
 
+    @pytest.mark.parametrize("setup", ["auto", "inline"])
+    def test_a_reference_closed_over(self, setup):
+        def model(x, w):
+            total = jax.new_ref(jnp.zeros([]))
+
+            def layer(x):
+                weight()  # The reference is not the first input, once this is gone.
+                total[...] += x.sum()
+                return jnp.tanh(x * jnp.linalg.norm(w))
+
+            stack = hk_stack.layer_stack(L, setup=setup, name="layers")
+            return stack(layer)(x), total[...]
+
+        x, w = *vectors(), normal(0, D)
+        model = hk.transform(model)
+        found, read = jax.jit(model.apply)(model.init(KEY, x, w), None, x, w)
+        expected = []
+        for _ in range(L):
+            expected.append(x.sum())
+            x = jnp.tanh(x * jnp.linalg.norm(w))
+        assert_close((found, read), (x, sum(expected)))
+
     def test_a_branch_that_only_some_layers_take(self):
         """In a batch both branches would run, and this one might not end."""
 

@@ -834,6 +834,12 @@ ERRORS = {
         ["stack_params with NumberedLayers('block_{}', 'layers/block')", "no modules"]),
     "other names": (lambda: stack_params(leaves("embed", "net/block_0"), BLOCKS),
         ValueError, ["no module of the tree", "embed, net/block_0", "outermost"]),
+    "a tree in a tree": (
+        lambda: stack_params({"old": {"net": leaves("embed")}}, BLOCKS),
+        ValueError, ["It holds: embed. Write names"]),
+    "per_layer is no flag": (
+        lambda: unstack_params(leaves("layers/block"), BLOCKS, per_layer="no"),
+        TypeError, ["unstack_params", "per_layer", "'no'"]),
     "many modules": (
         lambda: stack_params(leaves(*(f"h_{i}" for i in range(99))), BLOCKS),
         ValueError, ["h_0, h_1, h_10", " and 91 more."]),
@@ -1020,8 +1026,9 @@ def test_masked_modules_have_the_depth_of_the_parameters_or_of_num_layers():
     masked = {name: {"w": optax.MaskedNode()} for name in ("block_0", "block_1")}
     expected = {"embed": {"w": W}, **masked}
     assert_same(unstack_params(frozen(), BLOCKS, 2), expected)
-    together = [frozen(), leaves("embed", "layers/block")]
-    assert_same(unstack_params(together, BLOCKS)[0], expected)
+    for names in (["embed", "layers/block"], ["layers/block"]):
+        together = [frozen(), leaves(*names)]
+        assert_same(unstack_params(together, BLOCKS)[0], expected)
 
 
 def test_models_of_several_depths_in_one_tree():

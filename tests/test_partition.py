@@ -579,6 +579,15 @@ class TestMemoryOfSetup:
         assert self.sorts(setup_batch_size=1)[0] == (4, 4)
         assert {(4, 4, 4), (2, 4, 4)} <= set(self.sorts(setup_batch_size=4))
 
+    def test_a_batch_of_what_is_left_over_only_if_something_is(self):
+        assert {shape[0] for shape in self.sorts(setup_batch_size=3)} == {3}
+
+    @pytest.mark.parametrize(("size", "prevents"), [(2, False), (6, True), (9, True)])
+    def test_outside_of_a_loop_xla_may_not_undo_remat(self, size, prevents):
+        eqns = jaxprs.equations(self.jaxpr(setup_batch_size=size, setup_remat=True))
+        remats = [e.params["prevent_cse"] for e in eqns if "prevent_cse" in e.params]
+        assert remats and set(remats) == {prevents}
+
     @pytest.mark.parametrize("size", [1, 2, 6])
     def test_remat_runs_setup_again(self, size):
         kept = self.sorts(setup_batch_size=size, setup_remat=False)

@@ -18,7 +18,8 @@ DEPTH = (ROOT / "docs" / "depth.md").read_text()
 SCALE = (ROOT / "docs" / "scale.md").read_text()
 
 
-PAGES = "start hoisting loops migrate reuse checkpoints depth scale".split()
+PAGES = """start hoisting loops migrate reuse checkpoints depth scale optimisers
+setup""".split()
 
 
 def run_blocks(name, text, is_one_program):
