@@ -20,13 +20,13 @@ gradient, three things are measured: seconds of the processor to trace and compi
 its time to run (the ways take turns), and its memory beside arguments and results.
 
 What is gained: a list of 32 layers builds in half the time, and 16 layers run in 0.6 of
-the memory, in a quarter with `remat=True`, at the speed of the list or a little faster.
+the memory, in a quarter with `remat=True`, at the speed of the list.
 What is not: four layers build faster as a list. A stack builds faster still, as
 parameters need not be stacked. And memory is paid for in time where setup is dear, for
 gradients compute it again: with the kernel as "The Annotated S4" computes it, term by
 term, the list stays the fastest. `setup_remat=False` makes the other choice.
 
-Three minutes on two cores. Writes to `out/seed_as_it_is` (`--out`):
+One to three minutes on two cores. Writes to `out/seed_as_it_is` (`--out`):
 
     table.txt    all ways of `--layers` layers
     build.png    the time to build by the number of layers
