@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,18 +67,29 @@ def _described(names: list[str], arguments: Sequence[Tree]) -> Iterator[Input]:
         yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
 
 
-def check_arguments(fn: Callable[..., Any], args: Sequence[Tree], where: str) -> None:
+def check_arguments(
+    fn: Callable[..., Any], args: Sequence[Tree], where: str, *, to_run: bool
+) -> None:
     """Checks that what a function is given by position are arrays.
 
     Raises:
-      TypeError: If there is nothing, or a leaf is no array.
+      TypeError: If there is nothing, or a leaf is no array; or if it is only the type
+        of one, and `to_run`.
     """
     if not args:
         raise TypeError(
             f"{where}: no arguments by position. Give the parameters first, by "
             "position."
         )
-    _checks.arguments(fn, args, f"{where}: argument", _BY_KEYWORD)
+    names = _checks.arguments(fn, args, f"{where}: argument", _BY_KEYWORD)
+    for name, tree in zip(names, args, strict=True):
+        for at, leaf in _checks.leaves_at(tree):
+            if to_run and isinstance(leaf, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"{where}: argument `{name}`{at} is a jax.ShapeDtypeStruct, which "
+                    "has no values. Give an array; for types of results, write "
+                    "jax.eval_shape(fn, params, ...)."
+                )
 
 
 _BY_KEYWORD = (
@@ -104,6 +116,20 @@ def run(
     """
     leaves = _eager.run(program, [*consts, *jax.tree.leaves(args)], key)
     return jax.tree.unflatten(traced.structure, leaves)
+
+
+@contextlib.contextmanager
+def while_calling(where: str) -> Iterator[None]:
+    """Says what to write where a function is given too few arguments, or too many."""
+    try:
+        yield
+    except TypeError as error:
+        if re.search("(missing|takes) .*argument|keyword argument", str(error)):
+            error.add_note(
+                f"{where} gives its first argument, a function, all that comes after "
+                f"it: {where}(model.apply, params, rng, x)."
+            )
+        raise
 
 
 @contextlib.contextmanager

@@ -111,7 +111,10 @@ def report(rolling: Rolling) -> RollReport:
 
 def nothing(found: RollReport) -> str:
     """What an error says where no loop was found."""
-    return str(found)
+    return (
+        f"{found}\nChange the layers, or min_layers, so that there is one, or leave "
+        "strict out."
+    )
 
 
 def _loop(rolled: Rolled) -> RolledLoop:
