@@ -92,7 +92,8 @@ def shown(value: object) -> str:
     """`value` as an error shows it: itself, or what it is if that would be long."""
     text = repr(value)
     is_short = len(text) <= _SHORT and "\n" not in text
-    return text if is_short else f"a {type(value).__name__}"
+    kind = "an array" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    return text if is_short else kind
 
 
 _SHORT = 120

@@ -154,7 +154,8 @@ def _factors(fn: Callable[[int, int], float], count: int, where: str) -> jax.Arr
     """`[L]`: what `fn` says of each layer."""
     found = [fn(i, count) for i in range(count)]
     for i, factor in enumerate(found):
-        if factor is None or isinstance(factor, str) or jnp.shape(factor) != ():
+        is_number = isinstance(factor, (int, float))
+        if not is_number and getattr(factor, "shape", None) != ():
             raise TypeError(
                 f"{where}: the factor of layer {i} must be a number, not "
                 f"{_checks.shown(factor)}. {_FACTORS}"
@@ -469,7 +470,12 @@ def _traced_update(
     """The program of an update of one layer's parameters."""
     try:
         closed, made = jax.make_jaxpr(optimizer.update, return_shape=True)(*given)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if len(given) == 2 and "params" in str(error):
+            raise ValueError(
+                f"{_WHERE}: the optimiser needs parameters. Write "
+                "optimizer.update(gradients, state, params)."
+            ) from error
         if "required" not in str(error) or "argument" not in str(error):
             raise
         raise TypeError(

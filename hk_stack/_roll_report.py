@@ -112,8 +112,8 @@ def report(rolling: Rolling) -> RollReport:
 def nothing(found: RollReport) -> str:
     """What an error says where no loop was found."""
     return (
-        f"{found}\nChange the layers, or min_layers, so that there is one, or leave "
-        "strict out."
+        f"{found}\nMake the layers alike, or change min_layers; without strict=True, "
+        "the function runs as it is written."
     )
 
 

@@ -230,8 +230,9 @@ def _check_known(axes: Mapping[str, int], paths: Sequence[str]) -> None:
     if axes and paths and all(_depth(axes, path) is None for path in paths):
         raise ValueError(
             f"{_WHERE}: layer_axes knows none of the leaves: it has "
-            f"{next(iter(axes))}, the tree has {paths[0]}. Give what layer_axes says "
-            "of the parameters alone, as in layer_axes=axes['params'] or axes[0]."
+            f"{next(iter(axes)) or 'its root'}, the tree has {paths[0]}. Give what "
+            "layer_axes says of the parameters alone, as in layer_axes=axes['params'] "
+            "or axes[0]."
         )
 
 

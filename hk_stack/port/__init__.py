@@ -299,7 +299,7 @@ def _planned(variables: Any, like: Any, *options: Any) -> Plan:
     if not is_pair or any(map(callable, like)):
         are_swapped = isinstance(variables, (tuple, list))
         more = (
-            "Flax's side is a pair: are the two swapped?"
+            "Flax's side is a pair: swap the two."
             if are_swapped
             else "Write (params, {}) for a model without state."
         )
