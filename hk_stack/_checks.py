@@ -155,6 +155,17 @@ def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
             raise TypeError(f"{what}{at} is a {kind} ({leaf!r}); {instead}")
 
 
+def values(tree: Tree, what: str, instead: str = _BIND) -> None:
+    """Checks that all leaves are arrays that are there, or Python numbers."""
+    arrays(tree, what, instead)
+    for at, leaf in leaves_at(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{what}{at} is a jax.ShapeDtypeStruct, which has no values. Give an "
+                "array; for types of results, write jax.eval_shape(fn, params, ...)."
+            )
+
+
 def layer_axes(tree: Tree, where: str) -> list[tuple[tuple[Any, ...], int]]:
     """The leaves of what `hk_stack.layer_axes` returns, with their paths."""
     leaves = jax.tree.leaves_with_path(tree)

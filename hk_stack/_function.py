@@ -81,15 +81,10 @@ def check_arguments(
             f"{where}: no arguments by position. Give the parameters first, by "
             "position."
         )
-    names = _checks.arguments(fn, args, f"{where}: argument", _BY_KEYWORD)
+    check = _checks.values if to_run else _checks.arrays
+    names = _checks.argument_names(fn, len(args))
     for name, tree in zip(names, args, strict=True):
-        for at, leaf in _checks.leaves_at(tree):
-            if to_run and isinstance(leaf, jax.ShapeDtypeStruct):
-                raise TypeError(
-                    f"{where}: argument `{name}`{at} is a jax.ShapeDtypeStruct, which "
-                    "has no values. Give an array; for types of results, write "
-                    "jax.eval_shape(fn, params, ...)."
-                )
+        check(tree, f"{where}: argument `{name}`", _BY_KEYWORD)
 
 
 _BY_KEYWORD = (

@@ -272,6 +272,14 @@ def naming_map(value: Any, argument: str, where: str) -> Map:
     )
 
 
+def as_haiku_counts(naming_map: Map) -> str:
+    """The same map for `linear`, `linear_1`, if it has numbers like `linear_0`."""
+    one = maps_of(naming_map)[0]
+    name = getattr(one, "per_layer", "")
+    is_at_end = name.endswith("_{}") and name.count("{") == 1
+    return f"NumberedLayers({name[:-3]!r})" if is_at_end else ""
+
+
 def is_stacked(naming_map: Map, module: str) -> bool:
     """Whether a module is one of a stack, to a naming map."""
     try:

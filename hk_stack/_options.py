@@ -19,7 +19,7 @@ SetupRemat = bool | Literal["auto"]
 Init = Literal["auto", "vmap", "map", "scan"]
 
 
-_PIPELINE = 'Write hk_stack.Pipeline(axis="stage", microbatches=8).'
+_PIPELINE = 'hk_stack.Pipeline(axis="stage", microbatches=8)'
 
 
 @hidden_in_making
@@ -40,7 +40,7 @@ class Pipeline:
         if not (isinstance(self.axis, str) and self.axis):
             raise TypeError(
                 "hk_stack.Pipeline: axis must be the name of an axis of the mesh "
-                f"around, not {_checks.shown(self.axis)}. {_PIPELINE}"
+                f"around, not {_checks.shown(self.axis)}. Write {_PIPELINE}."
             )
         _checks.positive(self.microbatches, "microbatches", "hk_stack.Pipeline")
 
@@ -272,7 +272,7 @@ def _pipeline(value: object, argument: str, where: str) -> Pipeline | None:
         return value
     raise TypeError(
         f"{where}: {argument} must be an hk_stack.Pipeline or None, not "
-        f"{_checks.shown(value)}. {_PIPELINE}"
+        f"{_checks.shown(value)}. Write {argument}={_PIPELINE}."
     )
 
 

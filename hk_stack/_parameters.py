@@ -124,7 +124,7 @@ def _advice(
         return (
             f"By the transparency_map, layer 0 has it as "
             f"{naming_map.stacked_to_flat(module, 0)}; give the map the names that the "
-            "parameters have."
+            "parameters have, or, if they are stacked, leave transparent=True out."
         )
     for path, num_layers in _stacks_of(expected, stored):
         return (

@@ -130,7 +130,7 @@ class Partition(Shown):
           TypeError: If `known` has another structure than the example.
           ValueError: If a leaf has another shape or dtype.
         """
-        derived: Derived = self._setup(known)
+        derived: Derived = self._run(self._setup, "setup", known)
         return derived
 
     @hidden
@@ -147,7 +147,7 @@ class Partition(Shown):
           TypeError: If an argument has another structure than the example's.
           ValueError: If a leaf has another shape or dtype.
         """
-        return self._call(derived, *rest)
+        return self._run(self._call, "call", derived, *rest)
 
     @hidden
     def check(self, known: Tree, derived: Derived, /) -> None:
@@ -171,6 +171,18 @@ class Partition(Shown):
                 "no values to compare. Call it outside."
             )
         _not_stale(self.setup(known), derived, self._program.where)
+
+    def _run(self, compiled: Callable[..., Any], method: str, *args: Tree) -> Any:
+        try:
+            return compiled(*args)
+        except TypeError as error:
+            failed = error
+        # What is no array JAX refuses first, with the whole program in its error.
+        names = self._program.names
+        first = names[0] if method == "setup" else "derived"
+        for name, tree in zip([first, *names[1:]], args, strict=False):
+            _checks.values(tree, f"{self._program.where}, {method}: argument `{name}`")
+        raise failed
 
     def _parts(self) -> Iterable[str | Table]:
         return self.report._parts()

@@ -133,7 +133,8 @@ def shardings(
     axes = _depths(layer_axes)
     used: set[str] = set()
     placed, found = [], []
-    _checks.arrays(tree, f"{_WHERE}: argument `tree`")
+    instead = "expected arrays or their types: jax.eval_shape(model.init, rng, x)."
+    _checks.arrays(tree, f"{_WHERE}: argument `tree`", instead)
     types = jax.eval_shape(lambda tree: tree, tree)
     leaves, structure = jax.tree.flatten_with_path(types)
     if layers or any(checked.values()):

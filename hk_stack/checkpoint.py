@@ -96,7 +96,9 @@ def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
     Raises:
       TypeError: If a leaf is no array.
       ValueError: If two leaves would get one name, `layers` does not fit the tree, the
-        folder exists, or the library cannot write the path.
+        folder exists or is named as a file (`.npz`, `.pkl`), or the library cannot
+        write the path.
+      OSError: If nothing can be written there.
       ImportError: If safetensors or orbax is not installed.
     """
     path = _absolute(path)
@@ -168,6 +170,7 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
             f"{where}: there is such a folder or file, and it cannot be replaced in "
             "one step. Save under another name (step_100, step_200), or remove it."
         )
+    _check_no_file(path, where)
     orbax = _library("orbax.checkpoint")
     arrays, content = _prepare(path, tree, layers, where)
     # Orbax writes no empty arrays. A stand-in keeps their name, metadata the rest.
@@ -248,6 +251,11 @@ def load(
         if layers is None:
             return load_into(like)
         names = _naming.naming_map(layers, "layers", where)
+        if like is None:
+            raise ValueError(
+                f"{where}: layers= is for the layout of like, and there is no like. "
+                f"Write checkpoint.load(path, like, layers=...), or leave layers out."
+            )
         asked = _entries.leaves_of(like, f"{where}: like", at)
         layout = _entries.layers_in(asked, names, f"{where}: like").layout
         saved = _entries.saved_leaves(content)
@@ -740,6 +748,19 @@ def _put(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
 
 def _is_file(path: Path) -> bool:
     return os.fspath(path).endswith(_SUFFIX)
+
+
+def _check_no_file(path: str, where: str) -> None:
+    """Refuses a folder that is named as a file in a format of others."""
+    name, ending = os.path.splitext(os.path.basename(path))
+    if ending in _OF_OTHERS:
+        raise ValueError(
+            f"{where}: this would be a folder of orbax, no file in the format "
+            f"{ending!r}. Write {name}{_SUFFIX} for a file, or {name} for a folder."
+        )
+
+
+_OF_OTHERS = (".msgpack", ".npy", ".npz", ".pickle", ".pkl")
 
 
 def _absolute(path: Path) -> str:
