@@ -1,7 +1,6 @@
 """Deep stacks of Haiku layers: initialised and set up all at once, then scanned."""
 
 import importlib
-import sys
 from typing import Any
 
 from hk_stack._accumulate import accumulate
@@ -20,7 +19,6 @@ from hk_stack._shardings import shardings
 from hk_stack._stack import layer_stack
 from hk_stack._summary import summary
 from hk_stack._taps import collect, tap
-from hk_stack._traceback import hidden
 from hk_stack.port import flax_to_haiku, haiku_to_flax
 
 __all__ = (
@@ -50,12 +48,7 @@ __all__ = (
 __version__ = "0.1.0"
 
 
-@hidden
 def __getattr__(name: str) -> Any:
     if name == "checkpoint":  # Few need it, and it takes long to import.
         return importlib.import_module("hk_stack.checkpoint")
-    raise AttributeError(  # Python shows what is most like it.
-        f"module 'hk_stack' has no attribute {name!r}",
-        name=name,
-        obj=sys.modules[__name__],
-    )
+    raise AttributeError(f"module 'hk_stack' has no attribute {name!r}")
