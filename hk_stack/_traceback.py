@@ -56,17 +56,18 @@ def hidden_in_making(cls: type[R]) -> type[R]:
 
 def _how_to_call(function: Callable[..., Any], error: str) -> str:
     """What to write where Python says that arguments are missing, or too many."""
-    name = function.__qualname__.removesuffix(".__init__")
+    name = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     signature = inspect.signature(function)
     takes = [p for p in signature.parameters.values() if p.name != "self"]
     bare = [p.replace(annotation=p.empty) for p in takes]
     shown = signature.replace(parameters=bare, return_annotation=signature.empty)
     text = f"Write {name}{shown}."
-    if takes[0].name != "fn":
+    kinds = {p.kind for p in takes}
+    if not takes or takes[0].name != "fn" or inspect.Parameter.VAR_KEYWORD in kinds:
         return text
     if "'fn'" in error:
         return f"{text} As a decorator with options: @functools.partial({name}, ...)."
-    if any(p.kind is p.VAR_POSITIONAL for p in takes):
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
         bound = "functools.partial(fn, is_training=True)"
         return f"{text} What fn takes by keyword is bound before: {bound}."
     return f"{text} What fn takes comes in a second call: {name}(fn)(params, x)."

@@ -113,6 +113,9 @@ MISTAKES = {
     "name that is none in Haiku": (
         lambda: stacked(name="3-layers").init(KEY, X), ValueError,
         ["layer_stack '3-layers' of layer function 'block'"], "name='_3_layers'"),
+    "number for the index": (
+        lambda: hk_stack.layer_index(0), TypeError,
+        ["takes 0 positional arguments but 1 was given"], "Write layer_index()"),
     "transformation as a policy": (
         lambda: hk_stack.layer_stack(3, remat=jax.checkpoint), TypeError,
         ["remat", "jax.checkpoint and hk.remat are none"], "Write remat=True"),
