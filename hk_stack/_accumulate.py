@@ -131,7 +131,7 @@ def _check_microbatches(
     loss: Callable[..., Tree], params: Tree, trees: tuple[Tree, ...]
 ) -> str:
     """Checks what `accumulate` is given; returns how errors name it."""
-    _checks.function(loss, "accumulate")
+    _checks.function(loss, "accumulate", "Write accumulate(loss, params, x, y).")
     where = f"accumulate of {_checks.name_of(loss)!r}"
     first, *names = _checks.argument_names(loss, len(trees) + 1)
     _checks.arrays(params, f"{where}: argument `{first}`")
@@ -150,7 +150,7 @@ def _check_microbatches(
         found = ", ".join(f"{length} in {at}" for at, length in lengths.items())
         raise ValueError(
             f"{where}: expected one leading axis M, at least 1, in all microbatches; "
-            f"found {found}."
+            f"found {found}. Write x.reshape(M, -1, *x.shape[1:]) for a batch x."
         )
     return where
 

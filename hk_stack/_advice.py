@@ -180,6 +180,13 @@ def _signature(error: Exception, situation: Situation) -> Iterator[str]:
 def _per_layer(situation: Situation) -> Iterator[str]:
     """Where an argument looks as if it had one entry for each layer."""
     num_layers = situation.options.num_layers
+    for name, value in situation.kwargs.items():
+        if _has_axis(value, num_layers):
+            yield (
+                f"`{name}` is given by keyword, whole to each layer. If it has one "
+                f"entry for each layer, write layer_stack({num_layers}, "
+                f"with_per_layer_inputs=True)(f)(x, {name}), and return a pair."
+            )
     if situation.options.with_per_layer_inputs:
         return
     is_like = [_has_axis(v, num_layers) for v in situation.arguments.values()]

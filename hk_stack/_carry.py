@@ -145,7 +145,9 @@ def _structure_advice(
                 f"jnp.asarray({names[0]}) makes one array of numbers, "
                 f"jnp.stack({names[0]}) one of arrays."
             )
-        is_more = isinstance(returned, tuple) and len(returned) > 1
+        if isinstance(returned, tuple) and len(returned) == 1:
+            return f" Return {names[0]} itself, not a tuple of one."
+        is_more = isinstance(returned, (tuple, dict)) and len(returned) > 1
         return outputs if is_more and not with_per_layer_inputs else ""
     if isinstance(returned, list) and len(returned) == len(names):
         return " Return a tuple, not a list."

@@ -39,7 +39,7 @@ def positive(value: Any, argument: str, where: str) -> int:
         if isinstance(value, (float, np.floating)) and value.is_integer():
             hint = f" Write {int(value)}."
         raise TypeError(
-            f"{where}: {argument} must be a positive int, not {value!r} "
+            f"{where}: {argument} must be a positive int, not {shown(value)} "
             f"({type(value).__name__}).{hint}"
         ) from None
     if number < 1:
@@ -61,7 +61,7 @@ def flag(value: object, argument: str, where: str) -> bool:
     """`value` as a bool."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{where}: {argument} must be True or False, not {value!r}."
+            f"{where}: {argument} must be True or False, not {shown(value)}."
             f"{_SECOND_CALL if callable(value) else ''}"
         )
     return bool(value)
@@ -72,16 +72,31 @@ def one_of(word: object, argument: str, where: str, words: Sequence[str]) -> str
     if not isinstance(word, str) or word not in words:
         expected = ", ".join(f'"{w}"' for w in words)
         raise ValueError(
-            f"{where}: {argument} must be one of {expected}, not {word!r}."
+            f"{where}: {argument} must be one of {expected}, not {shown(word)}."
         )
     return word
 
 
-def function(f: object, where: str) -> None:
-    """Checks that `f` can be called."""
-    if not callable(f):
-        hint = " Give its apply." if hasattr(f, "apply") else ""
-        raise TypeError(f"{where}: expected a function, not {type(f).__name__}.{hint}")
+def function(f: object, where: str, instead: str = "") -> None:
+    """Checks that `f` can be called; not a module of Flax, which says so too late."""
+    is_module = all(hasattr(f, name) for name in ("init", "apply", "bind"))
+    if callable(f) and not is_module:
+        return
+    if hasattr(f, "apply"):
+        instead = "Give its apply."
+    instead = instead or f"The function comes first: {where}(fn, ...)."
+    raise TypeError(f"{where}: expected a function, not {type(f).__name__}. {instead}")
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it: itself, or what it is if that would be long."""
+    text = repr(value)
+    is_short = len(text) <= _SHORT and "\n" not in text
+    kind = "an array" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    return text if is_short else kind
+
+
+_SHORT = 120
 
 
 def argument_names(f: Callable[..., Any], count: int) -> list[str]:
@@ -138,6 +153,17 @@ def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
         if is_text or not (hasattr(leaf, "shape") or is_number):
             kind = type(leaf).__name__
             raise TypeError(f"{what}{at} is a {kind} ({leaf!r}); {instead}")
+
+
+def values(tree: Tree, what: str, instead: str = _BIND) -> None:
+    """Checks that all leaves are arrays that are there, or Python numbers."""
+    arrays(tree, what, instead)
+    for at, leaf in leaves_at(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{what}{at} is a jax.ShapeDtypeStruct, which has no values. Give an "
+                "array; for types of results, write jax.eval_shape(fn, params, ...)."
+            )
 
 
 def layer_axes(tree: Tree, where: str) -> list[tuple[tuple[Any, ...], int]]:

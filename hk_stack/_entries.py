@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, keystr
 
-from hk_stack import _formats, _naming
+from hk_stack import _checks, _formats, _naming
 from hk_stack._checks import path_name
 
 _LAYOUTS = ("none", "stacked", "per-layer")
@@ -63,7 +63,10 @@ def leaves_of(tree: Any, where: str, at: str = "") -> dict[str, Leaf]:
         leaves[name] = Leaf(path, _spec(value, f"{where}: leaf {name!r}"), value)
     if not leaves or "__metadata__" in leaves:
         found = "a leaf named '__metadata__'" if leaves else "no leaves"
-        raise ValueError(f"{where}: the tree has {found}; expected named arrays.")
+        raise ValueError(
+            f"{where}: the tree has {found}; expected named arrays, "
+            "as in {'params': params}."
+        )
     return leaves
 
 
@@ -76,8 +79,8 @@ def _spec(value: Any, at: str) -> jax.ShapeDtypeStruct:
     kinds = (np.number, np.bool_, jax.dtypes.prng_key)
     if not (is_array and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)):
         raise TypeError(
-            f"{at} is a {type(value).__name__} ({value!r}); expected an array. Keep "
-            "what is no number beside the checkpoint."
+            f"{at} is a {type(value).__name__} ({_checks.shown(value)}); expected an "
+            "array. Keep what is no number beside the checkpoint."
         )
     if isinstance(array, np.ndarray) and not array.dtype.isnative:
         raise ValueError(

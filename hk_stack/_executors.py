@@ -131,7 +131,7 @@ def _trace(invocation: Invocation, given: Given) -> tuple[jex.ClosedJaxpr, Given
     """Traces one layer; returns `given` with the carry in the types it will keep."""
     one = _layout.drop_layers(given._replace(carry=None))
 
-    trace = jax.make_jaxpr(invocation.run, return_shape=True)
+    trace = jax.make_jaxpr(invocation.by_name(invocation.run), return_shape=True)
     doing = f'tracing {invocation.all_layers}; loop="python" runs them one by one'
     while True:
         carry = given.carry

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,18 +67,24 @@ def _described(names: list[str], arguments: Sequence[Tree]) -> Iterator[Input]:
         yield from [Input(f"argument `{name}`")] * len(jax.tree.leaves(tree))
 
 
-def check_arguments(fn: Callable[..., Any], args: Sequence[Tree], where: str) -> None:
+def check_arguments(
+    fn: Callable[..., Any], args: Sequence[Tree], where: str, *, to_run: bool
+) -> None:
     """Checks that what a function is given by position are arrays.
 
     Raises:
-      TypeError: If there is nothing, or a leaf is no array.
+      TypeError: If there is nothing, or a leaf is no array; or if it is only the type
+        of one, and `to_run`.
     """
     if not args:
         raise TypeError(
             f"{where}: no arguments by position. Give the parameters first, by "
             "position."
         )
-    _checks.arguments(fn, args, f"{where}: argument", _BY_KEYWORD)
+    check = _checks.values if to_run else _checks.arrays
+    names = _checks.argument_names(fn, len(args))
+    for name, tree in zip(names, args, strict=True):
+        check(tree, f"{where}: argument `{name}`", _BY_KEYWORD)
 
 
 _BY_KEYWORD = (
@@ -104,6 +111,20 @@ def run(
     """
     leaves = _eager.run(program, [*consts, *jax.tree.leaves(args)], key)
     return jax.tree.unflatten(traced.structure, leaves)
+
+
+@contextlib.contextmanager
+def while_calling(where: str) -> Iterator[None]:
+    """Says what to write where a function is given too few arguments, or too many."""
+    try:
+        yield
+    except TypeError as error:
+        if re.search("(missing|takes) .*argument|keyword argument", str(error)):
+            error.add_note(
+                f"{where} gives its first argument, a function, all that comes after "
+                f"it: {where}(model.apply, params, rng, x)."
+            )
+        raise
 
 
 @contextlib.contextmanager

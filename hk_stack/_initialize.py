@@ -90,7 +90,7 @@ class _Traced(NamedTuple):
 def _trace(invocation: Invocation, given: Given) -> _Traced:
     """Traces the `init` of a layer, and finds out what depends on the activations."""
     own = _layout.drop_layers(given._replace(keys=None, carry=None))
-    trace = jax.make_jaxpr(invocation.init, return_shape=True)
+    trace = jax.make_jaxpr(invocation.by_name(invocation.init), return_shape=True)
     closed, shapes = trace(own._replace(keys=given.keys, carry=given.carry))
     is_carry = [path[0].name == "carry" for path, _ in jax.tree.leaves_with_path(given)]
     activations = _flat.bits([False] * len(closed.consts) + is_carry)

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import haiku as hk
 import jax
@@ -22,6 +23,8 @@ from hk_stack import (
 )
 from hk_stack._parts import Input
 from hk_stack._types import Carry, Tree
+
+T = TypeVar("T")
 
 
 class Given(NamedTuple):
@@ -159,6 +162,17 @@ class Invocation:
     ) -> contextlib.AbstractContextManager[None]:
         """What says of errors where they came up, and what to write."""
         return _advice.in_layer(self.where, index, doing, self.situation)
+
+    def by_name(self, run: Callable[[Given], T]) -> Callable[[Given], T]:
+        """`run`, which errors of JAX know as the layer function, not as a method."""
+
+        def layer(given: Given) -> T:
+            return run(given)
+
+        vars(layer).update(
+            __wrapped__=self.situation.f, __signature__=inspect.signature(run)
+        )
+        return layer
 
     def init(self, given: Given) -> tuple[hk.Params, hk.State]:
         """Parameters and state of a layer, before it runs."""

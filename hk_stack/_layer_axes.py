@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import numpy as np
 
-from hk_stack import _checks, _frames, _naming, _scopes, _taps
+from hk_stack import _checks, _frames, _function, _naming, _scopes, _taps
 from hk_stack._traceback import hidden
 from hk_stack._types import Params, State, Tree
 
@@ -91,7 +91,7 @@ def layer_axes(
     """
     _checks.function(fn, _WHERE)
     recorder = _Recorder()
-    with _recording(recorder):
+    with _recording(recorder), _function.while_calling(_WHERE):
         jax.eval_shape(*_taps.on_arrays(fn, (params, *args), kwargs))
     if not recorder.stacks:
         raise ValueError(

@@ -70,7 +70,8 @@ def stack_params(
 
     def convert(modules: Modules, _: Sequence[Modules]) -> dict[str, Any]:
         rest = {m: modules[m] for m in modules if not _naming.is_layer(names, m)}
-        _none_taken([m for m in rest if _naming.is_stacked(names, m)], "stack_params")
+        taken = [m for m in rest if _naming.is_stacked(names, m)]
+        _none_taken(taken, "stack_params", _naming.as_haiku_counts(names))
         return rest | stack_modules(modules, names)
 
     what = "stack_params"
@@ -279,12 +280,14 @@ def _no_other_shapes(found: Mapping[Any, Modules], what: str) -> None:
                 )
 
 
-def _none_taken(taken: Sequence[str], what: str) -> None:
+def _none_taken(taken: Sequence[str], what: str, as_haiku_counts: str = "") -> None:
     if taken:
+        if as_haiku_counts:
+            as_haiku_counts = f" If it is the first layer, write {as_haiku_counts}."
         raise ValueError(
             f"{what}: the name {taken[0]} is taken by a module that is no part of the "
             "stack. Give the stack another name, NumberedLayers(per_layer, stacked), "
-            "or is the tree converted already?"
+            f"or is the tree converted already?{as_haiku_counts}"
         )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import haiku as hk
 
 from hk_stack import _checks
+from hk_stack._traceback import hidden, hidden_in_making
 
 Map = hk.LayerStackTransparencyMapping
 Maps = Map | Sequence[Map]
 
 
+@hidden_in_making
 @dataclasses.dataclass(frozen=True)
 class NumberedLayers(hk.LayerStackTransparencyMapping):
     """A naming map for numbered layers: `block_0/linear`, `block_1/linear`, ...
@@ -66,6 +68,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
         if self.num_layers is not None:
             _checks.positive(self.num_layers, "num_layers", "NumberedLayers")
 
+    @hidden
     def stacked_to_flat(self, stacked_module_name: str, scan_idx: int) -> str:
         """The name of a stacked module in layer `scan_idx`.
 
@@ -83,6 +86,7 @@ class NumberedLayers(hk.LayerStackTransparencyMapping):
             "stacked name as second argument: NumberedLayers(per_layer, stacked)."
         )
 
+    @hidden
     def flat_to_stacked(self, unstacked_module_name: str) -> tuple[str, int] | None:
         """The stacked module and the layer of a per-layer one; None if it has none.
 
@@ -136,7 +140,13 @@ _NUMBER = r"\{(?::0[1-9]\d*)?\}"  # {}, {:02}
 def _check_per_layer(name: Any) -> None:
     if not isinstance(name, str) or not name:
         raise TypeError(
-            f"NumberedLayers: expected a name such as 'block_{{}}', found {name!r}."
+            f"NumberedLayers: found {_checks.shown(name)}; expected a name such as "
+            "'block_{}'."
+        )
+    if "%" in name:
+        raise ValueError(
+            f"NumberedLayers: {name!r} has a '%'. The layer's number is written "
+            f"'{{}}': {re.sub('%[0-9]*d?', '{}', name)!r}."
         )
     if re.search(r"[{}]", re.sub(_NUMBER, "", name)):
         raise ValueError(
@@ -257,9 +267,17 @@ def naming_map(value: Any, argument: str, where: str) -> Map:
     if isinstance(value, type):
         hint = f"{value.__name__}(...), an instance"
     raise TypeError(
-        f"{where}: {argument} must be a naming map, not {value!r}. Write "
+        f"{where}: {argument} must be a naming map, not {_checks.shown(value)}. Write "
         f"{hint or 'hk_stack.NumberedLayers(...)'}."
     )
+
+
+def as_haiku_counts(naming_map: Map) -> str:
+    """The same map for `linear`, `linear_1`, if it has numbers like `linear_0`."""
+    one = maps_of(naming_map)[0]
+    name = getattr(one, "per_layer", "")
+    is_at_end = name.endswith("_{}") and name.count("{") == 1
+    return f"NumberedLayers({name[:-3]!r})" if is_at_end else ""
 
 
 def is_stacked(naming_map: Map, module: str) -> bool:

@@ -5,18 +5,24 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from hk_stack import _checks, _loop, _naming
+from hk_stack._traceback import hidden_in_making
 
 Setup = Literal["auto", "marked", "inline"]
 SetupRemat = bool | Literal["auto"]
 Init = Literal["auto", "vmap", "map", "scan"]
 
 
+_PIPELINE = 'hk_stack.Pipeline(axis="stage", microbatches=8)'
+
+
+@hidden_in_making
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """How `layer_stack` splits its layers into stages, for microbatches to go through.
@@ -34,7 +40,7 @@ class Pipeline:
         if not (isinstance(self.axis, str) and self.axis):
             raise TypeError(
                 "hk_stack.Pipeline: axis must be the name of an axis of the mesh "
-                f"around, not {self.axis!r}."
+                f"around, not {_checks.shown(self.axis)}. Write {_PIPELINE}."
             )
         _checks.positive(self.microbatches, "microbatches", "hk_stack.Pipeline")
 
@@ -157,6 +163,11 @@ def _policy(remat: object, where: str) -> Callable[..., Any] | None:
             f"{where}: remat must be True, False or a policy, not {remat!r}. Give the "
             f"function{hint or ' of jax.checkpoint_policies'}."
         )
+    if remat is jax.checkpoint or remat is hk.remat:
+        raise TypeError(
+            f"{where}: remat must be True, False or a policy; jax.checkpoint and "
+            "hk.remat are none. Write remat=True, which does what they do."
+        )
     if not callable(remat):
         raise TypeError(
             f"{where}: remat must be True, False or a policy such as "
@@ -260,8 +271,8 @@ def _pipeline(value: object, argument: str, where: str) -> Pipeline | None:
     if value is None or isinstance(value, Pipeline):
         return value
     raise TypeError(
-        f"{where}: {argument} must be an hk_stack.Pipeline or None, not {value!r}. "
-        f'Write {argument}=hk_stack.Pipeline(axis="stage", microbatches=8).'
+        f"{where}: {argument} must be an hk_stack.Pipeline or None, not "
+        f"{_checks.shown(value)}. Write {argument}={_PIPELINE}."
     )
 
 

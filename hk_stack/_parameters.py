@@ -85,12 +85,14 @@ def fit(
                     f"{where}: {_LACK} {module}/{name}, of shape "
                     f"{leaf.shape} in each layer. They hold: {there}. "
                     f"{_advice(expected, stored, module, naming_map)}"
-                )
+                ) from None
             if found.shape != leaf.shape:
                 raise ValueError(
                     f"{where}: parameter {module}/{name} has shape {found.shape} "
-                    f"in each layer; the layer function expects {leaf.shape}."
-                )
+                    f"in each layer; the layer function expects {leaf.shape}. Give an "
+                    "input of the shape that parameters were made for, or make new "
+                    "ones: params = model.init(rng, x)."
+                ) from None
 
 
 _LACK = "the parameters lack"
@@ -116,11 +118,13 @@ def _advice(
     naming_map: _naming.Map | None,
 ) -> str:
     """What to do about a module of the layers that is missing."""
+    if not stored:
+        return "Give what init returned: model.apply(model.init(rng, x), rng, x)."
     if naming_map is not None:
         return (
             f"By the transparency_map, layer 0 has it as "
             f"{naming_map.stacked_to_flat(module, 0)}; give the map the names that the "
-            "parameters have."
+            "parameters have, or, if they are stacked, leave transparent=True out."
         )
     for path, num_layers in _stacks_of(expected, stored):
         return (

@@ -59,12 +59,14 @@ class _Program:
         return derived
 
     def call(self, constants: list[jax.Array], derived: Derived, *rest: Tree) -> Tree:
-        self.check(derived)
+        self.check(derived, "call")
         names = self.names[1:]
         if len(rest) != len(names):
+            takes = ", ".join(["derived", *names])
             raise TypeError(
-                f"{self.where}, call: takes derived, {', '.join(names)}; was given "
-                f"{len(rest)} arguments after `derived`."
+                f"{self.where}, call: takes {takes}; was given {len(rest)} arguments "
+                f"after `derived`. Write split.call({takes}), with None for what was "
+                "None in the example."
             )
         for name, tree, types in zip(names, rest, self.arguments[1:], strict=True):
             _same_leaves(tree, types, f"{self.where}, call: argument `{name}`")
@@ -77,15 +79,14 @@ class _Program:
         outputs = _equations.run(self.parts.call, *made, *read)
         return jax.tree.unflatten(self.result, outputs)
 
-    def check(self, derived: Derived) -> None:
+    def check(self, derived: Derived, method: str) -> None:
         """Checks that derived values are of the right types."""
         try:
-            _same_leaves(derived, self.derived, f"{self.where}, call: `derived`")
+            _same_leaves(derived, self.derived, f"{self.where}, {method}: `derived`")
         except (TypeError, ValueError) as error:
             raise type(error)(
-                f"{error} The first argument of call is what setup returns: "
-                "split.call(split.setup(params), ...); values that were made before fn "
-                "or its shapes changed do not fit."
+                f"{error} Values that were made before fn or its shapes changed do not "
+                f"fit. `derived` is what setup returns: {_USES[method]}."
             ) from None
 
 
@@ -129,7 +130,7 @@ class Partition(Shown):
           TypeError: If `known` has another structure than the example.
           ValueError: If a leaf has another shape or dtype.
         """
-        derived: Derived = self._setup(known)
+        derived: Derived = self._run(self._setup, "setup", known)
         return derived
 
     @hidden
@@ -146,7 +147,7 @@ class Partition(Shown):
           TypeError: If an argument has another structure than the example's.
           ValueError: If a leaf has another shape or dtype.
         """
-        return self._call(derived, *rest)
+        return self._run(self._call, "call", derived, *rest)
 
     @hidden
     def check(self, known: Tree, derived: Derived, /) -> None:
@@ -163,8 +164,25 @@ class Partition(Shown):
           TypeError: If either has another structure than the example.
           ValueError: If a value is not what `setup(known)` returns; it names which.
         """
-        self._program.check(derived)
+        self._program.check(derived, "check")
+        if _is_traced((known, derived)):
+            raise TypeError(
+                f"{self._program.where}, check: inside of jit, grad or vmap there are "
+                "no values to compare. Call it outside."
+            )
         _not_stale(self.setup(known), derived, self._program.where)
+
+    def _run(self, compiled: Callable[..., Any], method: str, *args: Tree) -> Any:
+        try:
+            return compiled(*args)
+        except TypeError as error:
+            failed = error
+        # What is no array JAX refuses first, with the whole program in its error.
+        names = self._program.names
+        first = names[0] if method == "setup" else "derived"
+        for name, tree in zip([first, *names[1:]], args, strict=False):
+            _checks.values(tree, f"{self._program.where}, {method}: argument `{name}`")
+        raise failed
 
     def _parts(self) -> Iterable[str | Table]:
         return self.report._parts()
@@ -268,6 +286,16 @@ def _named(
             "arrays or jax.ShapeDtypeStructs of what fn takes."
         )
     return where, _checks.arguments(fn, example_args, f"{where}: example argument")
+
+
+_USES = {
+    "call": "split.call(split.setup(params), ...)",
+    "check": "split.check(params, split.setup(params))",
+}
+
+
+def _is_traced(tree: Tree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _same_leaves(given: Tree, example: Tree, what: str) -> None:

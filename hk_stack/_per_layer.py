@@ -1,6 +1,7 @@
 """`per_layer`: an optimiser to which each layer of a stack is its own parameter."""
 
 import functools
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -71,9 +72,11 @@ def per_layer(
     def layout(types: "_Types", has_params: bool) -> _Layout:
         return _Layout.of(optimizer, types, has_params)
 
+    @hidden
     def init(params: Tree) -> Tree:
         return layout(_Types.of(params, depths), True).init(optimizer, params)
 
+    @hidden
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         given = updates if params is None else params
         found = layout(_Types.of(given, depths), params is not None)
@@ -113,7 +116,8 @@ def scale_by_layer(
     import optax
 
     where = "hk_stack.scale_by_layer"
-    _checks.function(fn, where)
+    _checks.function(fn, where, _FACTORS)
+    _check_takes_layer(fn, where)
     depths = _by_path(layer_axes, where)
 
     def scaled(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -122,6 +126,7 @@ def scale_by_layer(
         factors = _factors(fn, leaf.shape[0], where)
         return leaf * factors.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
 
+    @hidden
     def update(updates: Tree, params: Tree = None) -> Tree:
         del params
         return jax.tree.map_with_path(scaled, updates)
@@ -129,13 +134,31 @@ def scale_by_layer(
     return optax.stateless(update)
 
 
+_FACTORS = "Write scale_by_layer(lambda i, L: 0.9 ** (L - 1 - i), layer_axes)."
+
+
+def _check_takes_layer(fn: Callable[[int, int], float], where: str) -> None:
+    try:
+        signature = inspect.signature(fn)
+        signature.bind(0, 1)
+    except TypeError:
+        raise TypeError(
+            f"{where}: expected a function of the layer and L, but "
+            f"{_checks.name_of(fn)!r} takes {signature}. {_FACTORS}"
+        ) from None
+    except ValueError:  # Builtins have no signature.
+        pass
+
+
 def _factors(fn: Callable[[int, int], float], count: int, where: str) -> jax.Array:
     """`[L]`: what `fn` says of each layer."""
     found = [fn(i, count) for i in range(count)]
     for i, factor in enumerate(found):
-        if isinstance(factor, str) or jnp.shape(factor) != ():
+        is_number = isinstance(factor, (int, float))
+        if not is_number and getattr(factor, "shape", None) != ():
             raise TypeError(
-                f"{where}: the factor of layer {i} must be a number, not {factor!r}."
+                f"{where}: the factor of layer {i} must be a number, not "
+                f"{_checks.shown(factor)}. {_FACTORS}"
             )
     return jnp.asarray(found)
 
@@ -447,7 +470,12 @@ def _traced_update(
     """The program of an update of one layer's parameters."""
     try:
         closed, made = jax.make_jaxpr(optimizer.update, return_shape=True)(*given)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if len(given) == 2 and "params" in str(error):
+            raise ValueError(
+                f"{_WHERE}: the optimiser needs parameters. Write "
+                "optimizer.update(gradients, state, params)."
+            ) from error
         if "required" not in str(error) or "argument" not in str(error):
             raise
         raise TypeError(

@@ -76,7 +76,7 @@ class Roll(Generic[P, R]):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, explains: bool = False
     ) -> tuple[_function.Traced, jex.ClosedJaxpr, _rolling.Rolling]:
         where = self._settings.where
-        _function.check_arguments(self._fn, args, where)
+        _function.check_arguments(self._fn, args, where, to_run=not explains)
         traced = _function.trace(self._fn, args, where, kwargs)
         rolling = _rolling.Rolling(self._settings, explains=explains)
         program = rolling.roll(traced.closed, [i.known for i in traced.inputs])

@@ -111,7 +111,10 @@ def report(rolling: Rolling) -> RollReport:
 
 def nothing(found: RollReport) -> str:
     """What an error says where no loop was found."""
-    return str(found)
+    return (
+        f"{found}\nMake the layers alike, or change min_layers; without strict=True, "
+        "the function runs as it is written."
+    )
 
 
 def _loop(rolled: Rolled) -> RolledLoop:

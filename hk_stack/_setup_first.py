@@ -67,7 +67,7 @@ def setup_first(
     @functools.wraps(fn)
     @hidden
     def first(*args: P.args, **kwargs: P.kwargs) -> R:
-        _function.check_arguments(fn, args, where)
+        _function.check_arguments(fn, args, where, to_run=True)
         devices = _spread.devices(axis, where)
         with _spread.over(axis):
             traced = _function.trace(fn, args, where, kwargs)

@@ -133,9 +133,12 @@ def shardings(
     axes = _depths(layer_axes)
     used: set[str] = set()
     placed, found = [], []
-    _checks.arrays(tree, f"{_WHERE}: argument `tree`")
+    instead = "expected arrays or their types: jax.eval_shape(model.init, rng, x)."
+    _checks.arrays(tree, f"{_WHERE}: argument `tree`", instead)
     types = jax.eval_shape(lambda tree: tree, tree)
     leaves, structure = jax.tree.flatten_with_path(types)
+    if layers or any(checked.values()):
+        _check_known(axes, [_checks.path_name(at) for at, leaf in leaves if leaf.ndim])
     for path, leaf in leaves:
         name = _checks.path_name(path)
         rule = next((glob for glob in checked if _matches(glob, name)), "")
@@ -143,16 +146,15 @@ def shardings(
         depth = _depth(axes, name)
         spec = _spec(leaf, name, rule, checked.get(rule), depth or 0, layers)
         sharding = NamedSharding(mesh, spec)
-        _check_divides(leaf, sharding, name, rule, depth or 0)
+        _check_divides(leaf, sharding, name, rule, depth)
         found.append(sharding)
         placed.append(_placed(leaf, sharding, name, rule))
     _all_used(checked, used, [leaf.path for leaf in placed])
-    if layers or any(leaf.spec for leaf in placed):
-        _check_known(axes, [_checks.path_name(at) for at, leaf in leaves if leaf.ndim])
     return Shardings(jax.tree.unflatten(structure, found), tuple(placed))
 
 
 _WHERE = "hk_stack.shardings"
+_AXES = "layer_axes=hk_stack.layer_axes(model.apply, params, *args)"
 
 
 def _checked(
@@ -166,19 +168,21 @@ def _checked(
     if layers is not None and layer_axes is None:
         raise ValueError(
             f"{_WHERE}: layers={layers!r} needs to know where layers are. Write "
-            "layer_axes=hk_stack.layer_axes(model.apply, params, *args)."
+            f"{_AXES}."
         )
     if not isinstance(rules, Mapping):
         raise TypeError(
             f"{_WHERE}: rules must be a dict from globs to PartitionSpecs, not "
-            f"{type(rules).__name__}."
+            f"{type(rules).__name__}. Write {{'layers/*/w': "
+            "jax.sharding.PartitionSpec('data', None)}."
         )
     for glob, spec in rules.items():
         is_spec = isinstance(spec, (PartitionSpec, type(None)))
         if not (isinstance(glob, str) and glob and is_spec):
             raise TypeError(
-                f"{_WHERE}: rule {glob!r}: {spec!r}; expected a text and a "
-                "jax.sharding.PartitionSpec, or None for what is whole on each device."
+                f"{_WHERE}: rule {glob!r}: {_checks.shown(spec)}; expected a text and "
+                "a jax.sharding.PartitionSpec, or None for what is whole on each "
+                f"device. {_as_spec(spec)}"
             )
     found = {glob: spec or PartitionSpec() for glob, spec in rules.items()}
     named = {f"rule {glob!r}": _names(spec) for glob, spec in found.items()}
@@ -197,8 +201,17 @@ def _check_names(what: str, names: Sequence[Any], mesh: Mesh) -> None:
     if unknown := [name for name in names if name not in mesh.axis_names]:
         raise ValueError(
             f"{_WHERE}: {what} names the axis {unknown[0]!r}; the mesh has "
-            f"{', '.join(map(repr, mesh.axis_names))}."
+            f"{', '.join(map(repr, mesh.axis_names))}. Write one of these, or None."
         )
+
+
+def _as_spec(spec: object) -> str:
+    """What to write for what is no `PartitionSpec`."""
+    axes = (spec,) if isinstance(spec, str) else spec
+    if isinstance(axes, (tuple, list)) and all(isinstance(a, str | None) for a in axes):
+        written = ", ".join(map(repr, axes))
+        return f"Write jax.sharding.PartitionSpec({written})."
+    return "Write shardings(tree, rules, mesh)."
 
 
 def _names(spec: PartitionSpec) -> list[Any]:
@@ -218,8 +231,9 @@ def _check_known(axes: Mapping[str, int], paths: Sequence[str]) -> None:
     if axes and paths and all(_depth(axes, path) is None for path in paths):
         raise ValueError(
             f"{_WHERE}: layer_axes knows none of the leaves: it has "
-            f"{next(iter(axes))}, the tree has {paths[0]}. Give what layer_axes says "
-            "of the parameters alone, as in layer_axes=axes['params'] or axes[0]."
+            f"{next(iter(axes)) or 'its root'}, the tree has {paths[0]}. Give what "
+            "layer_axes says of the parameters alone, as in layer_axes=axes['params'] "
+            "or axes[0]."
         )
 
 
@@ -249,7 +263,7 @@ def _spec(
         raise ValueError(
             f"{_WHERE}: rule {rule!r} has {len(own)} axes, {own}, and {name} has "
             f"{leaf.ndim}{of_layers}. Rules are for the leaf of one layer; "
-            f"{_own_rule(name)}."
+            f"{_shorter(own, depth) or _own_rule(name)}."
         )
     depth = min(depth, leaf.ndim)
     around = ([layers, *[None] * (depth - 1)] if layers else [None] * depth)[:depth]
@@ -260,20 +274,23 @@ def _spec(
     if twice := [n for n in names if names.count(n) > 1]:
         raise ValueError(
             f"{_WHERE}: {name} would be sharded twice over the axis {twice[0]!r}, "
-            f"{whole}, by rule {rule!r} and layers={layers!r}."
+            f"{whole}, by rule {rule!r} and layers={layers!r}. Leave `layers` out, or "
+            "name another axis in the rule."
         )
     return whole
 
 
 def _check_divides(
-    leaf: Any, sharding: NamedSharding, name: str, rule: str, depth: int
+    leaf: Any, sharding: NamedSharding, name: str, rule: str, depth: int | None
 ) -> None:
     for axis, entry in enumerate(sharding.spec):
         names = _names(PartitionSpec(entry))
         shards = math.prod(sharding.mesh.shape[n] for n in names)
         if leaf.shape[axis] % shards:
             by, instead = f"rule {rule!r}", _own_rule(name)
-            if axis < depth:
+            if depth is None and not axis:
+                instead += f". If that axis is of layers, write {_AXES}"
+            if axis < (depth or 0):
                 by, instead = f"layers={names[0]!r}", "leave `layers` out"
             raise ValueError(
                 f"{_WHERE}: axis {axis} of {name}, of shape {leaf.shape}, is "
@@ -281,6 +298,13 @@ def _check_divides(
                 f"({', '.join(names)}) do not divide; {by} asks for it. Shard another "
                 f"axis, or {instead}."
             )
+
+
+def _shorter(spec: PartitionSpec, depth: int) -> str:
+    """What to write for a rule that begins with the axes of layers, if it does."""
+    if depth and not any(spec[:depth]):
+        return f"leave those of layers out: {PartitionSpec(*spec[depth:])}"
+    return ""
 
 
 def _own_rule(name: str) -> str:

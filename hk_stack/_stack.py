@@ -5,8 +5,10 @@ the layer function once, cuts it into setup and call (`_cut`), runs the setup of
 layers in batches (`_parts`), and loops over the calls (`_loop`).
 """
 
+import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -233,13 +235,23 @@ def _run(
     if options.naming_map is not None:
         return _invoke(options, f, key, reverse, args, kwargs)
     # Haiku numbers scopes of one name, so only inside is it known what this is called.
-    with hk.name_scope(options.name):
+    with _scope(options.name, f):
         result = _invoke(options, f, key, reverse, args, kwargs)
         own = hk.force_name(hk.experimental.current_name())
         with _scopes.without_texts():
             row = LayerStack(options.num_layers, _checks.name_of(f), result, own)
         row.ran(*args)
     return result
+
+
+def _scope(name: str, f: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+    try:
+        return hk.name_scope(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{_checks.describe(name, f)}: {error}. Name it as a module of Haiku, as "
+            f"in name={re.sub(r'^(?=[0-9])|[^a-zA-Z0-9_/]', '_', name)!r}."
+        ) from None
 
 
 class LayerStack(hk.Module):
@@ -452,9 +464,14 @@ def _check_per_layer_inputs(
 
 def _check_carry(arguments: Mapping[str, Any], where: str) -> None:
     """Checks that what a stack is given by position are arrays."""
-    for name, tree in arguments.items():
-        by_keyword = (
+    for i, (name, tree) in enumerate(arguments.items()):
+        instead = (
             "expected an array. By keyword it stays as it is, and all layers share it: "
             f"stack(f)(x, {name}=...)."
         )
-        _checks.arrays(tree, f"{where}: argument `{name}`", by_keyword)
+        if not i:
+            instead = (
+                "expected an array, or a pytree of arrays, to go from layer to layer: "
+                f"stack(f)({name}), of {name}=jnp.asarray(...)."
+            )
+        _checks.arrays(tree, f"{where}: argument `{name}`", instead)

@@ -14,6 +14,7 @@ from hk_stack import (
     _checks,
     _cost,
     _frames,
+    _function,
     _loop,
     _parts,
     _report,
@@ -240,7 +241,7 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
     """
     _checks.function(fn, "hk_stack.summary")
     recorder = _Recorder((args, kwargs))
-    with _recording(recorder):
+    with _recording(recorder), _function.while_calling("hk_stack.summary"):
         jax.eval_shape(*_taps.on_arrays(fn, args, kwargs))
     found = list(recorder.stacks.values())
     if not found:

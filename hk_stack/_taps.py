@@ -72,7 +72,10 @@ def tap(value: T, name: str) -> T:
       ValueError: If the name is empty.
     """
     if not isinstance(name, str):
-        raise TypeError(f"hk_stack.tap: the name must be a str, not {name!r}.")
+        raise TypeError(
+            f"hk_stack.tap: the name must be a str, not {_checks.shown(name)}. "
+            'Write hk_stack.tap(value, "hidden").'
+        )
     if not name:
         raise ValueError("hk_stack.tap: the name is empty; name what is tapped.")
     if _frames.is_init() or not (are_heard() or _frames.is_checked()):
@@ -110,7 +113,8 @@ def _add(leaf: jax.Array, added: jax.Array, path: str) -> jax.Array:
     if found != expected:
         raise ValueError(
             f"hk_stack.collect: what is to be added at {path} has shape {found} for "
-            f"each layer; the tapped value has {expected}."
+            f"each layer; the tapped value has {expected}. Give it the shape that "
+            "collect(fn)(...) returns for this path."
         )
     kind, of_added = jnp.asarray(leaf).dtype, jnp.asarray(added).dtype
     if not jnp.can_cast(of_added, kind, "same_kind"):
@@ -237,7 +241,8 @@ def _values(add: object) -> dict[str, jax.Array]:
     """What is to be added, checked."""
     if not isinstance(add, Mapping):
         raise TypeError(
-            f"hk_stack.collect: add must be a dict of arrays by path, not {add!r}. "
+            "hk_stack.collect: add must be a dict of arrays by path, not "
+            f"{_checks.shown(add)}. "
             'Write add={"layers/hidden": array}.'
         )
     for path, value in add.items():
@@ -259,7 +264,8 @@ def _patterns(fn: object, select: Any) -> tuple[str, ...]:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"hk_stack.collect: select must be a glob or several, not {pattern!r}. "
+                "hk_stack.collect: select must be a glob or several, not "
+                f"{_checks.shown(pattern)}. "
                 "Arguments of the function come after, in parentheses of their own: "
                 "collect(apply)(params, rng, x)."
             )

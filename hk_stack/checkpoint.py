@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import GetAttrKey
 
 from hk_stack import _entries, _formats, _hugging_face, _layout, _naming, _whole
+from hk_stack._traceback import hidden
 
 Path = str | os.PathLike[str]
 
@@ -58,6 +59,7 @@ class Metadata(NamedTuple):
     leaves: dict[str, jax.ShapeDtypeStruct]
 
 
+@hidden
 def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
     """Saves a tree of arrays, bit for bit.
 
@@ -94,7 +96,9 @@ def save(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> None:
     Raises:
       TypeError: If a leaf is no array.
       ValueError: If two leaves would get one name, `layers` does not fit the tree, the
-        folder exists, or the library cannot write the path.
+        folder exists or is named as a file (`.npz`, `.pkl`), or the library cannot
+        write the path.
+      OSError: If nothing can be written there.
       ImportError: If safetensors or orbax is not installed.
     """
     path = _absolute(path)
@@ -117,6 +121,7 @@ class Saving:
         thread.shutdown(wait=False)
         self._where = where
 
+    @hidden
     def wait(self) -> None:
         """Returns once the folder is complete, under its final name.
 
@@ -132,6 +137,7 @@ class Saving:
             raise ValueError(f"{self._where}: the first process could not write it.")
 
 
+@hidden
 def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> Saving:
     """Saves a tree of arrays as a folder of orbax, in the background.
 
@@ -164,6 +170,7 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
             f"{where}: there is such a folder or file, and it cannot be replaced in "
             "one step. Save under another name (step_100, step_200), or remove it."
         )
+    _check_no_file(path, where)
     orbax = _library("orbax.checkpoint")
     arrays, content = _prepare(path, tree, layers, where)
     # Orbax writes no empty arrays. A stand-in keeps their name, metadata the rest.
@@ -178,7 +185,9 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
         draft, name = None, ""
         try:
             if jax.process_index() == 0:
-                draft = undo.enter_context(contextlib.closing(_whole.Draft(path)))
+                with _writing(where):
+                    draft = _whole.Draft(path)
+                undo.callback(draft.close)
         finally:  # The others wait to be told.
             name = _of_first_process(draft.name if draft else "")
         if not name:
@@ -192,6 +201,7 @@ def save_async(path: Path, tree: Any, *, layers: _naming.Maps | None = None) -> 
     return Saving(functools.partial(_finish, checkpointer, draft, path, where), where)
 
 
+@hidden
 def load(
     path: Path,
     like: Any = None,
@@ -241,6 +251,11 @@ def load(
         if layers is None:
             return load_into(like)
         names = _naming.naming_map(layers, "layers", where)
+        if like is None:
+            raise ValueError(
+                f"{where}: layers= is for the layout of like, and there is no like. "
+                f"Write checkpoint.load(path, like, layers=...), or leave layers out."
+            )
         asked = _entries.leaves_of(like, f"{where}: like", at)
         layout = _entries.layers_in(asked, names, f"{where}: like").layout
         saved = _entries.saved_leaves(content)
@@ -261,6 +276,7 @@ def load(
     return jax.tree.unflatten(structure, placed)
 
 
+@hidden
 def read(path: Path, *, family: str | None = None, types: bool = False) -> Any:
     """Reads a checkpoint, whoever wrote it, as nested dicts.
 
@@ -326,6 +342,7 @@ def _is_own(path: str) -> bool:
     return False
 
 
+@hidden
 def metadata(path: Path) -> Metadata:
     """What a checkpoint holds, without reading arrays.
 
@@ -352,6 +369,7 @@ def metadata(path: Path) -> Metadata:
     return Metadata(content["layout"], depth, leaves)
 
 
+@hidden
 def latest(folder: Path) -> str | None:
     """The checkpoint in a folder whose name ends with the largest number.
 
@@ -499,7 +517,7 @@ def _write_file(
 ) -> None:
     numpy = _library("safetensors.numpy")
     natives = {name: _native(array) for name, array in arrays.items()}
-    with contextlib.closing(_whole.Draft(path)) as draft:
+    with _writing(where), contextlib.closing(_whole.Draft(path)) as draft:
         with open(draft.inside, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         with _explained(f"{where}: safetensors could not write it"):
@@ -534,11 +552,21 @@ def _found(path: Path, verb: str) -> tuple[str, str]:
     where = f"checkpoint.{verb} of {path}"
     if not os.path.exists(path):
         other = path.removesuffix(_SUFFIX) if _is_file(path) else f"{path}{_SUFFIX}"
-        hint = f" There is {other}, though." if os.path.exists(other) else ""
+        hint = f" There is {other}, though." if os.path.exists(other) else _beside(path)
         raise FileNotFoundError(f"{where}: there is no such file or folder.{hint}")
     if not os.path.isdir(path) and not os.path.isfile(path):  # A pipe may never end.
         raise ValueError(f"{where}: this is neither a file nor a folder.")
     return where, path
+
+
+def _beside(path: str) -> str:
+    """What an error says of the folder in which something was looked for."""
+    folder = os.path.dirname(path)
+    try:
+        names = sorted(n for n in os.listdir(folder) if not n.startswith("."))
+    except OSError:
+        return f" There is no folder {folder}."
+    return f" In {folder} there is {_formats.listed(names, 8) or 'nothing'}."
 
 
 def _existing(path: Path, verb: str) -> tuple[str, str]:
@@ -722,7 +750,25 @@ def _is_file(path: Path) -> bool:
     return os.fspath(path).endswith(_SUFFIX)
 
 
+def _check_no_file(path: str, where: str) -> None:
+    """Refuses a folder that is named as a file in a format of others."""
+    name, ending = os.path.splitext(os.path.basename(path))
+    if ending in _OF_OTHERS:
+        raise ValueError(
+            f"{where}: this would be a folder of orbax, no file in the format "
+            f"{ending!r}. Write {name}{_SUFFIX} for a file, or {name} for a folder."
+        )
+
+
+_OF_OTHERS = (".msgpack", ".npy", ".npz", ".pickle", ".pkl")
+
+
 def _absolute(path: Path) -> str:
+    if path is None:
+        raise TypeError(
+            "checkpoint: the path is None, which checkpoint.latest(folder) returns "
+            "where nothing is saved yet. Start from new parameters then."
+        )
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             "checkpoint: the path must be a str or an os.PathLike, not a "
@@ -752,6 +798,19 @@ def _altered(path: str, what: str) -> ValueError:
 
 def _reading(path: str, library: str) -> contextlib.AbstractContextManager[None]:
     return _explained(f"{path} {_ALTERED}: {library} cannot read it", _INSTEAD)
+
+
+@contextlib.contextmanager
+def _writing(where: str) -> Iterator[None]:
+    """Says what was to be written where the system has an error."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(
+            f"{where}: nothing was written. Give a path in a folder that can be "
+            "written to."
+        )
+        raise
 
 
 @contextlib.contextmanager

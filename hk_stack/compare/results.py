@@ -295,6 +295,8 @@ def load(path: pathlib.Path) -> Result:
     Raises:
       ValueError: If it is no such file, or of another schema; says what was found.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give {path / 'results.json'}")
     try:
         document = json.loads(path.read_text())
         if document["schema"] != SCHEMA:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from hk_stack import _checks
+from hk_stack._traceback import hidden
 from hk_stack.port import (
     _layers,
     _leaves,
@@ -57,6 +58,7 @@ __all__ = (
 )
 
 
+@hidden
 def flax_to_haiku(
     variables: Any,
     like: tuple[Any, Any],
@@ -128,6 +130,7 @@ def flax_to_haiku(
     return _port(found, 0, variables, like, strict)
 
 
+@hidden
 def haiku_to_flax(
     params_and_state: tuple[Any, Any],
     like: Any,
@@ -167,6 +170,7 @@ def haiku_to_flax(
     return _port(found, 1, params_and_state, like, strict)
 
 
+@hidden
 def plan(
     variables: Any,
     like: tuple[Any, Any],
@@ -211,6 +215,7 @@ def plan(
     return _planned(variables, like, *said)
 
 
+@hidden
 def verify(
     flax_apply: Callable[..., Any],
     haiku_apply: Callable[..., Any],
@@ -247,14 +252,21 @@ def verify(
       TypeError: If an argument is of the wrong type.
       ValueError: If the port is refused, or outputs are not of the same structure.
     """
-    _checks.function(flax_apply, "hk_stack.port.verify")
-    _checks.function(haiku_apply, "hk_stack.port.verify")
+    for apply in (flax_apply, haiku_apply):
+        _checks.function(apply, "hk_stack.port.verify", _VERIFY)
     ported = flax_to_haiku(variables, like, **rules)
     found = plan(variables, like, **rules)
     several = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     return _verify.verified(flax_apply, haiku_apply, variables, found, ported, several)
 
 
+_VERIFY = (
+    "Write port.verify(model.apply, transformed.apply, variables, like, inputs), with "
+    "the apply of hk.transform_with_state."
+)
+
+
+@hidden
 def skeleton(variables: Any) -> str:
     r"""The source of a Haiku model for a Flax tree, whose forward pass is to be edited.
 
@@ -283,10 +295,17 @@ def skeleton(variables: Any) -> str:
 
 def _planned(variables: Any, like: Any, *options: Any) -> Plan:
     said = _rules.checked(*options)
-    if not isinstance(like, (tuple, list)) or len(like) != 2:
+    is_pair = isinstance(like, (tuple, list)) and len(like) == 2
+    if not is_pair or any(map(callable, like)):
+        are_swapped = isinstance(variables, (tuple, list))
+        more = (
+            "Flax's side is a pair: swap the two."
+            if are_swapped
+            else "Write (params, {}) for a model without state."
+        )
         raise TypeError(
             "port: Haiku's side must be a pair (params, state), not "
-            f"{type(like).__name__}. Write (params, {{}}) for a model without state."
+            f"{type(like).__name__}. {more}"
         )
     haiku = _leaves.of_haiku(*like)
     flax, unused = _leaves.of_flax(variables, said, haiku)

@@ -14,6 +14,7 @@ A checkpoint is what `hk_stack.checkpoint.read` reads.
 import builtins
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("expected one checkpoint: python -m hk_stack.port PATH")
     try:
+        _check_flags()
         tree, left = _collections(read(argv[1], _FAMILY.value))
         if _LIKE.value is None:
             print(skeleton(tree) if _SKELETON.value else inspected(tree, left))
@@ -83,10 +85,20 @@ def main(argv: list[str]) -> None:
     sys.exit(0 if found.ok else 1)
 
 
+def _check_flags() -> None:
+    """Refuses flags that would do nothing."""
+    rules = (_RENAME, _IGNORE, _LAYER_AXIS, _CAST, _INTERLEAVE)
+    lost = [flag.name for flag in rules if flag.present and _LIKE.value is None]
+    if lost:
+        raise ValueError(f"--{lost[0]} says what goes where. Give --like=..., too.")
+    if _SKELETON.value and _LIKE.value is not None:
+        raise ValueError("--skeleton makes a model, --like has one. Leave one out.")
+
+
 def _options() -> dict[str, Any]:
     wrong = [rule for rule in _RENAME.value if rule.count("=") != 1]
     if wrong:
-        raise ValueError(f"--rename={wrong[0]} must be FLAX=HAIKU.")
+        raise ValueError(f"--rename={wrong[0]}: write --rename=FLAX=HAIKU.")
     return {
         "rename": dict(rule.split("=") for rule in _RENAME.value),
         "ignore": _IGNORE.value,
@@ -103,12 +115,14 @@ def _like(value: str) -> Any:
         if "" not in sys.path:
             sys.path.insert(0, "")
         try:
-            return getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError) as error:
+            make = getattr(importlib.import_module(module), name)
+            inspect.signature(make).bind()
+        except (ImportError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"--like={value}: expected a checkpoint, or module:function, which "
-                f"returns (params, state): {error}."
+                f"--like={value}: {error}; expected a checkpoint, or module:function, "
+                "which takes nothing and returns (params, state)."
             ) from error
+        return make()
     like = read(value)  # All is parameters if nothing says so.
     has_params = isinstance(like.get("params"), Mapping)
     return (like["params"], like.get("state", {})) if has_params else (like, {})
@@ -119,7 +133,9 @@ def _collections(tree: Tree) -> tuple[Tree, Tree]:
     wanted = _COLLECTIONS.value
     missing = [name for name in wanted if name not in tree]
     if missing:
-        raise ValueError(f"there is no {missing[0]!r}; there are: {', '.join(tree)}.")
+        raise ValueError(
+            f"--collections: there is no {missing[0]!r}; there are: {', '.join(tree)}."
+        )
     if (
         not wanted and "params" in tree
     ):  # Beside it: counters, and what optimisers keep.

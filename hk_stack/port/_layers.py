@@ -516,11 +516,21 @@ def _difference(group: Group) -> str:
         return f"the rule in leaf= for {pieces} does not fit: {flax.codec.label}"
     text = f"shape {list(old)} in Flax, {list(new)} in Haiku"
     if numbered:
-        return f"{text}, with {numbered[0]}"
+        return f"{text}, with {numbered[0]}{_other_depth(group)}"
     pairs = enumerate(zip(old, new, strict=False)) if len(old) == len(new) else ()
     return text + "".join(
         f"; axis {i} is {a}, not {b}" for i, (a, b) in pairs if a != b
     )
+
+
+def _other_depth(group: Group) -> str:
+    """What to write if numbered leaves are not as many as a stack has layers."""
+    sides = sorted((group.flax, group.haiku), key=len)
+    (stack, *_), layers = sides
+    depth, *shape = stack.shape or (0,)
+    if sorted(shape) != sorted(layers[0].shape) or depth == len(layers):
+        return ""
+    return f": {len(layers)} layers there, {depth} here; build both with as many"
 
 
 def _differs(group: Group) -> Refusal:
@@ -626,7 +636,8 @@ def unused(found: Sequence[Reading], said: Said) -> list[str]:
         is_in_front = meant == tuple(range(len(meant)))
         if not is_in_front and not any(one.flax.own_axes == meant for one in found):
             lines.append(
-                f"layer_axis: no layers are on axis {axes}; leave {pattern!r} out."
+                f"layer_axis: no layers are on axis {axes}; leave "
+                f"{repr(pattern) if pattern else 'layer_axis'} out."
             )
     if said.interleave is not None and all(one.interleaved is None for one in found):
         lines.append(

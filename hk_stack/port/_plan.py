@@ -132,10 +132,12 @@ class Plan(Shown):
             for one in self.choices:
                 ways = "; or ".join(map(written, one.ways))
                 yield f"  {one.rows} rows: {ways}"
+        call = f"{what}({source}, like, "
+        if any(row.status == "dtype" for row in self.rows):
+            yield f"To convert dtypes: {call}cast=True)"
         if not self.ignore:
             return
         rename = ", ".join(f'"{old}": "{new}"' for old, new in self.rename)
-        call = f"{what}({source}, like, "
         if rename:
             yield f"To match more, if these are the same: {call}rename={{{rename}}})"
         else:

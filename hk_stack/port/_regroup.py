@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hk_stack._traceback import hidden
 from hk_stack.port._codecs import Array, Codec, Piece, Shape
 from hk_stack.port._names import Path
 from hk_stack.port._rules import (
@@ -29,6 +30,7 @@ from hk_stack.port._rules import (
 # Rules to write
 
 
+@hidden
 def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Split:
     """A rule for `leaf=`: a module of Flax that is several modules in Haiku.
 
@@ -65,6 +67,7 @@ def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Split:
     return Split(names, axis, sizes)
 
 
+@hidden
 def fuse(*names: str, axis: int) -> Fuse:
     """A rule for `leaf=`: several modules of Flax that are one in Haiku, side by side.
 
@@ -89,6 +92,7 @@ def fuse(*names: str, axis: int) -> Fuse:
     return Fuse(names, axis)
 
 
+@hidden
 def tie(other: str, *, transposed: bool = False) -> Tie:
     """A rule for `leaf=`: two leaves that hold the same values, one of them in Flax.
 
@@ -119,6 +123,7 @@ def tie(other: str, *, transposed: bool = False) -> Tie:
     return Tie(other, transposed)
 
 
+@hidden
 def transpose(*axes: int) -> Pair:
     """A rule for `leaf=`: the axes of one layer in another order, as `np.transpose`.
 
@@ -145,6 +150,7 @@ def transpose(*axes: int) -> Pair:
     return Transpose(lambda x: x.transpose(axes), lambda x: x.transpose(back))
 
 
+@hidden
 def pad_vocab(flax: int, haiku: int, axis: int = 0) -> Pair:
     """A rule for `leaf=`: a vocabulary that is longer in one tree than in the other.
 

@@ -88,14 +88,14 @@ class Rules(Generic[_T]):
         if not isinstance(rules, Mapping) or not all(isinstance(k, str) for k in rules):
             raise TypeError(
                 f"port: {argument} must be a dict by the beginnings of paths, such as "
-                f'{{"encoder/block_*": ...}}, not {rules!r}.'
+                f'{{"encoder/block_*": ...}}, not {_checks.shown(rules)}.'
             )
         is_right, expected = _EXPECTED[argument]
         for pattern, value in rules.items():
             if not is_right(value):
                 raise TypeError(
                     f"port: {argument} of {pattern!r} must be {expected}, "
-                    f"not {value!r}."
+                    f"not {_checks.shown(value)}."
                 )
         self.argument = argument
         self.rules = dict(rules)
@@ -120,9 +120,12 @@ class Rules(Generic[_T]):
                 close = difflib.get_close_matches(pattern, raw, n=2, cutoff=0.4)
                 lines.append(
                     f"{self.argument}: {pattern!r} is the beginning of no leaf's path."
-                    + (f" Near it are: {', '.join(close)}." if close else "")
+                    + (f" Near it are: {', '.join(close)}." if close else _LEAVE_OUT)
                 )
         return lines
+
+
+_LEAVE_OUT = " Leave it out, or say what paths begin with; plan(...) shows them."
 
 
 def _is_axes(value: object) -> bool:
@@ -223,7 +226,10 @@ def checked(
     """What the user says, after a check of what it is."""
     are_paths = isinstance(ignore, Sequence) and not isinstance(ignore, str)
     if not are_paths or not all(isinstance(path, str) for path in ignore):
-        raise TypeError(f"port: ignore must be a list of paths, not {ignore!r}.")
+        raise TypeError(
+            f"port: ignore must be a list of paths, not {_checks.shown(ignore)}. Write "
+            'ignore=["head"].'
+        )
     if interleave not in (None, True, False):
         raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
     _checks.flag(cast, "cast", "port")

@@ -5,6 +5,7 @@ out of each module of either is compared, in the order in which the Flax model r
 first that differs is where to look. Modules of the two are paired as their leaves are.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -123,11 +124,25 @@ def verified(
       What differs.
     """
     models = _Models(flax_apply, haiku_apply, variables, ported, found, tuple(inputs))
+    with (
+        contextlib.suppress(TypeError, ValueError, jax.errors.JAXTypeError),
+        jax.enable_x64(True),
+    ):
+        return models.in_double().compared(_DOUBLE)
+    return models.compared(_SINGLE)  # A model mixes precisions.
+
+
+_WITH_STATE = "; give the apply of hk.transform_with_state(model)"
+
+
+@contextlib.contextmanager
+def _calling(call: str, more: str = "") -> Iterator[None]:
+    """Says which model failed, and how it is called."""
     try:
-        with jax.enable_x64(True):
-            return models.in_double().compared(_DOUBLE)
-    except (TypeError, ValueError, jax.errors.JAXTypeError):  # It mixes precisions.
-        return models.compared(_SINGLE)
+        yield
+    except Exception as error:
+        error.add_note(f"port.verify: this was in {call}{more}.")
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +164,14 @@ class _Models:
         )
 
     def run_flax(self, variables: Any) -> Any:
-        return self.flax(variables, *self.inputs)
+        with _calling("flax_apply(variables, *inputs)"):
+            return self.flax(variables, *self.inputs)
 
     def run_haiku(self, params: Any, seed: Any = 0) -> Any:
         key = jax.random.key(seed)
-        return self.haiku(params, self.ported[1], key, *self.inputs)[0]
+        state = self.ported[1]
+        with _calling("haiku_apply(params, state, key, *inputs)", _WITH_STATE):
+            return self.haiku(params, state, key, *self.inputs)[0]
 
     def compared(self, precision: Precision) -> Report:
         right, of_flax = _heard_flax(self.run_flax, self.variables)
@@ -340,11 +358,10 @@ def _with_taps(context: Any, run: Apply, tree: Any) -> tuple[Any, list[Heard]]:
         with context:
             return run(tree)
 
-    try:
+    with contextlib.suppress(ValueError):
         y, taps = _taps.collect(within)(tree)
-    except ValueError:  # A tap is where no value can leave.
-        return jax.jit(run)(tree), []
-    return y, [_at(name, value) for name, value in taps.items()]
+        return y, [_at(name, value) for name, value in taps.items()]
+    return jax.jit(run)(tree), []  # A tap is where no value can leave.
 
 
 def _at(name: str, value: jax.Array) -> Heard:
