@@ -214,14 +214,15 @@ def test_decoding_is_the_forward_pass_step_by_step():
     one = case("s4", "fwd", length=3)
     task = cases.task(one, "haiku", "layer_stack")
     model = models.MODELS["s4"]._replace(width=8)
-    decoder = in_plain.decoder("reused", models.Given(model, 2, *task.args))
+    given = models.Given(model, 2, *task.args, decodes=True)
+    decoder = in_plain.stack("reused", given)
 
     def step(states, u):
         y, states = decoder.apply(decoder.params, u, states)
         return states, y
 
     us = jnp.swapaxes(task.args[1], 0, 1)
-    _, outputs = computed(lambda us: jax.lax.scan(step, decoder.states, us), us)
+    _, outputs = computed(lambda us: jax.lax.scan(step, given.args[1], us), us)
     expected = expected_of(one)["output"]
     assert jnp.allclose(jnp.swapaxes(outputs, 0, 1), expected, atol=1e-4)
 

@@ -98,10 +98,10 @@ def task(case: Case, framework: str, way: str) -> Task | None:
         return None
     module = models.framework(framework)
     params, x = _inputs(case)
-    given = models.Given(model, case.layers, params, x)
     decodes = case.mode in ("decode", "generate")
-    made = _made(module.decoder if decodes else module.stack, way, given)
-    return made and _TASKS[case.mode](made, x[:, 0] if decodes else x)
+    given = models.Given(model, case.layers, params, x, decodes)
+    made = _made(module.stack, way, given)
+    return made and _TASKS[case.mode](made, *given.args)
 
 
 # Ways that only differ from another one where there is setup, or a gradient.
@@ -252,27 +252,26 @@ def _init_sharded(stack: models.Stack, x: jax.Array) -> Task | None:
     return task._replace(function=lambda *args: jax.tree.map(sharded, init(*args)))
 
 
-def _decode(decoder: models.Stack, x: jax.Array) -> Task:
+def _decode(stack: models.Stack, *first: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
-    first = x, decoder.states
 
     def values(run: Compiled) -> Values:
         carry, outputs = first, []
         for _ in range(3):
-            carry = run(decoder.params, *carry)
+            carry = run(stack.params, *carry)
             outputs.append(carry[0])
         return {"output": outputs}
 
-    return Task(decoder.apply, (decoder.params, *first), values)
+    return Task(stack.apply, (stack.params, *first), values)
 
 
-def _generate(decoder: models.Stack, x: jax.Array) -> Task:
+def _generate(stack: models.Stack, x: jax.Array, states: jax.Array) -> Task:
     """Steps of time, each of which is given what the one before it returned."""
-    args = decoder.params, x, decoder.states
+    args = stack.params, x, states
 
     def run(params: Any, x: jax.Array, states: Any) -> Any:
         def turn(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            carry = decoder.apply(params, *carry)
+            carry = stack.apply(params, *carry)
             return carry, carry[0]
 
         return jax.lax.scan(turn, (x, states), length=GENERATED)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import hk_stack
 from hk_stack.compare import models, s4
 from hk_stack.compare.models import Part
 
@@ -232,40 +231,31 @@ _RULES: dict[str, Any] = {
 
 
 def stack(way: str, given: models.Given) -> models.Stack | None:
-    """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned."""
-    if way == "nn.scan, cache":
+    """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned.
+
+    To decode, "cache" has the discretised systems in a collection.
+    """
+    is_primed = way == "nn.scan, cache"
+    if way != "nn.scan" and is_primed != given.decodes:
         return None
     kind = way if way in STACKS else "scan"
     block: Any = _remat(Block) if way == "nn.scan + nn.remat" else Block
-    net = STACKS[kind](functools.partial(block, given.model), given.num_layers)
+    block = functools.partial(block, given.model)
+    net = STACKS[kind](block, given.num_layers)
     single = models.types(given.x, jnp.float32)  # Of which parameters are initialised.
     like = jax.eval_shape(net.init, jax.random.key(0), single)
-    typed = models.types(like, given.x.dtype)
-    return models.Stack(
-        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES[kind]),
-        cast(Any, net.apply),
-        net.init,
-        lambda tree: hk_stack.flax_to_haiku(tree, given.typed, **_RULES[kind])[0],
-    )
+    apply = cast(Any, net.apply)
+    made = models.flax_stack(given, apply, net.init, like, **_RULES[kind])
+    if not given.decodes:
+        return made
+    block = functools.partial(block, length=given.length, is_primed=is_primed)
+    decoder = ScanStack(block, given.num_layers)
+    variables = {**made.params, **prime(decoder, made.params["params"], given.args[0])}
+    structure = jax.tree.structure({"cache": variables.pop("cache")})
 
+    def step(known: Any, x: Array, state: Array) -> Any:
+        cache = jax.tree.unflatten(structure, [state])
+        y, cache = decoder.apply({**known, **cache}, x, mutable=["cache"])
+        return y, jax.tree.leaves(cache)[0]
 
-def decoder(way: str, given: models.Given) -> models.Stack | None:
-    """The S4 blocks, one step of time; "cache" has the systems in a collection."""
-    if way not in ("nn.scan", "nn.scan, cache"):
-        return None
-    block = functools.partial(
-        Block,
-        given.model,
-        length=given.x.shape[1],
-        is_primed=way == "nn.scan, cache",
-    )
-    net = ScanStack(block, given.num_layers)
-    made = stack("nn.scan", given)
-    assert made is not None
-    variables = {**made.params, **prime(net, made.params["params"], given.x[:, 0])}
-    states = {"cache": variables.pop("cache")}
-
-    def step(known: Any, x: Array, states: Any) -> Any:
-        return net.apply({**known, **states}, x, mutable=["cache"])
-
-    return models.Stack(variables, step, states=states)
+    return models.Stack(variables, step)
