@@ -137,7 +137,7 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
     graph, like = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     return models.flax_stack(
         given,
-        lambda state, *args: nnx.merge(graph, state)(*args),
+        lambda state, *args: nnx.merge(graph, state, copy=True)(*args),
         lambda key, x: nnx.state(make(key)),
         like,
         **rules,

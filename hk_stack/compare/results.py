@@ -81,8 +81,8 @@ class Row(NamedTuple):
 
     case: Case
     way: str
-    measures: Mapping[str, list[Any]]
-    parity: Mapping[str, float]
+    measures: dict[str, list[Any]]
+    parity: dict[str, float]
 
     def samples(self, measure: str) -> list[list[float]]:
         """All samples of a measure, one list for each build; [] if it has none."""
@@ -172,9 +172,6 @@ class Failure(NamedTuple):
     case: Case
     way: str
     error: str
-
-    def __str__(self) -> str:
-        return (self.error.strip().splitlines() or [""])[0]
 
 
 class Result(NamedTuple):

@@ -133,7 +133,9 @@ def table(result: results.Result, case: results.Case) -> _table.Table:
     titles.append("parity")
     rows = [_cells(line, shown) for line in found]
     for failure in result.failures(case):
-        rows.append([failure.way, f"failed: {failure}", *[""] * (len(titles) - 2)])
+        rows.append(
+            [failure.way, f"failed: {failure.error}", *[""] * (len(titles) - 2)]
+        )
     return _table.Table(titles, rows, numbers=titles[1:])
 
 
