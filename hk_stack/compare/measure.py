@@ -123,10 +123,9 @@ def measured(
             if i:
                 ways_of.each(_Way.build)
             ways_of.rounds("run_s", len(part))
-        # Each initialisation outside of `jit` may compile anew.
-        ways_of.rounds(
-            "eager_s", max(2, repeat // 5) if case.mode == "init" else repeat
-        )
+        if case.mode == "init":  # Each may compile anew.
+            repeat = max(2, repeat // 5)
+        ways_of.rounds("eager_s", repeat)
     except KeyboardInterrupt:
         is_stopped = True
     rows = [way.row for way in ways_of.built.values()]
