@@ -133,61 +133,43 @@ def test_every_way_has_the_losses_and_gradients_of_haiku(framework):
         assert_agree(one, framework, way)
 
 
-@pytest.mark.parametrize("framework", ["plain", "linen", "nnx", "equinox"])
-def test_every_part_has_the_gradient_of_haiku(framework):
-    # By hand, spectral norms are another block than those without setup.
-    one = case("transformer" if framework == "plain" else "every", layers=1)
-    assert_agree(one, framework, ways_of(framework)[0])
-
-
-@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
-def test_the_gradient_of_s4_is_that_of_haiku(framework):
-    assert_agree(case("s4", layers=1), framework, ways_of(framework)[0])
-
-
 @pytest.mark.parametrize(
-    ("model", "framework", "way"),
+    ("model", "mode", "layers", "framework", "way"),
     [
-        ("s4", "plain", "reused"),
-        ("s4", "hk_stack", "prepared"),
-        ("s4_terms", "plain", "split"),
-        ("recurrence", "plain", "split"),
-        ("recurrence", "hk_stack", "auto"),
-        ("spectral", "plain", "reused"),
-        ("spectral", "hk_stack", "prepared"),
-        ("s4", "linen", "nn.scan + setup_first"),
+        # By hand, spectral norms are another block than those without setup.
+        ("transformer", "grad", 1, "plain", "scan"),
+        ("every", "grad", 1, "linen", "nn.scan"),
+        ("every", "grad", 1, "nnx", "nnx.scan"),
+        ("every", "grad", 1, "equinox", "filter_vmap + scan"),
+        ("s4", "grad", 1, "linen", "nn.scan"),
+        ("s4", "grad", 1, "nnx", "nnx.scan"),
+        ("s4", "grad", 1, "equinox", "filter_vmap + scan"),
+        # Setup that is done before.
+        ("s4", "fwd", 2, "plain", "reused"),
+        ("s4", "fwd", 2, "hk_stack", "prepared"),
+        ("s4_terms", "fwd", 2, "plain", "split"),
+        ("recurrence", "fwd", 2, "plain", "split"),
+        ("recurrence", "fwd", 2, "hk_stack", "auto"),
+        ("spectral", "fwd", 2, "plain", "reused"),
+        ("spectral", "fwd", 2, "hk_stack", "prepared"),
+        ("s4", "fwd", 2, "linen", "nn.scan + setup_first"),
+        ("recurrence", "setup", 2, "hk_stack", "1 at a time"),
+        ("recurrence", "setup", 2, "hk_stack", "2 at a time, remat"),
+        # Other modes.
+        ("s4", "decode", 2, "hk_stack", "auto"),
+        ("s4", "decode", 2, "plain", "split"),
+        ("s4", "decode", 2, "linen", "nn.scan, cache"),
+        ("s4", "generate", 2, "nnx", "nnx.scan"),
+        ("s4", "decode", 2, "equinox", "filter_vmap + scan"),
+        ("mlp", "accumulate", 1, "hk_stack", "accumulate"),
+        ("mlp", "remat", 4, "plain", "checkpoint, groups"),
+        ("mlp", "remat", 4, "haiku", "layer_stack + hk.remat"),
+        ("mlp", "remat", 4, "hk_stack", "+ remat, sqrt"),
+        ("mlp", "train", 1, "hk_stack", "auto"),
     ],
 )
-def test_setup_that_is_done_before_changes_nothing(model, framework, way):
-    assert_agree(case(model, "fwd"), framework, way)
-
-
-@pytest.mark.parametrize(
-    ("mode", "framework", "way"),
-    [
-        ("decode", "hk_stack", "auto"),
-        ("decode", "plain", "split"),
-        ("decode", "linen", "nn.scan, cache"),
-        ("generate", "nnx", "nnx.scan"),
-        ("decode", "equinox", "filter_vmap + scan"),
-    ],
-)
-def test_decoding_is_that_of_haiku(mode, framework, way):
-    assert_agree(case("s4", mode), framework, way)
-
-
-@pytest.mark.parametrize(
-    ("mode", "framework", "way"),
-    [
-        ("accumulate", "hk_stack", "accumulate"),
-        ("remat", "plain", "checkpoint, groups"),
-        ("remat", "haiku", "layer_stack + hk.remat"),
-        ("remat", "hk_stack", "+ remat, sqrt"),
-        ("train", "hk_stack", "auto"),
-    ],
-)
-def test_other_modes(mode, framework, way):
-    assert_agree(case(mode=mode, layers=4 if mode == "remat" else 1), framework, way)
+def test_models_and_modes_agree_with_haiku(model, mode, layers, framework, way):
+    assert_agree(case(model, mode, layers), framework, way)
 
 
 @pytest.mark.parametrize(
@@ -198,22 +180,13 @@ def test_other_modes(mode, framework, way):
         ("mlp", "fwd", "plain", "reused"),
         ("spectral", "fwd", "hk_stack", "+ remat"),
         ("spectral", "init", "linen", "nn.scan + nn.remat"),
+        ("recurrence", "setup", "hk_stack", "4 at a time"),  # There are two layers.
     ],
 )
 def test_ways_that_are_the_program_of_another_are_not_measured(
     model, mode, framework, way
 ):
     assert cases.task(case(model, mode), framework, way) is None
-    assert cases.task(case("spectral", "grad"), framework, way) or way == "reused"
-
-
-@pytest.mark.parametrize("way", ["1 at a time", "2 at a time, remat", "4 at a time"])
-def test_batches_of_setup(way):
-    one = case("recurrence", "setup")
-    if way.startswith("4"):
-        assert cases.task(one, "hk_stack", way) is None  # There are two layers.
-    else:
-        assert_agree(one, "hk_stack", way)
 
 
 def test_decoding_is_the_forward_pass_step_by_step():

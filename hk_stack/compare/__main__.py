@@ -59,7 +59,7 @@ _MODE = flags.DEFINE_list(
     "mode",
     ["fwd", "grad", "decode"],
     "What to run: "
-    + "; ".join(f"{name}, {what}" for name, what in cases.MODES.items()),
+    + "; ".join(f"{name}, {what}" for name, (what, _) in cases.MODES.items()),
 )
 _REPEAT = flags.DEFINE_integer("repeat", 12, "Rounds of each case.", lower_bound=1)
 _BUILDS = flags.DEFINE_integer(

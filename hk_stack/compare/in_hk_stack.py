@@ -46,6 +46,6 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
     init, apply = in_haiku.transformed(given, hk_stack.layer_stack, **options)
     if way == "prepared":
         split = hk_stack.partition(apply, params, *given.args)
-        return models.Stack(split.setup(params), split.call, to_haiku=None)
+        return models.Stack(split.setup(params), split.call)
     mean = hk_stack.accumulate if way == "accumulate" else None
     return models.Stack(params, apply, init, mean_gradient=mean)

@@ -45,7 +45,8 @@ class S4(nn.Module):
             for name, (shape, init) in table.items()
         }
         if self.length is None:
-            return s4.run(params, u, self.part.mode)
+            y: Array = s4.run(params, u, self.part.mode)
+            return y
         discretise = functools.partial(s4.discretise, s4.dplr(params), self.length)
         shape = (*u.shape, int(self.part.other))
         dtype = np.result_type(u.dtype, np.complex64)
@@ -192,23 +193,12 @@ STACKS = {"scan": ScanStack, "hack": HackStack, "loop": LoopStack}
 
 
 def prime(model: nn.Module, params: Any, x: Array) -> Any:
-    """What a model that decodes needs beside its parameters.
+    """What a model that decodes, or a stack of blocks, needs beside its parameters.
 
-    ```
-    variables = prime(model, params, x)
-    for x in sequence:
-        y, cache = model.apply({"params": params, **variables}, x, mutable=["cache"])
-        variables = {**variables, **cache}
-    ```
-
-    Args:
-      model: A model or a stack of blocks, which decodes.
-      params: Its parameters.
-      x: An input of one step; only its shape matters.
-
-    Returns:
-      States at zero in collection `"cache"`; of blocks that are primed, discretised
-      systems in collection `"prime"`.
+    These are states at zero in collection `"cache"`, and of blocks that are primed
+    discretised systems in `"prime"`. `model.apply({"params": params, **variables}, x,
+    mutable=["cache"])` then also returns the next states. Of `x`, an input of one step,
+    only the shape matters.
     """
     _, variables = model.apply({"params": params}, x, mutable=["cache", "prime"])
     return variables

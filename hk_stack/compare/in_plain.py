@@ -216,6 +216,6 @@ def stack(way: str, given: models.Given) -> models.Stack:
     model, params = given.model, given.params
     if way == "reused":
         known = setup(model, params, given.x.shape[1], given.decodes), params
-        return models.Stack(known, functools.partial(call, model), to_haiku=None)
+        return models.Stack(known, functools.partial(call, model))
     options = {"length": given.length} if given.decodes else {}
     return models.Stack(params, functools.partial(_RUNS[way], model, **options))

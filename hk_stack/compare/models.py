@@ -76,10 +76,8 @@ def bound(
         called with its state, too, and returns the next one.
     """
 
-    def run_s4(part: Part, params: Any, u: jax.Array, state: Any = None) -> Any:
-        if length is None:
-            return s4.run(params, u, part.mode)
-        return s4.run_step(params, u, state, length)
+    def run_s4(part: Part, params: Any, u: jax.Array, *state: jax.Array) -> Any:
+        return s4.run(params, u, part.mode, *state, length=length)
 
     run = {"s4": run_s4, **run}
     found = {
@@ -142,9 +140,7 @@ def spectral_block(parts: Any, x: jax.Array) -> jax.Array:
     return x + _up_then_down(parts, x)
 
 
-def _recurrence_parts(width: int) -> dict[str, Part]:
-    del width
-    return {"decay": Part("vector", 64, 1.0), "b": Part("vector", 64, 0.01)}
+_DECAYS = {"decay": Part("vector", 64, 1.0), "b": Part("vector", 64, 0.01)}
 
 
 def _recurrence_block(parts: Any, x: jax.Array) -> jax.Array:
@@ -166,17 +162,12 @@ def recurrence_call(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return x + jnp.tanh(s4.convolve(x, kernel[None]))
 
 
-_SIZES = {f"w{i}": (8 + i) * (16 + 2 * i) for i in range(24)}
-
-
-def _shapes_parts(width: int) -> dict[str, Part]:
-    del width
-    return {name: Part("vector", size, 0.1) for name, size in _SIZES.items()}
+_SHAPES = {f"w{i}": Part("vector", (8 + i) * (16 + 2 * i), 0.1) for i in range(24)}
 
 
 def _shapes_block(parts: Any, x: jax.Array) -> jax.Array:
     """Setup: sums of 24 parameters, each of another shape; for `init`."""
-    return x + sum(jnp.sum(getattr(parts, name)) for name in _SIZES)
+    return x + sum(jnp.sum(getattr(parts, name)) for name in _SHAPES)
 
 
 class Model(NamedTuple):
@@ -243,11 +234,11 @@ MODELS = {
     model.name: model
     for model in (
         s4_model(),
-        Model("recurrence", _recurrence_parts, _recurrence_block, _WITH_FFT, width=16),
+        Model("recurrence", lambda _: _DECAYS, _recurrence_block, _WITH_FFT, width=16),
         transformer_model(),
         Model("spectral", functools.partial(_up_and_down, "spectral"), spectral_block),
         Model("mlp", _mlp_parts, _mlp_block, has_setup=False),
-        Model("shapes", _shapes_parts, _shapes_block),
+        Model("shapes", lambda _: _SHAPES, _shapes_block),
         s4_model(mode="term by term", name="s4_terms"),
     )
 }
@@ -295,8 +286,7 @@ class Stack(NamedTuple):
       apply: `(params, x [B, T, D]) -> y [B, T, D]`; to decode, one step of time
         `(params, x [B, D], states) -> (y [B, D], states)`.
       init: `(key, x) -> params`; None if there is nothing to initialise.
-      to_haiku: A tree like `params` as the parameters of Haiku's stack, by default as
-        it is; None if `params` are derived values, of which no gradient is compared.
+      to_haiku: A tree like `params` as the parameters of Haiku's stack.
       mean_gradient: Of microbatches, `(loss, params, xs) -> (loss, gradient)`; None for
         the gradients of one after the other.
     """
@@ -304,7 +294,7 @@ class Stack(NamedTuple):
     params: Params
     apply: Callable[..., Any]
     init: Callable[[jax.Array, jax.Array], Params] | None = None
-    to_haiku: Callable[[Params], Params] | None = lambda params: params
+    to_haiku: Callable[[Params], Params] = lambda params: params
     mean_gradient: Callable[..., tuple[jax.Array, Params]] | None = None
 
 
@@ -343,11 +333,7 @@ def framework_names() -> list[str]:
 
 
 def framework(name: str) -> ModuleType:
-    """The file of a framework.
-
-    Raises:
-      ImportError: If the framework is not installed; says how to.
-    """
+    """The file of a framework; if that is not installed, an `ImportError` says how."""
     return importlib.import_module(f"hk_stack.compare.in_{name}")
 
 
