@@ -82,12 +82,6 @@ _OUT = flags.DEFINE_string("out", None, "A folder for the samples and the report
 _AGAINST = flags.DEFINE_string(
     "against", None, "An older results.json; exits with 1 if a ratio got worse."
 )
-# What says how to measure the same again.
-_ASKED: tuple[flags.FlagHolder[Any], ...] = (
-    *(_MODEL, _FRAMEWORKS, _LAYERS, _DTYPE, _BATCH, _LENGTH, _WIDTH, _MODE),
-    *(_REPEAT, _BUILDS, _PATIENCE, _BASELINE),
-)
-
 _Ways = list[tuple[str, str]]
 
 
@@ -243,9 +237,11 @@ def _skip(result: Result, what: str, why: str) -> None:
 
 def _asked() -> dict[str, Any]:
     """The flags, and how to ask for the same again."""
-    said = [flags.FLAGS[flag.name].serialize() for flag in _ASKED if flag.present]
+    own = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    asked = [flag for flag in own if flag.name not in ("out", "against")]
+    said = [flag.serialize() for flag in asked if flag.present]
     return {
-        "flags": {flag.name: flag.value for flag in _ASKED},
+        "flags": {flag.name: flag.value for flag in asked},
         "command": shlex.join(["python", "-m", "hk_stack.compare", *said]),
     }
 

@@ -58,10 +58,6 @@ def call(
     return models.scan(layer, x, known, *states)
 
 
-def _layer(model: Model, x: jax.Array, params: Params) -> tuple[jax.Array, None]:
-    return _call(model, _derived(model, params, x.shape[1]), params, x), None
-
-
 def _layer_by_layer(model: Model, params: Params, x: jax.Array) -> Any:
     """As `split`, but one layer's setup at a time, computed again for gradients."""
     one = jax.checkpoint(lambda params: _derived(model, params, x.shape[1]))
@@ -73,7 +69,10 @@ def _checkpointed(
 ) -> jax.Array:
     """As `scan`; gradients compute each layer again, and groups of layers before."""
     again = functools.partial(jax.checkpoint, prevent_cse=False)
-    layer = again(functools.partial(_layer, model))
+
+    @again
+    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        return _call(model, _derived(model, params, x.shape[1]), params, x), None
 
     def layers(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
         return jax.lax.scan(layer, x, params)
