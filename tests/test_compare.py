@@ -18,7 +18,7 @@ from interpreter import computed
 
 import hk_stack
 from hk_stack.compare import __main__ as command
-from hk_stack.compare import cases, in_haiku, in_plain, measure, models, results
+from hk_stack.compare import cases, in_haiku, measure, models, results
 from hk_stack.compare.models import Model, Part
 
 FRAMEWORKS = ("haiku", "plain", "hk_stack", "linen", "nnx", "equinox")
@@ -157,7 +157,7 @@ def test_every_way_has_the_losses_and_gradients_of_haiku(framework):
         ("recurrence", "setup", 2, "hk_stack", "2 at a time, remat"),
         # Other modes.
         ("s4", "decode", 2, "hk_stack", "auto"),
-        ("s4", "decode", 2, "plain", "split"),
+        ("s4", "decode", 2, "plain", "reused"),
         ("s4", "decode", 2, "linen", "nn.scan, cache"),
         ("s4", "generate", 2, "nnx", "nnx.scan"),
         ("s4", "decode", 2, "equinox", "filter_vmap + scan"),
@@ -187,23 +187,6 @@ def test_ways_that_are_the_program_of_another_are_not_measured(
     model, mode, framework, way
 ):
     assert cases.task(case(model, mode), framework, way) is None
-
-
-def test_decoding_is_the_forward_pass_step_by_step():
-    one = case("s4", "fwd", length=3)
-    task = cases.task(one, "haiku", "layer_stack")
-    model = models.MODELS["s4"]._replace(width=8)
-    given = models.Given(model, 2, *task.args, decodes=True)
-    decoder = in_plain.stack("reused", given)
-
-    def step(states, u):
-        y, states = decoder.apply(decoder.params, u, states)
-        return states, y
-
-    us = jnp.swapaxes(task.args[1], 0, 1)
-    _, outputs = computed(lambda us: jax.lax.scan(step, given.args[1], us), us)
-    expected = expected_of(one)["output"]
-    assert jnp.allclose(jnp.swapaxes(outputs, 0, 1), expected, atol=1e-4)
 
 
 def test_steps_of_time_in_one_program_are_those_one_by_one():
@@ -261,7 +244,7 @@ def test_other_dtypes(dtype):
 
 
 def ways_of(framework):
-    return models.ways(framework, "grad")
+    return [way for _, way in cases.all_ways([framework], "grad")]
 
 
 # Measures

@@ -62,7 +62,6 @@ def moved(old: results.Result, new: results.Result) -> list[Move]:
 def _moved(
     case: results.Case, old: results.Result, new: results.Result
 ) -> Iterator[Move]:
-    """What has moved of a case."""
     _check_baseline(case, old, new)
     before, after = (
         {line.row.way: line.ratios for line in show.lines(result, case)}

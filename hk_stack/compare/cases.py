@@ -70,7 +70,12 @@ def all_ways(frameworks: Iterable[str], mode: str) -> list[tuple[str, str]]:
     if mode == "port":
         pairs = (way.split(" ", 1) for way in porting.PROGRAMS)
         return [(name, way) for name, way in pairs if name in frameworks]
-    return [(name, way) for name in frameworks for way in models.ways(name, mode)]
+    modules = {name: models.framework(name) for name in frameworks}
+    return [
+        (name, way)
+        for name, module in modules.items()
+        for way in module.WAYS_OF.get(mode, module.WAYS)
+    ]
 
 
 def task(case: Case, framework: str, way: str) -> Task | None:

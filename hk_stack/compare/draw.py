@@ -167,7 +167,6 @@ def scaling(result: results.Result, cases: Sequence[results.Case]) -> Figure:
 def _lines(
     axes: Axes, ways: Sequence[str], rows: Sequence[results.Row], measure: str
 ) -> None:
-    """A measure against the number of layers."""
     name, scale, unit = show.SHOWN[measure]
     colours = _colours(ways)
     for way, marker in zip(ways, _MARKERS * len(ways), strict=False):

@@ -67,7 +67,7 @@ def layers(
     return layer_stack(num_layers, **stack_options)(layer)(x, states)
 
 
-layers_step = layers
+layers_step = layers  # With states.
 
 
 def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], Layer]:

@@ -114,7 +114,7 @@ def measured(
     Returns:
       Whether it was interrupted; then the rows hold what there was.
     """
-    ways_of = _Ways(case)
+    ways_of = _Ways(case, result.failed)
     is_stopped = False
     try:
         ways_of.build(ways, tell)
@@ -130,18 +130,15 @@ def measured(
         is_stopped = True
     rows = [way.row for way in ways_of.built.values()]
     result.rows.extend(x for x in rows if {"run_s", "eager_s"} & x.measures.keys())
-    failed = (results.Failure(case, *pair) for pair in ways_of.failed.items())
-    result.failed.extend(failed)
     return is_stopped
 
 
 class _Ways:
-    """The ways of doing a case: those that are built, and why others failed."""
+    """The ways of doing a case that are built; the failures of others go to a list."""
 
-    def __init__(self, case: results.Case):
-        self.case = case
+    def __init__(self, case: results.Case, failed: list[results.Failure]):
+        self.case, self.failed = case, failed
         self.built: dict[str, _Way] = {}
-        self.failed: dict[str, str] = {}
 
     def build(
         self, ways: Sequence[tuple[str, str]], tell: Callable[[str], None]
@@ -211,7 +208,8 @@ class _Ways:
             return do()
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip()
-            self.failed[name] = text.splitlines()[0][:500]
+            line = text.splitlines()[0][:500]
+            self.failed.append(results.Failure(self.case, name, line))
             self.built.pop(name, None)
             return None
 

@@ -337,13 +337,6 @@ def framework(name: str) -> ModuleType:
     return importlib.import_module(f"hk_stack.compare.in_{name}")
 
 
-def ways(name: str, mode: str) -> tuple[str, ...]:
-    """The ways of a framework in a mode."""
-    module = framework(name)
-    found: tuple[str, ...] = module.WAYS_OF.get(mode, module.WAYS)
-    return found
-
-
 def types(tree: Any, dtype: Any = None) -> Any:
     """Shapes and dtypes of the leaves of a tree; with `dtype`, all of that one."""
     return jax.tree.map(

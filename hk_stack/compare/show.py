@@ -76,7 +76,6 @@ def _ratios(row: results.Row, base: results.Row) -> _Ratios:
 def _best(
     measure: str, rows: dict[str, results.Row], ratios: dict[str, _Ratios]
 ) -> set[str]:
-    """The ways that are best in a measure."""
     found = {way: r[measure].value for way, r in ratios.items() if measure in r}
     if not found:
         return set()
