@@ -83,17 +83,16 @@ def task(case: Case, framework: str, way: str) -> Task | None:
     _, make = MODES[case.mode]
     if make is None:
         return _port(f"{framework} {way}")
-    model = models.MODELS[case.model]._replace(width=case.width)
-    is_idle = not model.has_setup and any(name in way for name in _OF_SETUP)
-    if is_idle or ("remat" in way and case.mode in ("init", *_OUTPUTS)):
+    has_setup = models.MODELS[case.model].has_setup
+    if not has_setup and any(name in way for name in _OF_SETUP):
         return None
     if way in ("prepared", "reused") and case.mode not in _OUTPUTS:
         return None
-    module = models.framework(framework)
-    params, x = _inputs(case)
+    if "remat" in way and case.mode in ("init", *_OUTPUTS):
+        return None
     decodes = case.mode in ("decode", "generate")
-    given = models.Given(model, case.layers, params, x, decodes)
-    made = _made(module.stack, way, given)
+    given = _given(case)._replace(decodes=decodes)
+    made = _made(models.framework(framework).stack, way, given)
     return made and make(made, *given.args)
 
 
@@ -124,18 +123,16 @@ def _made(
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(case: Case) -> tuple[models.Params, jax.Array]:
+def _given(case: Case) -> models.Given:
     """Parameters of Haiku's stack and activations, the same for all ways."""
+    model = models.MODELS[case.model]._replace(width=case.width)
     shape = (case.batch, case.length, case.width)
     x = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    model = models.MODELS[case.model]._replace(width=case.width)
     given = models.Given(model, case.layers, None, x)
     init, _ = in_haiku.transformed(given, hk.layer_stack)
     params = _initialised(init, jax.random.key(1), x)
-    found: tuple[models.Params, jax.Array] = jax.tree.map(
-        lambda leaf: leaf.astype(case.dtype), (params, x)
-    )
-    return found
+    params, x = jax.tree.map(lambda leaf: leaf.astype(case.dtype), (params, x))
+    return given._replace(params=params, x=x)
 
 
 def _initialised(init: Callable[..., models.Params], *args: jax.Array) -> Any:

@@ -33,11 +33,7 @@ def _each(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Arr
 
 def _attend(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     mask = jnp.tri(x.shape[1], dtype=bool)
-
-    def attend(h: jax.Array) -> jax.Array:
-        return module(h, h, h, mask)
-
-    return jax.vmap(attend)(x)
+    return jax.vmap(lambda h: module(h, h, h, mask))(x)
 
 
 def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:

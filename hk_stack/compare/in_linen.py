@@ -121,11 +121,7 @@ def _attend(part: Part, attention: Callable[..., Array], h: Array) -> Array:
     return attention(h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None])
 
 
-def _apply(part: Part, module: Callable[..., Array], u: Array) -> Array:
-    return module(u)
-
-
-_RUN = {"attention": _attend, "s4": _apply}
+_RUN: dict[str, Any] = {"attention": _attend, "s4": lambda part, module, u: module(u)}
 
 
 class Stack(nn.Module):
