@@ -97,6 +97,7 @@ def every(monkeypatch):
         small = models.s4_model(4, mode, name)
         monkeypatch.setitem(models.MODELS, name, small)
     monkeypatch.setitem(models.MODELS, "every", every)
+    monkeypatch.setattr(cases, "GENERATED", 4)
     few = functools.partial(models.normalised, iterations=1)
     monkeypatch.setattr(models, "normalised", few)
 
