@@ -92,7 +92,7 @@ def task(case: Case, framework: str, way: str) -> Task | None:
         return None
     decodes = case.mode in ("decode", "generate")
     given = _given(case)._replace(decodes=decodes)
-    made = _made(models.framework(framework).stack, way, given)
+    made = _made(framework, way, given)
     return made and make(made, *given.args)
 
 
@@ -109,16 +109,13 @@ _OUTPUTS = ("fwd", "decode", "generate", "eager")
 _OURS = {"roll": hk_stack.roll, "setup_first": hk_stack.setup_first}
 
 
-def _made(
-    make: Callable[[str, models.Given], models.Stack | None],
-    way: str,
-    given: models.Given,
-) -> models.Stack | None:
+def _made(framework: str, way: str, given: models.Given) -> models.Stack | None:
     """What a framework makes, or what one of ours makes of that."""
     of, _, name = way.rpartition(" + ")
     if name not in _OURS:
-        return make(way, given)
-    made = make(of, given)  # Of which the initialisation is measured already.
+        stack: models.Stack | None = models.framework(framework).stack(way, given)
+        return stack
+    made = _made(framework, of, given)  # Its initialisation is measured already.
     return made and made._replace(apply=_OURS[name](made.apply), init=None)
 
 

@@ -133,18 +133,11 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
     )
 
 
-_MODULES = {
-    "query_proj": "query",
-    "key_proj": "key",
-    "value_proj": "value",
-    "output_proj": "linear",
-}
-
-
 def _haiku_name(path: Any) -> tuple[str, str]:
     """Module and name of a leaf in Haiku."""
-    names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-    *modules, name = [_MODULES.get(name, name) for name in names if name != "parts"]
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    *modules, name = [name.removesuffix("_proj") for name in names[1:]]
+    modules = ["linear" if name == "output" else name for name in modules]
     norm = {"weight": "scale", "bias": "offset"}
     is_norm = bool(modules) and modules[-1].endswith("norm")
     known = norm if is_norm else {"weight": "w", "bias": "b"}

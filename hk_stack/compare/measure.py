@@ -89,7 +89,8 @@ def seconds(run: Run, times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-# Seconds: a sample takes more, and what took more to compile is not built again.
+# Seconds: a sample takes the first at least; what took more than the second to compile
+# is not built again.
 SHORTEST, PATIENCE = 0.005, 10.0
 
 
