@@ -18,11 +18,10 @@ from interpreter import computed
 
 import hk_stack
 from hk_stack.compare import __main__ as command
-from hk_stack.compare import cases, in_haiku, in_plain, measure, models, results
+from hk_stack.compare import cases, in_haiku, measure, models, results
 from hk_stack.compare.models import Model, Part
 
 FRAMEWORKS = ("haiku", "plain", "hk_stack", "linen", "nnx", "equinox")
-OPTIONS = measure.Options(repeat=2, shortest=0.0)
 SIZES = {"dtype": "float32", "batch": 1, "length": 8, "width": 8}
 
 
@@ -35,6 +34,12 @@ def promotion():
 
 def case(model="mlp", mode="grad", layers=2, **sizes):
     return results.Case(model, mode, layers, **{**SIZES, **sizes})
+
+
+def measured(one, ways, repeat=2, builds=1):
+    """What comes of a case, and whether it was interrupted."""
+    found = results.Result({}, [], [], [])
+    return found, measure.measured(found, one, ways, repeat, builds)
 
 
 def run(*arguments):
@@ -64,10 +69,11 @@ def _every_block(parts, x):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_collecting():
+def in_short():
     """Collecting garbage before each build takes long in a process of many tests."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(measure.gc, "collect", lambda: 0)
+        patched.setattr(measure, "SHORTEST", 0.0)
         yield
 
 
@@ -91,6 +97,7 @@ def every(monkeypatch):
         small = models.s4_model(4, mode, name)
         monkeypatch.setitem(models.MODELS, name, small)
     monkeypatch.setitem(models.MODELS, "every", every)
+    monkeypatch.setattr(cases, "GENERATED", 4)
     few = functools.partial(models.normalised, iterations=1)
     monkeypatch.setattr(models, "normalised", few)
 
@@ -127,61 +134,43 @@ def test_every_way_has_the_losses_and_gradients_of_haiku(framework):
         assert_agree(one, framework, way)
 
 
-@pytest.mark.parametrize("framework", ["plain", "linen", "nnx", "equinox"])
-def test_every_part_has_the_gradient_of_haiku(framework):
-    # By hand, spectral norms are another block than those without setup.
-    one = case("transformer" if framework == "plain" else "every", layers=1)
-    assert_agree(one, framework, ways_of(framework)[0])
-
-
-@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
-def test_the_gradient_of_s4_is_that_of_haiku(framework):
-    assert_agree(case("s4", layers=1), framework, ways_of(framework)[0])
-
-
 @pytest.mark.parametrize(
-    ("model", "framework", "way"),
+    ("model", "mode", "layers", "framework", "way"),
     [
-        ("s4", "plain", "reused"),
-        ("s4", "hk_stack", "prepared"),
-        ("s4_terms", "plain", "split"),
-        ("recurrence", "plain", "split"),
-        ("recurrence", "hk_stack", "auto"),
-        ("spectral", "plain", "reused"),
-        ("spectral", "hk_stack", "prepared"),
-        ("s4", "linen", "nn.scan + setup_first"),
+        # By hand, spectral norms are another block than those without setup.
+        ("transformer", "grad", 1, "plain", "scan"),
+        ("every", "grad", 1, "linen", "nn.scan"),
+        ("every", "grad", 1, "nnx", "nnx.scan"),
+        ("every", "grad", 1, "equinox", "filter_vmap + scan"),
+        ("s4", "grad", 1, "linen", "nn.scan"),
+        ("s4", "grad", 1, "nnx", "nnx.scan"),
+        ("s4", "grad", 1, "equinox", "filter_vmap + scan"),
+        # Setup that is done before.
+        ("s4", "fwd", 2, "plain", "reused"),
+        ("s4", "fwd", 2, "hk_stack", "prepared"),
+        ("s4_terms", "fwd", 2, "plain", "split"),
+        ("recurrence", "fwd", 2, "plain", "split"),
+        ("recurrence", "fwd", 2, "hk_stack", "auto"),
+        ("spectral", "fwd", 2, "plain", "reused"),
+        ("spectral", "fwd", 2, "hk_stack", "prepared"),
+        ("s4", "fwd", 2, "linen", "nn.scan + setup_first"),
+        ("recurrence", "setup", 2, "hk_stack", "1 at a time"),
+        ("recurrence", "setup", 2, "hk_stack", "2 at a time, remat"),
+        # Other modes.
+        ("s4", "decode", 2, "hk_stack", "auto"),
+        ("s4", "decode", 2, "plain", "reused"),
+        ("s4", "decode", 2, "linen", "nn.scan, cache"),
+        ("s4", "generate", 2, "nnx", "nnx.scan"),
+        ("s4", "decode", 2, "equinox", "filter_vmap + scan"),
+        ("mlp", "accumulate", 1, "hk_stack", "accumulate"),
+        ("mlp", "remat", 4, "plain", "checkpoint, groups"),
+        ("mlp", "remat", 4, "haiku", "layer_stack + hk.remat"),
+        ("mlp", "remat", 4, "hk_stack", "+ remat, sqrt"),
+        ("mlp", "train", 1, "hk_stack", "auto"),
     ],
 )
-def test_setup_that_is_done_before_changes_nothing(model, framework, way):
-    assert_agree(case(model, "fwd"), framework, way)
-
-
-@pytest.mark.parametrize(
-    ("framework", "way"),
-    [
-        ("hk_stack", "auto"),
-        ("plain", "split"),
-        ("linen", "nn.scan, cache"),
-        ("nnx", "nnx.scan"),
-        ("equinox", "filter_vmap + scan"),
-    ],
-)
-def test_decoding_is_that_of_haiku(framework, way):
-    assert_agree(case("s4", "decode"), framework, way)
-
-
-@pytest.mark.parametrize(
-    ("mode", "framework", "way"),
-    [
-        ("accumulate", "hk_stack", "accumulate"),
-        ("remat", "plain", "checkpoint, groups"),
-        ("remat", "haiku", "layer_stack + hk.remat"),
-        ("remat", "hk_stack", "+ remat, sqrt"),
-        ("train", "hk_stack", "auto"),
-    ],
-)
-def test_other_modes(mode, framework, way):
-    assert_agree(case(mode=mode, layers=4 if mode == "remat" else 1), framework, way)
+def test_models_and_modes_agree_with_haiku(model, mode, layers, framework, way):
+    assert_agree(case(model, mode, layers), framework, way)
 
 
 @pytest.mark.parametrize(
@@ -192,38 +181,13 @@ def test_other_modes(mode, framework, way):
         ("mlp", "fwd", "plain", "reused"),
         ("spectral", "fwd", "hk_stack", "+ remat"),
         ("spectral", "init", "linen", "nn.scan + nn.remat"),
+        ("recurrence", "setup", "hk_stack", "4 at a time"),  # There are two layers.
     ],
 )
 def test_ways_that_are_the_program_of_another_are_not_measured(
     model, mode, framework, way
 ):
     assert cases.task(case(model, mode), framework, way) is None
-    assert cases.task(case("spectral", "grad"), framework, way) or way == "reused"
-
-
-@pytest.mark.parametrize("way", ["1 at a time", "2 at a time, remat", "4 at a time"])
-def test_batches_of_setup(way):
-    one = case("recurrence", "setup")
-    if way.startswith("4"):
-        assert cases.task(one, "hk_stack", way) is None  # There are two layers.
-    else:
-        assert_agree(one, "hk_stack", way)
-
-
-def test_decoding_is_the_forward_pass_step_by_step():
-    one = case("s4", "fwd", length=3)
-    task = cases.task(one, "haiku", "layer_stack")
-    model = models.MODELS["s4"]._replace(width=8)
-    decoder = in_plain.decoder("reused", models.Given(model, 2, *task.args))
-
-    def step(states, u):
-        y, states = decoder.apply(decoder.params, u, states)
-        return states, y
-
-    us = jnp.swapaxes(task.args[1], 0, 1)
-    _, outputs = computed(lambda us: jax.lax.scan(step, decoder.states, us), us)
-    expected = expected_of(one)["output"]
-    assert jnp.allclose(jnp.swapaxes(outputs, 0, 1), expected, atol=1e-4)
 
 
 def test_steps_of_time_in_one_program_are_those_one_by_one():
@@ -281,7 +245,7 @@ def test_other_dtypes(dtype):
 
 
 def ways_of(framework):
-    return models.ways(framework, "grad")
+    return [way for _, way in cases.all_ways([framework], "grad")]
 
 
 # Measures
@@ -291,7 +255,7 @@ def test_every_measure_is_there(monkeypatch):
     monkeypatch.setattr(measure, "_jitted", in_a_hurry)
     ways = [("haiku", "layer_stack"), ("hk_stack", "prepared"), ("plain", "split")]
     one = case(mode="init", layers=1)
-    (row,) = measure.measured(one, ways, OPTIONS).rows
+    (row,) = measured(one, ways)[0].rows
     expected = set(results.MEASURES) - {"build_s", "peak_bytes"}  # None on a CPU.
     assert row.measures.keys() == expected
     assert all(x > 0 for build in row.samples("eager_s") for x in build)
@@ -301,7 +265,7 @@ def test_every_measure_is_there(monkeypatch):
 def test_eager_runs_are_not_compiled():
     ways = cases.all_ways(["haiku", "hk_stack"], "eager")
     assert ways == [("haiku", "loop"), ("hk_stack", "python")]
-    found = measure.measured(case(mode="eager"), ways, OPTIONS)
+    found, _ = measured(case(mode="eager"), ways)
     assert not found.failed
     assert [row.measures.keys() for row in found.rows] == [
         {"eager_first_s", "eager_s"}
@@ -317,7 +281,7 @@ def test_trees_are_ported_and_held_against_a_copy(monkeypatch):
     one = case("transformer", "port", width=16)
     assert not cases.reason(one) and cases.reason(one._replace(layers=3))
     ways = cases.all_ways(FRAMEWORKS, "port")
-    found = measure.measured(one, ways, OPTIONS)
+    found, _ = measured(one, ways)
     assert not found.failed and len(found.rows) == len(ways) == 8
     assert all(row.median("temp_bytes") >= 0 for row in found.rows)
 
@@ -377,7 +341,7 @@ def odd(monkeypatch):
 
     def interrupted_later():
         runs.append(None)
-        if len(runs) > 8:  # To compare, the first, two to see how long, four rounds.
+        if len(runs) > 7:  # To compare, two to see how long, four rounds.
             raise KeyboardInterrupt
         return jnp.ones(2)
 
@@ -402,11 +366,11 @@ def odd(monkeypatch):
 
 def made_up(ways, layers=2, **options):
     pairs = [("odd", way) for way in ways]
-    return measure.measured(case(layers=layers), pairs, OPTIONS._replace(**options))
+    return measured(case(layers=layers), pairs, **options)
 
 
 def test_what_fails_is_left_out_and_the_rest_is_measured(odd):
-    found = made_up(["right", "doubled", "broken", "again"])
+    found, _ = made_up(["right", "doubled", "broken", "again"])
     assert [row.way for row in found.rows] == ["odd right", "odd again"]
     errors = {failure.way: failure.error for failure in found.failed}
     assert "differs from that of the first way by" in errors["odd doubled"]
@@ -415,7 +379,7 @@ def test_what_fails_is_left_out_and_the_rest_is_measured(odd):
 
 
 def test_values_that_are_not_finite_are_no_reference(odd):
-    found = made_up(["infinite", "right"])
+    found, _ = made_up(["infinite", "right"])
     assert [row.way for row in found.rows] == ["odd right"]
     assert "its output is not finite" in found.failed[0].error
 
@@ -427,8 +391,8 @@ def test_what_has_other_names_or_shapes_is_no_parity():
 
 
 def test_rounds_that_are_interrupted_are_kept(odd):
-    found = made_up(["later"], repeat=9)
-    assert found.is_stopped and not found.failed
+    found, is_stopped = made_up(["later"], repeat=9)
+    assert is_stopped and not found.failed
     assert [len(rounds) for rounds in found.rows[0].samples("eager_s")] == [4]
 
 
@@ -447,20 +411,21 @@ def test_what_fails_while_it_runs_is_left_out(odd, monkeypatch):
         return (program if runs else run), found
 
     monkeypatch.setattr(measure, "build", failing)
-    found = made_up(["right", "again"], repeat=3)
+    found, _ = made_up(["right", "again"], repeat=3)
     assert found.failed == [(case(), "odd right", "RuntimeError: out of memory")]
     (row,) = found.rows
     assert row.way == "odd again" and len(row.samples("run_s")[0]) == 3
 
 
 def test_a_program_is_built_as_often_as_asked(odd):
-    (row,) = made_up(["right"], repeat=5, builds=2).rows
+    (row,) = made_up(["right"], repeat=5, builds=2)[0].rows
     assert [len(rounds) for rounds in row.samples("run_s")] == [3, 2]
     assert len(row.samples("build_s")) == 2
 
 
-def test_what_takes_long_to_compile_is_built_once(odd):
-    (row,) = made_up(["right"], builds=2, patience=0.0).rows
+def test_what_takes_long_to_compile_is_built_once(odd, monkeypatch):
+    monkeypatch.setattr(measure, "PATIENCE", 0.0)
+    (row,) = made_up(["right"], builds=2)[0].rows
     assert len(row.samples("run_s")) == 2
     assert len(row.samples("build_s")) == 1
 

@@ -88,8 +88,8 @@ def test_table_fits_100_columns():
 
 def test_table_names_failures():
     rows = [row(way) for way in WAYS]
-    found = result(rows, [failure(row("nnx scan"), "ValueError: broken\n  at line 3")])
-    assert shown(found)[-1].strip() == "nnx scan           failed: ValueError: broken"
+    lines = shown(result(rows, [failure(row("nnx scan"))]))
+    assert lines[-1].strip() == "nnx scan           failed: ValueError: broken"
 
 
 def test_table_of_ways_that_lack_measures():

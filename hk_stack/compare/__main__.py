@@ -14,6 +14,7 @@ compare two, give files:
     python -m hk_stack.compare results.json --against=old.json
 """
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -22,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 try:
@@ -58,7 +59,7 @@ _MODE = flags.DEFINE_list(
     "mode",
     ["fwd", "grad", "decode"],
     "What to run: "
-    + "; ".join(f"{name}, {what}" for name, what in cases.MODES.items()),
+    + "; ".join(f"{name}, {what}" for name, (what, _) in cases.MODES.items()),
 )
 _REPEAT = flags.DEFINE_integer("repeat", 12, "Rounds of each case.", lower_bound=1)
 _BUILDS = flags.DEFINE_integer(
@@ -81,12 +82,6 @@ _OUT = flags.DEFINE_string("out", None, "A folder for the samples and the report
 _AGAINST = flags.DEFINE_string(
     "against", None, "An older results.json; exits with 1 if a ratio got worse."
 )
-# What says how to measure the same again.
-_ASKED: tuple[flags.FlagHolder[Any], ...] = (
-    *(_MODEL, _FRAMEWORKS, _LAYERS, _DTYPE, _BATCH, _LENGTH, _WIDTH, _MODE),
-    *(_REPEAT, _BUILDS, _PATIENCE, _BASELINE),
-)
-
 _Ways = list[tuple[str, str]]
 
 
@@ -96,25 +91,36 @@ def main(argv: list[str]) -> int:
     Returns:
       0; 1 if a way failed, or a ratio got worse; 130 if it was interrupted.
     """
-    old = _read(_AGAINST.value) if _AGAINST.value else None
+    old = _read([_AGAINST.value]) if _AGAINST.value else None
     out = _folder(_OUT.value) if _OUT.value else None
     if argv[1:]:
-        result, status = _read(*argv[1:]), 0
+        result, is_stopped, status = _read(argv[1:]), False, 0
         for case in result.cases():
             _show(result, case, case.title)
     else:
         _configure()
-        result, status = _measure(out, old)
+        result, is_stopped = _measure(out, old)
+        status = int(bool(result.failed))
     if partial := show.partial(result):
         _say(partial)
     if out is not None and result.rows:
         _write(out, result)
         _say(f"Written to {out}: results.json, report.html, table.md, pictures")
     if old is not None:
-        text, is_worse = _compared(old, result)
+        with _in_usage("--against: "):
+            text, is_worse = against.report(old, result)
         _say(text)
         status = status or int(is_worse)
-    return status
+    return 130 if is_stopped else status
+
+
+@contextlib.contextmanager
+def _in_usage(before: str = "") -> Iterator[None]:
+    """What is wrong with a file is a line for who gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise app.UsageError(f"{before}{error}") from None
 
 
 def _say(text: str) -> None:
@@ -129,18 +135,9 @@ def _tell(before: str, after: str, what: str) -> None:
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _read(*paths: str) -> Result:
-    try:
+def _read(paths: Sequence[str]) -> Result:
+    with _in_usage():
         return results.merged([results.load(pathlib.Path(path)) for path in paths])
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-
-
-def _compared(old: Result, new: Result) -> tuple[str, bool]:
-    try:
-        return against.report(old, new)
-    except ValueError as error:
-        raise app.UsageError(f"--against: {error}") from None
 
 
 def _folder(name: str) -> pathlib.Path:
@@ -170,31 +167,29 @@ def _configure() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, int]:
+def _measure(out: pathlib.Path | None, old: Result | None) -> tuple[Result, bool]:
+    """What was found, and whether it was interrupted."""
     start = time.perf_counter()
     result = Result(measure.environment(), [], [], [])
     todo = _planned(result, old)
     result.environment.update(_asked())
-    options = measure.Options(_REPEAT.value, _BUILDS.value)
     result.environment["unfinished"] = [case.title for case in todo]
-    status = 0
     for i, (case, ways) in enumerate(todo.items()):
         place = f"{i + 1} of {len(todo)}: "
         tell = functools.partial(_tell, place, f" of {case.title}")
         ways = _in_time(result, case, ways)
-        found = measure.measured(case, ways, options, tell)
-        result.rows.extend(found.rows)
-        result.failed.extend(found.failed)
+        is_stopped = measure.measured(
+            result, case, ways, _REPEAT.value, _BUILDS.value, tell
+        )
         result.environment["seconds"] = round(time.perf_counter() - start, 1)
-        if not found.is_stopped:
+        if not is_stopped:
             result.unfinished.remove(case.title)
         _show(result, case, place + case.title)
-        status = status or int(bool(found.failed))
         if out is not None:
             results.save(out / "results.json", result)
-        if found.is_stopped:
-            return result, 130
-    return result, status
+        if is_stopped:
+            return result, True
+    return result, False
 
 
 def _planned(result: Result, old: Result | None) -> dict[Case, _Ways]:
@@ -242,9 +237,11 @@ def _skip(result: Result, what: str, why: str) -> None:
 
 def _asked() -> dict[str, Any]:
     """The flags, and how to ask for the same again."""
-    said = [flags.FLAGS[flag.name].serialize() for flag in _ASKED if flag.present]
+    own = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    asked = [flag for flag in own if flag.name not in ("out", "against")]
+    said = [flag.serialize() for flag in asked if flag.present]
     return {
-        "flags": {flag.name: flag.value for flag in _ASKED},
+        "flags": {flag.name: flag.value for flag in asked},
         "command": shlex.join(["python", "-m", "hk_stack.compare", *said]),
     }
 

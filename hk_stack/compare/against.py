@@ -20,15 +20,7 @@ _FEW, _LARGE = 3, 1.0
 
 
 class Move(NamedTuple):
-    """A ratio that is not what it was.
-
-    Attributes:
-      case: What is done.
-      way: By what.
-      measure: Of what, a name in `results.MEASURES`.
-      old: The ratio to the baseline of the old file.
-      new: The same of the new one.
-    """
+    """A ratio of a way, in a measure, that is not what it was in the old file."""
 
     case: results.Case
     way: str
@@ -46,22 +38,12 @@ class Move(NamedTuple):
         """By how much it has grown."""
         return self.new.value / self.old.value if self.old.value else math.inf
 
-    def cells(self) -> list[str]:
-        """The move as a row of a table."""
-        name = show.SHOWN[self.measure].name
-        ratios = str(self.old), str(self.new)
-        return [self.case.title, self.way, name, *ratios, f"x {self.factor:.2f}"]
-
 
 def moved(old: results.Result, new: results.Result) -> list[Move]:
     """The ratios that differ by more than noise, in rows that both results have.
 
     A ratio has moved if the intervals have no number in common, and it is 1 % greater
     or less. A time with fewer than three samples has to be twice the other.
-
-    Args:
-      old: What to compare with.
-      new: What may have become worse, or better.
 
     Raises:
       ValueError: If no case is in both, or if the baseline of one differs.
@@ -80,7 +62,6 @@ def moved(old: results.Result, new: results.Result) -> list[Move]:
 def _moved(
     case: results.Case, old: results.Result, new: results.Result
 ) -> Iterator[Move]:
-    """What has moved of a case."""
     _check_baseline(case, old, new)
     before, after = (
         {line.row.way: line.ratios for line in show.lines(result, case)}
@@ -118,18 +99,11 @@ def _has_moved(move: Move) -> bool:
 
 
 def report(old: results.Result, new: results.Result) -> tuple[str, bool]:
-    """What has become worse and better, and what cannot be told.
-
-    Args:
-      old: What to compare with.
-      new: What may have become worse, or better.
+    """What has become worse and better, and what cannot be told; raises as `moved`.
 
     Returns:
       A text of several lines, and whether something is worse: a ratio, or a way that
       was measured in the old result and failed in the new one.
-
-    Raises:
-      ValueError: If no case is in both, or if the baseline of one differs.
     """
     moves = sorted(moved(old, new), key=lambda move: move.factor)
     worse = [move for move in reversed(moves) if move.is_worse]
@@ -170,7 +144,13 @@ def _environments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _section(title: str, moves: list[Move]) -> list[str]:
     """A table of moves, those that moved most first."""
     titles = [title, "way", "measure", "old ratio", "new ratio", "change"]
-    rows = [move.cells() for move in moves]
+    rows = [
+        [
+            *(move.case.title, move.way, show.SHOWN[move.measure].name),
+            *(str(move.old), str(move.new), f"x {move.factor:.2f}"),
+        ]
+        for move in moves
+    ]
     return _table.aligned(_table.Table(titles, rows)) if moves else []
 
 

@@ -1,7 +1,7 @@
 """From a case to programs: what each way runs, and what its results are compared by."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -14,21 +14,6 @@ import hk_stack
 from hk_stack.compare import in_haiku, models, porting
 from hk_stack.compare.results import Case
 
-# What each mode measures.
-MODES = {
-    "init": "the framework's own initialisation, under jit and eagerly",
-    "fwd": "the forward pass",
-    "grad": "loss and gradient",
-    "train": "loss, gradient and a step of Adam",
-    "decode": "one step of time",
-    "generate": "32 steps of time in one program",
-    "accumulate": "the mean gradient over eight microbatches",
-    "setup": "as grad: layers whose setup runs at once, kept or computed again",
-    "remat": "as grad: ways of rematerialisation",
-    "eager": "the forward pass outside of jit, as a loop in Python",
-    "init_sharded": "as init, under jit, each parameter in shards on all devices",
-    "port": "trees of parameters: copied, stacked, ported from and to Flax",
-}
 GENERATED, MICROBATCHES = 32, 8
 
 # The largest difference between two ways, over the largest value: of outputs, losses
@@ -85,62 +70,66 @@ def all_ways(frameworks: Iterable[str], mode: str) -> list[tuple[str, str]]:
     if mode == "port":
         pairs = (way.split(" ", 1) for way in porting.PROGRAMS)
         return [(name, way) for name, way in pairs if name in frameworks]
-    return [(name, way) for name in frameworks for way in models.ways(name, mode)]
+    modules = {name: models.framework(name) for name in frameworks}
+    return [
+        (name, way)
+        for name, module in modules.items()
+        for way in module.WAYS_OF.get(mode, module.WAYS)
+    ]
 
 
 def task(case: Case, framework: str, way: str) -> Task | None:
     """What to measure of a case in a way; None if there is no such thing."""
-    if case.mode == "port":
+    _, make = MODES[case.mode]
+    if make is None:
         return _port(f"{framework} {way}")
-    model = models.MODELS[case.model]._replace(width=case.width)
-    is_idle = not model.has_setup and any(name in way for name in _OF_SETUP)
-    if is_idle or ("remat" in way and case.mode in _WITHOUT_GRADIENT):
+    has_setup = models.MODELS[case.model].has_setup
+    if not has_setup and any(name in way for name in _OF_SETUP):
         return None
-    module = models.framework(framework)
-    params, x = _inputs(case)
-    given = models.Given(model, case.layers, params, x)
+    if way in ("prepared", "reused") and case.mode not in _OUTPUTS:
+        return None
+    if "remat" in way and case.mode in ("init", *_OUTPUTS):
+        return None
     decodes = case.mode in ("decode", "generate")
-    made = _made(module.decoder if decodes else module.stack, way, given)
-    return made and _TASKS[case.mode](made, x[:, 0] if decodes else x)
+    given = _given(case)._replace(decodes=decodes)
+    made = _made(framework, way, given)
+    return made and make(made, *given.args)
 
 
-# Ways that only differ from another one where there is setup, or a gradient.
+# Ways that only differ from another one where there is setup.
 _OF_SETUP = (
     *("inline", "prepared", "split", "reused", "setup_first"),
     *("at a time", "layer by layer"),
 )
-_WITHOUT_GRADIENT = ("init", "fwd", "decode", "generate", "eager")
+# Modes without gradients or parameters: rematerialisation changes nothing in them, and
+# only in them derived values may take the place of parameters.
+_OUTPUTS = ("fwd", "decode", "generate", "eager")
 
 # "loop + roll" is the function of "loop", as it is written, given to `hk_stack.roll`.
 _OURS = {"roll": hk_stack.roll, "setup_first": hk_stack.setup_first}
 
 
-def _made(
-    make: Callable[[str, models.Given], models.Stack | None],
-    way: str,
-    given: models.Given,
-) -> models.Stack | None:
+def _made(framework: str, way: str, given: models.Given) -> models.Stack | None:
     """What a framework makes, or what one of ours makes of that."""
     of, _, name = way.rpartition(" + ")
     if name not in _OURS:
-        return make(way, given)
-    made = make(of, given)  # Of which the initialisation is measured already.
+        stack: models.Stack | None = models.framework(framework).stack(way, given)
+        return stack
+    made = _made(framework, of, given)  # Its initialisation is measured already.
     return made and made._replace(apply=_OURS[name](made.apply), init=None)
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(case: Case) -> tuple[models.Params, jax.Array]:
+def _given(case: Case) -> models.Given:
     """Parameters of Haiku's stack and activations, the same for all ways."""
+    model = models.MODELS[case.model]._replace(width=case.width)
     shape = (case.batch, case.length, case.width)
     x = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    model = models.MODELS[case.model]._replace(width=case.width)
     given = models.Given(model, case.layers, None, x)
     init, _ = in_haiku.transformed(given, hk.layer_stack)
     params = _initialised(init, jax.random.key(1), x)
-    found: tuple[models.Params, jax.Array] = jax.tree.map(
-        lambda leaf: leaf.astype(case.dtype), (params, x)
-    )
-    return found
+    params, x = jax.tree.map(lambda leaf: leaf.astype(case.dtype), (params, x))
+    return given._replace(params=params, x=x)
 
 
 def _initialised(init: Callable[..., models.Params], *args: jax.Array) -> Any:
@@ -160,14 +149,23 @@ def _loss(stack: models.Stack) -> Callable[[Any, jax.Array], jax.Array]:
     return loss
 
 
-def _gradient(stack: models.Stack, x: jax.Array) -> Task | None:
-    return _of_gradients(stack, jax.value_and_grad(_loss(stack)), x)
+def _gradient(
+    stack: models.Stack, x: jax.Array, function: Compiled | None = None
+) -> Task:
+    """A function `(params, x) -> (loss, gradient)`, by default of the mean square."""
+    args = stack.params, x
+
+    def values(run: Compiled) -> Values:
+        loss, gradient = run(*args)
+        return {"output": loss, "gradient": stack.to_haiku(gradient)}
+
+    return Task(function or jax.value_and_grad(_loss(stack)), args, values)
 
 
-def _accumulate(stack: models.Stack, x: jax.Array) -> Task | None:
+def _accumulate(stack: models.Stack, x: jax.Array) -> Task:
     scales = jnp.linspace(0.5, 1.5, MICROBATCHES, dtype=x.dtype)
     mean = functools.partial(stack.mean_gradient or _one_by_one, _loss(stack))
-    return _of_gradients(stack, mean, jnp.multiply.outer(scales, x))
+    return _gradient(stack, jnp.multiply.outer(scales, x), mean)
 
 
 def _one_by_one(
@@ -184,24 +182,8 @@ def _one_by_one(
     return jax.tree.map(lambda leaf: leaf / len(xs), sums)
 
 
-def _of_gradients(stack: models.Stack, function: Compiled, x: jax.Array) -> Task | None:
-    """A function `(params, x) -> (loss, gradient)`."""
-    to_haiku = stack.to_haiku
-    if to_haiku is None:
-        return None
-    args = stack.params, x
-
-    def values(run: Compiled) -> Values:
-        loss, gradient = run(*args)
-        return {"output": loss, "gradient": to_haiku(gradient)}
-
-    return Task(function, args, values)
-
-
-def _train(stack: models.Stack, x: jax.Array) -> Task | None:
+def _train(stack: models.Stack, x: jax.Array) -> Task:
     """A step of Adam; compared by the losses before and after it."""
-    if stack.to_haiku is None:
-        return None
     optimiser = optax.adam(1e-3)
     loss = _loss(stack)
 
@@ -219,16 +201,15 @@ def _train(stack: models.Stack, x: jax.Array) -> Task | None:
 
 
 def _init(stack: models.Stack, x: jax.Array) -> Task | None:
-    init, to_haiku = stack.init, stack.to_haiku
-    if init is None or to_haiku is None:
+    if stack.init is None:
         return None
     args = jax.random.key(2), x
 
     def values(run: Compiled) -> Values:
         # Ways draw other values, but of the same names and shapes.
-        return {"output": jax.tree.map(jnp.zeros_like, to_haiku(run(*args)))}
+        return {"output": jax.tree.map(jnp.zeros_like, stack.to_haiku(run(*args)))}
 
-    return Task(init, args, values)
+    return Task(stack.init, args, values)
 
 
 def _init_sharded(stack: models.Stack, x: jax.Array) -> Task | None:
@@ -252,27 +233,26 @@ def _init_sharded(stack: models.Stack, x: jax.Array) -> Task | None:
     return task._replace(function=lambda *args: jax.tree.map(sharded, init(*args)))
 
 
-def _decode(decoder: models.Stack, x: jax.Array) -> Task:
+def _decode(stack: models.Stack, *first: jax.Array) -> Task:
     """One step of time; compared by the outputs of the first three."""
-    first = x, decoder.states
 
     def values(run: Compiled) -> Values:
         carry, outputs = first, []
         for _ in range(3):
-            carry = run(decoder.params, *carry)
+            carry = run(stack.params, *carry)
             outputs.append(carry[0])
         return {"output": outputs}
 
-    return Task(decoder.apply, (decoder.params, *first), values)
+    return Task(stack.apply, (stack.params, *first), values)
 
 
-def _generate(decoder: models.Stack, x: jax.Array) -> Task:
+def _generate(stack: models.Stack, x: jax.Array, states: jax.Array) -> Task:
     """Steps of time, each of which is given what the one before it returned."""
-    args = decoder.params, x, decoder.states
+    args = stack.params, x, states
 
     def run(params: Any, x: jax.Array, states: Any) -> Any:
         def turn(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            carry = decoder.apply(params, *carry)
+            carry = stack.apply(params, *carry)
             return carry, carry[0]
 
         return jax.lax.scan(turn, (x, states), length=GENERATED)
@@ -281,18 +261,29 @@ def _generate(decoder: models.Stack, x: jax.Array) -> Task:
     return Task(run, args, lambda run: {"output": run(*args)[1][:3]})
 
 
-_TASKS: Mapping[str, Callable[..., Task | None]] = {
-    "init": _init,
-    "init_sharded": _init_sharded,
-    "fwd": _forward,
-    "grad": _gradient,
-    "train": _train,
-    "decode": _decode,
-    "generate": _generate,
-    "accumulate": _accumulate,
-    "setup": _gradient,
-    "remat": _gradient,
-    "eager": functools.partial(_forward, is_compiled=False),
+# What each mode measures, and the program of a stack.
+MODES: dict[str, tuple[str, Callable[..., Task | None] | None]] = {
+    "init": ("the framework's own initialisation, under jit and eagerly", _init),
+    "fwd": ("the forward pass", _forward),
+    "grad": ("loss and gradient", _gradient),
+    "train": ("loss, gradient and a step of Adam", _train),
+    "decode": ("one step of time", _decode),
+    "generate": ("32 steps of time in one program", _generate),
+    "accumulate": ("the mean gradient over eight microbatches", _accumulate),
+    "setup": (
+        "as grad: layers whose setup runs at once, kept or computed again",
+        _gradient,
+    ),
+    "remat": ("as grad: ways of rematerialisation", _gradient),
+    "eager": (
+        "the forward pass outside of jit, as a loop in Python",
+        functools.partial(_forward, is_compiled=False),
+    ),
+    "init_sharded": (
+        "as init, under jit, each parameter in shards on all devices",
+        _init_sharded,
+    ),
+    "port": ("trees of parameters: copied, stacked, ported from and to Flax", None),
 }
 
 
@@ -348,10 +339,11 @@ def largest_difference(tree: Any, expected: Any, smallest: float) -> float:
 
     Or over a part of that of all leaves, `smallest`, if this is more.
     """
-    if (found := _shapes(tree)) != (other := _shapes(expected)):
+    found, other = (jax.tree.map(jnp.shape, one) for one in (tree, expected))
+    if found != other:
         raise ValueError(f"not of the same names and shapes: {found}, {other}")
     tree, expected = (
-        [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(_plain(one))]
+        [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(one)]
         for one in (tree, expected)
     )
     largest = [np.max(np.abs(leaf), initial=0.0) for leaf in expected]
@@ -361,14 +353,3 @@ def largest_difference(tree: Any, expected: Any, smallest: float) -> float:
         for a, b, s in zip(tree, expected, scale, strict=True)
     ]
     return float(np.max(differences))
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(jnp.shape, _plain(tree))
-
-
-def _plain(tree: Any) -> Any:
-    """With one order of keys."""
-    if hasattr(tree, "items"):
-        return {key: _plain(value) for key, value in sorted(tree.items())}
-    return tree

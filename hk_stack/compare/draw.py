@@ -7,7 +7,7 @@ layers on logarithmic ones, where a way has its own marker.
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -58,32 +58,25 @@ class Picture(NamedTuple):
 def pictures(result: results.Result) -> Iterator[Picture]:
     """For each model and mode its ratios, and at several depths its times by depth."""
     for depths in results.by_depth(result):
-        yield _picture("ratios", ratios, result, depths)
+        about = "Ratios of each way to the baseline"
+        yield _picture(ratios, about, result, depths)
         if len(depths) > 1:
-            yield _picture("scaling", scaling, result, depths)
+            about = "Run and build time of each way by number of layers"
+            yield _picture(scaling, about, result, depths)
 
 
 def _picture(
-    kind: str,
-    draw: Callable[[results.Result, Sequence[results.Case]], Figure],
-    result: results.Result,
-    depths: Sequence[results.Case],
+    draw: Any, about: str, result: results.Result, depths: Sequence[results.Case]
 ) -> Picture:
     model, mode, _, dtype, batch, length, width = depths[-1]
-    parts = (kind, model, mode, dtype, f"b{batch}", f"t{length}", f"d{width}")
+    parts = (draw.__name__, model, mode, dtype, f"b{batch}", f"t{length}", f"d{width}")
     name = re.sub(r"[^\w-]+", "-", "_".join(parts))
-    text = f"{_TEXTS[kind]}: {title(depths[-1])}"
+    text = f"{about}: {title(depths[-1])}"
     # Names inside of it are made of its own name: a page has no two alike.
     settings: Any = _SETTINGS | {"svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         svg = _svg(draw(result, depths), text)
     return Picture(name, depths[-1], text, svg)
-
-
-_TEXTS = {
-    "ratios": "Ratios of each way to the baseline",
-    "scaling": "Run and build time of each way by number of layers",
-}
 
 
 def title(case: results.Case) -> str:
@@ -92,12 +85,7 @@ def title(case: results.Case) -> str:
 
 
 def ratios(result: results.Result, cases: Sequence[results.Case]) -> Figure:
-    """Ratios to the baseline, a line for each way, with intervals where there are any.
-
-    Args:
-      result: What was measured.
-      cases: Those that differ in the number of layers only.
-    """
+    """Ratios to the baseline, a line for each way, with intervals if there are any."""
     lines = {case: show.lines(result, case) for case in cases}
     measured = {x.row.way for case in cases for x in lines[case]}
     colours = _colours(result.ways())  # As in other pictures.
@@ -145,16 +133,12 @@ def _ratios(
         lows, highs, values = ([x[i] for x in shown] for i in (1, 2, 0))
         axes.hlines(ys, lows, highs, colors=inks, linewidths=1, alpha=depth)
         faces = inks if depth == 1 else "none"
-        axes.scatter(values, ys, _area(depth), facecolors=faces, edgecolors=inks)
+        area = (3 + 3 * depth) ** 2
+        axes.scatter(values, ys, area, facecolors=faces, edgecolors=inks)
     for ratio, y, colour in found:
         if depth == 1 and ratio.value > _LARGEST:
             text = f" \N{RIGHTWARDS ARROW} {show.digits(ratio.value)}"
             axes.text(_EDGE, y, text, va="center", color=colour, fontsize=8)
-
-
-def _area(depth: float) -> float:
-    """Of a marker: the deeper the case, the larger."""
-    return (3 + 3 * depth) ** 2
 
 
 def _ratio_axes(axes: Axes, name: str) -> None:
@@ -167,12 +151,7 @@ def _ratio_axes(axes: Axes, name: str) -> None:
 
 
 def scaling(result: results.Result, cases: Sequence[results.Case]) -> Figure:
-    """Run time and build time against the number of layers, a line for each way.
-
-    Args:
-      result: What was measured.
-      cases: Those that differ in the number of layers only.
-    """
+    """Run time and build time against the number of layers, a line for each way."""
     rows = [row for case in cases for row in result.of(case).values()]
     run = show.run_measure(rows[-1])
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
@@ -180,17 +159,14 @@ def scaling(result: results.Result, cases: Sequence[results.Case]) -> Figure:
     for axes, measure in zip(both, (run, "build_s"), strict=True):
         _lines(axes, result.ways(), rows, measure)
         _log_axes(axes, [case.layers for case in cases])
-    figure.legend(*both[0].get_legend_handles_labels(), **_BESIDE)
+    handles = both[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
     return figure
-
-
-_BESIDE = {"loc": "outside right center", "frameon": False, "fontsize": 8}
 
 
 def _lines(
     axes: Axes, ways: Sequence[str], rows: Sequence[results.Row], measure: str
 ) -> None:
-    """A measure against the number of layers."""
     name, scale, unit = show.SHOWN[measure]
     colours = _colours(ways)
     for way, marker in zip(ways, _MARKERS * len(ways), strict=False):

@@ -5,6 +5,8 @@ Its linear layers hold their weights transposed, and its modules see one vector 
 time, so they are vmapped over batch and time.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +33,7 @@ def _each(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Arr
 
 def _attend(part: Part, module: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     mask = jnp.tri(x.shape[1], dtype=bool)
-
-    def attend(h: jax.Array) -> jax.Array:
-        return module(h, h, h, mask)
-
-    return jax.vmap(attend)(x)
+    return jax.vmap(lambda h: module(h, h, h, mask))(x)
 
 
 def _spectral(part: Part, module: Any, x: jax.Array) -> jax.Array:
@@ -67,26 +65,24 @@ def _made(part: Part, key: jax.Array) -> Any:
 
 
 class Block(eqx.Module):
-    """A block of a model, of its parts."""
+    """A block of a model, of its parts; with a `length`, one step of time of it."""
 
     parts: dict[str, Any]
     model: models.Model = eqx.field(static=True)
+    length: int | None = eqx.field(static=True)
 
-    def __init__(self, model: models.Model, key: jax.Array):
-        self.model = model
+    def __init__(self, model: models.Model, length: int | None, key: jax.Array):
+        self.model, self.length = model, length
         keys = jax.random.split(key, len(model.parts))
         self.parts = {
             name: _made(part, key)
             for key, (name, part) in zip(keys, model.parts.items(), strict=True)
         }
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *state: jax.Array) -> Any:
         """Applies the block."""
-        return self.model.block(self.bound(), x)
-
-    def bound(self, length: int | None = None) -> Any:
-        """The parts as functions."""
-        return models.bound(self.model.parts, self.parts, _RUN, length=length)
+        parts = models.bound(self.model.parts, self.parts, _RUN, length=self.length)
+        return self.model.run(parts, x, *state)
 
 
 # What `models` asks of a framework
@@ -95,90 +91,53 @@ WAYS = ("filter_vmap + scan", "loop", "loop + roll")
 WAYS_OF = {"eager": ("loop",)}
 
 
-def stack(way: str, given: models.Given) -> models.Stack:
+def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks, as pure functions of the arrays of a stacked block, or of a list."""
-    return (_loop if way == "loop" else _scan)(given)
+    is_loop = way == "loop"
+    if is_loop and given.decodes:
+        return None
 
-
-def _scan(given: models.Given) -> models.Stack:
     def make(key: jax.Array) -> Any:
         keys = jax.random.split(key, given.num_layers)
-        return eqx.filter_vmap(lambda key: Block(given.model, key))(keys)
+        block = functools.partial(Block, given.model, given.length)
+        return [block(key) for key in keys] if is_loop else eqx.filter_vmap(block)(keys)
 
-    arrays, static = _parts(make)
+    module = eqx.filter_eval_shape(make, jax.random.key(0))
+    like, static = eqx.partition(module, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
-    def apply(arrays: Any, x: jax.Array) -> jax.Array:
-        def layer(x: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
-            return eqx.combine(arrays, static)(x), None
+    def scan(arrays: Any, *args: jax.Array) -> Any:
+        def layer(arrays: Any, *args: jax.Array) -> Any:
+            return eqx.combine(arrays, static)(*args)
 
-        return jax.lax.scan(layer, x, arrays)[0]
+        x, *states = args
+        return models.scan(layer, x, arrays, *states)
 
-    return models.Stack(
-        _from_haiku(given.params, arrays),
-        apply,
-        lambda key, x: eqx.filter(make(key), eqx.is_array),
-        _to_haiku,
-    )
-
-
-def _loop(given: models.Given) -> models.Stack:
-    def make(key: jax.Array) -> list[Block]:
-        keys = jax.random.split(key, given.num_layers)
-        return [Block(given.model, key) for key in keys]
-
-    arrays, static = _parts(make)
-
-    def apply(arrays: Any, x: jax.Array) -> jax.Array:
+    def loop(arrays: Any, x: jax.Array) -> jax.Array:
         for block in eqx.combine(arrays, static):
             x = block(x)
         return x
 
-    def params(i: int) -> models.Params:
-        return jax.tree.map(lambda leaf: leaf[i], given.params)
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        return eqx.filter(make(key), eqx.is_array)
 
+    if not is_loop:
+        params = _from_haiku(given.params, like)
+        return models.Stack(params, scan, init, _to_haiku)
+    stacked = _from_haiku(given.params, like[0])
+    params = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(like))]
     return models.Stack(
-        [_from_haiku(params(i), like) for i, like in enumerate(arrays)],
-        apply,
-        lambda key, x: eqx.filter(make(key), eqx.is_array),
+        params,
+        loop,
+        init,
         lambda blocks: _to_haiku(jax.tree.map(lambda *each: jnp.stack(each), *blocks)),
     )
 
 
-def decoder(way: str, given: models.Given) -> models.Stack | None:
-    """The S4 blocks, one step of time."""
-    if way == "loop":
-        return None
-    known = stack(way, given).params
-    length = given.x.shape[1]
-
-    def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
-        block, state = scanned
-        return models.s4_step(block.bound(length), x, state)
-
-    def step(blocks: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
-        return jax.lax.scan(layer, x, (blocks, states))
-
-    return models.Stack(known, step, states=given.states)
-
-
-def _parts(make: Any) -> tuple[Any, Any]:
-    """The shapes of the arrays of a module, and the rest of it."""
-    module = eqx.filter_eval_shape(make, jax.random.key(0))
-    return eqx.partition(module, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-
-
-_MODULES = {
-    "query_proj": "query",
-    "key_proj": "key",
-    "value_proj": "value",
-    "output_proj": "linear",
-}
-
-
 def _haiku_name(path: Any) -> tuple[str, str]:
     """Module and name of a leaf in Haiku."""
-    names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-    *modules, name = [_MODULES.get(name, name) for name in names if name != "parts"]
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    *modules, name = [name.removesuffix("_proj") for name in names[1:]]
+    modules = ["linear" if name == "output" else name for name in modules]
     norm = {"weight": "scale", "bias": "offset"}
     is_norm = bool(modules) and modules[-1].endswith("norm")
     known = norm if is_norm else {"weight": "w", "bias": "b"}

@@ -23,21 +23,28 @@ LayerStack = Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]
 
 def layers(
     x: jax.Array,
+    states: jax.Array | None = None,
     *,
     model: models.Model,
     layer_stack: LayerStack,
     num_layers: int,
+    length: int | None = None,
     dropout_rate: float = 0.0,
     is_training: bool = False,
     **stack_options: Any,
-) -> jax.Array:
+) -> Any:
     """`L` blocks of a model, `[B, T, D] -> [B, T, D]`.
 
+    With states, one step of time of blocks of S4, on the same parameters: run over a
+    sequence, from states of zeros, it gives what these blocks give for all of it.
+
     Args:
-      x: Activations `[B, T, D]`.
+      x: Activations `[B, T, D]`; of one step `[B, D]`.
+      states: Of all layers, complex `[L, B, D, N]`; the next ones are returned, too.
       model: What the blocks are made of.
       layer_stack: `hk_stack.layer_stack` or one that takes the same arguments.
       num_layers: Number of blocks, `L`.
+      length: For steps, the length `T` of the sequences in training.
       dropout_rate: Probability of dropping a value, in training.
       is_training: Whether to drop values.
       **stack_options: Passed on to `layer_stack`.
@@ -48,52 +55,19 @@ def layers(
         with jax.numpy_dtype_promotion("standard"):
             return hk.dropout(hk.next_rng_key(), dropout_rate, x)
 
-    def layer(x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, state: jax.Array | None = None) -> Any:
         drop = dropout if is_training and dropout_rate else models.keep
         with hk.name_scope("block"):
-            return model.block(_parts(model, x.shape[-1], dropout=drop), x)
+            parts = _parts(model, x.shape[-1], dropout=drop, length=length)
+            return model.run(parts, x, state)
 
-    stack = layer_stack(num_layers, name="layers", **stack_options)
-    y: jax.Array = stack(layer)(x)
-    return y
-
-
-def layers_step(
-    x: jax.Array,
-    states: jax.Array,
-    *,
-    model: models.Model,
-    layer_stack: LayerStack,
-    num_layers: int,
-    length: int,
-    **stack_options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of time of `layers` of S4, on the same parameters.
-
-    Run over a sequence, from states of zeros, it gives what `layers` gives for the
-    whole sequence.
-
-    Args:
-      x: Activations at one time `[B, D]`.
-      states: Of all layers, complex `[L, B, D, N]`.
-      model: See `layers`.
-      layer_stack: `hk_stack.layer_stack` or `hk.layer_stack`.
-      num_layers: See `layers`.
-      length: The length `T` of the sequences that the parameters were trained on.
-      **stack_options: Passed on to `layer_stack`.
-
-    Returns:
-      The activations `[B, D]` after the last layer, and the next states.
-    """
-
-    def layer(x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with hk.name_scope("block"):
-            parts = _parts(model, x.shape[-1], length=length)
-            return models.s4_step(parts, x, state)
-
+    if states is None:
+        return layer_stack(num_layers, name="layers", **stack_options)(layer)(x)
     stack_options |= {"with_per_layer_inputs": True, "name": "layers"}
-    y, states = layer_stack(num_layers, **stack_options)(layer)(x, states)
-    return y, states
+    return layer_stack(num_layers, **stack_options)(layer)(x, states)
+
+
+layers_step = layers  # With states.
 
 
 def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], Layer]:
@@ -158,49 +132,40 @@ def _s4(size: int, states: int) -> dict[str, jax.Array]:
     }
 
 
-# What `models` asks of a framework
-
-WAYS = ("layer_stack", "loop", "loop + roll")
-WAYS_OF = {"remat": ("layer_stack", "layer_stack + hk.remat"), "eager": ("loop",)}
-_LOOP = hk_stack.NumberedLayers("layers_{}", "layers")
-
-
-def stack(way: str, given: models.Given) -> models.Stack:
-    """The blocks in `hk.layer_stack`, or in a Python loop."""
-    params, to_haiku = given.params, _unchanged
-    layer_stack: LayerStack = hk.layer_stack
-    if way == "loop":
-        layer_stack = layer_loop
-        params = hk_stack.unstack_params(params, _LOOP)
-        to_haiku = functools.partial(hk_stack.stack_params, naming_map=_LOOP)
-    elif way == "layer_stack + hk.remat":
-        layer_stack = _rematerialised
-    init, apply = transformed(given, layer_stack)
-    return models.Stack(params, apply, init, to_haiku)
-
-
-def _unchanged(params: models.Params) -> models.Params:
-    return params
-
-
 def _rematerialised(num_layers: int, name: str) -> Callable[[Layer], Layer]:
     stack = hk.layer_stack(num_layers, name=name)
     return lambda layer: stack(lambda x: hk.remat(layer)(x))
 
 
+# What `models` asks of a framework
+
+WAYS = ("layer_stack", "loop", "loop + roll")
+WAYS_OF = {"remat": ("layer_stack", "layer_stack + hk.remat"), "eager": ("loop",)}
+_STACKS: dict[str, LayerStack] = {
+    "layer_stack": hk.layer_stack,
+    "layer_stack + hk.remat": _rematerialised,
+    "loop": layer_loop,
+}
+_LOOP = hk_stack.NumberedLayers("layers_{}", "layers")
+
+
+def stack(way: str, given: models.Given) -> models.Stack | None:
+    """The blocks in `hk.layer_stack`, or in a Python loop."""
+    if given.decodes and way != "layer_stack":
+        return None
+    init, apply = transformed(given, _STACKS[way])
+    if way != "loop":
+        return models.Stack(given.params, apply, init)
+    params = hk_stack.unstack_params(given.params, _LOOP)
+    to_haiku = functools.partial(hk_stack.stack_params, naming_map=_LOOP)
+    return models.Stack(params, apply, init, to_haiku)
+
+
 def transformed(
     given: models.Given, layer_stack: LayerStack, **options: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`init` and `apply` of the blocks; with `length`, of one step of time."""
+    """`init` and `apply` of the blocks."""
     options |= {"model": given.model, "num_layers": given.num_layers}
-    fn: Callable[..., Any] = layers_step if "length" in options else layers
-    net = hk.transform(functools.partial(fn, layer_stack=layer_stack, **options))
+    options |= {"layer_stack": layer_stack, "length": given.length}
+    net = hk.transform(functools.partial(layers, **options))
     return net.init, lambda params, *args: net.apply(params, None, *args)
-
-
-def decoder(way: str, given: models.Given) -> models.Stack | None:
-    """The S4 blocks of `hk.layer_stack`, one step of time."""
-    if way != "layer_stack":
-        return None
-    _, step = transformed(given, hk.layer_stack, length=given.x.shape[1])
-    return models.Stack(given.params, step, states=given.states)

@@ -45,20 +45,7 @@ def stack(way: str, given: models.Given) -> models.Stack | None:
         return None
     init, apply = in_haiku.transformed(given, hk_stack.layer_stack, **options)
     if way == "prepared":
-        split = hk_stack.partition(apply, params, given.x)
+        split = hk_stack.partition(apply, params, *given.args)
         return models.Stack(split.setup(params), split.call)
     mean = hk_stack.accumulate if way == "accumulate" else None
-    return models.Stack(params, apply, init, lambda params: params, mean)
-
-
-def decoder(way: str, given: models.Given) -> models.Stack | None:
-    """The S4 blocks, one step of time; there is no gradient to save memory in."""
-    if way in _REMAT:
-        return None
-    params, x, states = given.params, given.x, given.states
-    options = {"length": x.shape[1], **_OPTIONS.get(way, {})}
-    _, step = in_haiku.transformed(given, hk_stack.layer_stack, **options)
-    if way != "prepared":
-        return models.Stack(params, step, states=states)
-    split = hk_stack.partition(step, params, x[:, 0], states)
-    return models.Stack(split.setup(params), split.call, states=states)
+    return models.Stack(params, apply, init, mean_gradient=mean)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import hk_stack
 from hk_stack.compare import models, s4
 from hk_stack.compare.models import Part
 
@@ -46,7 +45,8 @@ class S4(nn.Module):
             for name, (shape, init) in table.items()
         }
         if self.length is None:
-            return s4.run(params, u, self.part.mode)
+            y: Array = s4.run(params, u, self.part.mode)
+            return y
         discretise = functools.partial(s4.discretise, s4.dplr(params), self.length)
         shape = (*u.shape, int(self.part.other))
         dtype = np.result_type(u.dtype, np.complex64)
@@ -121,11 +121,7 @@ def _attend(part: Part, attention: Callable[..., Array], h: Array) -> Array:
     return attention(h, mask=jnp.tri(h.shape[1], dtype=bool)[None, None])
 
 
-def _apply(part: Part, module: Callable[..., Array], u: Array) -> Array:
-    return module(u)
-
-
-_RUN = {"attention": _attend, "s4": _apply}
+_RUN: dict[str, Any] = {"attention": _attend, "s4": lambda part, module, u: module(u)}
 
 
 class Stack(nn.Module):
@@ -193,23 +189,12 @@ STACKS = {"scan": ScanStack, "hack": HackStack, "loop": LoopStack}
 
 
 def prime(model: nn.Module, params: Any, x: Array) -> Any:
-    """What a model that decodes needs beside its parameters.
+    """What a model that decodes, or a stack of blocks, needs beside its parameters.
 
-    ```
-    variables = prime(model, params, x)
-    for x in sequence:
-        y, cache = model.apply({"params": params, **variables}, x, mutable=["cache"])
-        variables = {**variables, **cache}
-    ```
-
-    Args:
-      model: A model or a stack of blocks, which decodes.
-      params: Its parameters.
-      x: An input of one step; only its shape matters.
-
-    Returns:
-      States at zero in collection `"cache"`; of blocks that are primed, discretised
-      systems in collection `"prime"`.
+    These are states at zero in collection `"cache"`, and of blocks that are primed
+    discretised systems in `"prime"`. `model.apply({"params": params, **variables}, x,
+    mutable=["cache"])` then also returns the next states. Of `x`, an input of one step,
+    only the shape matters.
     """
     _, variables = model.apply({"params": params}, x, mutable=["cache", "prime"])
     return variables
@@ -232,40 +217,31 @@ _RULES: dict[str, Any] = {
 
 
 def stack(way: str, given: models.Given) -> models.Stack | None:
-    """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned."""
-    if way == "nn.scan, cache":
+    """The blocks in `nn.scan`, in a Python loop, or vmapped at init and scanned.
+
+    To decode, "cache" has the discretised systems in a collection.
+    """
+    is_primed = way == "nn.scan, cache"
+    if way != "nn.scan" and is_primed != given.decodes:
         return None
     kind = way if way in STACKS else "scan"
     block: Any = _remat(Block) if way == "nn.scan + nn.remat" else Block
-    net = STACKS[kind](functools.partial(block, given.model), given.num_layers)
+    block = functools.partial(block, given.model)
+    net = STACKS[kind](block, given.num_layers)
     single = models.types(given.x, jnp.float32)  # Of which parameters are initialised.
     like = jax.eval_shape(net.init, jax.random.key(0), single)
-    typed = models.types(like, given.x.dtype)
-    return models.Stack(
-        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES[kind]),
-        cast(Any, net.apply),
-        net.init,
-        lambda tree: hk_stack.flax_to_haiku(tree, given.typed, **_RULES[kind])[0],
-    )
+    apply = cast(Any, net.apply)
+    made = models.flax_stack(given, apply, net.init, like, **_RULES[kind])
+    if not given.decodes:
+        return made
+    block = functools.partial(block, length=given.length, is_primed=is_primed)
+    decoder = ScanStack(block, given.num_layers)
+    variables = {**made.params, **prime(decoder, made.params["params"], given.args[0])}
+    structure = jax.tree.structure({"cache": variables.pop("cache")})
 
+    def step(known: Any, x: Array, state: Array) -> Any:
+        cache = jax.tree.unflatten(structure, [state])
+        y, cache = decoder.apply({**known, **cache}, x, mutable=["cache"])
+        return y, jax.tree.leaves(cache)[0]
 
-def decoder(way: str, given: models.Given) -> models.Stack | None:
-    """The S4 blocks, one step of time; "cache" has the systems in a collection."""
-    if way not in ("nn.scan", "nn.scan, cache"):
-        return None
-    block = functools.partial(
-        Block,
-        given.model,
-        length=given.x.shape[1],
-        is_primed=way == "nn.scan, cache",
-    )
-    net = ScanStack(block, given.num_layers)
-    made = stack("nn.scan", given)
-    assert made is not None
-    variables = {**made.params, **prime(net, made.params["params"], given.x[:, 0])}
-    states = {"cache": variables.pop("cache")}
-
-    def step(known: Any, x: Array, states: Any) -> Any:
-        return net.apply({**known, **states}, x, mutable=["cache"])
-
-    return models.Stack(variables, step, states=states)
+    return models.Stack(variables, step)

@@ -3,13 +3,13 @@
 Shapes, parameters and initial distributions as in `in_haiku`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-import hk_stack
 from hk_stack.compare import models, s4
 from hk_stack.compare.models import Part
 
@@ -59,55 +59,46 @@ def _made(part: Part, rngs: nnx.Rngs) -> Any:
 
 
 class Block(nnx.Module):
-    """A block of a model, of its parts."""
+    """A block of a model, of its parts; with a `length`, one step of time of it."""
 
-    def __init__(self, model: models.Model, rngs: nnx.Rngs):
-        self.model = model
+    def __init__(self, model: models.Model, length: int | None, rngs: nnx.Rngs):
+        self.model, self.length = model, length
         for name, part in model.parts.items():
             setattr(self, name, _made(part, rngs))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *state: jax.Array) -> Any:
         """Applies the block."""
-        return self.model.block(self.parts(), x)
-
-    def parts(self, length: int | None = None) -> Any:
-        """What `models.MODELS` takes as parts."""
         made = {name: getattr(self, name) for name in self.model.parts}
         made = {
             name: part[...] if isinstance(part, nnx.Param) else part
             for name, part in made.items()
         }
-        return models.bound(self.model.parts, made, _RUN, length=length)
+        parts = models.bound(self.model.parts, made, _RUN, length=self.length)
+        return self.model.run(parts, x, *state)
 
 
 class ScanStack(nnx.Module):
-    """`L` blocks, `[B, T, D] -> [B, T, D]`."""
+    """`L` blocks, each a function `rngs -> block`."""
 
-    def __init__(self, model: models.Model, num_layers: int, rngs: nnx.Rngs):
-        make: Any = nnx.vmap(lambda rngs: Block(model, rngs))
+    def __init__(self, block: Any, num_layers: int, rngs: nnx.Rngs):
         each: Any = nnx.split_rngs(splits=num_layers)
-        self.block = each(make)(rngs)
+        self.block = each(nnx.vmap(block))(rngs)
 
-    def __call__(self, x: jax.Array) -> Any:
-        """Applies the stack."""
-        scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        return scan(lambda block, x: block(x))(self.block, x)
-
-    def step(self, x: jax.Array, states: jax.Array, length: int) -> Any:
-        """One step of time, from `x` `[B, D]` and states `[L, B, D, N]`."""
-        scan = nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-
-        def step(block: Block, x: jax.Array, state: jax.Array) -> Any:
-            return models.s4_step(block.parts(length), x, state)
-
-        return scan(step)(self.block, x, states)
+    def __call__(self, x: jax.Array, *states: jax.Array) -> Any:
+        """Applies the stack, with states `[L, B, D, N]` for a step."""
+        ins = [0 for _ in states]
+        scan = nnx.scan(
+            in_axes=(0, nnx.Carry, *ins),
+            out_axes=(nnx.Carry, *ins) if ins else nnx.Carry,
+        )
+        return scan(lambda block, *args: block(*args))(self.block, x, *states)
 
 
 class LoopStack(nnx.Module):
     """`L` blocks in a list, by a Python loop, with `L` sets of parameters."""
 
-    def __init__(self, model: models.Model, num_layers: int, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(model, rngs) for _ in range(num_layers)])
+    def __init__(self, block: Any, num_layers: int, rngs: nnx.Rngs):
+        self.blocks = nnx.List([block(rngs) for _ in range(num_layers)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the stack."""
@@ -118,49 +109,36 @@ class LoopStack(nnx.Module):
 
 # What `models` asks of a framework
 
-STACKS: dict[str, Any] = {"nnx.scan": ScanStack, "loop": LoopStack}
 WAYS = ("nnx.scan", "loop", "loop + roll")
 WAYS_OF = {"eager": ("loop",)}
-_RULES: dict[str, Any] = {
-    "nnx.scan": {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}},
-    "loop": {"rename": {"blocks/*": "layers/*/block"}, "layer_axis": {"blocks": ()}},
+_STACKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "nnx.scan": (
+        ScanStack,
+        {"rename": {"block": "layers/block"}, "layer_axis": {"block": 0}},
+    ),
+    "loop": (
+        LoopStack,
+        {"rename": {"blocks/*": "layers/*/block"}, "layer_axis": {"blocks": ()}},
+    ),
 }
 
 
-def stack(way: str, given: models.Given) -> models.Stack:
+def stack(way: str, given: models.Given) -> models.Stack | None:
     """The blocks, as pure functions of their NNX state."""
-    graph, like = _split(way, given)
-    typed = models.types(like, given.x.dtype)
-
-    def init(key: jax.Array, x: jax.Array) -> Any:
-        return nnx.state(STACKS[way](given.model, given.num_layers, nnx.Rngs(key)))
-
-    return models.Stack(
-        hk_stack.haiku_to_flax((given.params, {}), typed, **_RULES[way]),
-        lambda state, x: nnx.merge(graph, state)(x),
-        init,
-        lambda state: hk_stack.flax_to_haiku(state, given.typed, **_RULES[way])[0],
-    )
-
-
-def decoder(way: str, given: models.Given) -> models.Stack | None:
-    """The S4 blocks of `nnx.scan`, one step of time."""
-    if way != "nnx.scan":
+    if given.decodes and way == "loop":
         return None
-    graph, _ = _split(way, given)
-    length = given.x.shape[1]
+    made, rules = _STACKS[way]
 
-    def step(state: Any, x: jax.Array, states: Any) -> Any:
-        return nnx.merge(graph, state).step(x, states, length)
+    def make(key: jax.Array) -> Any:
+        block = functools.partial(Block, given.model, given.length)
+        return made(block, given.num_layers, nnx.Rngs(key))
 
-    return models.Stack(stack(way, given).params, step, states=given.states)
-
-
-def _split(way: str, given: models.Given) -> tuple[Any, Any]:
-    """The graph and the shapes of the state, without making any array."""
-
-    def make() -> Any:
-        rngs = nnx.Rngs(jax.random.key(0))
-        return STACKS[way](given.model, given.num_layers, rngs)
-
-    return nnx.split(nnx.eval_shape(make))
+    # The graph and the shapes of the state, without making any array.
+    graph, like = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+    return models.flax_stack(
+        given,
+        lambda state, *args: nnx.merge(graph, state, copy=True)(*args),
+        lambda key, x: nnx.state(make(key)),
+        like,
+        **rules,
+    )

@@ -22,35 +22,43 @@ Params = Mapping[str, Leaves]
 Derived = dict[str, Any]
 
 
-def scan(model: Model, params: Params, x: jax.Array) -> jax.Array:
-    """The stack with setup inside the loop, `[B, T, D] -> [B, T, D]`."""
-    return jax.lax.scan(functools.partial(_layer, model), x, params)[0]
+def scan(
+    model: Model, params: Params, x: jax.Array, *states: jax.Array, length: int = 0
+) -> Any:
+    """The stack with setup inside the loop, `[B, T, D] -> [B, T, D]`.
+
+    With states, one step of time, `[B, D] -> [B, D]`, as of sequences of that `length`.
+    """
+
+    def layer(params: Params, x: jax.Array, *state: jax.Array) -> Any:
+        derived = _derived(model, params, length or x.shape[1], bool(state))
+        return _call(model, derived, params, x, *state)
+
+    return models.scan(layer, x, params, *states)
 
 
-def split(model: Model, params: Params, x: jax.Array) -> jax.Array:
-    """The stack with the setup of all layers at once, before the loop."""
-    return call(model, (setup(model, params, x.shape[1]), params), x)
+def split(
+    model: Model, params: Params, x: jax.Array, *states: jax.Array, length: int = 0
+) -> Any:
+    """`scan` with the setup of all layers at once, before the loop."""
+    derived = setup(model, params, length or x.shape[1], bool(states))
+    return call(model, (derived, params), x, *states)
 
 
-def setup(model: Model, params: Params, length: int) -> Derived:
+def setup(model: Model, params: Params, length: int, decodes: bool = False) -> Derived:
     """All layers' derived values; for S4, its spectra `[L, D, T + 1]` and `d`."""
-    return jax.vmap(lambda params: _derived(model, params, length))(params)
+    return jax.vmap(lambda params: _derived(model, params, length, decodes))(params)
 
 
-def call(model: Model, known: tuple[Derived, Params], x: jax.Array) -> jax.Array:
+def call(
+    model: Model, known: tuple[Derived, Params], x: jax.Array, *states: jax.Array
+) -> Any:
     """The rest of the stack, from what `setup` made and parameters."""
-
-    def layer(x: jax.Array, known: tuple[Derived, Params]) -> tuple[jax.Array, None]:
-        return _call(model, *known, x), None
-
-    return jax.lax.scan(layer, x, known)[0]
+    layer = lambda known, *args: _call(model, *known, *args)  # noqa: E731
+    return models.scan(layer, x, known, *states)
 
 
-def _layer(model: Model, x: jax.Array, params: Params) -> tuple[jax.Array, None]:
-    return _call(model, _derived(model, params, x.shape[1]), params, x), None
-
-
-def _layer_by_layer(model: Model, params: Params, x: jax.Array) -> jax.Array:
+def _layer_by_layer(model: Model, params: Params, x: jax.Array) -> Any:
     """As `split`, but one layer's setup at a time, computed again for gradients."""
     one = jax.checkpoint(lambda params: _derived(model, params, x.shape[1]))
     return call(model, (jax.lax.map(one, params), params), x)
@@ -61,7 +69,10 @@ def _checkpointed(
 ) -> jax.Array:
     """As `scan`; gradients compute each layer again, and groups of layers before."""
     again = functools.partial(jax.checkpoint, prevent_cse=False)
-    layer = again(functools.partial(_layer, model))
+
+    @again
+    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        return _call(model, _derived(model, params, x.shape[1]), params, x), None
 
     def layers(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
         return jax.lax.scan(layer, x, params)
@@ -78,26 +89,29 @@ def _checkpointed(
 # One layer
 
 
-def _derived(model: Model, params: Params, length: int) -> Derived:
-    """Setup: what takes the place of the parameters of parts."""
+def _derived(
+    model: Model, params: Params, length: int, decodes: bool = False
+) -> Derived:
+    """Setup: what is known of parts besides, or instead of, their parameters."""
     made = _named(model, params)
     if model.name == "recurrence":
         return {"kernel": models.recurrence_kernel(**made, length=length)}
+    run = _SETUP_TO_DECODE if decodes else _SETUP
     return {
-        name: _SETUP[part.kind](part, made[name], length)
+        name: run[part.kind](part, made[name], length)
         for name, part in model.parts.items()
-        if part.kind in _SETUP
+        if part.kind in run
     }
 
 
-def _call(model: Model, derived: Derived, params: Params, x: jax.Array) -> jax.Array:
+def _call(
+    model: Model, derived: Derived, params: Params, x: jax.Array, *state: jax.Array
+) -> Any:
     if "kernel" in derived:
         return models.recurrence_call(derived["kernel"], x)
-    return model.block(_bound(model, derived, params), x)
-
-
-def _bound(model: Model, derived: Derived, params: Params) -> Any:
-    return models.bound(model.parts, {**_named(model, params), **derived}, _RUN)
+    made = _named(model, params)
+    made |= {name: {**made[name], **known} for name, known in derived.items()}
+    return model.run(models.bound(model.parts, made, _RUN), x, *state)
 
 
 def _named(model: Model, params: Params) -> dict[str, Any]:
@@ -152,16 +166,24 @@ def _s4_setup(part: Part, params: Leaves, length: int) -> Leaves:
     return {"spectrum": s4.spectrum(kernel), "d": params["d"]}
 
 
-def _s4(part: Part, derived: Leaves, u: jax.Array) -> jax.Array:
-    y = s4.convolve_spectrum(u, derived["spectrum"])
-    return y + _row(derived["d"], u) * u
+def _s4_setup_to_decode(part: Part, params: Leaves, length: int) -> Derived:
+    return {"system": s4.discretise(s4.dplr(params), length)}
+
+
+def _s4(part: Part, known: Derived, u: jax.Array, state: Any = None) -> Any:
+    if state is None:
+        y = s4.convolve_spectrum(u, known["spectrum"])
+        return y + _row(known["d"], u) * u
+    state, y = s4.step(known["system"], state, u)
+    return y + _row(known["d"], u) * u, state
 
 
 _SETUP: dict[str, Callable[[Part, Leaves, int], Leaves]] = {
     "s4": _s4_setup,
     "spectral": _spectral_setup,
 }
-_RUN: dict[str, Callable[..., jax.Array]] = {
+_SETUP_TO_DECODE = {"s4": _s4_setup_to_decode}
+_RUN: dict[str, Callable[..., Any]] = {
     "norm": _layer_norm,
     "linear": _linear,
     "attention": _attention,
@@ -179,7 +201,7 @@ WAYS_OF: dict[str, tuple[str, ...]] = {
     "setup": ("scan", "split", "layer by layer"),
     "remat": ("scan", "checkpoint", "checkpoint, groups"),
 }
-_RUNS: dict[str, Callable[..., jax.Array]] = {
+_RUNS: dict[str, Callable[..., Any]] = {
     "scan": scan,
     "split": split,
     "layer by layer": _layer_by_layer,
@@ -192,37 +214,7 @@ def stack(way: str, given: models.Given) -> models.Stack:
     """The blocks in `jax.lax.scan`, with setup inside, before, or done already."""
     model, params = given.model, given.params
     if way == "reused":
-        known = setup(model, params, given.x.shape[1]), params
+        known = setup(model, params, given.x.shape[1], given.decodes), params
         return models.Stack(known, functools.partial(call, model))
-    apply = functools.partial(_RUNS[way], model)
-    return models.Stack(params, apply, None, lambda params: params)
-
-
-def decoder(way: str, given: models.Given) -> models.Stack:
-    """The S4 blocks, one step of time."""
-    model, params, length = given.model, given.params, given.x.shape[1]
-
-    def setup(params: Params) -> s4.Recurrence:
-        return s4.discretise(s4.dplr(params["layers/block/s4"]), length)
-
-    def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array]:
-        known, params, state = scanned
-        system = setup(params) if known is None else known
-
-        def run(u: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-            state, y = s4.step(system, state, u)
-            return y + params["layers/block/s4"]["d"][None] * u, state
-
-        parts = _bound(model, {}, params)
-        parts.s4 = run
-        return models.s4_step(parts, x, state)
-
-    def step(known: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
-        return jax.lax.scan(layer, x, (*known, states))
-
-    def split(known: Any, x: jax.Array, states: Any) -> tuple[jax.Array, Any]:
-        return step((jax.vmap(setup)(known[1]), known[1]), x, states)
-
-    known = jax.vmap(setup)(params) if way == "reused" else None
-    run = split if way == "split" else step
-    return models.Stack((known, params), run, states=given.states)
+    options = {"length": given.length} if given.decodes else {}
+    return models.Stack(params, functools.partial(_RUNS[way], model, **options))

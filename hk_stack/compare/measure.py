@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -89,85 +89,57 @@ def seconds(run: Run, times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-class Options(NamedTuple):
-    """How to measure.
-
-    Attributes:
-      repeat: Rounds in all.
-      builds: How often to build anew, at most.
-      patience: Seconds; what took longer to compile is not built again.
-      shortest: Seconds that a sample takes at least.
-    """
-
-    repeat: int
-    builds: int = 1
-    patience: float = 10.0
-    shortest: float = 0.005
-
-
-class Measured(NamedTuple):
-    """What came of a case.
-
-    Attributes:
-      rows: A row for each way.
-      failed: What failed.
-      is_stopped: Whether it was interrupted; then the rows hold what there was.
-    """
-
-    rows: list[results.Row]
-    failed: list[results.Failure]
-    is_stopped: bool
+# Seconds: a sample takes the first at least; what took more than the second to compile
+# is not built again.
+SHORTEST, PATIENCE = 0.005, 10.0
 
 
 def measured(
+    result: results.Result,
     case: results.Case,
     ways: Sequence[tuple[str, str]],
-    options: Options,
+    repeat: int,
+    builds: int = 1,
     tell: Callable[[str], None] = lambda text: None,
-) -> Measured:
-    """Measures a case in some ways, given as pairs of a framework and a way.
+) -> bool:
+    """Measures a case in some ways: adds rows to a result, and what failed.
 
     Args:
+      result: Of the command so far.
       case: What to measure.
-      ways: In which ways.
-      options: How.
+      ways: Pairs of a framework and a way.
+      repeat: Rounds in all.
+      builds: How often to build anew, at most.
       tell: Is told what is done, never within a round.
+
+    Returns:
+      Whether it was interrupted; then the rows hold what there was.
     """
-    ways_of = _Ways(case, options)
+    ways_of = _Ways(case, result.failed)
     is_stopped = False
     try:
         ways_of.build(ways, tell)
         tell("rounds")
-        for i, rounds in enumerate(_split(options.repeat, options.builds)):
+        for i, part in enumerate(np.array_split(range(repeat), min(repeat, builds))):
             if i:
                 ways_of.each(_Way.build)
-            ways_of.rounds("run_s", rounds)
-        ways_of.each(_Way.first_without_jit)
-        rounds = options.repeat
+            ways_of.rounds("run_s", len(part))
         if case.mode == "init":  # Each may compile anew.
-            rounds = max(2, rounds // 5)
-        ways_of.rounds("eager_s", rounds)
+            repeat = max(2, repeat // 5)
+        ways_of.rounds("eager_s", repeat)
     except KeyboardInterrupt:
         is_stopped = True
-    rows = [way.row() for way in ways_of.built.values()]
-    rows = [row for row in rows if {"run_s", "eager_s"} & row.measures.keys()]
-    failed = [results.Failure(case, *pair) for pair in ways_of.failed.items()]
-    return Measured(rows, failed, is_stopped)
-
-
-def _split(repeat: int, builds: int) -> list[int]:
-    """Rounds for each build."""
-    parts = np.array_split(np.arange(repeat), min(repeat, builds))
-    return [len(part) for part in parts]
+    rows = [way.row for way in ways_of.built.values()]
+    result.rows.extend(x for x in rows if {"run_s", "eager_s"} & x.measures.keys())
+    return is_stopped
 
 
 class _Ways:
-    """The ways of doing a case: those that are built, and why others failed."""
+    """The ways of doing a case that are built; the failures of others go to a list."""
 
-    def __init__(self, case: results.Case, options: Options):
-        self.case, self.options = case, options
+    def __init__(self, case: results.Case, failed: list[results.Failure]):
+        self.case, self.failed = case, failed
         self.built: dict[str, _Way] = {}
-        self.failed: dict[str, str] = {}
 
     def build(
         self, ways: Sequence[tuple[str, str]], tell: Callable[[str], None]
@@ -179,11 +151,11 @@ class _Ways:
             task = cases.task(self.case, *pair)
             if task is None:
                 return
-            way = _Way(self.case, name, task, self.options)
+            way = _Way(self.case, name, task)
             values = task.values(way.program)
             if not expected:
                 expected.update(cases.finite(values))
-            way.parity = cases.parity(values, expected, self.case.dtype)
+            way.row.parity.update(cases.parity(values, expected, self.case.dtype))
             self.built[name] = way
 
         for pair in ways:
@@ -199,17 +171,21 @@ class _Ways:
     def rounds(self, measure: str, count: int) -> None:
         """Runs all in alternating rounds, after two that are dropped.
 
-        A round repeats a run as often as it takes to last `shortest` seconds. Rounds
+        A round repeats a run as often as it takes to last `SHORTEST` seconds. Rounds
         that are over are kept, also if a later one is interrupted.
         """
-        shortest = self.options.shortest if measure == "run_s" else 0.0
         timers: dict[str, Callable[[], float]] = {}
 
         def prepare(way: _Way) -> None:
-            if run := way.runs(measure):
-                fastest = min(seconds(run), seconds(run))
-                times = 1 + int(shortest / fastest)
-                timers[way.name] = functools.partial(seconds, run, times)
+            if not (run := way.runs(measure)):
+                return
+            first, times = seconds(run), 1
+            again = seconds(run)
+            if measure == "run_s":
+                times += int(SHORTEST / min(first, again))
+            else:
+                way.add("eager_first_s", first)
+            timers[way.row.way] = functools.partial(seconds, run, times)
 
         self.each(prepare)
         samples: dict[str, list[float]] = {name: [] for name in timers}
@@ -232,63 +208,48 @@ class _Ways:
         try:
             return do()
         except Exception as error:
-            self.failed[name] = _first_line(error)
+            text = f"{type(error).__name__}: {error}".strip()
+            line = text.splitlines()[0][:500]
+            self.failed.append(results.Failure(self.case, name, line))
             self.built.pop(name, None)
             return None
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
-
-
 class _Way:
-    """A way of doing a case, and its samples so far."""
+    """A way of doing a case: its program, and a row with its samples so far."""
 
-    def __init__(
-        self, case: results.Case, name: str, task: cases.Task, options: Options
-    ):
-        self.case, self.name = case, name
-        self.task, self.options = task, options
-        self.measures: dict[str, list[Any]] = {}
-        self.parity: dict[str, float] = {}
-        self.program = task.function
+    def __init__(self, case: results.Case, name: str, task: cases.Task):
+        self.row = results.Row(case, name, {}, {})
+        self.task, self.program = task, task.function
         if task.is_compiled:
             # What programs have in common JAX keeps, and the first would pay for it.
             _jitted(task).lower(*task.args)
         self.build()
         if task.temp_bytes is not None:
-            self.measures["temp_bytes"] = [task.temp_bytes()]
+            self.add("temp_bytes", task.temp_bytes())
 
     def build(self) -> None:
         """Builds anew, unless that would take too long."""
-        last = self.measures.get("compile_s", [0.0])[-1]
-        if not self.task.is_compiled or last > self.options.patience:
+        last = self.row.measures.get("compile_s", [0.0])[-1]
+        if not self.task.is_compiled or last > PATIENCE:
             return
         self.program, found = build(self.task)
         found["first_s"] = seconds(lambda: self.program(*self.task.args))
         for name, value in found.items():
             if not name.endswith("_s"):  # Sizes are the same each time.
-                self.measures.pop(name, None)
+                self.row.measures.pop(name, None)
             self.add(name, value)
-
-    def first_without_jit(self) -> None:
-        """The first run outside of `jit`, if there are any."""
-        if run := self.runs("eager_s"):
-            self.add("eager_first_s", seconds(run))
 
     def runs(self, measure: str) -> Run | None:
         """What is measured by `run_s` or by `eager_s`; None if that is not."""
         task = self.task
         if measure == "run_s":
             return (lambda: self.program(*task.args)) if task.is_compiled else None
-        is_eager = not task.is_compiled or self.case.mode == "init"
+        is_eager = not task.is_compiled or self.row.case.mode == "init"
         return (lambda: task.function(*task.args)) if is_eager else None
 
     def add(self, measure: str, value: Any) -> None:
-        self.measures.setdefault(measure, []).append(value)
-
-    def row(self) -> results.Row:
-        return results.Row(self.case, self.name, self.measures, self.parity)
+        self.row.measures.setdefault(measure, []).append(value)
 
 
 _PACKAGES = ("dm-haiku", "jax", "jaxlib", "flax", "equinox", "optax")
@@ -296,6 +257,7 @@ _PACKAGES = ("dm-haiku", "jax", "jaxlib", "flax", "equinox", "optax")
 
 def environment() -> dict[str, Any]:
     """The device and the versions that a result belongs to."""
+    installed = {x.name: x.version for x in importlib.metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
@@ -304,15 +266,8 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": {"hk_stack": hk_stack.__version__}
-        | {name: _version(name) for name in _PACKAGES},
+        | {name: installed.get(name) for name in _PACKAGES},
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -9,13 +9,12 @@ A framework makes the *parts* of a block and stacks blocks. To add one, add a fi
 - `WAYS`, the names of its ways to stack layers, and `WAYS_OF`, those of modes that have
   others; "loop + roll" is made of the framework's "loop" by `hk_stack.roll`, and so is
   "... + setup_first";
-- `stack(way, given) -> Stack`;
-- `decoder(way, given) -> Stack`, for models that decode.
+- `stack(way, given) -> Stack`, which is given the parameters of Haiku's stack,
+  `{"layers/block/...": {name: [L, ...]}}`, and takes them over. It returns None for
+  what does not make sense in that way.
 
-They are given the parameters of Haiku's stack,
-`{"layers/block/...": {name: [L, ...]}}`, and take them over. Both return None for what
-does not make sense in that way. If the framework is not installed, the import of the
-file fails with an `ImportError` that says how to install it.
+If the framework is not installed, the import of the file fails with an `ImportError`
+that says how to install it.
 """
 
 import functools
@@ -28,10 +27,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import hk_stack
 from hk_stack.compare import s4
 
 Params = Any
-States = Any
 Dropout = Callable[[int, jax.Array], jax.Array]
 
 
@@ -77,10 +76,8 @@ def bound(
         called with its state, too, and returns the next one.
     """
 
-    def run_s4(part: Part, params: Any, u: jax.Array, state: Any = None) -> Any:
-        if length is None:
-            return s4.run(params, u, part.mode)
-        return s4.run_step(params, u, state, length)
+    def run_s4(part: Part, params: Any, u: jax.Array, *state: jax.Array) -> Any:
+        return s4.run(params, u, part.mode, *state, length=length)
 
     run = {"s4": run_s4, **run}
     found = {
@@ -100,7 +97,7 @@ def _s4_block(parts: Any, x: jax.Array) -> jax.Array:
     return x + _gated(parts, parts.s4(parts.norm(x)))
 
 
-def s4_step(parts: Any, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _s4_step(parts: Any, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One step of time of a block of S4, from `x` `[B, D]` and a state `[B, D, N]`."""
     h, state = parts.s4(parts.norm(x), state)
     return x + _gated(parts, h), state
@@ -143,9 +140,7 @@ def spectral_block(parts: Any, x: jax.Array) -> jax.Array:
     return x + _up_then_down(parts, x)
 
 
-def _recurrence_parts(width: int) -> dict[str, Part]:
-    del width
-    return {"decay": Part("vector", 64, 1.0), "b": Part("vector", 64, 0.01)}
+_DECAYS = {"decay": Part("vector", 64, 1.0), "b": Part("vector", 64, 0.01)}
 
 
 def _recurrence_block(parts: Any, x: jax.Array) -> jax.Array:
@@ -167,17 +162,12 @@ def recurrence_call(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return x + jnp.tanh(s4.convolve(x, kernel[None]))
 
 
-_SIZES = {f"w{i}": (8 + i) * (16 + 2 * i) for i in range(24)}
-
-
-def _shapes_parts(width: int) -> dict[str, Part]:
-    del width
-    return {name: Part("vector", size, 0.1) for name, size in _SIZES.items()}
+_SHAPES = {f"w{i}": Part("vector", (8 + i) * (16 + 2 * i), 0.1) for i in range(24)}
 
 
 def _shapes_block(parts: Any, x: jax.Array) -> jax.Array:
     """Setup: sums of 24 parameters, each of another shape; for `init`."""
-    return x + sum(jnp.sum(getattr(parts, name)) for name in _SIZES)
+    return x + sum(jnp.sum(getattr(parts, name)) for name in _SHAPES)
 
 
 class Model(NamedTuple):
@@ -205,6 +195,10 @@ class Model(NamedTuple):
     def parts(self) -> dict[str, Part]:
         """What a block is made of."""
         return self.make_parts(self.width)
+
+    def run(self, parts: Any, x: jax.Array, state: jax.Array | None = None) -> Any:
+        """A block; with a state, one step of time of it."""
+        return self.block(parts, x) if state is None else _s4_step(parts, x, state)
 
 
 _WITH_FFT = ("float32", "float64")  # There is no FFT of half precision.
@@ -240,11 +234,11 @@ MODELS = {
     model.name: model
     for model in (
         s4_model(),
-        Model("recurrence", _recurrence_parts, _recurrence_block, _WITH_FFT, width=16),
+        Model("recurrence", lambda _: _DECAYS, _recurrence_block, _WITH_FFT, width=16),
         transformer_model(),
         Model("spectral", functools.partial(_up_and_down, "spectral"), spectral_block),
         Model("mlp", _mlp_parts, _mlp_block, has_setup=False),
-        Model("shapes", _shapes_parts, _shapes_block),
+        Model("shapes", lambda _: _SHAPES, _shapes_block),
         s4_model(mode="term by term", name="s4_terms"),
     )
 }
@@ -260,23 +254,28 @@ class Given(NamedTuple):
       num_layers: The number of blocks, `L`.
       params: The parameters of Haiku's stack, `[L, ...]` each.
       x: Activations `[B, T, D]`.
+      decodes: Whether to run one step of time, as in sequences of `T`.
     """
 
     model: Model
     num_layers: int
     params: Params
     x: jax.Array
+    decodes: bool = False
 
     @property
-    def states(self) -> jax.Array:
-        """The states before the first step of S4: zeros `[L, B, D, N]`."""
+    def length(self) -> int | None:
+        """To decode, the length of sequences in training."""
+        return self.x.shape[1] if self.decodes else None
+
+    @property
+    def args(self) -> tuple[jax.Array, ...]:
+        """`x`; to decode, one step of it, and states of zeros `[L, B, D, N]`."""
+        if not self.decodes:
+            return (self.x,)
         sizes = self.num_layers, len(self.x), self.model.width, self.model.state_size
-        return jnp.zeros(sizes, jnp.result_type(self.x.dtype, jnp.complex64))
-
-    @property
-    def typed(self) -> tuple[Any, dict[str, Any]]:
-        """Shapes and dtypes of Haiku's parameters and state."""
-        return types(self.params), {}
+        dtype = jnp.result_type(self.x.dtype, jnp.complex64)
+        return self.x[:, 0], jnp.zeros(sizes, dtype)
 
 
 class Stack(NamedTuple):
@@ -287,19 +286,42 @@ class Stack(NamedTuple):
       apply: `(params, x [B, T, D]) -> y [B, T, D]`; to decode, one step of time
         `(params, x [B, D], states) -> (y [B, D], states)`.
       init: `(key, x) -> params`; None if there is nothing to initialise.
-      to_haiku: A tree like `params` as the parameters of Haiku's stack; None if
-        `params` are derived values, of which no gradient is compared.
+      to_haiku: A tree like `params` as the parameters of Haiku's stack.
       mean_gradient: Of microbatches, `(loss, params, xs) -> (loss, gradient)`; None for
         the gradients of one after the other.
-      states: To decode, those before the first step.
     """
 
     params: Params
     apply: Callable[..., Any]
     init: Callable[[jax.Array, jax.Array], Params] | None = None
-    to_haiku: Callable[[Params], Params] | None = None
+    to_haiku: Callable[[Params], Params] = lambda params: params
     mean_gradient: Callable[..., tuple[jax.Array, Params]] | None = None
-    states: States = None
+
+
+def flax_stack(
+    given: Given, apply: Callable[..., Any], init: Any, like: Any, **rules: Any
+) -> Stack:
+    """A stack in Flax, of variables `like` these, ported by `rules`."""
+    typed = types(like, given.x.dtype)
+    params = hk_stack.haiku_to_flax((given.params, {}), typed, **rules)
+    like = types(given.params), {}
+    return Stack(
+        params, apply, init, lambda t: hk_stack.flax_to_haiku(t, like, **rules)[0]
+    )
+
+
+def scan(
+    layer: Callable[..., Any], x: jax.Array, params: Params, *states: jax.Array
+) -> Any:
+    """`L` layers `(params, x, *state)` by `jax.lax.scan`, with or without states."""
+
+    def step(x: jax.Array, scanned: Any) -> Any:
+        params, *state = scanned
+        found = layer(params, x, *state)
+        return found if state else (found, None)
+
+    found = jax.lax.scan(step, x, (params, *states))
+    return found if states else found[0]
 
 
 def framework_names() -> list[str]:
@@ -311,19 +333,8 @@ def framework_names() -> list[str]:
 
 
 def framework(name: str) -> ModuleType:
-    """The file of a framework.
-
-    Raises:
-      ImportError: If the framework is not installed; says how to.
-    """
+    """The file of a framework; if that is not installed, an `ImportError` says how."""
     return importlib.import_module(f"hk_stack.compare.in_{name}")
-
-
-def ways(name: str, mode: str) -> tuple[str, ...]:
-    """The ways of a framework in a mode."""
-    module = framework(name)
-    found: tuple[str, ...] = module.WAYS_OF.get(mode, module.WAYS)
-    return found
 
 
 def types(tree: Any, dtype: Any = None) -> Any:

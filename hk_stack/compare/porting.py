@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +55,8 @@ def trees() -> SimpleNamespace:
     numbered = hk_stack.unstack_params(stack, _NAMES)
     in_jax, stack_in_jax = jax.tree.map(jnp.asarray, (numbered, stack))
     return SimpleNamespace(
-        loop=_flax(loop=True),
-        scanned=_flax(loop=False),
+        loop=_flax("loop"),
+        scanned=_flax("scan"),
         stack=stack,
         stack_in_jax=stack_in_jax,
         types=(models.types(stack), {}),
@@ -95,46 +94,28 @@ def extra_bytes(run: Callable[[], Any]) -> int:
     return max(0, peak - made)
 
 
-def largest_leaf() -> int:
-    """Bytes of the largest array, in either layout."""
-    return 4 * max(TOKENS * WIDTH, LAYERS * 4 * WIDTH * WIDTH)
-
-
-def _block() -> Tree:
-    """Shapes of Linen's variables of one block."""
-    from hk_stack.compare import in_linen  # Other modes do without Flax.
-
-    block, x = in_linen.Block(_MODEL), jnp.ones([1, 1, WIDTH])
-    params: Tree = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
-    return params
-
-
-def _full(types: Any, *layers: int) -> Any:
-    return jax.tree.map(lambda leaf: np.full((*layers, *leaf.shape), _VALUE), types)
-
-
 _VALUE = np.float32(0.5)
 
 
-def _flax(*, loop: bool) -> Tree:
+def _full(init: Callable[..., Any]) -> Any:
+    """What a model of layers is initialised with, of one value."""
+    types = jax.eval_shape(init, jax.random.key(0), jnp.ones([1, 1, WIDTH]))
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, _VALUE), types)
+
+
+def _flax(way: str) -> Tree:
     """Linen's variables, with `nn.scan` over layers or a Python loop of them."""
-    params: Tree = {"embed": {"embedding": np.full((TOKENS, WIDTH), _VALUE)}}
-    if loop:
-        params |= {f"block_{i}": _full(_block()) for i in range(LAYERS)}
-    else:
-        params["layers"] = {"block": _full(_block(), LAYERS)}
-    return {"params": params}
+    from hk_stack.compare import in_linen  # Other modes do without Flax.
+
+    block = functools.partial(in_linen.Block, _MODEL)
+    layers = _full(in_linen.STACKS[way](block, LAYERS).init)["params"]
+    embed: Tree = {"embed": {"embedding": np.full((TOKENS, WIDTH), _VALUE)}}
+    return {"params": embed | (layers if way == "loop" else {"layers": layers})}
 
 
 def _haiku() -> Tree:
     """Haiku's parameters of the same model, stacked."""
-    layers = functools.partial(
-        in_haiku.layers,
-        model=_MODEL,
-        layer_stack=hk_stack.layer_stack,
-        num_layers=LAYERS,
-    )
-    x = jnp.ones([1, 1, WIDTH])
-    types = jax.eval_shape(hk.transform(layers).init, jax.random.key(0), x)
+    given = models.Given(_MODEL, LAYERS, None, jnp.ones([1, 1, WIDTH]))
+    init, _ = in_haiku.transformed(given, hk_stack.layer_stack)
     embed: Tree = {"embed": {"embeddings": np.full((TOKENS, WIDTH), _VALUE)}}
-    return {**embed, **_full(types)}
+    return {**embed, **_full(init)}

@@ -81,8 +81,8 @@ class Row(NamedTuple):
 
     case: Case
     way: str
-    measures: Mapping[str, list[Any]]
-    parity: Mapping[str, float]
+    measures: dict[str, list[Any]]
+    parity: dict[str, float]
 
     def samples(self, measure: str) -> list[list[float]]:
         """All samples of a measure, one list for each build; [] if it has none."""
@@ -173,9 +173,6 @@ class Failure(NamedTuple):
     way: str
     error: str
 
-    def __str__(self) -> str:
-        return (self.error.strip().splitlines() or [""])[0]
-
 
 class Result(NamedTuple):
     """All that one run of the command found.
@@ -258,10 +255,11 @@ def by_depth(result: Result) -> list[list[Case]]:
 
 def save(path: pathlib.Path, result: Result) -> None:
     """Writes the file in one step: there is the old one, or all of the new one."""
+    rows = json.dumps([row._asdict() for row in result.rows])
     document = {
         "schema": SCHEMA,
         "environment": result.environment,
-        "rows": [_rounded(row._asdict()) for row in result.rows],
+        "rows": json.loads(rows, parse_float=_rounded),
         "failed": [failure._asdict() for failure in result.failed],
         "skipped": result.skipped,
     }
@@ -270,13 +268,9 @@ def save(path: pathlib.Path, result: Result) -> None:
     new.replace(path)
 
 
-def _rounded(tree: Any) -> Any:
-    """Numbers with four digits: there is more noise than that."""
-    if isinstance(tree, float):
-        return float(f"{tree:.4g}")
-    if isinstance(tree, Mapping):
-        return {name: _rounded(value) for name, value in tree.items()}
-    return list(map(_rounded, tree)) if isinstance(tree, list) else tree
+def _rounded(number: str) -> float:
+    """With four digits: there is more noise than that."""
+    return float(f"{float(number):.4g}")
 
 
 def _line_by_line(document: Mapping[str, Any]) -> str:

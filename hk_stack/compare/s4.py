@@ -59,9 +59,6 @@ def hippo(state_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     diagonal, with `B[n] = sqrt(2n+1)`. With `P[n] = sqrt(n + 1/2)`, the matrix
     `A + P P^T` is `-I/2` plus a skew-symmetric one, so a unitary `V` diagonalises it.
 
-    Args:
-      state_size: number of states, `N`.
-
     Returns:
       `Lambda`, `V^* P` and `V^* B`, each complex `[N]`.
     """
@@ -76,13 +73,9 @@ def hippo(state_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def parameters(
     features: int, state_size: int
 ) -> dict[str, tuple[tuple[int, ...], Initializer]]:
-    """The real parameters of `H` systems: name -> (shape, initialiser).
+    """The real parameters of `H` systems of `N` states: name -> (shape, initialiser).
 
     Complex values are stored as pairs of real and imaginary part, on the last axis.
-
-    Args:
-      features: number of features, `H`.
-      state_size: number of states of each feature, `N`.
     """
     eigenvalues, p, b = hippo(state_size)
     vector, pairs = (features, state_size), (features, state_size, 2)
@@ -123,10 +116,6 @@ def kernel(system: Dplr, length: int) -> jax.Array:
     `D` is diagonal and, unlike the paper's `2 (1 - z) / (delta (1 + z)) - Lambda`,
     finite and invertible at `z = -1` also. The Woodbury identity leaves four Cauchy
     sums over the states; an inverse FFT gives the kernel.
-
-    Args:
-      system: the continuous systems of `H` features.
-      length: number of samples, `T`.
     """
     _, p, b, c, _ = system
     s, denominator = _at_roots_of_unity(system, length)
@@ -174,23 +163,25 @@ KERNELS = {"convolution": kernel, "term by term": kernel_term_by_term}
 
 
 def run(
-    params: Mapping[str, jax.Array], u: jax.Array, mode: str = "convolution"
-) -> jax.Array:
+    params: Mapping[str, jax.Array],
+    u: jax.Array,
+    mode: str = "convolution",
+    state: jax.Array | None = None,
+    *,
+    length: int | None = None,
+) -> Any:
     """One S4 layer, `[B, T, H] -> [B, T, H]`: `y = K * u + d u`.
 
     Args:
       params: As listed by `parameters`.
-      u: Activations `[B, T, H]`.
+      u: Activations `[B, T, H]`; of one step of time `[B, H]`.
       mode: One of `KERNELS`; same parameters, same outputs.
+      state: For one step, the state `[B, H, N]`; the next one is returned, too.
+      length: For one step, that of `discretise`.
     """
-    y = convolve(u, KERNELS[mode](dplr(params), u.shape[1]))
-    return y + params["d"][None, None] * u
-
-
-def run_step(
-    params: Mapping[str, jax.Array], u: jax.Array, state: jax.Array, length: int
-) -> tuple[jax.Array, jax.Array]:
-    """One step of time of `run`, from `u` `[B, H]` and a state `[B, H, N]`."""
+    if state is None or length is None:
+        y = convolve(u, KERNELS[mode](dplr(params), u.shape[1]))
+        return y + params["d"][None, None] * u
     state, y = step(discretise(dplr(params), length), state, u)
     return y + params["d"][None] * u, state
 
@@ -223,11 +214,8 @@ def discretise(system: Dplr, length: int) -> Recurrence:
         Abar = (I - delta/2 A)^{-1} (I + delta/2 A),
         Bbar = (I - delta/2 A)^{-1} delta B,    Cbar = C~ (I - Abar^T)^{-1}.
 
-    It may be run for more or fewer steps than `length`.
-
-    Args:
-      system: the continuous systems of `H` features.
-      length: the length `T` that the learned readout `C~` belongs to.
+    `length` is the `T` that the learned readout `C~` belongs to; the recurrence may be
+    run for more or fewer steps.
     """
     eigenvalues, p, b, c, step = system
     identity = jnp.eye(b.shape[-1], dtype=b.dtype)[None]

@@ -41,32 +41,24 @@ class Line(NamedTuple):
     ratios: dict[str, results.Ratio]
     best: frozenset[str]
 
-    def amount(self, measure: str) -> str:
-        """The median of a measure in its unit, "-" if the row has none."""
-        median = self.row.median(measure)
-        return "-" if median is None else digits(median * SHOWN[measure].scale)
-
     def ratio(self, measure: str, *, interval: bool = False) -> str:
-        """The ratio; with a star if there is none that is known to be lower."""
+        """The ratio, "-" if there is none; with a star if none is known to be lower."""
         if measure not in self.ratios:
             return "-"
-        if self.is_baseline:
-            return "1" + "*" * (measure in self.best)
         ratio = self.ratios[measure]
         text = str(ratio) if interval else ratio.short
-        return text + "*" * (measure in self.best)
+        return ("1" if self.is_baseline else text) + "*" * (measure in self.best)
 
 
 def lines(result: results.Result, case: results.Case) -> list[Line]:
     """The ways of a case, in the order in which they were measured."""
-    base = result.baseline(case)
-    rows = result.of(case)
+    base, rows = result.baseline(case), result.of(case)
     ratios = {way: _ratios(row, base) for way, row in rows.items()}
     best = {name: _best(name, rows, ratios) for name in SHOWN}
     return [
         Line(
             row,
-            way == base.way,
+            row is base,
             ratios[way],
             frozenset(name for name in SHOWN if way in best[name]),
         )
@@ -78,14 +70,12 @@ _Ratios = dict[str, results.Ratio]
 
 
 def _ratios(row: results.Row, base: results.Row) -> _Ratios:
-    found = {name: results.ratio(row, base, name) for name in SHOWN}
-    return {name: ratio for name, ratio in found.items() if ratio is not None}
+    return {name: x for name in SHOWN if (x := results.ratio(row, base, name))}
 
 
 def _best(
     measure: str, rows: dict[str, results.Row], ratios: dict[str, _Ratios]
 ) -> set[str]:
-    """The ways that are best in a measure."""
     found = {way: r[measure].value for way, r in ratios.items() if measure in r}
     if not found:
         return set()
@@ -133,15 +123,17 @@ def table(result: results.Result, case: results.Case) -> _table.Table:
     titles.append("parity")
     rows = [_cells(line, shown) for line in found]
     for failure in result.failures(case):
-        rows.append([failure.way, f"failed: {failure}", *[""] * (len(titles) - 2)])
+        why = f"failed: {failure.error}"
+        rows.append([failure.way, why, *[""] * (len(titles) - 2)])
     return _table.Table(titles, rows, numbers=titles[1:])
 
 
 def _cells(line: Line, shown: list[str]) -> list[str]:
     cells = [line.row.way]
     for name in shown:
-        ratio = line.ratio(name, interval=name in _INTERVALS)
-        cells += [line.amount(name), ratio]
+        median = line.row.median(name)
+        amount = "-" if median is None else digits(median * SHOWN[name].scale)
+        cells += [amount, line.ratio(name, interval=name in _INTERVALS)]
     parity = line.row.parity.values()
     largest = f"{max(parity):.0e}" if any(parity) else "0"
     return [*cells, largest if parity else "-"]
