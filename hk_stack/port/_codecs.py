@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hk_stack.port._names import Path
+
 Shape = tuple[int, ...]
 Array = np.ndarray
 
@@ -53,3 +55,15 @@ class Codec:
     def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
         """Fills the pieces."""
         pieces[-1][...] = leaf
+
+
+class Stored(NamedTuple):
+    """A leaf of Flax: its collection and path, what it is made of, and how."""
+
+    collection: str
+    path: Path
+    pieces: tuple[Piece, ...]
+    codec: Codec = Codec()
+
+
+Leaves = dict[tuple[str, Path], Stored]

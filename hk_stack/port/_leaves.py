@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from hk_stack.port import _cells, _names, _regroup
-from hk_stack.port._codecs import Array, Codec, Piece, Shape
+from hk_stack.port._codecs import Array, Codec, Piece, Shape, Stored
 from hk_stack.port._names import Path
-from hk_stack.port._regroup import Stored
 from hk_stack.port._rules import Rules, Said, paths_of, renamed
 
 

@@ -4,32 +4,21 @@ These rules go before all others: to `rename`, to the other rules in `leaf` and 
 rest of them, a leaf that is split is several leaves, and leaves that are fused are one.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
-from hk_stack.port._codecs import Array, Codec, Piece, Shape
+from hk_stack.port._codecs import Array, Codec, Leaves, Piece, Shape, Stored
 from hk_stack.port._names import Path
-from hk_stack.port._rules import (
-    Found,
-    Fuse,
-    Pair,
-    Regroup,
-    Rules,
-    Split,
-    Tie,
-    Transpose,
-    matched,
-    paths_of,
-)
+from hk_stack.port._rules import Pair, Regroup, Rules, Transpose, matched, paths_of
 
 # Rules to write
 
 
-def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Split:
+def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Regroup:
     """A rule for `leaf=`: a module of Flax that is several modules in Haiku.
 
     Each of its leaves holds theirs side by side, such as a fused attention's:
@@ -65,7 +54,7 @@ def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Split:
     return Split(names, axis, sizes)
 
 
-def fuse(*names: str, axis: int) -> Fuse:
+def fuse(*names: str, axis: int) -> Regroup:
     """A rule for `leaf=`: several modules of Flax that are one in Haiku, side by side.
 
     The path is that of the whole, as if Flax had it beside its parts:
@@ -89,7 +78,7 @@ def fuse(*names: str, axis: int) -> Fuse:
     return Fuse(names, axis)
 
 
-def tie(other: str, *, transposed: bool = False) -> Tie:
+def tie(other: str, *, transposed: bool = False) -> Regroup:
     """A rule for `leaf=`: two leaves that hold the same values, one of them in Flax.
 
     ```
@@ -207,17 +196,114 @@ def _check(what: str, names: Sequence[str], axis: int) -> None:
 # What they do to the leaves of Flax
 
 
-class Stored(NamedTuple):
-    """A leaf of Flax: its collection and path, what it is made of, and how."""
+@dataclasses.dataclass(frozen=True)
+class Split(Regroup):
+    """See `split`."""
 
-    collection: str
-    path: Path
-    pieces: tuple[Piece, ...]
-    codec: Codec = Codec()
+    names: tuple[str, ...]
+    axis: int
+    sizes: tuple[int, ...]
+
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        new, gone = [], []
+        for leaf, around, end in _matching(leaves, pattern):
+            gone.append(leaf)
+            for i, name in enumerate(self.names):
+                path = (*around[:-1], *name.split("/"), *end)
+                new.append(leaf._replace(path=path, codec=Part(self, i)))
+        return _replaced(leaves, gone, new, pattern), ""
 
 
-Key = tuple[str, Path]
-Leaves = dict[Key, Stored]
+@dataclasses.dataclass(frozen=True)
+class Fuse(Regroup):
+    """See `fuse`."""
+
+    names: tuple[str, ...]
+    axis: int
+
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        around, _, whole = pattern.rpartition("/")
+        several: dict[tuple[str, Path], list[Stored]] = {}
+        for name in self.names:
+            for leaf, path, end in _matching(leaves, f"{around}/{name}"):
+                scope = path[: len(path) - len(name.split("/"))]
+                key = leaf.collection, (*scope, whole, *end)
+                several.setdefault(key, []).append(leaf)
+        complete = {k: x for k, x in several.items() if len(x) == len(self.names)}
+        gone = [leaf for parts in complete.values() for leaf in parts]
+        new = [Stored(*k, _pieces(x), Fused(self)) for k, x in complete.items()]
+        why = "" if new else f"no module has all of {', '.join(self.names)}."
+        return _replaced(leaves, gone, new, pattern), why
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie(Regroup):
+    """See `tie`."""
+
+    other: str
+    transposed: bool
+
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        found = [leaf for leaf, _, end in _matching(leaves, pattern) if not end]
+        if len(found) != 1:
+            return leaves, (
+                "port.tie is for one whole leaf, such as 'wte/embedding'; there are "
+                f"{len(found)} of this path."
+            )
+        (first,) = found
+        path = tuple(part for part in self.other.split("/") if part)
+        other = leaves.get((first.collection, path))
+        if other:
+            new = [first._replace(pieces=_pieces([first, other]), codec=Tied(self))]
+        else:
+            new = [first, first._replace(path=path, codec=Tied(self))]
+        return _replaced(leaves, [first, *filter(None, [other])], new, pattern), ""
+
+
+def _matching(leaves: Leaves, pattern: str) -> Iterator[tuple[Stored, Path, Path]]:
+    """Leaves that a pattern fits; what it says of each path, and the rest."""
+    for key, leaf in leaves.items():
+        found = matched(pattern, paths_of(*key))
+        if found and leaf.codec.is_plain:
+            end = len(leaf.path) - found.inside
+            yield leaf, leaf.path[:end], leaf.path[end:]
+
+
+def _pieces(leaves: Iterable[Stored]) -> tuple[Piece, ...]:
+    return tuple(piece for leaf in leaves for piece in leaf.pieces)
+
+
+def _replaced(
+    leaves: Leaves, gone: Iterable[Stored], new: Iterable[Stored], pattern: str
+) -> Leaves:
+    left_out = {(leaf.collection, leaf.path) for leaf in gone}
+    result = {key: leaf for key, leaf in leaves.items() if key not in left_out}
+    for leaf in new:
+        key = leaf.collection, leaf.path
+        if result.setdefault(key, leaf) is not leaf:
+            raise ValueError(
+                f"port: leaf of {pattern!r} gives {'/'.join(leaf.path)}, which Flax "
+                "has already. Name it otherwise, and use rename= for what it is in "
+                "Haiku."
+            )
+    in_order = sorted(result.items(), key=lambda item: item[1].pieces[0].place)
+    return dict(in_order)
+
+
+def regrouped(leaves: Leaves, rules: Rules[Regroup]) -> tuple[Leaves, list[str]]:
+    """The leaves of Flax after some rules; and what to say of those that fit none."""
+    unused = []
+    for pattern, rule in rules.rules.items():
+        changed, why = rule.regrouped(leaves, pattern)
+        if changed == leaves:
+            paths = [paths_of(*key) for key in leaves]
+            fits_none = Rules("leaf", {pattern: rule}).unused(paths)
+            unused += [f"leaf: {pattern!r}: {why}"] if why else fits_none
+        leaves = changed
+    return leaves, unused
+
+
+# How leaves are stored then
 
 
 class Part(Codec):
@@ -232,12 +318,10 @@ class Part(Codec):
         self.label = f"part {number + 1} of {len(rule.names)} on axis {rule.axis}"
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        (shape,) = shapes
-        axis = _axis(self.axis, shape)
-        if axis is None or shape[axis] % self.total:
+        axis = _axis(self.axis, shapes[0])
+        if axis is None or shapes[0][axis] % self.total:
             return NO_SHAPE
-        size = int(shape[axis] * self.share)
-        return (*shape[:axis], size, *shape[axis + 1 :])
+        return self.read([np.broadcast_to(0, shapes[0])]).shape
 
     def read(self, pieces: Sequence[Array]) -> Array:
         (array,) = pieces
@@ -256,19 +340,18 @@ class Fused(Codec):
 
     is_plain = False
 
-    def __init__(self, axis: int, names: Sequence[str]):
-        self.axis = axis
-        self.label = f"{', '.join(names)} side by side"
+    def __init__(self, rule: Fuse):
+        self.axis = rule.axis
+        self.label = f"{', '.join(rule.names)} side by side"
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         axis = _axis(self.axis, shapes[0])
         if axis is None or len({len(shape) for shape in shapes}) > 1:
             return NO_SHAPE
-        rests = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
-        size = sum(shape[axis] for shape in shapes)
-        first = shapes[0]
-        whole = (*first[:axis], size, *first[axis + 1 :])
-        return whole if len(rests) == 1 else NO_SHAPE
+        sizes = [set(column) for column in zip(*shapes, strict=True)]
+        sizes[axis] = {sum(shape[axis] for shape in shapes)}
+        is_one = all(len(each) == 1 for each in sizes)
+        return tuple(each.pop() for each in sizes) if is_one else NO_SHAPE
 
     def read(self, pieces: Sequence[Array]) -> Array:
         return np.concatenate(pieces, self.axis)
@@ -286,33 +369,25 @@ class Tied(Codec):
     is_plain = False
 
     def __init__(self, rule: Tie):
-        self.transposed = rule.transposed
+        self.change, _ = TRANSPOSED if rule.transposed else SAME
         self.label = "tied, last axes swapped" if rule.transposed else "tied"
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        if len(shapes) == 1:
-            return self._turned_shape(shapes[0])
-        return shapes[0] if self._turned_shape(shapes[1]) == shapes[0] else NO_SHAPE
+        if len(shapes[-1]) < 2 and self.change is swapped:
+            return NO_SHAPE
+        shape = self.change(np.broadcast_to(0, shapes[-1])).shape
+        return shape if len(shapes) == 1 or shape == shapes[0] else NO_SHAPE
 
     def read(self, pieces: Sequence[Array]) -> Array:
-        if len(pieces) == 1:
-            return self._turned(pieces[0])
-        if pieces[0].tobytes() != self._turned(pieces[1]).tobytes():
+        leaf = self.change(pieces[-1])
+        if len(pieces) == 2 and pieces[0].tobytes() != leaf.tobytes():
             raise ValueError(NOT_EQUAL)
-        return pieces[0]
+        return leaf
 
     def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        pieces[-1][...] = self._turned(leaf)
+        pieces[-1][...] = self.change(leaf)
         if len(pieces) == 2:
             pieces[0][...] = leaf
-
-    def _turned(self, array: Array) -> Array:
-        return swapped(array) if self.transposed else array
-
-    def _turned_shape(self, shape: Shape) -> Shape:
-        if not self.transposed:
-            return shape
-        return (*shape[:-2], *shape[:-3:-1]) if len(shape) > 1 else NO_SHAPE
 
 
 NO_SHAPE: Shape = (-1,)  # What no leaf has.
@@ -324,107 +399,3 @@ NOT_EQUAL = (
 
 def _axis(axis: int, shape: Shape) -> int | None:
     return axis % len(shape) if -len(shape) <= axis < len(shape) else None
-
-
-def regrouped(leaves: Leaves, rules: Rules[Regroup]) -> tuple[Leaves, list[str]]:
-    """The leaves of Flax after some rules; and what to say of those that fit none."""
-    unused = []
-    for pattern, rule in rules.rules.items():
-        if isinstance(rule, Split):
-            changed, why = _split(leaves, pattern, rule)
-        elif isinstance(rule, Fuse):
-            changed, why = _fused(leaves, pattern, rule)
-        else:
-            changed, why = _tied(leaves, pattern, rule)
-        if changed == leaves:
-            paths = [paths_of(*key) for key in leaves]
-            fits_none = Rules("leaf", {pattern: rule}).unused(paths)
-            unused += [f"leaf: {pattern!r}: {why}"] if why else fits_none
-        leaves = changed
-    return leaves, unused
-
-
-def _split(leaves: Leaves, pattern: str, rule: Split) -> tuple[Leaves, str]:
-    result: list[Stored] = []
-    for key, leaf in leaves.items():
-        found = matched(pattern, paths_of(*key))
-        if found is None or not leaf.codec.is_plain:
-            result.append(leaf)
-            continue
-        around, end = _around(key, found)
-        for i, name in enumerate(rule.names):
-            path = (*around[:-1], *name.split("/"), *end)
-            result.append(Stored(leaf.collection, path, leaf.pieces, Part(rule, i)))
-    return _by_key(result, pattern), ""
-
-
-def _fused(leaves: Leaves, pattern: str, rule: Fuse) -> tuple[Leaves, str]:
-    around, _, whole = pattern.rpartition("/")
-    several: dict[tuple[str, Path, Path], dict[str, Stored]] = {}
-    for key, leaf in leaves.items():
-        for name in rule.names:
-            found = matched(f"{around}/{name}", paths_of(*key))
-            if found and leaf.codec.is_plain:
-                path, end = _around(key, found)
-                scope = path[: len(path) - len(name.split("/"))]
-                several.setdefault((key[0], scope, end), {})[name] = leaf
-    complete = {
-        (collection, (*scope, whole, *end)): [parts[name] for name in rule.names]
-        for (collection, scope, end), parts in several.items()
-        if len(parts) == len(rule.names)
-    }
-    gone = {(x.collection, x.path) for parts in complete.values() for x in parts}
-    rest = [leaf for key, leaf in leaves.items() if key not in gone]
-    fused = [
-        Stored(*key, _pieces(parts), Fused(rule.axis, rule.names))
-        for key, parts in complete.items()
-    ]
-    why = f"no module has all of {', '.join(rule.names)}." if not complete else ""
-    return _by_key([*rest, *fused], pattern), why
-
-
-def _tied(leaves: Leaves, pattern: str, rule: Tie) -> tuple[Leaves, str]:
-    found = [
-        key
-        for key in leaves
-        if (fit := matched(pattern, paths_of(*key))) and not fit.inside
-    ]
-    if len(found) != 1 or not leaves[found[0]].codec.is_plain:
-        return leaves, (
-            "port.tie is for one whole leaf, such as 'wte/embedding'; there are "
-            f"{len(found)} of this path."
-        )
-    first = leaves[found[0]]
-    other = first.collection, tuple(part for part in rule.other.split("/") if part)
-    rest = [leaf for key, leaf in leaves.items() if key not in (other, found[0])]
-    codec = Tied(rule)
-    if other in leaves:
-        both = _pieces([first, leaves[other]])
-        tied = [first._replace(pieces=both, codec=codec)]
-    else:
-        tied = [first, Stored(*other, first.pieces, codec)]
-    return _by_key([*rest, *tied], pattern), ""
-
-
-def _around(key: Key, found: Found) -> tuple[Path, Path]:
-    """What a pattern says of a path, and the rest."""
-    path = key[1]
-    return path[: len(path) - found.inside], path[len(path) - found.inside :]
-
-
-def _pieces(leaves: Sequence[Stored]) -> tuple[Piece, ...]:
-    return tuple(piece for leaf in leaves for piece in leaf.pieces)
-
-
-def _by_key(leaves: Sequence[Stored], pattern: str) -> Leaves:
-    result: Leaves = {}
-    for leaf in leaves:
-        key = leaf.collection, leaf.path
-        if key in result:
-            raise ValueError(
-                f"port: leaf of {pattern!r} gives {'/'.join(leaf.path)}, which Flax "
-                "has already. Name it otherwise, and use rename= for what it is in "
-                "Haiku."
-            )
-        result[key] = leaf
-    return result

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from hk_stack import _checks
+from hk_stack.port._codecs import Leaves
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
@@ -26,29 +27,14 @@ class Transpose(NamedTuple):
     to_flax: Function
 
 
-class Split(NamedTuple):
-    """See `hk_stack.port.split`."""
+class Regroup:
+    """A rule for several leaves: see `hk_stack.port.split`, `fuse` and `tie`."""
 
-    names: tuple[str, ...]
-    axis: int
-    sizes: tuple[int, ...]
-
-
-class Fuse(NamedTuple):
-    """See `hk_stack.port.fuse`."""
-
-    names: tuple[str, ...]
-    axis: int
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        """The leaves of Flax after the rule; and why it fits none, if paths do."""
+        raise NotImplementedError
 
 
-class Tie(NamedTuple):
-    """See `hk_stack.port.tie`."""
-
-    other: str
-    transposed: bool
-
-
-Regroup = Split | Fuse | Tie
 Rule = Pair | Regroup
 
 

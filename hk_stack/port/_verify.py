@@ -412,12 +412,8 @@ def _partners(plan: Plan) -> Mapping[Module, Module]:
 
 
 def _module(side: Side, layer: int) -> Module:
-    at = dict(
-        zip(side.axes, map(int, np.unravel_index(layer, side.sizes)), strict=True)
-    )
-    leaf = side.leaves[at.get(0, 0)]
-    path = leaf.raw[:-1]
-    return _names.parts(path), tuple(i for axis, i in at.items() if axis)
+    leaf, at = side.at(layer)
+    return _names.parts(leaf.raw[:-1]), tuple(at.values())
 
 
 # What may be the reason
