@@ -525,17 +525,16 @@ def _differs(group: Group) -> Refusal:
 
 def _counted_anew(group: Group) -> dict[str, str]:
     """A renaming for two loops that begin with other numbers, if that is all."""
-    old = _names.counted([leaf.raw for leaf in group.flax])
-    new = _names.counted([leaf.path for leaf in group.haiku])
-    if old is None or new is None or len(group.flax) != len(group.haiku):
+    paths = [leaf.raw for leaf in group.flax], [leaf.path for leaf in group.haiku]
+    old, new = map(_names.numbers, paths)
+    shifts = {a - b for a, b in zip(old, new, strict=False)}
+    if len(old) != len(new) or len(shifts) != 1 or shifts == {0}:
         return {}
-    shifts = {a - b for a, b in zip(old.numbers, new.numbers, strict=True)}
-    if len(shifts) > 1 or shifts == {0}:
-        return {}
-    shift = shifts.pop()
-    flax = f"{{i+{shift}}}" if shift > 0 else "{i}"
-    haiku = f"{{i+{-shift}}}" if shift < 0 else "{i}"
-    return {old.before + flax: new.before + haiku}
+    (shift,) = shifts
+    flax, haiku = (_names.starred(several).partition("*")[0] for several in paths)
+    larger = f"{{i+{abs(shift)}}}"
+    ends = (larger, "{i}") if shift > 0 else ("{i}", larger)
+    return {flax + ends[0]: haiku + ends[1]}
 
 
 def _turned(group: Group) -> Refusal:

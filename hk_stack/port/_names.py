@@ -129,26 +129,12 @@ def starred(paths: Sequence[Path]) -> str:
     )
 
 
-class Counted(NamedTuple):
-    """Paths that differ in one number: what is before it, and the numbers."""
-
-    before: str
-    numbers: tuple[int, ...]
-
-
-def counted(paths: Sequence[Path]) -> Counted | None:
-    """What numbers paths have, if they differ in one only."""
-    columns = list(zip(*paths, strict=False))
-    varied = [i for i, texts in enumerate(columns) if len(set(texts)) > 1]
-    if len(varied) != 1 or len(set(map(len, paths))) > 1:
-        return None
-    matches = [re.fullmatch(r"(.*?)(\d*)", text) for text in columns[varied[0]]]
-    pairs = [(match[1].removesuffix("_"), match[2]) for match in matches if match]
-    if len({base for base, _ in pairs}) > 1:
-        return None
-    before = max((match[1] for match in matches if match), key=len)
-    numbers = tuple(int(number or 0) for _, number in pairs)
-    return Counted("/".join((*paths[0][: varied[0]], before)), numbers)
+def numbers(paths: Sequence[Path]) -> list[int]:
+    """What numbers paths have, if they differ in one only; otherwise none."""
+    columns = zip(*map(parts, paths), strict=False)
+    varied = [column for column in columns if len(set(column)) > 1]
+    is_one = len(varied) == 1 and len({base for base, _ in varied[0]}) == 1
+    return [number for _, number in varied[0]] if is_one else []
 
 
 def without_end(module: Path, count: int) -> Path:

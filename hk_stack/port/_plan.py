@@ -199,12 +199,9 @@ def _values(value: object) -> object:
 
 def _merged(several: Iterable[Arguments]) -> Arguments:
     merged: Arguments = {}
-    for one in several:
-        for name, value in one.items():
-            if isinstance(value, dict):
-                merged[name] = {**merged.get(name, {}), **value}
-            else:
-                merged[name] = value
+    for name, value in (item for one in several for item in one.items()):
+        is_dict = isinstance(value, dict)
+        merged[name] = {**merged.get(name, {}), **value} if is_dict else value
     return merged
 
 
@@ -295,18 +292,24 @@ def _to_ignore(
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    ignored = {id(leaf) for leaf in everything if said.ignore.closest(leaf.paths)}
-    rest = [leaf for leaf in left if id(leaf) not in ignored]
-    free = ignored | {id(leaf) for leaf in rest}
+    rest = [leaf for leaf in left if not said.ignore.closest(leaf.paths)]
+    if not rest:
+        return ()
+    free = {id(leaf) for leaf in rest}
     busy = (leaf for leaf in everything if id(leaf) not in free)
-    used = {path for leaf in busy for path in _beginnings(leaf)}
+    used = {
+        path
+        for leaf in busy
+        if not said.ignore.closest(leaf.paths)
+        for path in _beginnings(leaf)
+    }
     found = dict.fromkeys(
         next(
             (path for path in _beginnings(leaf)[1:] if path not in used), leaf.paths[1]
         )
         for leaf in rest
     )
-    return (*said.ignore.rules, *found) if found else ()
+    return *said.ignore.rules, *found
 
 
 def _beginnings(leaf: Leaf) -> list[str]:
