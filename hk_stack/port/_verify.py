@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _taps
+from hk_stack import _checks, _taps
 from hk_stack._table import Shown, Table
 from hk_stack.port import _move, _names
 from hk_stack.port._layers import Reading, Side
@@ -122,83 +122,88 @@ def verified(
     Returns:
       What differs.
     """
-    models = _Models(flax_apply, haiku_apply, variables, ported, found, tuple(inputs))
+    values = variables, ported, tuple(inputs)
+    models = _Models(flax_apply, haiku_apply, found, values)
     try:
         with jax.enable_x64(True):
-            return models.in_double().compared(_DOUBLE)
+            return models._replace(values=_as_double(values)).compared(_DOUBLE)
     except (TypeError, ValueError, jax.errors.JAXTypeError):  # It mixes precisions.
         return models.compared(_SINGLE)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Models:
-    """Both models, and what they are run on."""
+class _Models(NamedTuple):
+    """Both models, and what they are run on: variables, what is ported, inputs."""
 
     flax: Apply
     haiku: Apply
-    variables: Any
-    ported: tuple[Any, Any]
     plan: Plan
-    inputs: tuple[Any, ...]
-
-    def in_double(self) -> "_Models":
-        changed = _as_double((self.variables, self.ported, self.inputs))
-        variables, ported, inputs = changed
-        return dataclasses.replace(
-            self, variables=variables, ported=ported, inputs=inputs
-        )
+    values: tuple[Any, tuple[Any, Any], tuple[Any, ...]]
 
     def run_flax(self, variables: Any) -> Any:
-        return self.flax(variables, *self.inputs)
+        return self.flax(variables, *self.values[2])
 
     def run_haiku(self, params: Any, seed: Any = 0) -> Any:
-        key = jax.random.key(seed)
-        return self.haiku(params, self.ported[1], key, *self.inputs)[0]
+        _, (_, state), inputs = self.values
+        return self.haiku(params, state, jax.random.key(seed), *inputs)[0]
 
     def compared(self, precision: Precision) -> Report:
-        right, of_flax = _heard_flax(self.run_flax, self.variables)
-        y, of_haiku = _heard_haiku(self.run_haiku, self.ported[0])
+        variables, (params, _), _ = self.values
+        right, of_flax = _heard_flax(self.run_flax, variables)
+        # The path of a tap is that of the module that runs.
+        hear = hk.intercept_methods(_hearing(lambda module: ""))
+        y, of_haiku = _with_taps(hear, self.run_haiku, params)
         outputs = _outputs(right, y)
-        report = Report(True, precision.name, outputs)
         if all(one.error <= precision.output for one in outputs):
             gradients = self.gradients()
-            is_ok = all(one.error <= precision.gradient for one in gradients)
-            report = dataclasses.replace(report, ok=is_ok, gradients=gradients)
-            return report if is_ok else _of_gradients(report)
+            report = Report(True, precision.name, outputs, gradients)
+            if all(one.error <= precision.gradient for one in gradients):
+                return report
+            worst = max(gradients, key=lambda one: one.error)
+            where = f"Outputs agree, but not the {worst.name}: by {worst.error:.0e}."
+            return dataclasses.replace(
+                report, ok=False, where=where, first=worst, causes=_CAUSES["gradient"]
+            )
         events = list(_events(self.plan, of_flax, of_haiku))
         first = next((x for x in events if x.values.error > precision.output), None)
-        random = self._is_random(precision)
-        return _first(report, first, random, bool(events))
+        found = _located(first) if first else _not_located(bool(events))
+        module, where, causes = found
+        if self._is_random(precision):
+            causes = ("haiku_apply draws at random: dropout is on", *causes)
+        values = first.values if first else None
+        return Report(False, precision.name, outputs, (), module, where, values, causes)
 
     def gradients(self) -> tuple[Compared, ...]:
         """Of each module's parameters: a leaf's own may be zero but for rounding."""
-        of_flax = _gradient(self.run_flax, self.variables)
-        of_haiku = _gradient(self.run_haiku, self.ported[0])
+        variables, (params, state), _ = self.values
+        of_flax = _gradient(self.run_flax, variables)
+        of_haiku = _gradient(self.run_haiku, params)
         moves = _untied(self.plan.moves)
         plan = dataclasses.replace(self.plan, moves=moves)
-        zeros = jax.tree.map(np.zeros_like, (of_flax, of_haiku, self.ported[1]))
+        zeros = jax.tree.map(np.zeros_like, (of_flax, of_haiku, state))
         there = _move.ported(plan, 0, of_flax, zeros[1:])[0]
         # Some moves add a constant, which gradients do not have.
         start = _move.ported(plan, 0, zeros[0], zeros[1:])[0]
         right = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), there, start)
         # Parameters come first in Haiku's pair.
         moved = {piece.place for move in moves for piece in move.haiku.pieces}
-        modules: dict[str, list[tuple[Any, Any]]] = {}
-        pairs = zip(jax.tree.leaves(right), jax.tree.leaves(of_haiku), strict=True)
-        paths = (path for path, _ in jax.tree.leaves_with_path(of_haiku))
-        for place, (path, pair) in enumerate(zip(paths, pairs, strict=True)):
+        modules: dict[str, tuple[list[Any], list[Any]]] = {}
+        leaves = zip(
+            jax.tree.leaves(right), jax.tree.leaves_with_path(of_haiku), strict=True
+        )
+        for place, (x, (path, y)) in enumerate(leaves):
             if place in moved:
-                module = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-                modules.setdefault(module, []).append(pair)
+                xs, ys = modules.setdefault(_checks.path_name(path[:-1]), ([], []))
+                xs.append(np.ravel(x))
+                ys.append(np.ravel(y))
         return tuple(
-            _compared(f"gradient of {name}", *map(_flat, zip(*several, strict=True)))
-            for name, several in modules.items()
+            _compared(f"gradient of {name}", *map(np.concatenate, sides))
+            for name, sides in modules.items()
         )
 
     def _is_random(self, precision: Precision) -> bool:
         """Whether the model in Haiku draws: the same parameters, and another key."""
         run = jax.jit(self.run_haiku)
-        pair = (run(self.ported[0], seed) for seed in range(2))
+        pair = (run(self.values[1][0], seed) for seed in range(2))
         return any(one.error > precision.output for one in _outputs(*pair))
 
 
@@ -206,10 +211,6 @@ def _as_double(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64) if _is_float(leaf) else leaf, tree
     )
-
-
-def _flat(arrays: Sequence[Any]) -> np.ndarray:
-    return np.concatenate([np.ravel(array) for array in arrays])
 
 
 def _is_float(leaf: Any) -> bool:
@@ -307,11 +308,6 @@ def _heard_flax(run: Apply, variables: Any) -> tuple[Any, list[Heard]]:
     return _with_taps(intercept(hear), run, variables)
 
 
-def _heard_haiku(run: Apply, params: Any) -> tuple[Any, list[Heard]]:
-    # The path of a tap is that of the module that runs.
-    return _with_taps(hk.intercept_methods(_hearing(lambda module: "")), run, params)
-
-
 def _hearing(path_of: Callable[[Any], str]) -> Apply:
     """Taps the first array that goes into a module, and that comes out of it."""
 
@@ -390,8 +386,8 @@ def _in_order(heard: Sequence[Heard]) -> Iterator[tuple[Heard, tuple[int, ...]]]
         for index in np.ndindex(one.value.shape[: one.depth]):
             pairs = zip(starts, index, strict=True)
             order = (*(n for pair in pairs for n in pair), place)
-            keyed.append((order, place, one, index))
-    for _, _, one, index in sorted(keyed, key=lambda item: item[:2]):
+            keyed.append((order, one, index))
+    for _, one, index in sorted(keyed, key=lambda item: item[0]):
         yield one, index
 
 
@@ -419,57 +415,35 @@ def _module(side: Side, layer: int) -> Module:
 # What may be the reason
 
 
-def _first(
-    report: Report, event: Event | None, is_random: bool, has_events: bool
-) -> Report:
-    causes = []
-    if is_random:
-        causes = ["haiku_apply draws at random: dropout is on"]
-    if event is None:
-        where = (
-            "First to differ is what the model returns: what goes into and comes out "
-            "of its modules agrees."
-            if has_events
-            else "Nothing is known of modules: flax_apply runs none of Linen, or none "
-            "that both have."
-        )
-        module = "" if has_events else None
-        causes += _CAUSES["elsewhere"]
-        return dataclasses.replace(
-            report, ok=False, module=module, where=where, causes=tuple(causes)
-        )
-    names, index = event.module
-    own = _names.written(names)
-    is_in = event.what.startswith(_IN)
-    around = _names.written(names[:-1])
-    module = around if is_in else own
-    layer = f" in layer {', '.join(map(str, index))}" if index else ""
+Located = tuple[str | None, str, tuple[str, ...]]  # A module, where in it, causes.
+
+
+def _not_located(has_events: bool) -> Located:
+    """What a report says where no value at a module differs."""
     where = (
-        f"First to differ is what {around or 'the model'} gives to {own}{layer}"
-        if is_in
-        else f"First to differ is what {own or 'the model'} returns{layer}"
+        "First to differ is what the model returns: what goes into and comes out "
+        "of its modules agrees."
+        if has_events
+        else "Nothing is known of modules: flax_apply runs none of Linen, or none "
+        "that both have."
     )
-    values = event.values
-    where += f": by {values.error:.0e}, shapes {list(values.shapes[0])} in Flax and "
-    where += f"{list(values.shapes[1])} in Haiku."
-    return dataclasses.replace(
-        report,
-        ok=False,
-        module=module,
-        where=where,
-        first=values,
-        causes=(*causes, *_likely(names, is_in)),
-    )
+    return "" if has_events else None, where, _CAUSES["elsewhere"]
 
 
-def _of_gradients(report: Report) -> Report:
-    worst = max(report.gradients, key=lambda one: one.error)
-    return dataclasses.replace(
-        report,
-        where=f"Outputs agree, but not the {worst.name}: by {worst.error:.0e}.",
-        first=worst,
-        causes=_CAUSES["gradient"],
+def _located(event: Event) -> Located:
+    """What a report says of the first value to differ."""
+    (names, index), what, values = event
+    own, around = _names.written(names), _names.written(names[:-1])
+    is_in = what.startswith(_IN)
+    layer = f" in layer {', '.join(map(str, index))}" if index else ""
+    gives = f"{around or 'the model'} gives to {own}"
+    returns = f"{own or 'the model'} returns"
+    flax, haiku = map(list, values.shapes)
+    where = (
+        f"First to differ is what {gives if is_in else returns}{layer}: by "
+        f"{values.error:.0e}, shapes {flax} in Flax and {haiku} in Haiku."
     )
+    return around if is_in else own, where, _likely(names, is_in)
 
 
 _CAUSES = {
@@ -512,8 +486,7 @@ _CAUSES = {
 
 def _likely(names: _names.Module, is_in: bool) -> tuple[str, ...]:
     """What usually is the reason, by the name of the module."""
-    text = "/".join(part.base for part in (names[:-1] if is_in else names)).lower()
-    last = text.rpartition("/")[2]
+    last = "".join(part.base for part in (names[:-1] if is_in else names)[-1:]).lower()
     is_attention = "attn" in last or "attention" in last
     if is_in:
         return _CAUSES["attention" if is_attention else "elsewhere"]
@@ -526,6 +499,3 @@ def _likely(names: _names.Module, is_in: bool) -> tuple[str, ...]:
         if any(word in last for word in words):
             return _CAUSES[kind]
     return _CAUSES["attention" if is_attention else "linear"]
-
-
-__all__ = ("Compared", "Report", "verified")
