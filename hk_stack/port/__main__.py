@@ -120,13 +120,9 @@ def _collections(tree: Tree) -> tuple[Tree, Tree]:
     missing = [name for name in wanted if name not in tree]
     if missing:
         raise ValueError(f"there is no {missing[0]!r}; there are: {', '.join(tree)}.")
-    if (
-        not wanted and "params" in tree
-    ):  # Beside it: counters, and what optimisers keep.
-        is_model = {
-            n: isinstance(t, Mapping) and n[:3] != "opt" for n, t in tree.items()
-        }
-        wanted = [name for name in tree if is_model[name]]
+    if not wanted and "params" in tree:  # Beside it may be what an optimiser keeps.
+        dicts = [name for name in tree if isinstance(tree[name], Mapping)]
+        wanted = [name for name in dicts if not name.startswith("opt")]
     taken = {name: tree[name] for name in wanted or tree}
     return taken, {name: tree[name] for name in tree if name not in taken}
 

@@ -258,8 +258,9 @@ class _Reader:
 
     def _read(self) -> None:
         leaf, rules = self.group.flax[0], self._said.layer_axis
-        several = (itertools.permutations(range(leaf.ndim), n) for n in range(3))
-        every = list(itertools.chain.from_iterable(several))
+        every = [
+            x for n in range(3) for x in itertools.permutations(range(leaf.ndim), n)
+        ]
         closest = rules.closest(leaf.paths)
         choices = every
         if closest is not None:

@@ -7,7 +7,6 @@ them apart, one layer at a time.
 """
 
 import collections
-import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
@@ -206,11 +205,8 @@ def _bases(path: Path) -> Path:
 
 def _alike(path: Path, ours: Set[Path]) -> int:
     """How many parts at the end a name has in common with one of others."""
-    ends = (
-        zip(reversed(_bases(path)), reversed(other), strict=False) for other in ours
-    )
-    same = (itertools.takewhile(lambda pair: pair[0] == pair[1], end) for end in ends)
-    return max((len(list(pairs)) for pairs in same), default=-1)
+    bases = _bases(path)
+    return max((_names.common_end(bases, other) for other in ours), default=-1)
 
 
 def _is_attention(inside: Iterable[str]) -> bool:

@@ -67,15 +67,11 @@ def _named_alike(
     """Families, without the modules that are around everything in one tree only."""
     literal = _ambiguous(flax) | _ambiguous(haiku)
     theirs, ours = _families(flax, literal), _families(haiku, literal)
-    for i in itertools.count():
-        old, new = _inside(theirs, i), _inside(ours, i)
-        if _tops(old) & _tops(ours):
-            return old, ours
-        if _tops(theirs) & _tops(new):
-            return theirs, new
-        if not old and not new:
-            return theirs, ours
-    raise AssertionError
+    for i in range(max((len(name) for _, name in (*theirs, *ours)), default=0)):
+        for old, new in ((_inside(theirs, i), ours), (theirs, _inside(ours, i))):
+            if _tops(old) & _tops(new):
+                return old, new
+    return theirs, ours
 
 
 def _module(leaf: Leaf, literal: bool = False) -> Module:
@@ -232,8 +228,9 @@ def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
     rest = {key: _size(family) for key, family in ours.items() if key not in theirs}
     rules: dict[str, str] = {}
     for key in [key for key in theirs if key not in ours]:
-        sized = [other for other, size in rest.items() if size == _size(theirs[key])]
-        alike = {other: _common_end(key, other) for other in sized}
+        kind, size = key[0], _size(theirs[key])
+        sized = [other for other in rest if (other[0], rest[other]) == (kind, size)]
+        alike = {other: _names.common_end(key[1], other[1]) for other in sized}
         most = max(alike.values(), default=0)
         found = [other for other, count in alike.items() if count == most > 0]
         while most and any(_begins(name, key[1][:-most]) for name in done):
@@ -261,13 +258,6 @@ def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]
 
 def _size(family: Family) -> int:
     return sum(math.prod(leaf.shape) for leaf in family.values())
-
-
-def _common_end(one: Key, other: Key) -> int:
-    """How many parts at the end two names have both, if they are of one kind."""
-    same = zip(reversed(one[1]), reversed(other[1]), strict=False)
-    found = itertools.takewhile(lambda pair: pair[0] == pair[1], same)
-    return len(list(found)) if one[0] == other[0] else 0
 
 
 def _written(

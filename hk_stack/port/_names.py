@@ -6,6 +6,7 @@ second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than th
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -135,6 +136,13 @@ def numbers(paths: Sequence[Path]) -> list[int]:
     varied = [column for column in columns if len(set(column)) > 1]
     is_one = len(varied) == 1 and len({base for base, _ in varied[0]}) == 1
     return [number for _, number in varied[0]] if is_one else []
+
+
+def common_end(one: Path, other: Path) -> int:
+    """How many parts two paths have both at their ends."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return len(list(same))
 
 
 def without_end(module: Path, count: int) -> Path:

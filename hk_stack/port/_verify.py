@@ -27,15 +27,8 @@ Module = tuple[_names.Module, tuple[int, ...]]  # Its name, and the layer in sca
 Apply = Callable[..., Any]
 
 
-class Precision(NamedTuple):
-    """How far two numbers may be apart, as parts of the largest."""
-
-    name: str
-    output: float
-    gradient: float
-
-
-_DOUBLE, _SINGLE = Precision("double", 1e-7, 1e-6), Precision("single", 1e-5, 1e-4)
+# How far outputs and gradients may be apart, as parts of the largest number.
+_TOLERANCES = {"double": (1e-7, 1e-6), "single": (1e-5, 1e-4)}
 
 
 class Compared(NamedTuple):
@@ -86,19 +79,16 @@ class Report(Shown):
             yield self.where
         yield from (f"- {cause}" for cause in self.causes)
         several = [*self.outputs, *sorted(self.gradients, key=lambda row: -row.error)]
-        yield Table(
-            ["value", "in Flax", "in Haiku", "difference"],
-            [_row(one) for one in several[:_MOST]],
-        )
+        rows = [
+            [name, *(str(list(shape)) for shape in shapes), f"{error:.0e}"]
+            for name, shapes, error in several[:_MOST]
+        ]
+        yield Table(["value", "in Flax", "in Haiku", "difference"], rows)
         if len(several) > _MOST:
             yield f"  and {len(several) - _MOST} more, which differ less"
 
 
 _MOST = 16
-
-
-def _row(one: Compared) -> list[str]:
-    return [one.name, *(str(list(shape)) for shape in one.shapes), f"{one.error:.0e}"]
 
 
 def verified(
@@ -126,9 +116,9 @@ def verified(
     models = _Models(flax_apply, haiku_apply, found, values)
     try:
         with jax.enable_x64(True):
-            return models._replace(values=_as_double(values)).compared(_DOUBLE)
+            return models._replace(values=_as_double(values)).compared("double")
     except (TypeError, ValueError, jax.errors.JAXTypeError):  # It mixes precisions.
-        return models.compared(_SINGLE)
+        return models.compared("single")
 
 
 class _Models(NamedTuple):
@@ -146,17 +136,18 @@ class _Models(NamedTuple):
         _, (_, state), inputs = self.values
         return self.haiku(params, state, jax.random.key(seed), *inputs)[0]
 
-    def compared(self, precision: Precision) -> Report:
+    def compared(self, precision: str) -> Report:
+        of_outputs, of_gradients = _TOLERANCES[precision]
         variables, (params, _), _ = self.values
         right, of_flax = _heard_flax(self.run_flax, variables)
         # The path of a tap is that of the module that runs.
         hear = hk.intercept_methods(_hearing(lambda module: ""))
         y, of_haiku = _with_taps(hear, self.run_haiku, params)
         outputs = _outputs(right, y)
-        if all(one.error <= precision.output for one in outputs):
+        if all(one.error <= of_outputs for one in outputs):
             gradients = self.gradients()
-            report = Report(True, precision.name, outputs, gradients)
-            if all(one.error <= precision.gradient for one in gradients):
+            report = Report(True, precision, outputs, gradients)
+            if all(one.error <= of_gradients for one in gradients):
                 return report
             worst = max(gradients, key=lambda one: one.error)
             where = f"Outputs agree, but not the {worst.name}: by {worst.error:.0e}."
@@ -164,13 +155,13 @@ class _Models(NamedTuple):
                 report, ok=False, where=where, first=worst, causes=_CAUSES["gradient"]
             )
         events = list(_events(self.plan, of_flax, of_haiku))
-        first = next((x for x in events if x.values.error > precision.output), None)
+        first = next((x for x in events if x.values.error > of_outputs), None)
         found = _located(first) if first else _not_located(bool(events))
         module, where, causes = found
-        if self._is_random(precision):
+        if self._is_random(of_outputs):
             causes = ("haiku_apply draws at random: dropout is on", *causes)
         values = first.values if first else None
-        return Report(False, precision.name, outputs, (), module, where, values, causes)
+        return Report(False, precision, outputs, (), module, where, values, causes)
 
     def gradients(self) -> tuple[Compared, ...]:
         """Of each module's parameters: a leaf's own may be zero but for rounding."""
@@ -200,11 +191,11 @@ class _Models(NamedTuple):
             for name, sides in modules.items()
         )
 
-    def _is_random(self, precision: Precision) -> bool:
+    def _is_random(self, most: float) -> bool:
         """Whether the model in Haiku draws: the same parameters, and another key."""
         run = jax.jit(self.run_haiku)
         pair = (run(self.values[1][0], seed) for seed in range(2))
-        return any(one.error > precision.output for one in _outputs(*pair))
+        return any(one.error > most for one in _outputs(*pair))
 
 
 def _as_double(tree: Any) -> Any:
