@@ -134,7 +134,7 @@ def inspected(tree: Tree, left: Tree) -> str:
       tree: The variables.
       left: What else there is, of which a line tells.
     """
-    rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
+    rows: dict[tuple[Any, ...], list[_codecs.Leaf]] = {}
     for leaf in _leaves.of_flax(tree, _rules.checked())[0]:
         alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
         rows.setdefault(tuple(alike), []).append(leaf)
@@ -152,7 +152,7 @@ def inspected(tree: Tree, left: Tree) -> str:
     return "\n".join(lines)
 
 
-def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
+def _cells(leaves: list[_codecs.Leaf]) -> list[str]:
     *path, name = leaves[0].path
     module = _names.parts(path)
     if len(leaves) > 1:

@@ -16,8 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from hk_stack.port import _names
-from hk_stack.port._codecs import Array, Piece, Shape
-from hk_stack.port._leaves import Average, Leaf
+from hk_stack.port._codecs import Array, Average, Leaf, Piece, Shape
 from hk_stack.port._names import Path
 from hk_stack.port._regroup import NO_SHAPE, SAME, TRANSPOSED, swapped
 from hk_stack.port._rules import (

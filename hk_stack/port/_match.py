@@ -14,8 +14,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from hk_stack.port import _layers, _names
+from hk_stack.port._codecs import Leaf
 from hk_stack.port._layers import Group, Reading, Refusal
-from hk_stack.port._leaves import Leaf
 from hk_stack.port._names import Module, Path
 from hk_stack.port._rules import Said
 
@@ -233,44 +233,40 @@ def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
         alike = {other: _names.common_end(key[1], other[1]) for other in sized}
         most = max(alike.values(), default=0)
         found = [other for other, count in alike.items() if count == most > 0]
-        while most and any(_begins(name, key[1][:-most]) for name in done):
+        while most and any(
+            name[: len(key[1]) - most] == key[1][:-most] for name in done
+        ):
             most -= 1  # What has a namesake stays where it is.
         if len(found) == 1 and most:
             del rest[found[0]]
-            ends = _scopes(theirs, key, most), _scopes(ours, found[0], most)
-            if rule := _written(*ends):
+            pair = theirs[key], ours[found[0]]
+            around = [
+                len(_module(next(iter(family.values())))) + 1 - len(name)
+                for family, (_, name) in zip(pair, (key, found[0]), strict=True)
+            ]
+            if rule := _rule(*pair, around, most):
                 rules.setdefault(*rule)
     return rules
-
-
-def _begins(name: Path, beginning: Path) -> bool:
-    return name[: len(beginning)] == beginning
-
-
-def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]:
-    """What is left out around a tree, and all but the last parts of some names."""
-    family = families[key].values()
-    first = next(iter(family))
-    around = len(_module(first)) + 1 - len(key[1])
-    scopes = [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family]
-    return first.path[:around], scopes
 
 
 def _size(family: Family) -> int:
     return sum(math.prod(leaf.shape) for leaf in family.values())
 
 
-def _written(
-    flax: tuple[Path, list[Path]], haiku: tuple[Path, list[Path]]
-) -> tuple[str, str] | None:
-    """A rule for beginnings of names, with `*` for layers' numbers."""
-    (around, old), (without, new) = flax, haiku
-    new = [(*around, *path[len(without) :]) for path in new]
+def _rule(flax: Family, haiku: Family, around: Sequence[int], count: int) -> list[str]:
+    """What to rename to what: all but the last parts of names, `*` for layers."""
+    old, new = (
+        [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family.values()]
+        for family in (flax, haiku)
+    )
+    # What is around one tree only is taken from there, and added to names here.
+    before = next(iter(flax.values())).path[: around[0]]
+    new = [(*before, *path[around[1] :]) for path in new]
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.
         depths = {len(_names.parts(paths[0])) for paths in (old, new)}
-        return (rule, other) if len(depths) == 1 else None
+        return [rule, other] if len(depths) == 1 else []
     if rule.count("*") == 1 and new[0]:
-        return rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)
-    return None if "*" in rule else (rule, other.replace("_*", ""))
+        return [rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)]
+    return [] if "*" in rule else [rule, other.replace("_*", "")]

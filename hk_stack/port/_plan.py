@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from hk_stack import _table
 from hk_stack._table import Shown, Table
 from hk_stack.port import _names
 from hk_stack.port._cells import Gates
+from hk_stack.port._codecs import Leaf
 from hk_stack.port._layers import Reading, Side
-from hk_stack.port._leaves import Leaf
 from hk_stack.port._match import Matched
 from hk_stack.port._rules import Arguments, Said, written
 
@@ -182,19 +183,14 @@ def made(
 
 def _together(refused: Iterable[tuple[Arguments, ...]]) -> tuple[Choice, ...]:
     """Proposals for leaves that have the same choice, as one."""
-    found: dict[Hashable, list[tuple[Arguments, ...]]] = {}
-    for ways in refused:
-        if ways:
-            kinds = [{n: _values(value) for n, value in way.items()} for way in ways]
-            found.setdefault(str(kinds), []).append(ways)
+    found: dict[str, list[tuple[Arguments, ...]]] = {}
+    for ways in filter(None, refused):
+        without_paths = re.sub('"[^"]*": ', "", "; ".join(map(written, ways)))
+        found.setdefault(without_paths, []).append(ways)
     return tuple(
         Choice(len(rows), tuple(map(_merged, zip(*rows, strict=True))))
         for rows in found.values()
     )
-
-
-def _values(value: object) -> object:
-    return sorted(map(str, value.values())) if isinstance(value, dict) else value
 
 
 def _merged(several: Iterable[Arguments]) -> Arguments:

@@ -11,9 +11,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from hk_stack.port._codecs import Array, Codec, Leaves, Piece, Shape, Stored
+from hk_stack.port._codecs import Array, Codec, Leaf, Leaves, Piece, Shape
 from hk_stack.port._names import Path
-from hk_stack.port._rules import Pair, Regroup, Rules, Transpose, matched, paths_of
+from hk_stack.port._rules import Pair, Regroup, Rules, Transpose, matched
 
 # Rules to write
 
@@ -210,7 +210,7 @@ class Split(Regroup):
             gone.append(leaf)
             for i, name in enumerate(self.names):
                 path = (*around[:-1], *name.split("/"), *end)
-                new.append(leaf._replace(path=path, codec=Part(self, i)))
+                new.append(leaf._replace(raw=path, codec=Part(self, i)))
         return _replaced(leaves, gone, new, pattern), ""
 
 
@@ -223,7 +223,7 @@ class Fuse(Regroup):
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         around, _, whole = pattern.rpartition("/")
-        several: dict[tuple[str, Path], list[Stored]] = {}
+        several: dict[tuple[str, Path], list[Leaf]] = {}
         for name in self.names:
             for leaf, path, end in _matching(leaves, f"{around}/{name}"):
                 scope = path[: len(path) - len(name.split("/"))]
@@ -231,7 +231,7 @@ class Fuse(Regroup):
                 several.setdefault(key, []).append(leaf)
         complete = {k: x for k, x in several.items() if len(x) == len(self.names)}
         gone = [leaf for parts in complete.values() for leaf in parts]
-        new = [Stored(*k, _pieces(x), Fused(self)) for k, x in complete.items()]
+        new = [Leaf(*k, _pieces(x), Fused(self)) for k, x in complete.items()]
         why = "" if new else f"no module has all of {', '.join(self.names)}."
         return _replaced(leaves, gone, new, pattern), why
 
@@ -256,33 +256,33 @@ class Tie(Regroup):
         if other:
             new = [first._replace(pieces=_pieces([first, other]), codec=Tied(self))]
         else:
-            new = [first, first._replace(path=path, codec=Tied(self))]
+            new = [first, first._replace(raw=path, codec=Tied(self))]
         return _replaced(leaves, [first, *filter(None, [other])], new, pattern), ""
 
 
-def _matching(leaves: Leaves, pattern: str) -> Iterator[tuple[Stored, Path, Path]]:
+def _matching(leaves: Leaves, pattern: str) -> Iterator[tuple[Leaf, Path, Path]]:
     """Leaves that a pattern fits; what it says of each path, and the rest."""
-    for key, leaf in leaves.items():
-        found = matched(pattern, paths_of(*key))
+    for leaf in leaves.values():
+        found = matched(pattern, leaf.paths)
         if found and leaf.codec.is_plain:
-            end = len(leaf.path) - found.inside
-            yield leaf, leaf.path[:end], leaf.path[end:]
+            end = len(leaf.raw) - found.inside
+            yield leaf, leaf.raw[:end], leaf.raw[end:]
 
 
-def _pieces(leaves: Iterable[Stored]) -> tuple[Piece, ...]:
+def _pieces(leaves: Iterable[Leaf]) -> tuple[Piece, ...]:
     return tuple(piece for leaf in leaves for piece in leaf.pieces)
 
 
 def _replaced(
-    leaves: Leaves, gone: Iterable[Stored], new: Iterable[Stored], pattern: str
+    leaves: Leaves, gone: Iterable[Leaf], new: Iterable[Leaf], pattern: str
 ) -> Leaves:
-    left_out = {(leaf.collection, leaf.path) for leaf in gone}
+    left_out = {(leaf.collection, leaf.raw) for leaf in gone}
     result = {key: leaf for key, leaf in leaves.items() if key not in left_out}
     for leaf in new:
-        key = leaf.collection, leaf.path
+        key = leaf.collection, leaf.raw
         if result.setdefault(key, leaf) is not leaf:
             raise ValueError(
-                f"port: leaf of {pattern!r} gives {'/'.join(leaf.path)}, which Flax "
+                f"port: leaf of {pattern!r} gives {'/'.join(leaf.raw)}, which Flax "
                 "has already. Name it otherwise, and use rename= for what it is in "
                 "Haiku."
             )
@@ -296,7 +296,7 @@ def regrouped(leaves: Leaves, rules: Rules[Regroup]) -> tuple[Leaves, list[str]]
     for pattern, rule in rules.rules.items():
         changed, why = rule.regrouped(leaves, pattern)
         if changed == leaves:
-            paths = [paths_of(*key) for key in leaves]
+            paths = [leaf.paths for leaf in leaves.values()]
             fits_none = Rules("leaf", {pattern: rule}).unused(paths)
             unused += [f"leaf: {pattern!r}: {why}"] if why else fits_none
         leaves = changed

@@ -229,11 +229,12 @@ def checked(
 
 def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]:
     """The new beginning of a path, and how many of its parts it stands for."""
-    found = rename.closest(paths_of(collection, path))
+    raw = "/".join(path)
+    found = rename.closest((raw, f"{collection}/{raw}"))
     if found is None:
         return (), 0
     new = _filled(rename.rules[found.pattern], found)
-    if found.path != "/".join(path):  # The rule names the collection.
+    if found.path != raw:  # The rule names the collection.
         new = new.removeprefix(f"{collection}/")
     return tuple(part for part in new.split("/") if part), len(path) - found.inside
 
@@ -271,12 +272,6 @@ def _filled(new: str, found: Found) -> str:
         return str(number)
 
     return _WILDCARD.sub(text, new)
-
-
-def paths_of(collection: str, path: Path) -> tuple[str, str]:
-    """What rules for a leaf may say: its path, without the collection or with it."""
-    raw = "/".join(path)
-    return raw, f"{collection}/{raw}"
 
 
 def written(arguments: Arguments) -> str:
