@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("expected one checkpoint: python -m hk_stack.port PATH")
     try:
-        tree, left = _collections(read(argv[1], _FAMILY.value))
+        read = checkpoint.read(argv[1], family=_FAMILY.value, types=True)
+        tree, left = _collections(read)
         if _LIKE.value is None:
             print(skeleton(tree) if _SKELETON.value else inspected(tree, left))
             return
@@ -109,7 +110,7 @@ def _like(value: str) -> Any:
                 f"--like={value}: expected a checkpoint, or module:function, which "
                 f"returns (params, state): {error}."
             ) from error
-    like = read(value)  # All is parameters if nothing says so.
+    like = checkpoint.read(value, types=True)  # All is parameters if nothing says so.
     has_params = isinstance(like.get("params"), Mapping)
     return (like["params"], like.get("state", {})) if has_params else (like, {})
 
@@ -164,12 +165,6 @@ def _cells(leaves: list[_codecs.Leaf]) -> list[str]:
 
 def _size(pieces: list[_codecs.Piece]) -> str:
     return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
-
-
-def read(path: str, family: str | None = None) -> Tree:
-    """The types of the leaves of a checkpoint, as nested dicts."""
-    found: Tree = checkpoint.read(path, family=family, types=True)
-    return found
 
 
 def run() -> None:

@@ -256,14 +256,13 @@ class _Reader:
             self._read()
 
     def _read(self) -> None:
-        leaf, rules = self.group.flax[0], self._said.layer_axis
-        every = [
-            x for n in range(3) for x in itertools.permutations(range(leaf.ndim), n)
-        ]
-        closest = rules.closest(leaf.paths)
+        leaf, of_axes = self.group.flax[0], self._said.layer_axis
+        all_axes = range(leaf.ndim)
+        every = [x for n in range(3) for x in itertools.permutations(all_axes, n)]
+        closest = of_axes.closest(leaf.paths)
         choices = every
         if closest is not None:
-            axes = rules.rules[closest.pattern]
+            axes = of_axes.rules[closest.pattern]
             choices = [axes if isinstance(axes, tuple) else (axes,)]
             if closest.pattern.strip("/") in ("", leaf.collection):
                 choices.append(())  # It does not say what of the tree is a stack.
@@ -273,8 +272,12 @@ class _Reader:
         self.fits = [one for one in found if one.change is not _TURNED]
         if self.fits:
             return
-        if found or self._of_rule:
-            self._why = _turned(self.group) if found else Refusal(self._of_rule)
+        if found:
+            why = f"{_difference(self.group)}: it may be stored transposed"
+            rules = (_rules(self.group, found[0], {"leaf"}),)
+            self._why = Refusal(why, rules=rules, is_turned=True)
+        elif self._of_rule:
+            self._why = Refusal(self._of_rule)
         elif closest is not None:
             others = _by_effect(list(self._readings(every)))
             self._why = _not_on_axis(self.group, axes, others)
@@ -288,11 +291,10 @@ class _Reader:
     def doubt(self) -> None:
         """A square matrix may be transposed, too, where others are."""
         if self._rule is None and self.group.flax[0].is_kernel:
-            self.fits += [
-                one._replace(change=_UNSAID)
-                for one in self.fits
-                if one.change is _SAME and _is_square(one.flax.one_layer)
-            ]
+            for one in [one for one in self.fits if one.change is _SAME]:
+                shape = one.flax.one_layer
+                if len(shape) == 2 and shape == shape[::-1]:
+                    self.fits.append(one._replace(change=_UNSAID))
 
     def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
@@ -474,10 +476,6 @@ def _convolution(
             yield _UNSAID
 
 
-def _is_square(shape: Shape) -> bool:
-    return len(shape) == 2 and len(set(shape)) == 1
-
-
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
     if leaf.is_kernel:  # Heads, before or after the other axis.
         return len(new) == 2 and _is_merged(old, new)
@@ -517,36 +515,17 @@ def _difference(group: Group) -> str:
 
 
 def _differs(group: Group) -> Refusal:
-    """What to say where nothing fits: counting anew may help."""
-    rename = _counted_anew(group)
-    rules: tuple[Arguments, ...] = ({"rename": rename},) if rename else ()
-    return Refusal(_difference(group), rules=rules)
-
-
-def _counted_anew(group: Group) -> dict[str, str]:
-    """A renaming for two loops that begin with other numbers, if that is all."""
+    """What to say where nothing fits: counting anew may help, if that is all."""
     paths = [leaf.raw for leaf in group.flax], [leaf.path for leaf in group.haiku]
     old, new = map(_names.numbers, paths)
     shifts = {a - b for a, b in zip(old, new, strict=False)}
-    if len(old) != len(new) or len(shifts) != 1 or shifts == {0}:
-        return {}
-    (shift,) = shifts
-    flax, haiku = (_names.starred(several).partition("*")[0] for several in paths)
-    larger = f"{{i+{abs(shift)}}}"
-    ends = (larger, "{i}") if shift > 0 else ("{i}", larger)
-    return {flax + ends[0]: haiku + ends[1]}
-
-
-def _turned(group: Group) -> Refusal:
-    """What to say of a matrix that fits if it is transposed."""
-    why = f"{_difference(group)}: it may be stored transposed"
-    return Refusal(why, rules=({"leaf": _leaf_rule(group, True)},), is_turned=True)
-
-
-def _leaf_rule(group: Group, is_turned: bool) -> dict[str, str]:
-    name = "TRANSPOSED" if is_turned else "SAME"
-    patterns = _patterns([leaf.raw for leaf in group.flax])
-    return dict.fromkeys(patterns, f"hk_stack.port.{name}")
+    rules: tuple[Arguments, ...] = ()
+    if len(old) == len(new) and len(shifts) == 1 and (shift := shifts.pop()):
+        flax, haiku = (_names.starred(several).partition("*")[0] for several in paths)
+        larger = f"{{i+{abs(shift)}}}"
+        ends = (larger, "{i}") if shift > 0 else ("{i}", larger)
+        rules = ({"rename": {flax + ends[0]: haiku + ends[1]}},)
+    return Refusal(_difference(group), rules=rules)
 
 
 def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> Refusal:
@@ -606,7 +585,9 @@ def _rules(group: Group, one: Reading, arguments: set[str]) -> Arguments:
     if "interleave" in arguments and one.interleaved is not None:
         found["interleave"] = one.interleaved
     if "leaf" in arguments:
-        found["leaf"] = _leaf_rule(group, one.change is _UNSAID)
+        name = "TRANSPOSED" if one.change.to_haiku is swapped else "SAME"
+        patterns = _patterns([leaf.raw for leaf in group.flax])
+        found["leaf"] = dict.fromkeys(patterns, f"hk_stack.port.{name}")
     return found
 
 

@@ -88,16 +88,16 @@ def _flax_leaf(
     # What is no word of Flax is written as it is: both trees may have it.
     is_word = path[-1] in ("bias", "embedding", "kernel")
     name = _names.leaf(path[-1]) if is_word else path[-1]
-    name = "offset" if is_offset else name
+    names: Path = (*path[:-1], "offset" if is_offset else name)
+    linear = tuple(
+        "linear" if x == "out" and _is_attention(inside["params", path[:i]]) else x
+        for i, x in enumerate(names)
+    )
     new, count = renamed(rename, collection, path)
-    found: Path = (*new, *(*path[:-1], name)[count:])
-    outs = [i for i, part in enumerate(path) if part == "out" and i >= count]
-    outs = [i for i in outs if _is_attention(inside["params", path[:i]])]
-    if outs:
-        shift = len(found) - len(path)
-        parts = enumerate(found)
-        linear = tuple("linear" if i - shift in outs else x for i, x in parts)
-        found = found if _alike(found, ours) >= _alike(linear, ours) else linear
+    found: Path = (*new, *names[count:])
+    other: Path = (*new, *linear[count:])
+    if found != other and _alike(other, ours) > _alike(found, ours):
+        found = other
     return one._replace(path=found, has_kernel="kernel" in siblings)
 
 

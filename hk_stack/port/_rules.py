@@ -54,6 +54,12 @@ class Found(NamedTuple):
     inside: int
 
     @property
+    def wildcards(self) -> list[tuple[str, str]]:
+        """Each, and what it stands for."""
+        written = _WILDCARD.findall(_joined(self.pattern))
+        return list(zip(written, self.texts, strict=True))
+
+    @property
     def left_open(self) -> tuple[int, ...]:
         """How much of a path a pattern does not say: what is inside, and for `*`."""
         end = "/".join(self.path.split("/")[-self.inside :]) if self.inside else ""
@@ -171,8 +177,7 @@ def _joined(pattern: str) -> str:
 def _numbers(found: Found) -> dict[str, int] | None:
     """What `i` is, if it is the same everywhere, and counts from 0."""
     numbers: dict[str, int] = {}
-    wildcards = _WILDCARD.findall(_joined(found.pattern))
-    for wildcard, text in zip(wildcards, found.texts, strict=True):
+    for wildcard, text in found.wildcards:
         if wildcard != "*":
             name, shift = wildcard[1], int(wildcard[2:-1] or 0)
             number = int(text) - shift
@@ -241,9 +246,7 @@ def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]
 
 def _filled(new: str, found: Found) -> str:
     """A path with what the wildcards of a rule stand for."""
-    wildcards = _WILDCARD.findall(_joined(found.pattern))
-    pairs = zip(wildcards, found.texts, strict=True)
-    texts = [text for wildcard, text in pairs if wildcard == "*"]
+    texts = [text for wildcard, text in found.wildcards if wildcard == "*"]
     if new.count("*") != len(texts):
         raise ValueError(
             f"port: rename to {new!r} has {new.count('*')} '*', the path in Flax has "
