@@ -190,9 +190,8 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
 
 def _is_average(module: Path, pieces: Mapping[str, Piece]) -> bool:
     """Whether a module is one of the moving averages of a BatchNorm."""
-    if module[-1:] not in (("mean_ema",), ("var_ema",)):
-        return False
-    if pieces.keys() != {"average", "counter", "hidden"}:
+    is_named_so = module[-1:] in (("mean_ema",), ("var_ema",))
+    if not is_named_so or pieces.keys() != {"average", "counter", "hidden"}:
         return False
     hidden, average = pieces["hidden"], pieces["average"]
     is_alike = (hidden.shape, hidden.dtype) == (average.shape, average.dtype)

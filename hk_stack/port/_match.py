@@ -55,10 +55,8 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
             unfit.append((group, found))
     used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
     used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
-    left, others = (
-        [leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)
-    )
-    return Matched(moves, unfit, left, others, _proposed(theirs, ours))
+    left = [[leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)]
+    return Matched(moves, unfit, left[0], left[1], _proposed(theirs, ours))
 
 
 def _named_alike(
@@ -162,11 +160,7 @@ def _may_count(flax: Family, haiku: Family) -> bool:
     """
     columns = zip(zip(*flax, strict=True), zip(*haiku, strict=True), strict=True)
     pairs = [(set(one), set(other)) for one, other in columns]
-    return all(
-        one == other
-        or all(numbers == {0} for numbers in (one, other) if len(numbers) == 1)
-        for one, other in pairs
-    )
+    return all(a == b or all(x == {0} or len(x) > 1 for x in (a, b)) for a, b in pairs)
 
 
 def _numbers(families: Families) -> dict[tuple[Path, int], set[int]]:

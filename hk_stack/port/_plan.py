@@ -159,8 +159,8 @@ def made(
 ) -> Plan:
     """The plan of a match of the leaves of both trees."""
     moves = sorted(found.moves, key=lambda move: move.flax.leaves[0].pieces[0].place)
-    of_moves = [_moved(move, said.cast) for move in moves]
-    rows = list(of_moves)
+    rows = [_moved(move, said.cast) for move in moves]
+    fitting = [move for move, row in zip(moves, rows, strict=True) if row.ok]
     refused = []
     for group, refusal in found.unfit:
         every = (*group.flax, *group.haiku)
@@ -173,7 +173,7 @@ def made(
     rename = {**said.rename.rules, **found.renames} if found.renames else {}
     return Plan(
         tuple(rows),
-        tuple(move for move, row in zip(moves, of_moves, strict=True) if row.ok),
+        tuple(fitting),
         tuple(unused),
         tuple(rename.items()),
         _to_ignore([*found.flax, *found.haiku], [*trees[0], *trees[1]], said),

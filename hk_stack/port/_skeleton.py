@@ -80,8 +80,7 @@ class Node:
     @property
     def shapes(self) -> list[tuple[str, Shape]]:
         """Of all leaves, those inside as well."""
-        below = (pair for node in self.inside.values() for pair in node.shapes)
-        return [*self.leaves.items(), *below]
+        return [pair for node in _every(self) for pair in node.leaves.items()]
 
 
 def source(variables: Any) -> str:

@@ -7,6 +7,7 @@ first that differs is where to look. Modules of the two are paired as their leav
 
 import dataclasses
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -229,15 +230,9 @@ def _gradient(run: Apply, tree: Any) -> Any:
 
 def _untied(moves: Sequence[Reading]) -> tuple[Reading, ...]:
     """Without leaves that are two in one tree only: their gradients add up there."""
-    tied = {
-        piece.place
-        for move in moves
-        if isinstance(move.flax.leaves[0].codec, Tied)
-        for piece in move.flax.pieces
-    }
-    return tuple(
-        move for move in moves if not tied & {piece.place for piece in move.flax.pieces}
-    )
+    tied = [move for move in moves if isinstance(move.flax.leaves[0].codec, Tied)]
+    pieces = {piece for move in tied for piece in move.flax.pieces}
+    return tuple(move for move in moves if not pieces.intersection(move.flax.pieces))
 
 
 def _outputs(flax: Any, haiku: Any) -> tuple[Compared, ...]:
@@ -358,13 +353,12 @@ def _events(
     for heard, index in _in_order(flax):
         names, layer = partner.get((heard.module, index), ((), ()))
         other = there.get((names, heard.what))
-        if other is not None and (names or not heard.module):
-            layer = layer[: other.depth]
-            if len(layer) == other.depth:
-                values = _compared(
-                    heard.what.split("@")[0], heard.value[index], other.value[layer]
-                )
-                yield Event((heard.module, index), heard.what, values)
+        is_known = names or not heard.module
+        if is_known and other is not None and len(layer) >= other.depth:
+            there_too = other.value[layer[: other.depth]]
+            what = heard.what.split("@")[0]
+            values = _compared(what, heard.value[index], there_too)
+            yield Event((heard.module, index), heard.what, values)
 
 
 def _in_order(heard: Sequence[Heard]) -> Iterator[tuple[Heard, tuple[int, ...]]]:
@@ -376,8 +370,7 @@ def _in_order(heard: Sequence[Heard]) -> Iterator[tuple[Heard, tuple[int, ...]]]
         starts += [place] * (one.depth - len(starts))
         for index in np.ndindex(one.value.shape[: one.depth]):
             pairs = zip(starts, index, strict=True)
-            order = (*(n for pair in pairs for n in pair), place)
-            keyed.append((order, one, index))
+            keyed.append(((*itertools.chain.from_iterable(pairs), place), one, index))
     for _, one, index in sorted(keyed, key=lambda item: item[0]):
         yield one, index
 
