@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from hk_stack.port._codecs import Array, Codec, Leaf, Leaves, Piece, Shape
+from hk_stack.port._codecs import Array, Leaf, Leaves, Piece, Shape
 from hk_stack.port._names import Path
 from hk_stack.port._rules import Pair, Regroup, Rules, Transpose, matched
 
@@ -196,13 +196,18 @@ def _check(what: str, names: Sequence[str], axis: int) -> None:
 # What they do to the leaves of Flax
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Split(Regroup):
-    """See `split`."""
+    """Several leaves that are one array in Flax, side by side; and one of them."""
 
     names: tuple[str, ...]
     axis: int
     sizes: tuple[int, ...]
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.share = Fraction(self.sizes[self.number], sum(self.sizes))
+        self.label = f"part {self.number + 1} of {len(self.names)} on axis {self.axis}"
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         new, gone = [], []
@@ -210,16 +215,36 @@ class Split(Regroup):
             gone.append(leaf)
             for i, name in enumerate(self.names):
                 path = (*around[:-1], *name.split("/"), *end)
-                new.append(leaf._replace(raw=path, codec=Part(self, i)))
+                part = dataclasses.replace(self, number=i)
+                new.append(leaf._replace(raw=path, codec=part))
         return _replaced(leaves, gone, new, pattern), ""
 
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        axis = _axis(self.axis, shapes[0])
+        if axis is None or shapes[0][axis] % sum(self.sizes):
+            return NO_SHAPE
+        return self.read([np.broadcast_to(0, shapes[0])]).shape
 
-@dataclasses.dataclass(frozen=True)
+    def read(self, pieces: Sequence[Array]) -> Array:
+        (array,) = pieces
+        *ends, total = itertools.accumulate(self.sizes)
+        each = array.shape[self.axis] // total
+        parts = np.split(array, [each * end for end in ends], self.axis)
+        return parts[self.number]
+
+    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
+        self.read(pieces)[...] = leaf
+
+
+@dataclasses.dataclass
 class Fuse(Regroup):
-    """See `fuse`."""
+    """One leaf that is several arrays in Flax, side by side in Haiku."""
 
     names: tuple[str, ...]
     axis: int
+
+    def __post_init__(self) -> None:
+        self.label = f"{', '.join(self.names)} side by side"
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         around, _, whole = pattern.rpartition("/")
@@ -231,17 +256,39 @@ class Fuse(Regroup):
                 several.setdefault(key, []).append(leaf)
         complete = {k: x for k, x in several.items() if len(x) == len(self.names)}
         gone = [leaf for parts in complete.values() for leaf in parts]
-        new = [Leaf(*k, _pieces(x), Fused(self)) for k, x in complete.items()]
+        new = [Leaf(*k, _pieces(x), self) for k, x in complete.items()]
         why = "" if new else f"no module has all of {', '.join(self.names)}."
         return _replaced(leaves, gone, new, pattern), why
 
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        axis = _axis(self.axis, shapes[0])
+        if axis is None or len({len(shape) for shape in shapes}) > 1:
+            return NO_SHAPE
+        sizes = [set(column) for column in zip(*shapes, strict=True)]
+        sizes[axis] = {sum(shape[axis] for shape in shapes)}
+        is_one = all(len(each) == 1 for each in sizes)
+        return tuple(each.pop() for each in sizes) if is_one else NO_SHAPE
 
-@dataclasses.dataclass(frozen=True)
+    def read(self, pieces: Sequence[Array]) -> Array:
+        return np.concatenate(pieces, self.axis)
+
+    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
+        ends = itertools.accumulate(piece.shape[self.axis] for piece in pieces)
+        parts = np.split(leaf, list(ends)[:-1], self.axis)
+        for piece, part in zip(pieces, parts, strict=True):
+            piece[...] = part
+
+
+@dataclasses.dataclass
 class Tie(Regroup):
-    """See `tie`."""
+    """A leaf that is another one as well: of one array, or of two equal ones."""
 
     other: str
     transposed: bool
+
+    def __post_init__(self) -> None:
+        self.label = "tied, last axes swapped" if self.transposed else "tied"
+        self._change, _ = TRANSPOSED if self.transposed else SAME
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         found = [leaf for leaf, _, end in _matching(leaves, pattern) if not end]
@@ -254,10 +301,27 @@ class Tie(Regroup):
         path = tuple(part for part in self.other.split("/") if part)
         other = leaves.get((first.collection, path))
         if other:
-            new = [first._replace(pieces=_pieces([first, other]), codec=Tied(self))]
+            new = [first._replace(pieces=_pieces([first, other]), codec=self)]
         else:
-            new = [first, first._replace(raw=path, codec=Tied(self))]
+            new = [first, first._replace(raw=path, codec=self)]
         return _replaced(leaves, [first, *filter(None, [other])], new, pattern), ""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        if self.transposed and len(shapes[-1]) < 2:
+            return NO_SHAPE
+        shape = self._change(np.broadcast_to(0, shapes[-1])).shape
+        return shape if len(shapes) == 1 or shape == shapes[0] else NO_SHAPE
+
+    def read(self, pieces: Sequence[Array]) -> Array:
+        leaf = self._change(pieces[-1])
+        if len(pieces) == 2 and pieces[0].tobytes() != leaf.tobytes():
+            raise ValueError(NOT_EQUAL)
+        return leaf
+
+    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
+        pieces[-1][...] = self._change(leaf)
+        if len(pieces) == 2:
+            pieces[0][...] = leaf
 
 
 def _matching(leaves: Leaves, pattern: str) -> Iterator[tuple[Leaf, Path, Path]]:
@@ -301,93 +365,6 @@ def regrouped(leaves: Leaves, rules: Rules[Regroup]) -> tuple[Leaves, list[str]]
             unused += [f"leaf: {pattern!r}: {why}"] if why else fits_none
         leaves = changed
     return leaves, unused
-
-
-# How leaves are stored then
-
-
-class Part(Codec):
-    """One of several leaves that are one array in Flax, side by side."""
-
-    is_plain = False
-
-    def __init__(self, rule: Split, number: int):
-        self.axis, self.total = rule.axis, sum(rule.sizes)
-        self.first, self.last = sum(rule.sizes[:number]), sum(rule.sizes[: number + 1])
-        self.share = Fraction(rule.sizes[number], self.total)
-        self.label = f"part {number + 1} of {len(rule.names)} on axis {rule.axis}"
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        axis = _axis(self.axis, shapes[0])
-        if axis is None or shapes[0][axis] % self.total:
-            return NO_SHAPE
-        return self.read([np.broadcast_to(0, shapes[0])]).shape
-
-    def read(self, pieces: Sequence[Array]) -> Array:
-        (array,) = pieces
-        each = array.shape[self.axis] // self.total
-        index = [slice(None)] * array.ndim
-        index[self.axis] = slice(self.first * each, self.last * each)
-        view: Array = array[tuple(index)]
-        return view
-
-    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        self.read(pieces)[...] = leaf
-
-
-class Fused(Codec):
-    """One leaf that is several arrays in Flax, side by side in Haiku."""
-
-    is_plain = False
-
-    def __init__(self, rule: Fuse):
-        self.axis = rule.axis
-        self.label = f"{', '.join(rule.names)} side by side"
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        axis = _axis(self.axis, shapes[0])
-        if axis is None or len({len(shape) for shape in shapes}) > 1:
-            return NO_SHAPE
-        sizes = [set(column) for column in zip(*shapes, strict=True)]
-        sizes[axis] = {sum(shape[axis] for shape in shapes)}
-        is_one = all(len(each) == 1 for each in sizes)
-        return tuple(each.pop() for each in sizes) if is_one else NO_SHAPE
-
-    def read(self, pieces: Sequence[Array]) -> Array:
-        return np.concatenate(pieces, self.axis)
-
-    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        ends = itertools.accumulate(piece.shape[self.axis] for piece in pieces)
-        parts = np.split(leaf, list(ends)[:-1], self.axis)
-        for piece, part in zip(pieces, parts, strict=True):
-            piece[...] = part
-
-
-class Tied(Codec):
-    """A leaf that is another one as well: of one array, or of two equal ones."""
-
-    is_plain = False
-
-    def __init__(self, rule: Tie):
-        self.change, _ = TRANSPOSED if rule.transposed else SAME
-        self.label = "tied, last axes swapped" if rule.transposed else "tied"
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        if len(shapes[-1]) < 2 and self.change is swapped:
-            return NO_SHAPE
-        shape = self.change(np.broadcast_to(0, shapes[-1])).shape
-        return shape if len(shapes) == 1 or shape == shapes[0] else NO_SHAPE
-
-    def read(self, pieces: Sequence[Array]) -> Array:
-        leaf = self.change(pieces[-1])
-        if len(pieces) == 2 and pieces[0].tobytes() != leaf.tobytes():
-            raise ValueError(NOT_EQUAL)
-        return leaf
-
-    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        pieces[-1][...] = self.change(leaf)
-        if len(pieces) == 2:
-            pieces[0][...] = leaf
 
 
 NO_SHAPE: Shape = (-1,)  # What no leaf has.

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from hk_stack import _checks
-from hk_stack.port._codecs import Leaves
+from hk_stack.port._codecs import Codec, Leaves
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
@@ -27,8 +27,13 @@ class Transpose(NamedTuple):
     to_flax: Function
 
 
-class Regroup:
-    """A rule for several leaves: see `hk_stack.port.split`, `fuse` and `tie`."""
+class Regroup(Codec):
+    """A rule for several leaves, which then says how each is stored.
+
+    See `hk_stack.port.split`, `fuse` and `tie`.
+    """
+
+    is_plain = False
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         """The leaves of Flax after the rule; and why it fits none, if paths do."""

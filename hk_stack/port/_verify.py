@@ -22,7 +22,7 @@ from hk_stack._table import Shown, Table
 from hk_stack.port import _move, _names
 from hk_stack.port._layers import Reading, Side
 from hk_stack.port._plan import Plan
-from hk_stack.port._regroup import Tied
+from hk_stack.port._regroup import Tie
 
 Module = tuple[_names.Module, tuple[int, ...]]  # Its name, and the layer in scans.
 Apply = Callable[..., Any]
@@ -230,7 +230,7 @@ def _gradient(run: Apply, tree: Any) -> Any:
 
 def _untied(moves: Sequence[Reading]) -> tuple[Reading, ...]:
     """Without leaves that are two in one tree only: their gradients add up there."""
-    tied = [move for move in moves if isinstance(move.flax.leaves[0].codec, Tied)]
+    tied = [move for move in moves if isinstance(move.flax.leaves[0].codec, Tie)]
     pieces = {piece for move in tied for piece in move.flax.pieces}
     return tuple(move for move in moves if not pieces.intersection(move.flax.pieces))
 
