@@ -39,24 +39,23 @@ def of_flax(
             # NNX writes `if_` for a gate, as `if` is a word of Python.
             name = "/".join(path[i:]).replace("if_/", "if/")
             inside[collection, path[:i]][name] = leaf
-    leaves: list[Leaf] = []
-    taken: set[Scope] = set()
+    cells: list[Leaf] = []
     for (collection, module), names_in in inside.items():
         plain = ((n, x) for n, x in names_in.items() if x.codec.is_plain)
         shapes = {name: x.pieces[0].shape for name, x in plain}
         for path, names, codec in _cells.leaves_of(shapes):
-            several = [names_in[name] for name in names]
-            taken |= {(one.collection, one.raw) for one in several}
-            pieces = tuple(one.pieces[0] for one in several)
-            new, count = renamed(said.rename, collection, module)
-            whole = (*new, *module[count:], *path)
-            leaves.append(Leaf(collection, (*module, *path), pieces, codec, whole))
+            pieces = tuple(names_in[name].pieces[0] for name in names)
+            cells.append(Leaf(collection, (*module, *path), pieces, codec))
+    taken = {piece for leaf in cells for piece in leaf.pieces}
+    rest = [
+        leaf
+        for leaf in every.values()  # One that is tied to a gate has its piece, too.
+        if not (leaf.codec.is_plain and taken.intersection(leaf.pieces))
+    ]
     has_outs = any("out" in path for _, path in every)
     ours = {_bases(leaf.path) for leaf in haiku} if has_outs else set()
-    for key, one in every.items():
-        if key not in taken:
-            leaves.append(_flax_leaf(one, inside, said.rename, ours))
-    return leaves, unused
+    named = [_flax_leaf(one, inside, said.rename, ours) for one in (*cells, *rest)]
+    return named, unused
 
 
 def stored(variables: Any, has_values: bool = False) -> Leaves:
