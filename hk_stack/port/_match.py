@@ -145,12 +145,15 @@ def _groups(theirs: Families, ours: Families) -> Iterator[tuple[Group, list[Grou
         old, new = _split(theirs[key], same), _split(ours[key], same)
         for at in sorted(old.keys() & new.keys()):
             one, other = old[at], new[at]
-            both = [n for n in one if n in other and is_part]
-            alone = [Group((one[n],), (other[n],)) for n in both]
+            both, sizes = [n for n in one if n in other], {len(one), len(other)}
+            alone = [Group((one[n],), (other[n],)) for n in both if is_part]
             if not _may_count(one, other):
                 yield from ((group, []) for group in alone)
-            else:
-                yield from _group(one, other, alone)
+            elif both or sizes != {1}:
+                holes = _holes(one) or _holes(other)
+                group = Group(tuple(one.values()), tuple(other.values()), holes)
+                # Numbers of two loops that only overlap may be of other modules.
+                yield group, alone if len(both) == min(sizes) < max(sizes) else []
 
 
 def _may_count(flax: Family, haiku: Family) -> bool:
@@ -179,21 +182,6 @@ def _split(family: Family, places: Sequence[int]) -> dict[Numbers, Family]:
     for numbers in sorted(family):
         found[tuple(numbers[i] for i in places)][numbers] = family[numbers]
     return found
-
-
-def _group(
-    flax: Family, haiku: Family, alone: list[Group]
-) -> Iterator[tuple[Group, list[Group]]]:
-    if len(flax) == len(haiku) == 1 and not flax.keys() & haiku.keys():
-        return
-    holes = _holes(flax) or _holes(haiku)
-    # Numbers of two loops that only overlap may not be those of the same modules.
-    count = len(flax.keys() & haiku.keys())
-    is_part = count == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
-    yield (
-        Group(tuple(flax.values()), tuple(haiku.values()), holes),
-        alone if is_part else [],
-    )
 
 
 def _holes(family: Family) -> str:
