@@ -49,26 +49,21 @@ class Found(NamedTuple):
     Attributes:
       pattern: The rule.
       path: The path.
-      texts: What each of its wildcards stands for.
+      wildcards: Those of the rule, each with what it stands for.
       inside: How many parts of the path the rule does not say.
     """
 
     pattern: str
     path: str
-    texts: tuple[str, ...]
+    wildcards: tuple[tuple[str, str], ...]
     inside: int
-
-    @property
-    def wildcards(self) -> list[tuple[str, str]]:
-        """Each, and what it stands for."""
-        written = _WILDCARD.findall(_joined(self.pattern))
-        return list(zip(written, self.texts, strict=True))
 
     @property
     def left_open(self) -> tuple[int, ...]:
         """How much of a path a pattern does not say: what is inside, and for `*`."""
         end = "/".join(self.path.split("/")[-self.inside :]) if self.inside else ""
-        return len(end), sum(map(len, self.texts)), self.pattern.count("*")
+        in_wildcards = sum(len(text) for _, text in self.wildcards)
+        return len(end), in_wildcards, self.pattern.count("*")
 
 
 class Rules(Generic[_T]):
@@ -157,7 +152,8 @@ def matched(pattern: str, paths: Sequence[str]) -> Found | None:
         if match:
             *texts, inside = match.groups()
             rest = len([part for part in (inside or "").split("/") if part])
-            found = Found(pattern, path, tuple(texts), rest)
+            pairs = zip(_WILDCARD.findall(_joined(pattern)), texts, strict=True)
+            found = Found(pattern, path, tuple(pairs), rest)
             if _numbers(found) is not None:
                 return found
     return None

@@ -61,6 +61,11 @@ _TURNED = '''class Transposed(hk.Module):
 '''
 
 
+_MODEL = '''def model(inputs: jax.Array, is_training: bool = False) -> jax.Array:
+    """TODO: what goes in, and what comes out."""
+'''
+
+
 @dataclasses.dataclass
 class Node:
     """A module: its leaves' shapes in one layer, and the modules inside of it.
@@ -87,21 +92,15 @@ def source(variables: Any) -> str:
     """See `hk_stack.port.skeleton`."""
     root = _tree(variables)
     writer = _Writer(_is_turned(root))
-    has_ids = any(name == "embedding" for name, _ in root.shapes)
-    lines = ["def model(inputs: jax.Array, is_training: bool = False) -> jax.Array:"]
-    lines += ['    """TODO: what goes in, and what comes out."""']
-    if has_ids:
-        lines += ["    ids = jnp.asarray(inputs, jnp.int32)  # TODO: tokens [B, T]"]
-    lines += ["    x = inputs"]
-    lines += [f"    {line}" for line in writer.scope(root)]
-    lines += ["    return x"]
+    lines = ["x = inputs", *writer.scope(root), "return x"]
+    if any(name == "embedding" for name, _ in root.shapes):
+        lines[:0] = ["ids = jnp.asarray(inputs, jnp.int32)  # TODO: tokens [B, T]"]
     count = sum(math.prod(shape) for _, shape in root.shapes)
     axes = max((node.axis for node in _every(root) if node.depth), default="()")
     rules = f"no rule, or layer_axis={axes} if sizes are equal"
-    head = _HEAD.replace("{title}", f"A model of {count:,} numbers in Haiku.")
-    head = head.replace("{rules}", rules)
+    head = _HEAD.format(title=f"A model of {count:,} numbers in Haiku.", rules=rules)
     turned = _TURNED if writer.is_turned else ""
-    return head + turned + "\n".join(lines) + "\n"
+    return head + turned + _MODEL + "".join(f"    {line}\n" for line in lines)
 
 
 def _tree(variables: Any) -> Node:
