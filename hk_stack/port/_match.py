@@ -221,12 +221,8 @@ def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
             most -= 1  # What has a namesake stays where it is.
         if len(found) == 1 and most:
             del rest[found[0]]
-            pair = theirs[key], ours[found[0]]
-            around = [
-                len(_module(next(iter(family.values())))) + 1 - len(name)
-                for family, (_, name) in zip(pair, (key, found[0]), strict=True)
-            ]
-            if rule := _rule(*pair, around, most):
+            pair = (key, theirs[key]), (found[0], ours[found[0]])
+            if rule := _rule(pair, most):
                 rules.setdefault(*rule)
     return rules
 
@@ -235,15 +231,16 @@ def _size(family: Family) -> int:
     return sum(math.prod(leaf.shape) for leaf in family.values())
 
 
-def _rule(flax: Family, haiku: Family, around: Sequence[int], count: int) -> list[str]:
+def _rule(pair: Sequence[tuple[Key, Family]], count: int) -> list[str]:
     """What to rename to what: all but the last parts of names, `*` for layers."""
-    old, new = (
-        [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family.values()]
-        for family in (flax, haiku)
-    )
+    around, scopes = [], []
+    for (_, name), family in pair:
+        leaves = list(family.values())
+        around.append(leaves[0].path[: len(_module(leaves[0])) + 1 - len(name)])
+        scopes.append([_names.without_end(x.raw[:-1], count - 1) for x in leaves])
     # What is around one tree only is taken from there, and added to names here.
-    before = next(iter(flax.values())).path[: around[0]]
-    new = [(*before, *path[around[1] :]) for path in new]
+    old, new = scopes
+    new = [(*around[0], *path[len(around[1]) :]) for path in new]
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.
