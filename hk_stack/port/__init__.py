@@ -145,25 +145,17 @@ def haiku_to_flax(
 ) -> Any:
     """The inverse of `flax_to_haiku`: parameters and state as Flax variables.
 
-    Args:
-      params_and_state: Haiku's `(params, state)`; `state` is `{}` for a model without.
-      like: Variables, an NNX state or a plain dict of either, as the model's `init`
-        gives them, or as `jax.eval_shape` gives them for it.
-      rename: As in `flax_to_haiku`, from Flax to Haiku.
-      leaf: As in `flax_to_haiku`.
-      ignore: As in `flax_to_haiku`.
-      layer_axis: As in `flax_to_haiku`.
-      interleave: As in `flax_to_haiku`.
-      cast: As in `flax_to_haiku`.
-      strict: As in `flax_to_haiku`.
+    `params_and_state` is Haiku's `(params, state)`, where `state` is `{}` for a model
+    without. `like` are variables, an NNX state or a plain dict of either, as the
+    model's `init` gives them, or as `jax.eval_shape` gives them for it. All else is as
+    in `flax_to_haiku`, such as `rename`, which is from Flax to Haiku.
 
     Returns:
       A tree as `like`, with new arrays; as in `flax_to_haiku`.
 
     Raises:
-      TypeError: If an argument is of the wrong type.
-      ValueError: If a leaf is left over, does not fit, or could fit in two ways; if a
-        rule is not used.
+      TypeError: As in `flax_to_haiku`.
+      ValueError: As in `flax_to_haiku`.
     """
     said = rename, leaf, ignore, layer_axis, interleave, cast
     found = _planned(like, params_and_state, *said)
@@ -194,15 +186,7 @@ def plan(
       Flax                                Haiku                        change ...
       params/query/kernel float32[8,2,4]  params/query/w float32[8,8]  reshape ...
 
-    Args:
-      variables: As in `flax_to_haiku`; arrays or `jax.ShapeDtypeStruct`s.
-      like: As in `flax_to_haiku`.
-      rename: As in `flax_to_haiku`.
-      leaf: As in `flax_to_haiku`.
-      ignore: As in `flax_to_haiku`.
-      layer_axis: As in `flax_to_haiku`.
-      interleave: As in `flax_to_haiku`.
-      cast: As in `flax_to_haiku`.
+    Arguments are those of `flax_to_haiku`; leaves may be `jax.ShapeDtypeStruct`s.
 
     Returns:
       A plan: a table as text, and in colour with `rich.print`.
@@ -330,10 +314,9 @@ def _port(found: Plan, source: int, tree: Any, like: Any, strict: bool) -> Any:
     named = result if source else dict(zip(("params", "state"), result, strict=True))
     for path, leaf in jax.tree.leaves_with_path(named):
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"port: {name} is ignored, and `like` has no value for it, but a "
-                "jax.ShapeDtypeStruct. Give `like` with an array there, as the "
-                "model's init returns it."
+                f"port: {_checks.path_name(path)} is ignored, and `like` has no value "
+                "for it, but a jax.ShapeDtypeStruct. Give `like` with an array there, "
+                "as the model's init returns it."
             )
     return result

@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("expected one checkpoint: python -m hk_stack.port PATH")
     try:
         _check_flags()
-        tree, left = _collections(read(argv[1], _FAMILY.value))
+        read = checkpoint.read(argv[1], family=_FAMILY.value, types=True)
+        tree, left = _collections(read)
         if _LIKE.value is None:
             print(skeleton(tree) if _SKELETON.value else inspected(tree, left))
             return
@@ -123,7 +124,7 @@ def _like(value: str) -> Any:
                 "which takes nothing and returns (params, state)."
             ) from error
         return make()
-    like = read(value)  # All is parameters if nothing says so.
+    like = checkpoint.read(value, types=True)  # All is parameters if nothing says so.
     has_params = isinstance(like.get("params"), Mapping)
     return (like["params"], like.get("state", {})) if has_params else (like, {})
 
@@ -136,13 +137,9 @@ def _collections(tree: Tree) -> tuple[Tree, Tree]:
         raise ValueError(
             f"--collections: there is no {missing[0]!r}; there are: {', '.join(tree)}."
         )
-    if (
-        not wanted and "params" in tree
-    ):  # Beside it: counters, and what optimisers keep.
-        is_model = {
-            n: isinstance(t, Mapping) and n[:3] != "opt" for n, t in tree.items()
-        }
-        wanted = [name for name in tree if is_model[name]]
+    if not wanted and "params" in tree:  # Beside it may be what an optimiser keeps.
+        dicts = [name for name in tree if isinstance(tree[name], Mapping)]
+        wanted = [name for name in dicts if not name.startswith("opt")]
     taken = {name: tree[name] for name in wanted or tree}
     return taken, {name: tree[name] for name in tree if name not in taken}
 
@@ -154,7 +151,7 @@ def inspected(tree: Tree, left: Tree) -> str:
       tree: The variables.
       left: What else there is, of which a line tells.
     """
-    rows: dict[tuple[Any, ...], list[_leaves.Leaf]] = {}
+    rows: dict[tuple[Any, ...], list[_codecs.Leaf]] = {}
     for leaf in _leaves.of_flax(tree, _rules.checked())[0]:
         alike = [re.sub("[0-9]+(?=/)", "0", str(piece)) for piece in leaf.pieces]
         rows.setdefault(tuple(alike), []).append(leaf)
@@ -172,7 +169,7 @@ def inspected(tree: Tree, left: Tree) -> str:
     return "\n".join(lines)
 
 
-def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
+def _cells(leaves: list[_codecs.Leaf]) -> list[str]:
     *path, name = leaves[0].path
     module = _names.parts(path)
     if len(leaves) > 1:
@@ -184,12 +181,6 @@ def _cells(leaves: list[_leaves.Leaf]) -> list[str]:
 
 def _size(pieces: list[_codecs.Piece]) -> str:
     return f"{_table.si(sum(piece.nbytes for piece in pieces))}B"
-
-
-def read(path: str, family: str | None = None) -> Tree:
-    """The types of the leaves of a checkpoint, as nested dicts."""
-    found: Tree = checkpoint.read(path, family=family, types=True)
-    return found
 
 
 def run() -> None:

@@ -9,14 +9,14 @@ Where two fit that give other values, the user has to say which is meant.
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from hk_stack.port import _names
-from hk_stack.port._codecs import Array, Piece, Shape
-from hk_stack.port._leaves import Average, Leaf
+from hk_stack.port._codecs import Array, Average, Leaf, Piece, Shape
 from hk_stack.port._names import Path
 from hk_stack.port._regroup import NO_SHAPE, SAME, TRANSPOSED, swapped
 from hk_stack.port._rules import (
@@ -29,6 +29,8 @@ from hk_stack.port._rules import (
     matched,
     written,
 )
+
+_T = TypeVar("_T")
 
 
 class Group(NamedTuple):
@@ -54,11 +56,13 @@ class Side(NamedTuple):
       leaves: Numbered leaves, in the order of their numbers, as if these were one array
         with the number on its first axis.
       axes: The layer axes of that array, outermost first; () if there are none.
+      sizes: Their sizes.
       one_layer: The shape of one layer.
     """
 
     leaves: tuple[Leaf, ...]
     axes: Axes
+    sizes: Shape
     one_layer: Shape
 
     @property
@@ -66,23 +70,17 @@ class Side(NamedTuple):
         return [piece for leaf in self.leaves for piece in leaf.pieces]
 
     @property
-    def shape(self) -> Shape:
-        """Of all leaves as one array."""
-        return (len(self.leaves), *self.leaves[0].pieces[-1].shape)
-
-    @property
-    def order(self) -> list[int]:
-        """The axes of that array, those of layers first."""
-        rest = (i for i in range(len(self.shape)) if i not in self.axes)
-        return [*self.axes, *rest]
-
-    @property
-    def sizes(self) -> Shape:
-        return tuple(self.shape[axis] for axis in self.axes)
-
-    @property
     def num_layers(self) -> int:
         return math.prod(self.sizes)
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        return list(zip(self.axes, self.sizes, strict=True))
+
+    @property
+    def loops(self) -> list[int]:
+        """How often each loop over layers runs that runs more than once."""
+        return [n for n in self.sizes if n != 1]
 
     @property
     def own_axes(self) -> Axes:
@@ -90,10 +88,11 @@ class Side(NamedTuple):
         return tuple(axis - 1 for axis in self.axes if axis)
 
     @property
-    def steps(self) -> list[tuple[int, int]]:
-        """These with their sizes."""
-        pairs = zip(self.axes, self.sizes, strict=True)
-        return [(axis, size) for axis, size in pairs if axis]
+    def order(self) -> list[tuple[int, int]]:
+        """The axes of that array with their sizes, those of layers first."""
+        shape = (len(self.leaves), *self.leaves[0].pieces[-1].shape)
+        rest = ((axis, n) for axis, n in enumerate(shape) if axis not in self.axes)
+        return [*self.steps, *rest]
 
     @property
     def interleaved(self) -> bool | None:
@@ -104,13 +103,17 @@ class Side(NamedTuple):
         is_mixed = len(self.axes) > 1 and 0 in self.axes
         return self.axes[0] != 0 if is_mixed else None
 
+    def at(self, layer: int) -> tuple[Leaf, dict[int, int]]:
+        """The leaf that has a layer, and where on each of its axes this is."""
+        index = map(int, np.unravel_index(layer, self.sizes))
+        found = dict(zip(self.axes, index, strict=True))
+        return self.leaves[found.pop(0, 0)], found
+
     def views(self, layer: int, arrays: Mapping[int, Array]) -> list[Array]:
         """The pieces of a layer, as views of the arrays of a tree."""
-        index = map(int, np.unravel_index(layer, self.sizes))
-        at = dict(zip(self.axes, index, strict=True))
-        pieces = self.leaves[at.get(0, 0)].pieces
+        leaf, at = self.at(layer)
         places = [at.get(i, slice(None)) for i in range(1, max(at, default=0) + 1)]
-        return [arrays[piece.place][(*places, ...)] for piece in pieces]
+        return [arrays[piece.place][(*places, ...)] for piece in leaf.pieces]
 
 
 class Reading(NamedTuple):
@@ -132,14 +135,14 @@ class Reading(NamedTuple):
     @property
     def is_alike(self) -> bool:
         """Whether a step of each loop is one in the other, if both have several."""
-        one, other = ([n for n in side.sizes if n != 1] for side in self.sides)
+        one, other = self.flax.loops, self.haiku.loops
         return min(len(one), len(other)) < 2 or one == other
 
     @property
     def interleaved(self) -> bool | None:
         """How numbers and axes take turns, where one tree has both."""
-        found = (side.interleaved for side in self.sides)
-        return next((order for order in found if order is not None), None)
+        order = self.flax.interleaved
+        return self.haiku.interleaved if order is None else order
 
     @property
     def is_sure(self) -> bool:
@@ -157,14 +160,13 @@ class Reading(NamedTuple):
         # A function of the user's sees one layer, whichever that is.
         if self.change.label == _RULE or not self.flax.leaves[0].codec.is_plain:
             return self.where
-        old, new = self.flax.order, self.haiku.order
+        flax, haiku = self.flax.order, self.haiku.order
         if self.change.to_haiku is swapped:
-            old = [*old[:-2], old[-1], old[-2]]
-        flax = [(i, n) for i in old if (n := self.flax.shape[i]) != 1]
-        haiku = [(i, n) for i in new if (n := self.haiku.shape[i]) != 1]
-        if [n for _, n in flax] == [n for _, n in haiku]:
-            return self.is_alike, frozenset(zip(flax, haiku, strict=True))
-        return self.is_alike, (*flax, *haiku)  # Some axes are one in the other tree.
+            flax[-2:] = flax[:-3:-1]
+        old, new = ([axis for axis in x if axis[1] != 1] for x in (flax, haiku))
+        if [n for _, n in old] == [n for _, n in new]:
+            return self.is_alike, frozenset(zip(old, new, strict=True))
+        return self.is_alike, (*old, *new)  # Some axes are one in the other tree.
 
 
 class Refusal(NamedTuple):
@@ -210,23 +212,31 @@ def read(
     if is_turned or any(one.is_turned for one in tried):
         for one in tried:
             one.doubt()
-    steps: dict[str, set[tuple[int, int]]] = {}
+    # A scan over numbered blocks has all of their leaves.
+    steps = _common(
+        (one.block, {step for found in one.fits for step in found.flax.steps})
+        for one in tried
+        if one.fits
+    )
     for one in tried:
-        if one.fits:
-            each = {step for reading in one.fits for step in reading.flax.steps}
-            steps[one.block] = steps.get(one.block, each) & each
-    for one in tried:  # A scan over numbered blocks has all of their leaves.
         one.fits = [
-            reading
-            for reading in one.fits
-            if not reading.flax.interleaved or reading.flax.steps[0] in steps[one.block]
+            found
+            for found in one.fits
+            if not found.flax.interleaved or found.flax.steps[0] in steps[one.block]
         ]
-    where: dict[Hashable, set[Hashable]] = {}
-    for one in tried:
-        if one.fits:  # A scan puts all of a module on the same axes.
-            found = {reading.where for reading in one.fits}
-            where[one.module] = where.get(one.module, found) & found
+    # A scan puts all of a module on the same axes.
+    where = _common(
+        (one.module, {found.where for found in one.fits}) for one in tried if one.fits
+    )
     return [one.chosen(where.get(one.module, set())) for one in tried]
+
+
+def _common(pairs: Iterable[tuple[Hashable, set[_T]]]) -> dict[Hashable, set[_T]]:
+    """What all sets of a key have in common."""
+    found: dict[Hashable, set[_T]] = {}
+    for key, each in pairs:
+        found[key] = found.get(key, each) & each
+    return found
 
 
 class _Reader:
@@ -240,53 +250,51 @@ class _Reader:
         self._said = said
         self._depth = _depth(group, depths)
         self._rule = said.leaf.find(group.flax[0].paths)
-        self._may_turn = False
         self._of_rule = ""  # What is wrong with it.
-        self._why = _other_rules(group, said)
-        if group.holes:
-            self._why = Refusal(group.holes)
+        self._why = Refusal(group.holes) if group.holes else _other_rules(group, said)
         if not self._why:
             self._read()
 
     def _read(self) -> None:
-        leaf, rules = self.group.flax[0], self._said.layer_axis
-        several = (itertools.permutations(range(leaf.ndim), n) for n in range(3))
-        every = list(itertools.chain.from_iterable(several))
-        closest = rules.closest(leaf.paths)
+        leaf, of_axes = self.group.flax[0], self._said.layer_axis
+        all_axes = range(leaf.ndim)
+        every = [x for n in range(3) for x in itertools.permutations(all_axes, n)]
+        closest = of_axes.closest(leaf.paths)
         choices = every
         if closest is not None:
-            axes = rules.rules[closest.pattern]
+            axes = of_axes.rules[closest.pattern]
             choices = [axes if isinstance(axes, tuple) else (axes,)]
             if closest.pattern.strip("/") in ("", leaf.collection):
                 choices.append(())  # It does not say what of the tree is a stack.
             else:
                 self._depth = None
-        self.fits = list(self._readings(choices))
+        found = list(self._readings(choices))
+        self.fits = [one for one in found if one.change is not _TURNED]
         if self.fits:
             return
-        self._why = Refusal(self._of_rule) if self._of_rule else None
-        if self._rule is None:
-            self._may_turn = True
-            if list(self._readings(choices)):
-                self._why = _turned(self.group)
-        if closest is not None and not self._why:
+        if found:
+            why = f"{_difference(self.group)}: it may be stored transposed"
+            rules = (_rules(self.group, found[0], {"leaf"}),)
+            self._why = Refusal(why, rules=rules, is_turned=True)
+        elif self._of_rule:
+            self._why = Refusal(self._of_rule)
+        elif closest is not None:
             others = _by_effect(list(self._readings(every)))
             self._why = _not_on_axis(self.group, axes, others)
 
     @property
     def is_turned(self) -> bool:
         """Whether it is a matrix that is stored transposed."""
-        is_turned = isinstance(self._why, Refusal) and self._why.is_turned
+        is_turned = self._why is not None and self._why.is_turned
         return is_turned or any(one.is_turned for one in self.fits)
 
     def doubt(self) -> None:
         """A square matrix may be transposed, too, where others are."""
         if self._rule is None and self.group.flax[0].is_kernel:
-            self.fits += [
-                one._replace(change=_UNSAID)
-                for one in self.fits
-                if one.change is _SAME and _is_square(one.flax.one_layer)
-            ]
+            for one in [one for one in self.fits if one.change is _SAME]:
+                shape = one.flax.one_layer
+                if len(shape) == 2 and shape == shape[::-1]:
+                    self.fits.append(one._replace(change=_UNSAID))
 
     def chosen(self, where: Set[Hashable]) -> Reading | Refusal:
         """The one reading that fits, where all leaves of the module have theirs."""
@@ -302,15 +310,19 @@ class _Reader:
         depths = range(3) if self._depth is None else [self._depth]
         fronts = [tuple(range(depth)) for depth in depths]
         order = self._said.interleave
-        for flax in _sides(self.group.flax, choices, order):
-            for haiku in _sides(self.group.haiku, fronts, order):
-                if _count_the_same(flax, haiku):
-                    for change in self._changes(flax, haiku):
-                        found = Reading(flax, haiku, change)
-                        # Who nests otherwise does not also turn the axes.
-                        axes = flax.own_axes
-                        if found.is_alike or sorted(axes) == list(axes):
-                            yield found
+        theirs = _sides(self.group.flax, choices, order)
+        ours = list(_sides(self.group.haiku, fronts, order))
+        for flax, haiku in itertools.product(theirs, ours):
+            # Where names have other numbers in both trees, one of them has axes too.
+            is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
+            is_other = is_numbered and len(flax.loops) == len(haiku.loops)
+            if flax.num_layers == haiku.num_layers and not is_other:
+                for change in self._changes(flax, haiku):
+                    found = Reading(flax, haiku, change)
+                    # Who nests otherwise does not also turn the axes.
+                    axes = flax.own_axes
+                    if found.is_alike or list(axes) == sorted(axes):
+                        yield found
 
     def _changes(self, flax: Side, haiku: Side) -> Iterator[Change]:
         """How one layer may change; nothing if it does not fit."""
@@ -329,8 +341,8 @@ class _Reader:
             yield from _convolution(leaf, haiku.leaves[0], old, new, rule is not None)
         elif old == new:
             yield _SAME
-        elif self._may_turn and leaf.is_kernel and len(old) == 2 and old == new[::-1]:
-            yield _UNSAID
+        elif rule is None and leaf.is_kernel and len(old) == 2 and old == new[::-1]:
+            yield _TURNED
         elif _is_reshape(leaf, old, new):
             yield Change("reshape", lambda x: x.reshape(new), lambda x: x.reshape(old))
 
@@ -357,36 +369,27 @@ def _sides(
     ndim = leaves[0].ndim
     for choice in choices:
         axes = tuple(axis % ndim + 1 for axis in choice if -ndim <= axis < ndim)
-        one_layer = _one_layer(leaves, axes) if len(axes) == len(choice) else None
-        if one_layer is not None:
+        found = _cut(leaves, axes) if len(set(axes)) == len(choice) else None
+        if found is not None:
+            sizes = {0: len(leaves), **dict(zip(axes, found[0], strict=True))}
             orders = [axes] if len(leaves) == 1 else [(*axes, 0), (0, *axes)]
             for each in dict.fromkeys(orders):
-                side = Side(leaves, each, one_layer)
+                side = Side(leaves, each, tuple(sizes[i] for i in each), found[1])
                 if order is None or side.interleaved in (None, order):
                     yield side
 
 
-def _one_layer(leaves: tuple[Leaf, ...], axes: Axes) -> Shape | None:
-    """The shape of one layer; None if the axes are not those of all layers."""
-    found, sizes = set(), set()
+def _cut(leaves: tuple[Leaf, ...], axes: Axes) -> tuple[Shape, Shape] | None:
+    """The sizes of some axes, and the shape of the others, if all layers agree."""
+    found = set()
     for leaf in leaves:
         shapes = [piece.shape for piece in leaf.pieces]
         rest = [tuple(n for i, n in enumerate(x, 1) if i not in axes) for x in shapes]
-        sizes |= {tuple(shape[i - 1 : i] for i in axes) for shape in shapes}
         if leaf.codec.rank not in (None, min(map(len, rest))):
             return None
-        found.add(leaf.codec.shape(rest))
-    is_one = len(found) == len(sizes) == 1 and len(set(axes)) == len(axes)
-    return found.pop() if is_one else None
-
-
-def _count_the_same(flax: Side, haiku: Side) -> bool:
-    """Whether both have the same number of layers."""
-    # Where names have other numbers in both trees, one of them has axes too.
-    is_numbered = min(len(flax.leaves), len(haiku.leaves)) > 1
-    old, new = ([n for n in side.sizes if n != 1] for side in (flax, haiku))
-    is_other = is_numbered and len(old) == len(new)
-    return flax.num_layers == haiku.num_layers and not is_other
+        one_layer = leaf.codec.shape(rest)
+        found |= {(tuple(x[i - 1] for i in axes), one_layer) for x in shapes}
+    return found.pop() if len(found) == 1 else None
 
 
 def _other_rules(group: Group, said: Said) -> Refusal | None:
@@ -429,6 +432,7 @@ _RULE = "rule"
 _SAME = Change("", *SAME)
 _SWAP = Change("last axes swapped", *TRANSPOSED)
 _UNSAID = Change("last axes swapped, which nothing says", *TRANSPOSED)
+_TURNED = Change("last axes swapped, as nothing else fits", *TRANSPOSED)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -452,17 +456,9 @@ def _by_rule(rule: Pair, old: Shape, new: Shape, dtype: np.dtype) -> Change | st
 
 def _is_merged(old: Shape, new: Shape) -> bool:
     """Whether neighbouring axes became one, and nothing else changed."""
-    if len(old) <= len(new):
-        return False
-    rest = list(old)
-    for size in new:
-        count = next(
-            (i for i in range(1, len(rest) + 1) if math.prod(rest[:i]) == size), 0
-        )
-        if not count:
-            return False
-        rest = rest[count:]
-    return math.prod(rest) == 1
+    ends, new_ends = ([*itertools.accumulate(x, operator.mul)] for x in (old, new))
+    is_all = math.prod(old) == math.prod(new)
+    return len(old) > len(new) and is_all and set(new_ends) <= set(ends)
 
 
 def _convolution(
@@ -480,14 +476,9 @@ def _convolution(
             yield _UNSAID
 
 
-def _is_square(shape: Shape) -> bool:
-    return len(shape) == 2 and len(set(shape)) == 1
-
-
 def _is_reshape(leaf: Leaf, old: Shape, new: Shape) -> bool:
     if leaf.is_kernel:  # Heads, before or after the other axis.
-        splits = [(math.prod(old[:i]), math.prod(old[i:])) for i in range(1, len(old))]
-        return len(old) > 2 and new in splits
+        return len(new) == 2 and _is_merged(old, new)
     if leaf.is_bias:
         return new == (math.prod(old),)
     # A norm keeps axes of size one in Haiku.
@@ -534,37 +525,17 @@ def _other_depth(group: Group) -> str:
 
 
 def _differs(group: Group) -> Refusal:
-    """What to say where nothing fits: counting anew may help."""
-    rename = _counted_anew(group)
-    rules: tuple[Arguments, ...] = ({"rename": rename},) if rename else ()
+    """What to say where nothing fits: counting anew may help, if that is all."""
+    paths = [leaf.raw for leaf in group.flax], [leaf.path for leaf in group.haiku]
+    old, new = map(_names.numbers, paths)
+    shifts = {a - b for a, b in zip(old, new, strict=False)}
+    rules: tuple[Arguments, ...] = ()
+    if len(old) == len(new) and len(shifts) == 1 and (shift := shifts.pop()):
+        flax, haiku = (_names.starred(several).partition("*")[0] for several in paths)
+        larger = f"{{i+{abs(shift)}}}"
+        ends = (larger, "{i}") if shift > 0 else ("{i}", larger)
+        rules = ({"rename": {flax + ends[0]: haiku + ends[1]}},)
     return Refusal(_difference(group), rules=rules)
-
-
-def _counted_anew(group: Group) -> dict[str, str]:
-    """A renaming for two loops that begin with other numbers, if that is all."""
-    old = _names.counted([leaf.raw for leaf in group.flax])
-    new = _names.counted([leaf.path for leaf in group.haiku])
-    if old is None or new is None or len(group.flax) != len(group.haiku):
-        return {}
-    shifts = {a - b for a, b in zip(old.numbers, new.numbers, strict=True)}
-    if len(shifts) > 1 or shifts == {0}:
-        return {}
-    shift = shifts.pop()
-    flax = f"{{i+{shift}}}" if shift > 0 else "{i}"
-    haiku = f"{{i+{-shift}}}" if shift < 0 else "{i}"
-    return {old.before + flax: new.before + haiku}
-
-
-def _turned(group: Group) -> Refusal:
-    """What to say of a matrix that fits if it is transposed."""
-    why = f"{_difference(group)}: it may be stored transposed"
-    return Refusal(why, rules=({"leaf": _leaf_rule(group, True)},), is_turned=True)
-
-
-def _leaf_rule(group: Group, is_turned: bool) -> dict[str, str]:
-    name = "TRANSPOSED" if is_turned else "SAME"
-    patterns = _patterns([leaf.raw for leaf in group.flax])
-    return dict.fromkeys(patterns, f"hk_stack.port.{name}")
 
 
 def _not_on_axis(group: Group, said: int | Axes, others: Sequence[Reading]) -> Refusal:
@@ -624,7 +595,9 @@ def _rules(group: Group, one: Reading, arguments: set[str]) -> Arguments:
     if "interleave" in arguments and one.interleaved is not None:
         found["interleave"] = one.interleaved
     if "leaf" in arguments:
-        found["leaf"] = _leaf_rule(group, one.change is _UNSAID)
+        name = "TRANSPOSED" if one.change.to_haiku is swapped else "SAME"
+        patterns = _patterns([leaf.raw for leaf in group.flax])
+        found["leaf"] = dict.fromkeys(patterns, f"hk_stack.port.{name}")
     return found
 
 

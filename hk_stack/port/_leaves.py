@@ -1,115 +1,16 @@
-"""The leaves of both trees in one vocabulary, which is Haiku's.
-
-A *leaf* here is one array of a Haiku module, such as an LSTM's `linear/w`. On either
-side it may be stored in several *pieces*: Flax keeps an LSTM's weights gate by gate,
-Haiku keeps a moving average with its counter. A *codec* puts pieces together and takes
-them apart, one layer at a time.
-"""
+"""Reads the leaves of both trees in one vocabulary, which is Haiku's."""
 
 import collections
-import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from hk_stack.port import _cells, _names, _regroup
-from hk_stack.port._codecs import Array, Codec, Piece, Shape
+from hk_stack.port._codecs import Average, Leaf, Leaves, Piece
 from hk_stack.port._names import Path
-from hk_stack.port._regroup import Stored
-from hk_stack.port._rules import Rules, Said, paths_of, renamed
-
-
-class Average(Codec):
-    """A moving average of Haiku: its counter, its hidden value and the average.
-
-    Haiku's average is `hidden / (1 - decay ** counter)`, Flax's has no such division.
-    A large counter makes the two one, now and in all steps to come.
-    """
-
-    label = "moving average"
-
-    def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        counter, hidden, average = pieces
-        counter[...] = 2**30
-        hidden[...] = average[...] = leaf
-
-
-class Leaf(NamedTuple):
-    """One array in Haiku's vocabulary, and where it is stored.
-
-    Attributes:
-      collection: Flax's collection, or Haiku's "params" or "state".
-      raw: Its path without the collection, as the tree has it.
-      path: Its module in Haiku's words, and its name.
-      pieces: What it is made of.
-      codec: How.
-      has_kernel: Whether it is in a module of Flax with a kernel.
-    """
-
-    collection: str
-    raw: Path
-    path: Path
-    pieces: tuple[Piece, ...]
-    codec: Codec = Codec()
-    has_kernel: bool = False
-
-    @property
-    def kind(self) -> str:
-        return "params" if self.collection == "params" else "state"
-
-    @property
-    def name(self) -> tuple[str, _names.Module, str]:
-        """What it is matched by."""
-        return self.kind, _names.parts(self.path[:-1]), _names.leaf(self.path[-1])
-
-    @property
-    def paths(self) -> tuple[str, str]:
-        """What rules for it may say."""
-        return paths_of(self.collection, self.raw)
-
-    @property
-    def is_kernel(self) -> bool:
-        return self.has_kernel and self.raw[-1] == "kernel"
-
-    @property
-    def is_bias(self) -> bool:
-        """Whether it is the bias beside a `kernel`."""
-        return self.has_kernel and self.raw[-1] == "bias"
-
-    @property
-    def is_of_batch_norm(self) -> bool:
-        """Whether it has one axis in a layer, which other norms may not."""
-        module = _names.parts(self.path[:-1])
-        is_average = self.kind == "state" and self.path[-1] in ("mean", "var")
-        return is_average or (bool(module) and module[-1].base == "batch_norm")
-
-    @property
-    def dtypes(self) -> set[np.dtype]:
-        """Those of its values, which a counter is not."""
-        is_average = isinstance(self.codec, Average)
-        return {p.dtype for p in (self.pieces[-1:] if is_average else self.pieces)}
-
-    @property
-    def shape(self) -> Shape:
-        """With layer axes, as if these were in front."""
-        return self.codec.shape([piece.shape for piece in self.pieces])
-
-    @property
-    def ndim(self) -> int:
-        """How many axes all its pieces have."""
-        return min(len(piece.shape) for piece in self.pieces)
-
-    def __str__(self) -> str:
-        if len(self.pieces) == 1:
-            label = f" ({self.codec.label})" if self.codec.label else ""
-            return f"{self.pieces[0]}{label}"
-        scope = os.path.commonpath([piece.name for piece in self.pieces])
-        inside = ",".join(piece.name[len(scope) + 1 :] for piece in self.pieces)
-        return f"{scope}/{{{inside}}} {str(self.pieces[-1]).rpartition(' ')[2]}"
-
+from hk_stack.port._rules import Rules, Said, renamed
 
 # Flax
 
@@ -132,33 +33,32 @@ def of_flax(
     """
     has_values = any(leaf.path[-1] == "value" for leaf in haiku)
     every, unused = _regroup.regrouped(stored(variables, has_values), said.regroup)
-    inside: dict[Scope, dict[str, Stored]] = collections.defaultdict(dict)
+    inside: dict[Scope, dict[str, Leaf]] = collections.defaultdict(dict)
     for (collection, path), leaf in every.items():
         for i in range(len(path)):
             # NNX writes `if_` for a gate, as `if` is a word of Python.
             name = "/".join(path[i:]).replace("if_/", "if/")
             inside[collection, path[:i]][name] = leaf
-    leaves: list[Leaf] = []
-    taken: set[Scope] = set()
+    cells: list[Leaf] = []
     for (collection, module), names_in in inside.items():
         plain = ((n, x) for n, x in names_in.items() if x.codec.is_plain)
         shapes = {name: x.pieces[0].shape for name, x in plain}
         for path, names, codec in _cells.leaves_of(shapes):
-            several = [names_in[name] for name in names]
-            taken |= {(one.collection, one.path) for one in several}
-            pieces = tuple(one.pieces[0] for one in several)
-            new, count = renamed(said.rename, collection, module)
-            whole = (*new, *module[count:], *path)
-            leaves.append(Leaf(collection, (*module, *path), whole, pieces, codec))
+            pieces = tuple(names_in[name].pieces[0] for name in names)
+            cells.append(Leaf(collection, (*module, *path), pieces, codec))
+    taken = {piece for leaf in cells for piece in leaf.pieces}
+    rest = [
+        leaf
+        for leaf in every.values()  # One that is tied to a gate has its piece, too.
+        if not (leaf.codec.is_plain and taken.intersection(leaf.pieces))
+    ]
     has_outs = any("out" in path for _, path in every)
     ours = {_bases(leaf.path) for leaf in haiku} if has_outs else set()
-    for key, one in every.items():
-        if key not in taken:
-            leaves.append(_flax_leaf(one, inside, said.rename, ours))
-    return leaves, unused
+    named = [_flax_leaf(one, inside, said.rename, ours) for one in (*cells, *rest)]
+    return named, unused
 
 
-def stored(variables: Any, has_values: bool = False) -> dict[Scope, Stored]:
+def stored(variables: Any, has_values: bool = False) -> Leaves:
     """The arrays of a tree, by collection and path."""
     arrays = _paths(variables)
     # A state of NNX that was saved has a `value` for the box around each array.
@@ -171,33 +71,33 @@ def stored(variables: Any, has_values: bool = False) -> dict[Scope, Stored]:
     found = {}
     for place, ((path, leaf), key) in enumerate(zip(arrays, at, strict=True)):
         piece = _piece("/".join(path), place, leaf)
-        found[key] = Stored(*key, (piece,))
+        found[key] = Leaf(*key, (piece,))
     return found
 
 
 def _flax_leaf(
-    one: Stored,
-    inside: Mapping[Scope, Mapping[str, Stored]],
+    one: Leaf,
+    inside: Mapping[Scope, Mapping[str, Leaf]],
     rename: Rules[str],
     ours: Set[Path],
 ) -> Leaf:
-    collection, path, pieces, codec = one
+    collection, path = one.collection, one.raw
     siblings = inside[collection, path[:-1]]
     is_offset = path[-1] == "bias" and "kernel" not in siblings
     # What is no word of Flax is written as it is: both trees may have it.
     is_word = path[-1] in ("bias", "embedding", "kernel")
     name = _names.leaf(path[-1]) if is_word else path[-1]
-    name = "offset" if is_offset else name
+    names: Path = (*path[:-1], "offset" if is_offset else name)
+    linear = tuple(
+        "linear" if x == "out" and _is_attention(inside["params", path[:i]]) else x
+        for i, x in enumerate(names)
+    )
     new, count = renamed(rename, collection, path)
-    found: Path = (*new, *(*path[:-1], name)[count:])
-    outs = [i for i, part in enumerate(path) if part == "out" and i >= count]
-    outs = [i for i in outs if _is_attention(inside["params", path[:i]])]
-    if outs:
-        shift = len(found) - len(path)
-        parts = enumerate(found)
-        linear = tuple("linear" if i - shift in outs else x for i, x in parts)
-        found = found if _alike(found, ours) >= _alike(linear, ours) else linear
-    return Leaf(collection, path, found, pieces, codec, "kernel" in siblings)
+    found: Path = (*new, *names[count:])
+    other: Path = (*new, *linear[count:])
+    if found != other and _alike(other, ours) > _alike(found, ours):
+        found = other
+    return one._replace(path=found, has_kernel="kernel" in siblings)
 
 
 def _bases(path: Path) -> Path:
@@ -207,11 +107,8 @@ def _bases(path: Path) -> Path:
 
 def _alike(path: Path, ours: Set[Path]) -> int:
     """How many parts at the end a name has in common with one of others."""
-    ends = (
-        zip(reversed(_bases(path)), reversed(other), strict=False) for other in ours
-    )
-    same = (itertools.takewhile(lambda pair: pair[0] == pair[1], end) for end in ends)
-    return max((len(list(pairs)) for pairs in same), default=-1)
+    bases = _bases(path)
+    return max((_names.common_end(bases, other) for other in ours), default=-1)
 
 
 def _is_attention(inside: Iterable[str]) -> bool:
@@ -282,19 +179,18 @@ def of_haiku(params: Any, state: Any) -> list[Leaf]:
         if _is_average(module, found):
             pieces = tuple(found[name] for name in ("counter", "hidden", "average"))
             path = (*module[:-1], module[-1].removesuffix("_ema"))
-            leaves.append(Leaf(kind, module, path, pieces, Average()))
+            leaves.append(Leaf(kind, module, pieces, Average(), path))
         else:
             for name, piece in found.items():
                 path = (*module, name)
-                leaves.append(Leaf(kind, path, path, (piece,)))
+                leaves.append(Leaf(kind, path, (piece,), path=path))
     return leaves
 
 
 def _is_average(module: Path, pieces: Mapping[str, Piece]) -> bool:
     """Whether a module is one of the moving averages of a BatchNorm."""
-    if module[-1:] not in (("mean_ema",), ("var_ema",)):
-        return False
-    if pieces.keys() != {"average", "counter", "hidden"}:
+    is_named_so = module[-1:] in (("mean_ema",), ("var_ema",))
+    if not is_named_so or pieces.keys() != {"average", "counter", "hidden"}:
         return False
     hidden, average = pieces["hidden"], pieces["average"]
     is_alike = (hidden.shape, hidden.dtype) == (average.shape, average.dtype)

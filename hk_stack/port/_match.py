@@ -14,8 +14,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from hk_stack.port import _layers, _names
+from hk_stack.port._codecs import Leaf
 from hk_stack.port._layers import Group, Reading, Refusal
-from hk_stack.port._leaves import Leaf
 from hk_stack.port._names import Module, Path
 from hk_stack.port._rules import Said
 
@@ -55,10 +55,8 @@ def match(flax: Sequence[Leaf], haiku: Sequence[Leaf], said: Said) -> Matched:
             unfit.append((group, found))
     used = {id(x) for m in moves for x in (*m.flax.leaves, *m.haiku.leaves)}
     used |= {id(x) for group, _ in unfit for x in (*group.flax, *group.haiku)}
-    left, others = (
-        [leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)
-    )
-    return Matched(moves, unfit, left, others, _proposed(theirs, ours))
+    left = [[leaf for leaf in side if id(leaf) not in used] for side in (flax, haiku)]
+    return Matched(moves, unfit, left[0], left[1], _proposed(theirs, ours))
 
 
 def _named_alike(
@@ -67,15 +65,11 @@ def _named_alike(
     """Families, without the modules that are around everything in one tree only."""
     literal = _ambiguous(flax) | _ambiguous(haiku)
     theirs, ours = _families(flax, literal), _families(haiku, literal)
-    for i in itertools.count():
-        old, new = _inside(theirs, i), _inside(ours, i)
-        if _tops(old) & _tops(ours):
-            return old, ours
-        if _tops(theirs) & _tops(new):
-            return theirs, new
-        if not old and not new:
-            return theirs, ours
-    raise AssertionError
+    for i in range(max((len(name) for _, name in (*theirs, *ours)), default=0)):
+        for old, new in ((_inside(theirs, i), ours), (theirs, _inside(ours, i))):
+            if _tops(old) & _tops(new):
+                return old, new
+    return theirs, ours
 
 
 def _module(leaf: Leaf, literal: bool = False) -> Module:
@@ -151,12 +145,15 @@ def _groups(theirs: Families, ours: Families) -> Iterator[tuple[Group, list[Grou
         old, new = _split(theirs[key], same), _split(ours[key], same)
         for at in sorted(old.keys() & new.keys()):
             one, other = old[at], new[at]
-            both = [n for n in one if n in other and is_part]
-            alone = [Group((one[n],), (other[n],)) for n in both]
+            both, sizes = [n for n in one if n in other], {len(one), len(other)}
+            alone = [Group((one[n],), (other[n],)) for n in both if is_part]
             if not _may_count(one, other):
                 yield from ((group, []) for group in alone)
-            else:
-                yield from _group(one, other, alone)
+            elif both or sizes != {1}:
+                holes = _holes(one) or _holes(other)
+                group = Group(tuple(one.values()), tuple(other.values()), holes)
+                # Numbers of two loops that only overlap may be of other modules.
+                yield group, alone if len(both) == min(sizes) < max(sizes) else []
 
 
 def _may_count(flax: Family, haiku: Family) -> bool:
@@ -166,11 +163,7 @@ def _may_count(flax: Family, haiku: Family) -> bool:
     """
     columns = zip(zip(*flax, strict=True), zip(*haiku, strict=True), strict=True)
     pairs = [(set(one), set(other)) for one, other in columns]
-    return all(
-        one == other
-        or all(numbers == {0} for numbers in (one, other) if len(numbers) == 1)
-        for one, other in pairs
-    )
+    return all(a == b or all(x == {0} or len(x) > 1 for x in (a, b)) for a, b in pairs)
 
 
 def _numbers(families: Families) -> dict[tuple[Path, int], set[int]]:
@@ -189,21 +182,6 @@ def _split(family: Family, places: Sequence[int]) -> dict[Numbers, Family]:
     for numbers in sorted(family):
         found[tuple(numbers[i] for i in places)][numbers] = family[numbers]
     return found
-
-
-def _group(
-    flax: Family, haiku: Family, alone: list[Group]
-) -> Iterator[tuple[Group, list[Group]]]:
-    if len(flax) == len(haiku) == 1 and not flax.keys() & haiku.keys():
-        return
-    holes = _holes(flax) or _holes(haiku)
-    # Numbers of two loops that only overlap may not be those of the same modules.
-    count = len(flax.keys() & haiku.keys())
-    is_part = count == min(len(flax), len(haiku)) < max(len(flax), len(haiku))
-    yield (
-        Group(tuple(flax.values()), tuple(haiku.values()), holes),
-        alone if is_part else [],
-    )
 
 
 def _holes(family: Family) -> str:
@@ -232,55 +210,42 @@ def _proposed(theirs: Families, ours: Families) -> dict[str, str]:
     rest = {key: _size(family) for key, family in ours.items() if key not in theirs}
     rules: dict[str, str] = {}
     for key in [key for key in theirs if key not in ours]:
-        sized = [other for other, size in rest.items() if size == _size(theirs[key])]
-        alike = {other: _common_end(key, other) for other in sized}
+        kind, size = key[0], _size(theirs[key])
+        sized = [other for other in rest if (other[0], rest[other]) == (kind, size)]
+        alike = {other: _names.common_end(key[1], other[1]) for other in sized}
         most = max(alike.values(), default=0)
         found = [other for other, count in alike.items() if count == most > 0]
-        while most and any(_begins(name, key[1][:-most]) for name in done):
+        while most and any(
+            name[: len(key[1]) - most] == key[1][:-most] for name in done
+        ):
             most -= 1  # What has a namesake stays where it is.
         if len(found) == 1 and most:
             del rest[found[0]]
-            ends = _scopes(theirs, key, most), _scopes(ours, found[0], most)
-            if rule := _written(*ends):
+            pair = (key, theirs[key]), (found[0], ours[found[0]])
+            if rule := _rule(pair, most):
                 rules.setdefault(*rule)
     return rules
-
-
-def _begins(name: Path, beginning: Path) -> bool:
-    return name[: len(beginning)] == beginning
-
-
-def _scopes(families: Families, key: Key, count: int) -> tuple[Path, list[Path]]:
-    """What is left out around a tree, and all but the last parts of some names."""
-    family = families[key].values()
-    first = next(iter(family))
-    around = len(_module(first)) + 1 - len(key[1])
-    scopes = [_names.without_end(leaf.raw[:-1], count - 1) for leaf in family]
-    return first.path[:around], scopes
 
 
 def _size(family: Family) -> int:
     return sum(math.prod(leaf.shape) for leaf in family.values())
 
 
-def _common_end(one: Key, other: Key) -> int:
-    """How many parts at the end two names have both, if they are of one kind."""
-    same = zip(reversed(one[1]), reversed(other[1]), strict=False)
-    found = itertools.takewhile(lambda pair: pair[0] == pair[1], same)
-    return len(list(found)) if one[0] == other[0] else 0
-
-
-def _written(
-    flax: tuple[Path, list[Path]], haiku: tuple[Path, list[Path]]
-) -> tuple[str, str] | None:
-    """A rule for beginnings of names, with `*` for layers' numbers."""
-    (around, old), (without, new) = flax, haiku
-    new = [(*around, *path[len(without) :]) for path in new]
+def _rule(pair: Sequence[tuple[Key, Family]], count: int) -> list[str]:
+    """What to rename to what: all but the last parts of names, `*` for layers."""
+    around, scopes = [], []
+    for (_, name), family in pair:
+        leaves = list(family.values())
+        around.append(leaves[0].path[: len(_module(leaves[0])) + 1 - len(name)])
+        scopes.append([_names.without_end(x.raw[:-1], count - 1) for x in leaves])
+    # What is around one tree only is taken from there, and added to names here.
+    old, new = scopes
+    new = [(*around[0], *path[len(around[1]) :]) for path in new]
     rule, other = _names.starred(old), _names.starred(new)
     if rule.count("*") == 1 == other.count("*"):
         # Numbers at other depths may be those of blocks in one tree, stages in one.
         depths = {len(_names.parts(paths[0])) for paths in (old, new)}
-        return (rule, other) if len(depths) == 1 else None
+        return [rule, other] if len(depths) == 1 else []
     if rule.count("*") == 1 and new[0]:
-        return rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)
-    return None if "*" in rule else (rule, other.replace("_*", ""))
+        return [rule, re.sub("(_[0-9]+)?$", "_*", other, count=1)]
+    return [] if "*" in rule else [rule, other.replace("_*", "")]

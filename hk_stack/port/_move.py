@@ -11,7 +11,7 @@ import numpy as np
 from hk_stack import _layout
 from hk_stack.port import _plan, _regroup
 from hk_stack.port._codecs import Array, Piece
-from hk_stack.port._layers import Side
+from hk_stack.port._layers import Reading, Side
 from hk_stack.port._rules import Function
 
 
@@ -19,44 +19,34 @@ def ported(plan: _plan.Plan, source: int, tree: Any, like: Any) -> Any:
     """A tree as `like`, with the moves of a plan from the side `source` (0 is Flax)."""
     given = jax.tree.leaves(tree)
     made, structure = jax.tree.flatten(like)
-    to_come = _shares(plan, 1 - source)
-    filled: dict[int, Array] = {}
-    stay = {  # Parts of it are missing.
-        place
-        for place, shares in to_come.items()
-        if sum(shares) < 1 and isinstance(made[place], jax.ShapeDtypeStruct)
-    }
+    shares: dict[int, Fraction] = collections.defaultdict(Fraction)
+    last: dict[int, Reading] = {}
     for move in plan.moves:
+        for leaf in move.sides[1 - source].leaves:
+            for piece in leaf.pieces:
+                shares[piece.place] += leaf.codec.share
+                last[piece.place] = move
+    filled: dict[int, Array] = {}
+    for move in plan.moves:
+        old, new = move.sides[source], move.sides[1 - source]
         change = move.change.to_flax if source else move.change.to_haiku
-        new = move.sides[1 - source]
         before = {}
         for piece in new.pieces:
             if piece.place not in filled:
-                is_whole = sum(to_come[piece.place]) >= 1
+                is_whole = shares[piece.place] >= 1
                 filled[piece.place] = _started(piece, is_whole, made[piece.place])
             elif new.leaves[0].codec.share == 1:
                 before[piece] = filled[piece.place].tobytes()
-        _fill(move.sides[source], new, change, given, filled)
+        _fill(old, new, change, given, filled)
         for piece, values in before.items():
             if values != filled[piece.place].tobytes():
                 raise ValueError(f"port: {piece.name}: {_regroup.NOT_EQUAL}.")
-        for piece in new.pieces:
-            to_come[piece.place].pop()
-            if not to_come[piece.place]:
-                array = filled.pop(piece.place)
-                if piece.place not in stay:
-                    made[piece.place] = _as_like(array, made[piece.place])
+        for place in [p.place for p in new.pieces if last[p.place] is move]:
+            array = filled.pop(place)
+            is_type = isinstance(made[place], jax.ShapeDtypeStruct)
+            if shares[place] >= 1 or not is_type:  # Else parts of it are missing.
+                made[place] = _as_like(array, made[place])
     return jax.tree.unflatten(structure, made)
-
-
-def _shares(plan: _plan.Plan, target: int) -> Mapping[int, list[Fraction | int]]:
-    """How much of each array is filled by each of the moves into it."""
-    found: dict[int, list[Fraction | int]] = collections.defaultdict(list)
-    for move in plan.moves:
-        for leaf in move.sides[target].leaves:
-            for piece in leaf.pieces:
-                found[piece.place].append(leaf.codec.share)
-    return found
 
 
 def _started(piece: Piece, is_whole: bool, like: Any) -> Array:

@@ -6,6 +6,7 @@ second on (`linear`, `linear_1`); and Haiku writes `~` for methods other than th
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -129,26 +130,19 @@ def starred(paths: Sequence[Path]) -> str:
     )
 
 
-class Counted(NamedTuple):
-    """Paths that differ in one number: what is before it, and the numbers."""
+def numbers(paths: Sequence[Path]) -> list[int]:
+    """What numbers paths have, if they differ in one only; otherwise none."""
+    columns = zip(*map(parts, paths), strict=False)
+    varied = [column for column in columns if len(set(column)) > 1]
+    is_one = len(varied) == 1 and len({base for base, _ in varied[0]}) == 1
+    return [number for _, number in varied[0]] if is_one else []
 
-    before: str
-    numbers: tuple[int, ...]
 
-
-def counted(paths: Sequence[Path]) -> Counted | None:
-    """What numbers paths have, if they differ in one only."""
-    columns = list(zip(*paths, strict=False))
-    varied = [i for i, texts in enumerate(columns) if len(set(texts)) > 1]
-    if len(varied) != 1 or len(set(map(len, paths))) > 1:
-        return None
-    matches = [re.fullmatch(r"(.*?)(\d*)", text) for text in columns[varied[0]]]
-    pairs = [(match[1].removesuffix("_"), match[2]) for match in matches if match]
-    if len({base for base, _ in pairs}) > 1:
-        return None
-    before = max((match[1] for match in matches if match), key=len)
-    numbers = tuple(int(number or 0) for _, number in pairs)
-    return Counted("/".join((*paths[0][: varied[0]], before)), numbers)
+def common_end(one: Path, other: Path) -> int:
+    """How many parts two paths have both at their ends."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return len(list(same))
 
 
 def without_end(module: Path, count: int) -> Path:

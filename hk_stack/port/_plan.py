@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from hk_stack import _table
 from hk_stack._table import Shown, Table
 from hk_stack.port import _names
 from hk_stack.port._cells import Gates
+from hk_stack.port._codecs import Leaf
 from hk_stack.port._layers import Reading, Side
-from hk_stack.port._leaves import Leaf
 from hk_stack.port._match import Matched
 from hk_stack.port._rules import Arguments, Said, written
 
@@ -160,8 +161,8 @@ def made(
 ) -> Plan:
     """The plan of a match of the leaves of both trees."""
     moves = sorted(found.moves, key=lambda move: move.flax.leaves[0].pieces[0].place)
-    of_moves = [_moved(move, said.cast) for move in moves]
-    rows = list(of_moves)
+    rows = [_moved(move, said.cast) for move in moves]
+    fitting = [move for move, row in zip(moves, rows, strict=True) if row.ok]
     refused = []
     for group, refusal in found.unfit:
         every = (*group.flax, *group.haiku)
@@ -174,7 +175,7 @@ def made(
     rename = {**said.rename.rules, **found.renames} if found.renames else {}
     return Plan(
         tuple(rows),
-        tuple(move for move, row in zip(moves, of_moves, strict=True) if row.ok),
+        tuple(fitting),
         tuple(unused),
         tuple(rename.items()),
         _to_ignore([*found.flax, *found.haiku], [*trees[0], *trees[1]], said),
@@ -184,29 +185,21 @@ def made(
 
 def _together(refused: Iterable[tuple[Arguments, ...]]) -> tuple[Choice, ...]:
     """Proposals for leaves that have the same choice, as one."""
-    found: dict[Hashable, list[tuple[Arguments, ...]]] = {}
-    for ways in refused:
-        if ways:
-            kinds = [{n: _values(value) for n, value in way.items()} for way in ways]
-            found.setdefault(str(kinds), []).append(ways)
+    found: dict[str, list[tuple[Arguments, ...]]] = {}
+    for ways in filter(None, refused):
+        without_paths = re.sub('"[^"]*": ', "", "; ".join(map(written, ways)))
+        found.setdefault(without_paths, []).append(ways)
     return tuple(
         Choice(len(rows), tuple(map(_merged, zip(*rows, strict=True))))
         for rows in found.values()
     )
 
 
-def _values(value: object) -> object:
-    return sorted(map(str, value.values())) if isinstance(value, dict) else value
-
-
 def _merged(several: Iterable[Arguments]) -> Arguments:
     merged: Arguments = {}
-    for one in several:
-        for name, value in one.items():
-            if isinstance(value, dict):
-                merged[name] = {**merged.get(name, {}), **value}
-            else:
-                merged[name] = value
+    for name, value in (item for one in several for item in one.items()):
+        is_dict = isinstance(value, dict)
+        merged[name] = {**merged.get(name, {}), **value} if is_dict else value
     return merged
 
 
@@ -297,18 +290,24 @@ def _to_ignore(
 
     These are no beginnings of others; and empty if nothing else is left over.
     """
-    ignored = {id(leaf) for leaf in everything if said.ignore.closest(leaf.paths)}
-    rest = [leaf for leaf in left if id(leaf) not in ignored]
-    free = ignored | {id(leaf) for leaf in rest}
+    rest = [leaf for leaf in left if not said.ignore.closest(leaf.paths)]
+    if not rest:
+        return ()
+    free = {id(leaf) for leaf in rest}
     busy = (leaf for leaf in everything if id(leaf) not in free)
-    used = {path for leaf in busy for path in _beginnings(leaf)}
+    used = {
+        path
+        for leaf in busy
+        if not said.ignore.closest(leaf.paths)
+        for path in _beginnings(leaf)
+    }
     found = dict.fromkeys(
         next(
             (path for path in _beginnings(leaf)[1:] if path not in used), leaf.paths[1]
         )
         for leaf in rest
     )
-    return (*said.ignore.rules, *found) if found else ()
+    return *said.ignore.rules, *found
 
 
 def _beginnings(leaf: Leaf) -> list[str]:

@@ -4,34 +4,23 @@ These rules go before all others: to `rename`, to the other rules in `leaf` and 
 rest of them, a leaf that is split is several leaves, and leaves that are fused are one.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
 from hk_stack._traceback import hidden
-from hk_stack.port._codecs import Array, Codec, Piece, Shape
+from hk_stack.port._codecs import Array, Leaf, Leaves, Piece, Shape
 from hk_stack.port._names import Path
-from hk_stack.port._rules import (
-    Found,
-    Fuse,
-    Pair,
-    Regroup,
-    Rules,
-    Split,
-    Tie,
-    Transpose,
-    matched,
-    paths_of,
-)
+from hk_stack.port._rules import Pair, Regroup, Rules, Transpose, matched
 
 # Rules to write
 
 
 @hidden
-def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Split:
+def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Regroup:
     """A rule for `leaf=`: a module of Flax that is several modules in Haiku.
 
     Each of its leaves holds theirs side by side, such as a fused attention's:
@@ -68,7 +57,7 @@ def split(*names: str, axis: int, sizes: Sequence[int] = ()) -> Split:
 
 
 @hidden
-def fuse(*names: str, axis: int) -> Fuse:
+def fuse(*names: str, axis: int) -> Regroup:
     """A rule for `leaf=`: several modules of Flax that are one in Haiku, side by side.
 
     The path is that of the whole, as if Flax had it beside its parts:
@@ -93,7 +82,7 @@ def fuse(*names: str, axis: int) -> Fuse:
 
 
 @hidden
-def tie(other: str, *, transposed: bool = False) -> Tie:
+def tie(other: str, *, transposed: bool = False) -> Regroup:
     """A rule for `leaf=`: two leaves that hold the same values, one of them in Flax.
 
     ```
@@ -213,68 +202,78 @@ def _check(what: str, names: Sequence[str], axis: int) -> None:
 # What they do to the leaves of Flax
 
 
-class Stored(NamedTuple):
-    """A leaf of Flax: its collection and path, what it is made of, and how."""
+@dataclasses.dataclass
+class Split(Regroup):
+    """Several leaves that are one array in Flax, side by side; and one of them."""
 
-    collection: str
-    path: Path
-    pieces: tuple[Piece, ...]
-    codec: Codec = Codec()
+    names: tuple[str, ...]
+    axis: int
+    sizes: tuple[int, ...]
+    number: int = 0
 
+    def __post_init__(self) -> None:
+        self.share = Fraction(self.sizes[self.number], sum(self.sizes))
+        self.label = f"part {self.number + 1} of {len(self.names)} on axis {self.axis}"
 
-Key = tuple[str, Path]
-Leaves = dict[Key, Stored]
-
-
-class Part(Codec):
-    """One of several leaves that are one array in Flax, side by side."""
-
-    is_plain = False
-
-    def __init__(self, rule: Split, number: int):
-        self.axis, self.total = rule.axis, sum(rule.sizes)
-        self.first, self.last = sum(rule.sizes[:number]), sum(rule.sizes[: number + 1])
-        self.share = Fraction(rule.sizes[number], self.total)
-        self.label = f"part {number + 1} of {len(rule.names)} on axis {rule.axis}"
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        new, gone = [], []
+        for leaf, around, end in _matching(leaves, pattern):
+            gone.append(leaf)
+            for i, name in enumerate(self.names):
+                path = (*around[:-1], *name.split("/"), *end)
+                part = dataclasses.replace(self, number=i)
+                new.append(leaf._replace(raw=path, codec=part))
+        return _replaced(leaves, gone, new, pattern), ""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        (shape,) = shapes
-        axis = _axis(self.axis, shape)
-        if axis is None or shape[axis] % self.total:
+        axis = _axis(self.axis, shapes[0])
+        if axis is None or shapes[0][axis] % sum(self.sizes):
             return NO_SHAPE
-        size = int(shape[axis] * self.share)
-        return (*shape[:axis], size, *shape[axis + 1 :])
+        return self.read([np.broadcast_to(0, shapes[0])]).shape
 
     def read(self, pieces: Sequence[Array]) -> Array:
         (array,) = pieces
-        each = array.shape[self.axis] // self.total
-        index = [slice(None)] * array.ndim
-        index[self.axis] = slice(self.first * each, self.last * each)
-        view: Array = array[tuple(index)]
-        return view
+        *ends, total = itertools.accumulate(self.sizes)
+        each = array.shape[self.axis] // total
+        parts = np.split(array, [each * end for end in ends], self.axis)
+        return parts[self.number]
 
     def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
         self.read(pieces)[...] = leaf
 
 
-class Fused(Codec):
+@dataclasses.dataclass
+class Fuse(Regroup):
     """One leaf that is several arrays in Flax, side by side in Haiku."""
 
-    is_plain = False
+    names: tuple[str, ...]
+    axis: int
 
-    def __init__(self, axis: int, names: Sequence[str]):
-        self.axis = axis
-        self.label = f"{', '.join(names)} side by side"
+    def __post_init__(self) -> None:
+        self.label = f"{', '.join(self.names)} side by side"
+
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        around, _, whole = pattern.rpartition("/")
+        several: dict[tuple[str, Path], list[Leaf]] = {}
+        for name in self.names:
+            for leaf, path, end in _matching(leaves, f"{around}/{name}"):
+                scope = path[: len(path) - len(name.split("/"))]
+                key = leaf.collection, (*scope, whole, *end)
+                several.setdefault(key, []).append(leaf)
+        complete = {k: x for k, x in several.items() if len(x) == len(self.names)}
+        gone = [leaf for parts in complete.values() for leaf in parts]
+        new = [Leaf(*k, _pieces(x), self) for k, x in complete.items()]
+        why = "" if new else f"no module has all of {', '.join(self.names)}."
+        return _replaced(leaves, gone, new, pattern), why
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         axis = _axis(self.axis, shapes[0])
         if axis is None or len({len(shape) for shape in shapes}) > 1:
             return NO_SHAPE
-        rests = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
-        size = sum(shape[axis] for shape in shapes)
-        first = shapes[0]
-        whole = (*first[:axis], size, *first[axis + 1 :])
-        return whole if len(rests) == 1 else NO_SHAPE
+        sizes = [set(column) for column in zip(*shapes, strict=True)]
+        sizes[axis] = {sum(shape[axis] for shape in shapes)}
+        is_one = all(len(each) == 1 for each in sizes)
+        return tuple(each.pop() for each in sizes) if is_one else NO_SHAPE
 
     def read(self, pieces: Sequence[Array]) -> Array:
         return np.concatenate(pieces, self.axis)
@@ -286,39 +285,92 @@ class Fused(Codec):
             piece[...] = part
 
 
-class Tied(Codec):
+@dataclasses.dataclass
+class Tie(Regroup):
     """A leaf that is another one as well: of one array, or of two equal ones."""
 
-    is_plain = False
+    other: str
+    transposed: bool
 
-    def __init__(self, rule: Tie):
-        self.transposed = rule.transposed
-        self.label = "tied, last axes swapped" if rule.transposed else "tied"
+    def __post_init__(self) -> None:
+        self.label = "tied, last axes swapped" if self.transposed else "tied"
+        self._change, _ = TRANSPOSED if self.transposed else SAME
+
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        found = [leaf for leaf, _, end in _matching(leaves, pattern) if not end]
+        if len(found) != 1:
+            return leaves, (
+                "port.tie is for one whole leaf, such as 'wte/embedding'; there are "
+                f"{len(found)} of this path."
+            )
+        (first,) = found
+        path = tuple(part for part in self.other.split("/") if part)
+        other = leaves.get((first.collection, path))
+        if other:
+            new = [first._replace(pieces=_pieces([first, other]), codec=self)]
+        else:
+            new = [first, first._replace(raw=path, codec=self)]
+        return _replaced(leaves, [first, *filter(None, [other])], new, pattern), ""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        if len(shapes) == 1:
-            return self._turned_shape(shapes[0])
-        return shapes[0] if self._turned_shape(shapes[1]) == shapes[0] else NO_SHAPE
+        if self.transposed and len(shapes[-1]) < 2:
+            return NO_SHAPE
+        shape = self._change(np.broadcast_to(0, shapes[-1])).shape
+        return shape if len(shapes) == 1 or shape == shapes[0] else NO_SHAPE
 
     def read(self, pieces: Sequence[Array]) -> Array:
-        if len(pieces) == 1:
-            return self._turned(pieces[0])
-        if pieces[0].tobytes() != self._turned(pieces[1]).tobytes():
+        leaf = self._change(pieces[-1])
+        if len(pieces) == 2 and pieces[0].tobytes() != leaf.tobytes():
             raise ValueError(NOT_EQUAL)
-        return pieces[0]
+        return leaf
 
     def write(self, leaf: Array, pieces: Sequence[Array]) -> None:
-        pieces[-1][...] = self._turned(leaf)
+        pieces[-1][...] = self._change(leaf)
         if len(pieces) == 2:
             pieces[0][...] = leaf
 
-    def _turned(self, array: Array) -> Array:
-        return swapped(array) if self.transposed else array
 
-    def _turned_shape(self, shape: Shape) -> Shape:
-        if not self.transposed:
-            return shape
-        return (*shape[:-2], *shape[:-3:-1]) if len(shape) > 1 else NO_SHAPE
+def _matching(leaves: Leaves, pattern: str) -> Iterator[tuple[Leaf, Path, Path]]:
+    """Leaves that a pattern fits; what it says of each path, and the rest."""
+    for leaf in leaves.values():
+        found = matched(pattern, leaf.paths)
+        if found and leaf.codec.is_plain:
+            end = len(leaf.raw) - found.inside
+            yield leaf, leaf.raw[:end], leaf.raw[end:]
+
+
+def _pieces(leaves: Iterable[Leaf]) -> tuple[Piece, ...]:
+    return tuple(piece for leaf in leaves for piece in leaf.pieces)
+
+
+def _replaced(
+    leaves: Leaves, gone: Iterable[Leaf], new: Iterable[Leaf], pattern: str
+) -> Leaves:
+    left_out = {(leaf.collection, leaf.raw) for leaf in gone}
+    result = {key: leaf for key, leaf in leaves.items() if key not in left_out}
+    for leaf in new:
+        key = leaf.collection, leaf.raw
+        if result.setdefault(key, leaf) is not leaf:
+            raise ValueError(
+                f"port: leaf of {pattern!r} gives {'/'.join(leaf.raw)}, which Flax "
+                "has already. Name it otherwise, and use rename= for what it is in "
+                "Haiku."
+            )
+    in_order = sorted(result.items(), key=lambda item: item[1].pieces[0].place)
+    return dict(in_order)
+
+
+def regrouped(leaves: Leaves, rules: Rules[Regroup]) -> tuple[Leaves, list[str]]:
+    """The leaves of Flax after some rules; and what to say of those that fit none."""
+    unused = []
+    for pattern, rule in rules.rules.items():
+        changed, why = rule.regrouped(leaves, pattern)
+        if changed == leaves:
+            paths = [leaf.paths for leaf in leaves.values()]
+            fits_none = Rules("leaf", {pattern: rule}).unused(paths)
+            unused += [f"leaf: {pattern!r}: {why}"] if why else fits_none
+        leaves = changed
+    return leaves, unused
 
 
 NO_SHAPE: Shape = (-1,)  # What no leaf has.
@@ -330,107 +382,3 @@ NOT_EQUAL = (
 
 def _axis(axis: int, shape: Shape) -> int | None:
     return axis % len(shape) if -len(shape) <= axis < len(shape) else None
-
-
-def regrouped(leaves: Leaves, rules: Rules[Regroup]) -> tuple[Leaves, list[str]]:
-    """The leaves of Flax after some rules; and what to say of those that fit none."""
-    unused = []
-    for pattern, rule in rules.rules.items():
-        if isinstance(rule, Split):
-            changed, why = _split(leaves, pattern, rule)
-        elif isinstance(rule, Fuse):
-            changed, why = _fused(leaves, pattern, rule)
-        else:
-            changed, why = _tied(leaves, pattern, rule)
-        if changed == leaves:
-            paths = [paths_of(*key) for key in leaves]
-            fits_none = Rules("leaf", {pattern: rule}).unused(paths)
-            unused += [f"leaf: {pattern!r}: {why}"] if why else fits_none
-        leaves = changed
-    return leaves, unused
-
-
-def _split(leaves: Leaves, pattern: str, rule: Split) -> tuple[Leaves, str]:
-    result: list[Stored] = []
-    for key, leaf in leaves.items():
-        found = matched(pattern, paths_of(*key))
-        if found is None or not leaf.codec.is_plain:
-            result.append(leaf)
-            continue
-        around, end = _around(key, found)
-        for i, name in enumerate(rule.names):
-            path = (*around[:-1], *name.split("/"), *end)
-            result.append(Stored(leaf.collection, path, leaf.pieces, Part(rule, i)))
-    return _by_key(result, pattern), ""
-
-
-def _fused(leaves: Leaves, pattern: str, rule: Fuse) -> tuple[Leaves, str]:
-    around, _, whole = pattern.rpartition("/")
-    several: dict[tuple[str, Path, Path], dict[str, Stored]] = {}
-    for key, leaf in leaves.items():
-        for name in rule.names:
-            found = matched(f"{around}/{name}", paths_of(*key))
-            if found and leaf.codec.is_plain:
-                path, end = _around(key, found)
-                scope = path[: len(path) - len(name.split("/"))]
-                several.setdefault((key[0], scope, end), {})[name] = leaf
-    complete = {
-        (collection, (*scope, whole, *end)): [parts[name] for name in rule.names]
-        for (collection, scope, end), parts in several.items()
-        if len(parts) == len(rule.names)
-    }
-    gone = {(x.collection, x.path) for parts in complete.values() for x in parts}
-    rest = [leaf for key, leaf in leaves.items() if key not in gone]
-    fused = [
-        Stored(*key, _pieces(parts), Fused(rule.axis, rule.names))
-        for key, parts in complete.items()
-    ]
-    why = f"no module has all of {', '.join(rule.names)}." if not complete else ""
-    return _by_key([*rest, *fused], pattern), why
-
-
-def _tied(leaves: Leaves, pattern: str, rule: Tie) -> tuple[Leaves, str]:
-    found = [
-        key
-        for key in leaves
-        if (fit := matched(pattern, paths_of(*key))) and not fit.inside
-    ]
-    if len(found) != 1 or not leaves[found[0]].codec.is_plain:
-        return leaves, (
-            "port.tie is for one whole leaf, such as 'wte/embedding'; there are "
-            f"{len(found)} of this path."
-        )
-    first = leaves[found[0]]
-    other = first.collection, tuple(part for part in rule.other.split("/") if part)
-    rest = [leaf for key, leaf in leaves.items() if key not in (other, found[0])]
-    codec = Tied(rule)
-    if other in leaves:
-        both = _pieces([first, leaves[other]])
-        tied = [first._replace(pieces=both, codec=codec)]
-    else:
-        tied = [first, Stored(*other, first.pieces, codec)]
-    return _by_key([*rest, *tied], pattern), ""
-
-
-def _around(key: Key, found: Found) -> tuple[Path, Path]:
-    """What a pattern says of a path, and the rest."""
-    path = key[1]
-    return path[: len(path) - found.inside], path[len(path) - found.inside :]
-
-
-def _pieces(leaves: Sequence[Stored]) -> tuple[Piece, ...]:
-    return tuple(piece for leaf in leaves for piece in leaf.pieces)
-
-
-def _by_key(leaves: Sequence[Stored], pattern: str) -> Leaves:
-    result: Leaves = {}
-    for leaf in leaves:
-        key = leaf.collection, leaf.path
-        if key in result:
-            raise ValueError(
-                f"port: leaf of {pattern!r} gives {'/'.join(leaf.path)}, which Flax "
-                "has already. Name it otherwise, and use rename= for what it is in "
-                "Haiku."
-            )
-        result[key] = leaf
-    return result

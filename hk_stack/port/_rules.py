@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from hk_stack import _checks
+from hk_stack.port._codecs import Codec, Leaves
 from hk_stack.port._names import Path
 
 Axes = tuple[int, ...]
@@ -26,29 +27,19 @@ class Transpose(NamedTuple):
     to_flax: Function
 
 
-class Split(NamedTuple):
-    """See `hk_stack.port.split`."""
+class Regroup(Codec):
+    """A rule for several leaves, which then says how each is stored.
 
-    names: tuple[str, ...]
-    axis: int
-    sizes: tuple[int, ...]
+    See `hk_stack.port.split`, `fuse` and `tie`.
+    """
 
+    is_plain = False
 
-class Fuse(NamedTuple):
-    """See `hk_stack.port.fuse`."""
-
-    names: tuple[str, ...]
-    axis: int
+    def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
+        """The leaves of Flax after the rule; and why it fits none, if paths do."""
+        raise NotImplementedError
 
 
-class Tie(NamedTuple):
-    """See `hk_stack.port.tie`."""
-
-    other: str
-    transposed: bool
-
-
-Regroup = Split | Fuse | Tie
 Rule = Pair | Regroup
 
 
@@ -58,20 +49,21 @@ class Found(NamedTuple):
     Attributes:
       pattern: The rule.
       path: The path.
-      texts: What each of its wildcards stands for.
+      wildcards: Those of the rule, each with what it stands for.
       inside: How many parts of the path the rule does not say.
     """
 
     pattern: str
     path: str
-    texts: tuple[str, ...]
+    wildcards: tuple[tuple[str, str], ...]
     inside: int
 
     @property
     def left_open(self) -> tuple[int, ...]:
         """How much of a path a pattern does not say: what is inside, and for `*`."""
         end = "/".join(self.path.split("/")[-self.inside :]) if self.inside else ""
-        return len(end), sum(map(len, self.texts)), self.pattern.count("*")
+        in_wildcards = sum(len(text) for _, text in self.wildcards)
+        return len(end), in_wildcards, self.pattern.count("*")
 
 
 class Rules(Generic[_T]):
@@ -163,7 +155,8 @@ def matched(pattern: str, paths: Sequence[str]) -> Found | None:
         if match:
             *texts, inside = match.groups()
             rest = len([part for part in (inside or "").split("/") if part])
-            found = Found(pattern, path, tuple(texts), rest)
+            pairs = zip(_WILDCARD.findall(_joined(pattern)), texts, strict=True)
+            found = Found(pattern, path, tuple(pairs), rest)
             if _numbers(found) is not None:
                 return found
     return None
@@ -188,8 +181,7 @@ def _joined(pattern: str) -> str:
 def _numbers(found: Found) -> dict[str, int] | None:
     """What `i` is, if it is the same everywhere, and counts from 0."""
     numbers: dict[str, int] = {}
-    wildcards = _WILDCARD.findall(_joined(found.pattern))
-    for wildcard, text in zip(wildcards, found.texts, strict=True):
+    for wildcard, text in found.wildcards:
         if wildcard != "*":
             name, shift = wildcard[1], int(wildcard[2:-1] or 0)
             number = int(text) - shift
@@ -249,20 +241,19 @@ def checked(
 
 def renamed(rename: Rules[str], collection: str, path: Path) -> tuple[Path, int]:
     """The new beginning of a path, and how many of its parts it stands for."""
-    found = rename.closest(paths_of(collection, path))
+    raw = "/".join(path)
+    found = rename.closest((raw, f"{collection}/{raw}"))
     if found is None:
         return (), 0
     new = _filled(rename.rules[found.pattern], found)
-    if found.path != "/".join(path):  # The rule names the collection.
+    if found.path != raw:  # The rule names the collection.
         new = new.removeprefix(f"{collection}/")
     return tuple(part for part in new.split("/") if part), len(path) - found.inside
 
 
 def _filled(new: str, found: Found) -> str:
     """A path with what the wildcards of a rule stand for."""
-    wildcards = _WILDCARD.findall(_joined(found.pattern))
-    pairs = zip(wildcards, found.texts, strict=True)
-    texts = [text for wildcard, text in pairs if wildcard == "*"]
+    texts = [text for wildcard, text in found.wildcards if wildcard == "*"]
     if new.count("*") != len(texts):
         raise ValueError(
             f"port: rename to {new!r} has {new.count('*')} '*', the path in Flax has "
@@ -291,12 +282,6 @@ def _filled(new: str, found: Found) -> str:
         return str(number)
 
     return _WILDCARD.sub(text, new)
-
-
-def paths_of(collection: str, path: Path) -> tuple[str, str]:
-    """What rules for a leaf may say: its path, without the collection or with it."""
-    raw = "/".join(path)
-    return raw, f"{collection}/{raw}"
 
 
 def written(arguments: Arguments) -> str:

@@ -61,6 +61,11 @@ _TURNED = '''class Transposed(hk.Module):
 '''
 
 
+_MODEL = '''def model(inputs: jax.Array, is_training: bool = False) -> jax.Array:
+    """TODO: what goes in, and what comes out."""
+'''
+
+
 @dataclasses.dataclass
 class Node:
     """A module: its leaves' shapes in one layer, and the modules inside of it.
@@ -80,35 +85,22 @@ class Node:
     @property
     def shapes(self) -> list[tuple[str, Shape]]:
         """Of all leaves, those inside as well."""
-        below = (pair for node in self.inside.values() for pair in node.shapes)
-        return [*self.leaves.items(), *below]
-
-    @property
-    def layout(self) -> Any:
-        """What is the same in equal layers."""
-        inside = {name: node.layout for name, node in sorted(self.inside.items())}
-        return sorted(self.leaves.items()), inside
+        return [pair for node in _every(self) for pair in node.leaves.items()]
 
 
 def source(variables: Any) -> str:
     """See `hk_stack.port.skeleton`."""
     root = _tree(variables)
     writer = _Writer(_is_turned(root))
-    has_ids = any(name == "embedding" for name, _ in root.shapes)
-    lines = ["def model(inputs: jax.Array, is_training: bool = False) -> jax.Array:"]
-    lines += ['    """TODO: what goes in, and what comes out."""']
-    if has_ids:
-        lines += ["    ids = jnp.asarray(inputs, jnp.int32)  # TODO: tokens [B, T]"]
-    lines += ["    x = inputs"]
-    lines += [f"    {line}" for line in writer.scope(root)]
-    lines += ["    return x"]
+    lines = ["x = inputs", *writer.scope(root), "return x"]
+    if any(name == "embedding" for name, _ in root.shapes):
+        lines[:0] = ["ids = jnp.asarray(inputs, jnp.int32)  # TODO: tokens [B, T]"]
     count = sum(math.prod(shape) for _, shape in root.shapes)
     axes = max((node.axis for node in _every(root) if node.depth), default="()")
     rules = f"no rule, or layer_axis={axes} if sizes are equal"
-    head = _HEAD.replace("{title}", f"A model of {count:,} numbers in Haiku.")
-    head = head.replace("{rules}", rules)
+    head = _HEAD.format(title=f"A model of {count:,} numbers in Haiku.", rules=rules)
     turned = _TURNED if writer.is_turned else ""
-    return head + turned + "\n".join(lines) + "\n"
+    return head + turned + _MODEL + "".join(f"    {line}\n" for line in lines)
 
 
 def _tree(variables: Any) -> Node:
@@ -186,12 +178,9 @@ class _Writer:
     def scope(self, node: Node) -> list[str]:
         """The lines for what is inside of a module."""
         lines = self._own(node)
-        for name, group in _groups(node):
-            first = next(iter(group.values()))
-            if first.depth:
-                lines += self._stack(name, first, first.depth)
-            elif len(group) > 1:
-                lines += self._stack(name, first, len(group))
+        for name, first, count in _groups(node):
+            if first.depth or count > 1:
+                lines += self._stack(name, first, first.depth or count)
             else:
                 lines += self._module(name, first)
         return lines
@@ -219,11 +208,11 @@ class _Writer:
             f'x = hk_stack.layer_stack({depth}, name="{name}")({function})(x)',
         ]
 
-    def _fitted(self, width: int, ndim: int = 0) -> list[str]:
-        if self.width == width and ndim in (0, self.ndim):
-            return []
-        self.width, self.ndim = width, ndim or self.ndim
-        return [f"x = fit(x, {width}{f', {ndim}' if ndim else ''})"]
+    def _fitted(self, width: int, ndim: int = 0, after: int = 0) -> list[str]:
+        """What makes `x` so wide, for a module that makes another width of it."""
+        is_fit = self.width == width and ndim in (0, self.ndim)
+        self.width, self.ndim = after or width, ndim or self.ndim
+        return [] if is_fit else [f"x = fit(x, {width}{f', {ndim}' if ndim else ''})"]
 
     def _module(self, name: str, node: Node) -> list[str]:
         names = node.leaves.keys()
@@ -257,10 +246,8 @@ class _Writer:
         out = node.inside["out"].leaves["kernel"][-1]
         bias = "" if "bias" in node.inside["out"].leaves else ", with_bias=False"
         options = f'w_init=init{bias}, model_size={out}, name="{name}"'
-        lines = self._fitted(width)
-        self.width = out
         return [
-            *lines,
+            *self._fitted(width, after=out),
             f"attention = hk.MultiHeadAttention({heads}, {size}, {options})",
             "x = attention(x, x, x)  # TODO: mask",
         ]
@@ -280,10 +267,8 @@ class _Writer:
         first = node.inside[rows[0].pieces[0].partition("/")[0]].leaves["kernel"]
         size = first[1] // (1 if len(rows[0].pieces) > 2 else 4 if is_lstm else 3)
         kind = "hk.LSTM" if is_lstm else "hk_stack.port.GRU"
-        lines = self._fitted(first[0], 3)
-        self.width = size
         return [
-            *lines,
+            *self._fitted(first[0], 3, size),
             f'core = {kind}({size}, name="{name}")',
             "start = core.initial_state(x.shape[0])",
             "x, _ = hk.dynamic_unroll(core, x, start, time_major=False)",
@@ -298,44 +283,31 @@ class _Writer:
             kind = "hk.Linear"
             if self.is_turned and len(kernel) == 2:
                 before, after, kind = after, before, "Transposed"
-            lines = self._fitted(before)
-            self.width = after
+            lines = self._fitted(before, after=after)
             return [*lines, f"x = {kind}({after}{end})(x)  # TODO: activation"]
         *window, width, out = kernel
         rank = len(window)
         end = re.sub(r'name="conv(_\d+)?"', rf'name="conv{rank}_d\1"', end)
-        lines = self._fitted(width, rank + 2)
-        self.width = out
+        lines = self._fitted(width, rank + 2, out)
         what = "TODO: stride, padding, groups; transposed?"
         return [*lines, f"x = hk.Conv{rank}D({out}, {window}{end})(x)  # {what}"]
 
     def _embed(self, name: str, rows: int, width: int) -> list[str]:
         table = f'hk.Embed({rows}, {width}, w_init=init, name="{name}")'
-        lines = []
         if self.has_embed:
-            lines = self._fitted(width)
             positions = f"jnp.arange(ids.shape[-1]) % {rows}"
-            lines += [f"x = x + {table}({positions})  # TODO: of what?"]
-        else:
-            lines = [f"x = {table}(ids % {rows})  # TODO: tied to the output?"]
+            line = f"x = x + {table}({positions})  # TODO: of what?"
+            return [*self._fitted(width), line]
         self.has_embed, self.width = True, width
-        return lines
+        return [f"x = {table}(ids % {rows})  # TODO: tied to the output?"]
 
     def _batch_norm(self, name: str, node: Node) -> list[str]:
-        lines = self._fitted(node.leaves["mean"][-1])
         has = ", ".join(str(leaf in node.leaves) for leaf in ("scale", "bias"))
         return [
-            *lines,
+            *self._fitted(node.leaves["mean"][-1]),
             f'norm = hk.BatchNorm({has}, 0.9, name="{name}")  # TODO: decay, eps',
             "x = norm(x, is_training or hk.running_init())",
         ]
-
-
-def _names_of(node: Node) -> dict[str, str]:
-    """What the modules inside of one are called in Haiku: all otherwise."""
-    parts = {name: _names.parts([name]) for name in node.inside}
-    count = collections.Counter(parts.values())
-    return {n: _written(n) if count[parts[n]] == 1 else n for n in parts}
 
 
 def _written(name: str) -> str:
@@ -344,38 +316,38 @@ def _written(name: str) -> str:
     return _names.written(_names.parts([name])) if is_default else name
 
 
-def _groups(node: Node) -> Iterator[tuple[str, dict[str, Node]]]:
-    """Modules by what Haiku calls them; equal blocks that are numbered are one."""
-    names = _names_of(node)
-    numbered: dict[str, dict[str, Node]] = collections.defaultdict(dict)
+def _groups(node: Node) -> Iterator[tuple[str, Node, int]]:
+    """Modules by what Haiku calls them; of equal blocks the first, and how many."""
+    parts = {name: _names.parts([name]) for name in node.inside}
+    count = collections.Counter(parts.values())
+    numbered: dict[str, list[str]] = collections.defaultdict(list)
     for name, inside in node.inside.items():
         match = re.fullmatch(r"(.+)_(\d+)", name)
-        numbered[match[1] if match and inside.inside else name][name] = inside
-    for base, group in numbered.items():
-        if len(group) > 1 and _are_equal(list(group.values())):
-            yield _written(f"{base}_0").removesuffix("_0"), group
+        numbered[match[1] if match and inside.inside else name].append(name)
+    for base, names in numbered.items():
+        if _are_equal(blocks := [node.inside[name] for name in names]):
+            yield _written(f"{base}_0").removesuffix("_0"), blocks[0], len(blocks)
             continue
-        for name, inside in group.items():
-            yield from _listed(names[name], inside)
+        for name in names:  # Two of one name are as they are.
+            new = _written(name) if count[parts[name]] == 1 else name
+            yield from _listed(new, node.inside[name])
 
 
-def _listed(name: str, node: Node) -> Iterator[tuple[str, dict[str, Node]]]:
+def _listed(name: str, node: Node) -> Iterator[tuple[str, Node, int]]:
     """A module; or several, if it is a list of NNX or Hugging Face."""
-    numbers = sorted(node.inside, key=lambda x: int(x) if x.isdecimal() else -1)
-    if not numbers or not all(map(str.isdecimal, numbers)) or node.leaves:
-        yield name, {name: node}
+    if not node.inside or not all(map(str.isdecimal, node.inside)) or node.leaves:
+        yield name, node, 1
         return
-    layers = {number: node.inside[number] for number in numbers}
-    if len(layers) > 1 and _are_equal(list(layers.values())):
-        yield name, layers
+    layers = dict(sorted(node.inside.items(), key=lambda item: int(item[0])))
+    if _are_equal(blocks := list(layers.values())):
+        yield name, blocks[0], len(blocks)
         return
     for number, layer in layers.items():
-        own = f"{name}_{number}" if int(number) else name
-        yield own, {own: layer}
+        yield f"{name}_{number}" if int(number) else name, layer, 1
 
 
-def _are_equal(layers: Sequence[Node]) -> bool:
-    return all(one.layout == layers[0].layout for one in layers)
+def _are_equal(blocks: Sequence[Node]) -> bool:
+    return len(blocks) > 1 and all(one == blocks[0] for one in blocks)
 
 
 _TAKEN = {"x", "h", "hk", "jax", "jnp", "ids", "init", "fit", "inputs", "norm", "core"}

@@ -8,6 +8,7 @@ first that differs is where to look. Modules of the two are paired as their leav
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,26 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hk_stack import _taps
+from hk_stack import _checks, _taps
 from hk_stack._table import Shown, Table
 from hk_stack.port import _move, _names
 from hk_stack.port._layers import Reading, Side
 from hk_stack.port._plan import Plan
-from hk_stack.port._regroup import Tied
+from hk_stack.port._regroup import Tie
 
 Module = tuple[_names.Module, tuple[int, ...]]  # Its name, and the layer in scans.
 Apply = Callable[..., Any]
 
 
-class Precision(NamedTuple):
-    """How far two numbers may be apart, as parts of the largest."""
-
-    name: str
-    output: float
-    gradient: float
-
-
-_DOUBLE, _SINGLE = Precision("double", 1e-7, 1e-6), Precision("single", 1e-5, 1e-4)
+# How far outputs and gradients may be apart, as parts of the largest number.
+_TOLERANCES = {"double": (1e-7, 1e-6), "single": (1e-5, 1e-4)}
 
 
 class Compared(NamedTuple):
@@ -87,19 +81,16 @@ class Report(Shown):
             yield self.where
         yield from (f"- {cause}" for cause in self.causes)
         several = [*self.outputs, *sorted(self.gradients, key=lambda row: -row.error)]
-        yield Table(
-            ["value", "in Flax", "in Haiku", "difference"],
-            [_row(one) for one in several[:_MOST]],
-        )
+        rows = [
+            [name, *(str(list(shape)) for shape in shapes), f"{error:.0e}"]
+            for name, shapes, error in several[:_MOST]
+        ]
+        yield Table(["value", "in Flax", "in Haiku", "difference"], rows)
         if len(several) > _MOST:
             yield f"  and {len(several) - _MOST} more, which differ less"
 
 
 _MOST = 16
-
-
-def _row(one: Compared) -> list[str]:
-    return [one.name, *(str(list(shape)) for shape in one.shapes), f"{one.error:.0e}"]
 
 
 def verified(
@@ -123,13 +114,14 @@ def verified(
     Returns:
       What differs.
     """
-    models = _Models(flax_apply, haiku_apply, variables, ported, found, tuple(inputs))
+    values = variables, ported, tuple(inputs)
+    models = _Models(flax_apply, haiku_apply, found, values)
     with (
         contextlib.suppress(TypeError, ValueError, jax.errors.JAXTypeError),
         jax.enable_x64(True),
     ):
-        return models.in_double().compared(_DOUBLE)
-    return models.compared(_SINGLE)  # A model mixes precisions.
+        return models._replace(values=_as_double(values)).compared("double")
+    return models.compared("single")  # A model mixes precisions.
 
 
 _WITH_STATE = "; give the apply of hk.transform_with_state(model)"
@@ -145,89 +137,89 @@ def _calling(call: str, more: str = "") -> Iterator[None]:
         raise
 
 
-@dataclasses.dataclass(frozen=True)
-class _Models:
-    """Both models, and what they are run on."""
+class _Models(NamedTuple):
+    """Both models, and what they are run on: variables, what is ported, inputs."""
 
     flax: Apply
     haiku: Apply
-    variables: Any
-    ported: tuple[Any, Any]
     plan: Plan
-    inputs: tuple[Any, ...]
-
-    def in_double(self) -> "_Models":
-        changed = _as_double((self.variables, self.ported, self.inputs))
-        variables, ported, inputs = changed
-        return dataclasses.replace(
-            self, variables=variables, ported=ported, inputs=inputs
-        )
+    values: tuple[Any, tuple[Any, Any], tuple[Any, ...]]
 
     def run_flax(self, variables: Any) -> Any:
         with _calling("flax_apply(variables, *inputs)"):
-            return self.flax(variables, *self.inputs)
+            return self.flax(variables, *self.values[2])
 
     def run_haiku(self, params: Any, seed: Any = 0) -> Any:
-        key = jax.random.key(seed)
-        state = self.ported[1]
+        _, (_, state), inputs = self.values
         with _calling("haiku_apply(params, state, key, *inputs)", _WITH_STATE):
-            return self.haiku(params, state, key, *self.inputs)[0]
+            return self.haiku(params, state, jax.random.key(seed), *inputs)[0]
 
-    def compared(self, precision: Precision) -> Report:
-        right, of_flax = _heard_flax(self.run_flax, self.variables)
-        y, of_haiku = _heard_haiku(self.run_haiku, self.ported[0])
+    def compared(self, precision: str) -> Report:
+        of_outputs, of_gradients = _TOLERANCES[precision]
+        variables, (params, _), _ = self.values
+        right, of_flax = _heard_flax(self.run_flax, variables)
+        # The path of a tap is that of the module that runs.
+        hear = hk.intercept_methods(_hearing(lambda module: ""))
+        y, of_haiku = _with_taps(hear, self.run_haiku, params)
         outputs = _outputs(right, y)
-        report = Report(True, precision.name, outputs)
-        if all(one.error <= precision.output for one in outputs):
+        if all(one.error <= of_outputs for one in outputs):
             gradients = self.gradients()
-            is_ok = all(one.error <= precision.gradient for one in gradients)
-            report = dataclasses.replace(report, ok=is_ok, gradients=gradients)
-            return report if is_ok else _of_gradients(report)
+            report = Report(True, precision, outputs, gradients)
+            if all(one.error <= of_gradients for one in gradients):
+                return report
+            worst = max(gradients, key=lambda one: one.error)
+            where = f"Outputs agree, but not the {worst.name}: by {worst.error:.0e}."
+            return dataclasses.replace(
+                report, ok=False, where=where, first=worst, causes=_CAUSES["gradient"]
+            )
         events = list(_events(self.plan, of_flax, of_haiku))
-        first = next((x for x in events if x.values.error > precision.output), None)
-        random = self._is_random(precision)
-        return _first(report, first, random, bool(events))
+        first = next((x for x in events if x.values.error > of_outputs), None)
+        found = _located(first) if first else _not_located(bool(events))
+        module, where, causes = found
+        if self._is_random(of_outputs):
+            causes = ("haiku_apply draws at random: dropout is on", *causes)
+        values = first.values if first else None
+        return Report(False, precision, outputs, (), module, where, values, causes)
 
     def gradients(self) -> tuple[Compared, ...]:
         """Of each module's parameters: a leaf's own may be zero but for rounding."""
-        of_flax = _gradient(self.run_flax, self.variables)
-        of_haiku = _gradient(self.run_haiku, self.ported[0])
+        variables, (params, state), _ = self.values
+        of_flax = _gradient(self.run_flax, variables)
+        of_haiku = _gradient(self.run_haiku, params)
         moves = _untied(self.plan.moves)
         plan = dataclasses.replace(self.plan, moves=moves)
-        zeros = jax.tree.map(np.zeros_like, (of_flax, of_haiku, self.ported[1]))
+        zeros = jax.tree.map(np.zeros_like, (of_flax, of_haiku, state))
         there = _move.ported(plan, 0, of_flax, zeros[1:])[0]
         # Some moves add a constant, which gradients do not have.
         start = _move.ported(plan, 0, zeros[0], zeros[1:])[0]
         right = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), there, start)
         # Parameters come first in Haiku's pair.
         moved = {piece.place for move in moves for piece in move.haiku.pieces}
-        modules: dict[str, list[tuple[Any, Any]]] = {}
-        pairs = zip(jax.tree.leaves(right), jax.tree.leaves(of_haiku), strict=True)
-        paths = (path for path, _ in jax.tree.leaves_with_path(of_haiku))
-        for place, (path, pair) in enumerate(zip(paths, pairs, strict=True)):
+        modules: dict[str, tuple[list[Any], list[Any]]] = {}
+        leaves = zip(
+            jax.tree.leaves(right), jax.tree.leaves_with_path(of_haiku), strict=True
+        )
+        for place, (x, (path, y)) in enumerate(leaves):
             if place in moved:
-                module = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-                modules.setdefault(module, []).append(pair)
+                xs, ys = modules.setdefault(_checks.path_name(path[:-1]), ([], []))
+                xs.append(np.ravel(x))
+                ys.append(np.ravel(y))
         return tuple(
-            _compared(f"gradient of {name}", *map(_flat, zip(*several, strict=True)))
-            for name, several in modules.items()
+            _compared(f"gradient of {name}", *map(np.concatenate, sides))
+            for name, sides in modules.items()
         )
 
-    def _is_random(self, precision: Precision) -> bool:
+    def _is_random(self, most: float) -> bool:
         """Whether the model in Haiku draws: the same parameters, and another key."""
         run = jax.jit(self.run_haiku)
-        pair = (run(self.ported[0], seed) for seed in range(2))
-        return any(one.error > precision.output for one in _outputs(*pair))
+        pair = (run(self.values[1][0], seed) for seed in range(2))
+        return any(one.error > most for one in _outputs(*pair))
 
 
 def _as_double(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64) if _is_float(leaf) else leaf, tree
     )
-
-
-def _flat(arrays: Sequence[Any]) -> np.ndarray:
-    return np.concatenate([np.ravel(array) for array in arrays])
 
 
 def _is_float(leaf: Any) -> bool:
@@ -255,15 +247,9 @@ def _gradient(run: Apply, tree: Any) -> Any:
 
 def _untied(moves: Sequence[Reading]) -> tuple[Reading, ...]:
     """Without leaves that are two in one tree only: their gradients add up there."""
-    tied = {
-        piece.place
-        for move in moves
-        if isinstance(move.flax.leaves[0].codec, Tied)
-        for piece in move.flax.pieces
-    }
-    return tuple(
-        move for move in moves if not tied & {piece.place for piece in move.flax.pieces}
-    )
+    tied = [move for move in moves if isinstance(move.flax.leaves[0].codec, Tie)]
+    pieces = {piece for move in tied for piece in move.flax.pieces}
+    return tuple(move for move in moves if not pieces.intersection(move.flax.pieces))
 
 
 def _outputs(flax: Any, haiku: Any) -> tuple[Compared, ...]:
@@ -325,11 +311,6 @@ def _heard_flax(run: Apply, variables: Any) -> tuple[Any, list[Heard]]:
     return _with_taps(intercept(hear), run, variables)
 
 
-def _heard_haiku(run: Apply, params: Any) -> tuple[Any, list[Heard]]:
-    # The path of a tap is that of the module that runs.
-    return _with_taps(hk.intercept_methods(_hearing(lambda module: "")), run, params)
-
-
 def _hearing(path_of: Callable[[Any], str]) -> Apply:
     """Taps the first array that goes into a module, and that comes out of it."""
 
@@ -388,13 +369,12 @@ def _events(
     for heard, index in _in_order(flax):
         names, layer = partner.get((heard.module, index), ((), ()))
         other = there.get((names, heard.what))
-        if other is not None and (names or not heard.module):
-            layer = layer[: other.depth]
-            if len(layer) == other.depth:
-                values = _compared(
-                    heard.what.split("@")[0], heard.value[index], other.value[layer]
-                )
-                yield Event((heard.module, index), heard.what, values)
+        is_known = names or not heard.module
+        if is_known and other is not None and len(layer) >= other.depth:
+            there_too = other.value[layer[: other.depth]]
+            what = heard.what.split("@")[0]
+            values = _compared(what, heard.value[index], there_too)
+            yield Event((heard.module, index), heard.what, values)
 
 
 def _in_order(heard: Sequence[Heard]) -> Iterator[tuple[Heard, tuple[int, ...]]]:
@@ -406,9 +386,8 @@ def _in_order(heard: Sequence[Heard]) -> Iterator[tuple[Heard, tuple[int, ...]]]
         starts += [place] * (one.depth - len(starts))
         for index in np.ndindex(one.value.shape[: one.depth]):
             pairs = zip(starts, index, strict=True)
-            order = (*(n for pair in pairs for n in pair), place)
-            keyed.append((order, place, one, index))
-    for _, _, one, index in sorted(keyed, key=lambda item: item[:2]):
+            keyed.append(((*itertools.chain.from_iterable(pairs), place), one, index))
+    for _, one, index in sorted(keyed, key=lambda item: item[0]):
         yield one, index
 
 
@@ -429,68 +408,42 @@ def _partners(plan: Plan) -> Mapping[Module, Module]:
 
 
 def _module(side: Side, layer: int) -> Module:
-    at = dict(
-        zip(side.axes, map(int, np.unravel_index(layer, side.sizes)), strict=True)
-    )
-    leaf = side.leaves[at.get(0, 0)]
-    path = leaf.raw[:-1]
-    return _names.parts(path), tuple(i for axis, i in at.items() if axis)
+    leaf, at = side.at(layer)
+    return _names.parts(leaf.raw[:-1]), tuple(at.values())
 
 
 # What may be the reason
 
 
-def _first(
-    report: Report, event: Event | None, is_random: bool, has_events: bool
-) -> Report:
-    causes = []
-    if is_random:
-        causes = ["haiku_apply draws at random: dropout is on"]
-    if event is None:
-        where = (
-            "First to differ is what the model returns: what goes into and comes out "
-            "of its modules agrees."
-            if has_events
-            else "Nothing is known of modules: flax_apply runs none of Linen, or none "
-            "that both have."
-        )
-        module = "" if has_events else None
-        causes += _CAUSES["elsewhere"]
-        return dataclasses.replace(
-            report, ok=False, module=module, where=where, causes=tuple(causes)
-        )
-    names, index = event.module
-    own = _names.written(names)
-    is_in = event.what.startswith(_IN)
-    around = _names.written(names[:-1])
-    module = around if is_in else own
-    layer = f" in layer {', '.join(map(str, index))}" if index else ""
+Located = tuple[str | None, str, tuple[str, ...]]  # A module, where in it, causes.
+
+
+def _not_located(has_events: bool) -> Located:
+    """What a report says where no value at a module differs."""
     where = (
-        f"First to differ is what {around or 'the model'} gives to {own}{layer}"
-        if is_in
-        else f"First to differ is what {own or 'the model'} returns{layer}"
+        "First to differ is what the model returns: what goes into and comes out "
+        "of its modules agrees."
+        if has_events
+        else "Nothing is known of modules: flax_apply runs none of Linen, or none "
+        "that both have."
     )
-    values = event.values
-    where += f": by {values.error:.0e}, shapes {list(values.shapes[0])} in Flax and "
-    where += f"{list(values.shapes[1])} in Haiku."
-    return dataclasses.replace(
-        report,
-        ok=False,
-        module=module,
-        where=where,
-        first=values,
-        causes=(*causes, *_likely(names, is_in)),
-    )
+    return "" if has_events else None, where, _CAUSES["elsewhere"]
 
 
-def _of_gradients(report: Report) -> Report:
-    worst = max(report.gradients, key=lambda one: one.error)
-    return dataclasses.replace(
-        report,
-        where=f"Outputs agree, but not the {worst.name}: by {worst.error:.0e}.",
-        first=worst,
-        causes=_CAUSES["gradient"],
+def _located(event: Event) -> Located:
+    """What a report says of the first value to differ."""
+    (names, index), what, values = event
+    own, around = _names.written(names), _names.written(names[:-1])
+    is_in = what.startswith(_IN)
+    layer = f" in layer {', '.join(map(str, index))}" if index else ""
+    gives = f"{around or 'the model'} gives to {own}"
+    returns = f"{own or 'the model'} returns"
+    flax, haiku = map(list, values.shapes)
+    where = (
+        f"First to differ is what {gives if is_in else returns}{layer}: by "
+        f"{values.error:.0e}, shapes {flax} in Flax and {haiku} in Haiku."
     )
+    return around if is_in else own, where, _likely(names, is_in)
 
 
 _CAUSES = {
@@ -533,8 +486,7 @@ _CAUSES = {
 
 def _likely(names: _names.Module, is_in: bool) -> tuple[str, ...]:
     """What usually is the reason, by the name of the module."""
-    text = "/".join(part.base for part in (names[:-1] if is_in else names)).lower()
-    last = text.rpartition("/")[2]
+    last = "".join(part.base for part in (names[:-1] if is_in else names)[-1:]).lower()
     is_attention = "attn" in last or "attention" in last
     if is_in:
         return _CAUSES["attention" if is_attention else "elsewhere"]
@@ -547,6 +499,3 @@ def _likely(names: _names.Module, is_in: bool) -> tuple[str, ...]:
         if any(word in last for word in words):
             return _CAUSES[kind]
     return _CAUSES["attention" if is_attention else "linear"]
-
-
-__all__ = ("Compared", "Report", "verified")
