@@ -110,7 +110,7 @@ def model_of(config: Config) -> s4_model.Model:
 def step_of(config: Config, layer_stack: Any) -> Callable[..., tuple[jax.Array, Any]]:
     """One step of the recurrence, `(params, tokens, states) -> (logits, states)`."""
     layers = functools.partial(
-        in_haiku.layers_step,
+        in_haiku.layers,
         model=models.s4_model(config.state_size),
         layer_stack=layer_stack,
         num_layers=config.layers,

@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         # jaxlib 0.10 runs collectives of one program at once: with few cores they may
         # wait for one another forever.
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        # Most programs run once: they are compiled fast rather than well.
+        "--xla_backend_optimization_level=0",
         os.environ.get("XLA_FLAGS", ""),
     ]
 ).strip()

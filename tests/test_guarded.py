@@ -111,7 +111,8 @@ def _(primals, tangents):
     return true_rule(*primals), jax.jvp(cond, primals, tangents)[1]
 
 
-TABLE = jnp.arange(9.0).reshape(3, 3)
+# Of NumPy: an array of JAX that is closed over may be an activation, and stays.
+TABLE = np.arange(9, dtype=np.float32).reshape(3, 3)
 
 
 @jax.custom_vjp
@@ -205,6 +206,16 @@ def test_second_derivatives(setup):
 def test_compiled(setup):
     apply = model(setup)
     assert_close(jax.jit(apply)(W, X), computed(model(setup, setup="inline"), W, X))
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda f: f.__name__)
+def test_gradients_are_one_batch(setup):
+    apply = model(setup, setup_batch_size=L)
+    grad = jax.grad(lambda w, x: jnp.sum(jnp.sin(apply(w, x))))
+    eqns = jaxprs.equations(jax.make_jaxpr(grad)(W, X).jaxpr)
+    loops = [e.params["length"] for e in eqns if e.primitive.name == "scan"]
+    # Those of the calls, forward and, where gradients reach parameters, backward.
+    assert loops.count(L) == (1 if setup in (in_while, would_not_end) else 2)
 
 
 @pytest.mark.parametrize("setup", [jax.scipy.linalg.expm, with_a_rule])

@@ -117,6 +117,19 @@ def test_rows_of_one_array_are_the_array():
     assert_same(functools.partial(of_rows, order=[0, 2, 1, 4]), stacked, X)
 
 
+@pytest.mark.parametrize("way", ["unstack", "index"])
+def test_columns_of_one_array_are_not_its_rows(way):
+    def of_columns(w, x):
+        columns = jnp.unstack(w, axis=1) if way == "unstack" else []
+        for i in range(L):
+            x = x + jnp.tanh(x @ (columns[i] if columns else w[:, i]))
+        return x
+
+    w = jax.random.normal(KEY, [D, L, D])
+    assert blocks(of_columns, w, X) == [L]
+    assert_same(of_columns, w, X)
+
+
 def test_a_loop_of_stacked_parameters_is_the_program_of_a_stack():
     def layer(x):
         return x + hk.Linear(D)(jnp.tanh(hk.Linear(2 * D)(x)))
@@ -278,6 +291,8 @@ ROLLED = {
 @pytest.mark.parametrize("fn", ROLLED, ids=lambda fn: fn.__name__)
 def test_rolls(fn):
     assert blocks(fn, PARAMS, X) == ROLLED[fn]
+    eqns = jaxprs.equations(traced(hk_stack.roll(fn), PARAMS, X))
+    assert L in [e.params["length"] for e in eqns if e.primitive.name == "scan"]
     assert_same(fn, PARAMS, X)
 
 

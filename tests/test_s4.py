@@ -246,7 +246,7 @@ LAYER_STACKS = {"hk_stack": hk_stack.layer_stack, "haiku": hk.layer_stack}
 
 def make_step(layer_stack=hk_stack.layer_stack, length=32):
     run = functools.partial(
-        in_haiku.layers_step,
+        in_haiku.layers,
         model=MODEL,
         layer_stack=layer_stack,
         num_layers=3,

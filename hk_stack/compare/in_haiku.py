@@ -67,9 +67,6 @@ def layers(
     return layer_stack(num_layers, **stack_options)(layer)(x, states)
 
 
-layers_step = layers  # With states.
-
-
 def layer_loop(num_layers: int, *, name: str = "layers") -> Callable[[Layer], Layer]:
     """The plain Python loop, called as a `layer_stack` is; scopes `layers_0`, ..."""
 
