@@ -78,9 +78,10 @@ def one_of(word: object, argument: str, where: str, words: Sequence[str]) -> str
 
 
 def function(f: object, where: str, instead: str = "") -> None:
-    """Checks that `f` can be called; not a module of Flax, which says so too late."""
+    """Checks that `f` can be called: a module of Flax only once it is bound."""
     is_module = all(hasattr(f, name) for name in ("init", "apply", "bind"))
-    if callable(f) and not is_module:
+    is_bound = getattr(f, "scope", None) is not None
+    if callable(f) and (is_bound or not is_module):
         return
     if hasattr(f, "apply"):
         instead = "Give its apply."
@@ -152,7 +153,7 @@ def arrays(tree: Tree, what: str, instead: str = _BIND) -> None:
         is_text = getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSU"
         if is_text or not (hasattr(leaf, "shape") or is_number):
             kind = type(leaf).__name__
-            raise TypeError(f"{what}{at} is a {kind} ({leaf!r}); {instead}")
+            raise TypeError(f"{what}{at} is a {kind} ({shown(leaf)}); {instead}")
 
 
 def values(tree: Tree, what: str, instead: str = _BIND) -> None:

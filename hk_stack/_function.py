@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import re
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,18 +113,21 @@ def run(
     return jax.tree.unflatten(traced.structure, leaves)
 
 
-@contextlib.contextmanager
-def while_calling(where: str) -> Iterator[None]:
-    """Says what to write where a function is given too few arguments, or too many."""
+def check_call(
+    fn: Callable[..., Any], where: str, args: Sequence[Tree], kwargs: Mapping[str, Any]
+) -> None:
+    """Checks that a function takes these arguments."""
     try:
-        yield
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # Builtins have none.
+        return
+    try:
+        signature.bind(*args, **kwargs)
     except TypeError as error:
-        if re.search("(missing|takes) .*argument|keyword argument", str(error)):
-            error.add_note(
-                f"{where} gives its first argument, a function, all that comes after "
-                f"it: {where}(model.apply, params, rng, x)."
-            )
-        raise
+        raise TypeError(
+            f"{where}: {_checks.name_of(fn)!r} takes {signature}: {error}. All "
+            f"that comes after it goes to it: {where}(model.apply, params, rng, x)."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -90,8 +90,9 @@ def layer_axes(
         not in `params`, or there with other axes in front.
     """
     _checks.function(fn, _WHERE)
+    _function.check_call(fn, _WHERE, (params, *args), kwargs)
     recorder = _Recorder()
-    with _recording(recorder), _function.while_calling(_WHERE):
+    with _recording(recorder):
         jax.eval_shape(*_taps.on_arrays(fn, (params, *args), kwargs))
     if not recorder.stacks:
         raise ValueError(

@@ -146,7 +146,7 @@ def _check_per_layer(name: Any) -> None:
     if "%" in name:
         raise ValueError(
             f"NumberedLayers: {name!r} has a '%'. The layer's number is written "
-            f"'{{}}': {re.sub('%[0-9]*d?', '{}', name)!r}."
+            f"'{{}}': {re.sub('%[0-9]*[a-z]?', '{}', name)!r}."
         )
     if re.search(r"[{}]", re.sub(_NUMBER, "", name)):
         raise ValueError(

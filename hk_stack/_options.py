@@ -136,7 +136,7 @@ def rematerialised(
 def _name(name: object, with_per_layer_inputs: bool) -> str:
     if not (name is None or isinstance(name, str)):
         raise TypeError(
-            f"layer_stack: name must be a str or None, not {name!r} "
+            f"layer_stack: name must be a str or None, not {_checks.shown(name)} "
             f"({type(name).__name__})."
         )
     kind = "with_per_layer" if with_per_layer_inputs else "no_per_layer"
@@ -160,8 +160,9 @@ def _policy(remat: object, where: str) -> Callable[..., Any] | None:
             f": remat=jax.checkpoint_policies.{remat}" if hasattr(known, remat) else ""
         )
         raise TypeError(
-            f"{where}: remat must be True, False or a policy, not {remat!r}. Give the "
-            f"function{hint or ' of jax.checkpoint_policies'}."
+            f"{where}: remat must be True, False or a policy, not "
+            f"{_checks.shown(remat)}. Give the function"
+            f"{hint or ' of jax.checkpoint_policies'}."
         )
     if remat is jax.checkpoint or remat is hk.remat:
         raise TypeError(
@@ -171,7 +172,7 @@ def _policy(remat: object, where: str) -> Callable[..., Any] | None:
     if not callable(remat):
         raise TypeError(
             f"{where}: remat must be True, False or a policy such as "
-            f"jax.checkpoint_policies.dots_saveable, not {remat!r}."
+            f"jax.checkpoint_policies.dots_saveable, not {_checks.shown(remat)}."
         )
     made = [n for n in _MAKERS_OF_POLICIES if remat is getattr(known, n, None)]
     if isinstance(remat, type):
@@ -232,7 +233,7 @@ def axis_of_mesh(value: object, argument: str, where: str) -> str | None:
     kind = ValueError if value == "" else TypeError
     raise kind(
         f"{where}: {argument} must be the name of one axis of the mesh around, or None "
-        f"(which leaves all setup on all devices), not {value!r}.{hint}"
+        f"(which leaves all setup on all devices), not {_checks.shown(value)}.{hint}"
     )
 
 
@@ -242,7 +243,8 @@ def _setup_remat(value: object, argument: str, where: str) -> bool | None:
         return None
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f'{where}: {argument} must be True, False or "auto", not {value!r}.'
+            f'{where}: {argument} must be True, False or "auto", not '
+            f"{_checks.shown(value)}."
         )
     return bool(value)
 
@@ -263,7 +265,7 @@ def _floating(dtype: Any, argument: str, where: str) -> Any:
         return found
     raise TypeError(
         f"{where}: {argument} must be a floating-point type such as jnp.bfloat16, "
-        f"not {dtype!r}."
+        f"not {_checks.shown(dtype)}."
     )
 
 

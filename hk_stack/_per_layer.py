@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import operator
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,14 +141,15 @@ _FACTORS = "Write scale_by_layer(lambda i, L: 0.9 ** (L - 1 - i), layer_axes)."
 def _check_takes_layer(fn: Callable[[int, int], float], where: str) -> None:
     try:
         signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # Builtins have none.
+        return
+    try:
         signature.bind(0, 1)
     except TypeError:
         raise TypeError(
             f"{where}: expected a function of the layer and L, but "
             f"{_checks.name_of(fn)!r} takes {signature}. {_FACTORS}"
         ) from None
-    except ValueError:  # Builtins have no signature.
-        pass
 
 
 def _factors(fn: Callable[[int, int], float], count: int, where: str) -> jax.Array:
@@ -471,12 +473,14 @@ def _traced_update(
     try:
         closed, made = jax.make_jaxpr(optimizer.update, return_shape=True)(*given)
     except (TypeError, ValueError) as error:
-        if len(given) == 2 and "params" in str(error):
+        # Optax's own words, or Python's of an argument that has no default.
+        if len(given) == 2 and re.search("passing `params`|: 'params'$", str(error)):
             raise ValueError(
                 f"{_WHERE}: the optimiser needs parameters. Write "
                 "optimizer.update(gradients, state, params)."
             ) from error
-        if "required" not in str(error) or "argument" not in str(error):
+        lacks_one = re.search("required.*argument|argument.*required", str(error))
+        if isinstance(error, ValueError) or not lacks_one:
             raise
         raise TypeError(
             f"{_WHERE}: the optimiser needs more than gradients and parameters "

@@ -207,11 +207,12 @@ def _check_names(what: str, names: Sequence[Any], mesh: Mesh) -> None:
 
 def _as_spec(spec: object) -> str:
     """What to write for what is no `PartitionSpec`."""
-    axes = (spec,) if isinstance(spec, str) else spec
-    if isinstance(axes, (tuple, list)) and all(isinstance(a, str | None) for a in axes):
-        written = ", ".join(map(repr, axes))
-        return f"Write jax.sharding.PartitionSpec({written})."
-    return "Write shardings(tree, rules, mesh)."
+    if isinstance(spec, NamedSharding):
+        return "Give its spec, rule.spec."
+    if isinstance(spec, (tuple, list, str)):
+        axes = (spec,) if isinstance(spec, str) else spec
+        return f"Write jax.sharding.PartitionSpec({', '.join(map(repr, axes))})."
+    return "Write jax.sharding.PartitionSpec('data', None)."
 
 
 def _names(spec: PartitionSpec) -> list[Any]:
@@ -289,7 +290,7 @@ def _check_divides(
         if leaf.shape[axis] % shards:
             by, instead = f"rule {rule!r}", _own_rule(name)
             if depth is None and not axis:
-                instead += f". If that axis is of layers, write {_AXES}"
+                instead += f". If that axis is of layers, give {_AXES}, which says so"
             if axis < (depth or 0):
                 by, instead = f"layers={names[0]!r}", "leave `layers` out"
             raise ValueError(

@@ -250,7 +250,7 @@ def _scope(name: str, f: Callable[..., Any]) -> contextlib.AbstractContextManage
     except ValueError as error:
         raise ValueError(
             f"{_checks.describe(name, f)}: {error}. Name it as a module of Haiku, as "
-            f"in name={re.sub(r'^(?=[0-9])|[^a-zA-Z0-9_/]', '_', name)!r}."
+            f"in name={re.sub(r'(?<![^/])(?=[0-9])|[^a-zA-Z0-9_/]', '_', name)!r}."
         ) from None
 
 
@@ -449,8 +449,9 @@ def _check_per_layer_inputs(
             found = f"{where}: per-layer input `{name}`{at}"
             if not hasattr(leaf, "shape"):
                 raise TypeError(
-                    f"{found} is a Python {type(leaf).__name__} ({leaf!r}); expected "
-                    f"an array with leading axis {num_layers}. Write "
+                    f"{found} is a Python {type(leaf).__name__} "
+                    f"({_checks.shown(leaf)}); expected an array with "
+                    f"leading axis {num_layers}. Write "
                     "jnp.asarray([...]) for a list of numbers; pass what all layers "
                     "share by keyword."
                 )

@@ -240,8 +240,9 @@ def summary(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Summary:
       ValueError: If it is an `init`, which has no parameters yet; if it calls no stack.
     """
     _checks.function(fn, "hk_stack.summary")
+    _function.check_call(fn, "hk_stack.summary", args, kwargs)
     recorder = _Recorder((args, kwargs))
-    with _recording(recorder), _function.while_calling("hk_stack.summary"):
+    with _recording(recorder):
         jax.eval_shape(*_taps.on_arrays(fn, args, kwargs))
     found = list(recorder.stacks.values())
     if not found:

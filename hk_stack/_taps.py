@@ -242,13 +242,13 @@ def _values(add: object) -> dict[str, jax.Array]:
     if not isinstance(add, Mapping):
         raise TypeError(
             "hk_stack.collect: add must be a dict of arrays by path, not "
-            f"{_checks.shown(add)}. "
-            'Write add={"layers/hidden": array}.'
+            f'{_checks.shown(add)}. Write add={{"layers/hidden": array}}.'
         )
     for path, value in add.items():
         if not isinstance(path, str):
             raise TypeError(
-                f"hk_stack.collect: the paths in add must be text, not {path!r}."
+                f"hk_stack.collect: the paths in add must be text, not "
+                f"{_checks.shown(path)}."
             )
         _checks.arrays(value, f"hk_stack.collect: add at {path}", "expected an array.")
         if value is None:

@@ -564,8 +564,10 @@ def _beside(path: str) -> str:
     folder = os.path.dirname(path)
     try:
         names = sorted(n for n in os.listdir(folder) if not n.startswith("."))
-    except OSError:
+    except FileNotFoundError:
         return f" There is no folder {folder}."
+    except OSError as error:
+        return f" {folder} cannot be listed: {error.strerror}."
     return f" In {folder} there is {_formats.listed(names, 8) or 'nothing'}."
 
 

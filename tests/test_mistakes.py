@@ -206,11 +206,11 @@ MISTAKES = {
         ValueError, ["layers/hidden has shape (8,) for each layer", "(2, 8)"],
         "the shape that collect(fn)(...) returns for this path"),
     "summary without arguments": (
-        lambda: hk_stack.summary(MODEL.apply), TypeError, ["missing 1 required"],
+        lambda: hk_stack.summary(MODEL.apply), TypeError, ["missing a required"],
         "hk_stack.summary(model.apply, params, rng, x)"),
     "layer_axes without arguments": (
         lambda: hk_stack.layer_axes(MODEL.apply, PARAMS), TypeError,
-        ["missing 1 required"], "hk_stack.layer_axes(model.apply, params, rng, x)"),
+        ["missing a required"], "hk_stack.layer_axes(model.apply, params, rng, x)"),
 
     # Trees
     "number as in C": (

@@ -466,12 +466,19 @@ def test_mistakes():
     )
 
 
-def test_an_error_of_the_optimiser_itself_stays():
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("add requires an argument"),
+        ValueError("argument decay is required for group params"),
+    ],
+)
+def test_an_error_of_the_optimiser_itself_stays(error):
     def update(updates, state, params=None):
-        raise TypeError("add requires an argument")
+        raise error
 
     own = optax.GradientTransformation(lambda params: (), update)
-    with pytest.raises(TypeError, match=r"^add requires"):
+    with pytest.raises(type(error), match=f"^{error}"):
         hk_stack.per_layer(own, {"w": 1}).init({"w": jnp.ones(2)})
 
 

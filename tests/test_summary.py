@@ -161,6 +161,10 @@ def test_mistakes():
         summary(model)
     with pytest.raises(ValueError, match="expected the apply of a transform, not its"):
         summary(model.init, KEY, *vectors())
+    typo = hk.transform(lambda x: hk.Linear(8, bias=False)(x))
+    with pytest.raises(TypeError, match="keyword argument 'bias'") as error:
+        summary(typo.init, KEY, *vectors())
+    assert "summary" not in str([error.value, *getattr(error.value, "__notes__", ())])
     plain = hk.transform(hk.layer_stack(2)(block))
     with pytest.raises(
         ValueError, match=r"calls no stack.*write hk_stack\.layer_stack"

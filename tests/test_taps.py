@@ -594,3 +594,10 @@ def test_more_mistakes():
         tap(jnp.ones(2), 3)
     with pytest.raises(ValueError, match="the name is empty"):
         tap(jnp.ones(2), "")
+
+
+def test_a_bound_module_of_flax_is_a_function():
+    nn = pytest.importorskip("flax.linen")
+    x = jnp.ones([2, 3])
+    bound = nn.Dense(3).bind(nn.Dense(3).init(jax.random.key(0), x))
+    assert_equal(collect(bound)(x)[0], bound(x))

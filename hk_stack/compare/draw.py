@@ -7,7 +7,7 @@ layers on logarithmic ones, where a way has its own marker.
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -59,17 +59,21 @@ def pictures(result: results.Result) -> Iterator[Picture]:
     """For each model and mode its ratios, and at several depths its times by depth."""
     for depths in results.by_depth(result):
         about = "Ratios of each way to the baseline"
-        yield _picture(ratios, about, result, depths)
+        yield _picture("ratios", ratios, about, result, depths)
         if len(depths) > 1:
             about = "Run and build time of each way by number of layers"
-            yield _picture(scaling, about, result, depths)
+            yield _picture("scaling", scaling, about, result, depths)
 
 
 def _picture(
-    draw: Any, about: str, result: results.Result, depths: Sequence[results.Case]
+    kind: str,
+    draw: Callable[[results.Result, Sequence[results.Case]], Figure],
+    about: str,
+    result: results.Result,
+    depths: Sequence[results.Case],
 ) -> Picture:
     model, mode, _, dtype, batch, length, width = depths[-1]
-    parts = (draw.__name__, model, mode, dtype, f"b{batch}", f"t{length}", f"d{width}")
+    parts = (kind, model, mode, dtype, f"b{batch}", f"t{length}", f"d{width}")
     name = re.sub(r"[^\w-]+", "-", "_".join(parts))
     text = f"{about}: {title(depths[-1])}"
     # Names inside of it are made of its own name: a page has no two alike.

@@ -54,7 +54,10 @@ def call(
     model: Model, known: tuple[Derived, Params], x: jax.Array, *states: jax.Array
 ) -> Any:
     """The rest of the stack, from what `setup` made and parameters."""
-    layer = lambda known, *args: _call(model, *known, *args)  # noqa: E731
+
+    def layer(known: tuple[Derived, Params], *args: jax.Array) -> Any:
+        return _call(model, *known, *args)
+
     return models.scan(layer, x, known, *states)
 
 
