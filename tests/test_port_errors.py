@@ -232,6 +232,16 @@ MISTAKES = {
     "other rank": Mistake(
         "mixer/alpha 3,4", "mixer/alpha 12", ("shape [3, 4] in Flax, [12] in Haiku",)
     ),
+    "heads and an axis of size one": Mistake(
+        "query/kernel 4,4,2",
+        "query/w 32,1",
+        ("shape [4, 4, 2] in Flax, [32, 1] in Haiku",),
+    ),
+    "numbered leaves of other ranks": Mistake(
+        "block_0/kernel 4,2,3; block_1/kernel 6,4",
+        "block/w 2,6,4",
+        ("shape [4, 2, 3] in Flax, [2, 6, 4] in Haiku, with 2 numbered leaves",),
+    ),
     "convolution of another direction": Mistake(
         "Conv_0 3,4,5", "conv1_d/w 3,5,4; conv1_d/b 5", ("axis 1 is 4, not 5",)
     ),
@@ -567,6 +577,7 @@ WRONG_RULES = [
     ("layer_axis", True),
     ("layer_axis", 1.0),
     ("interleave", "yes"),
+    ("interleave", np.ones(9)),
 ]
 
 

@@ -270,8 +270,18 @@ def test_axes_in_another_order_and_fewer():
     said = {"leaf": {"q": port.transpose(1, 0, 2)}}
     for haiku in (turned, turned.reshape(3, 8)):
         assert ports(flax, {"q": {"w": haiku}}, **said)
-    assert "makes [3, 2, 4]" in refused(flax, {"q": {"w": new(6, 4, 1)}}, **said)
+    for shape in ((6, 4, 1), (24, 1)):
+        assert "makes [3, 2, 4]" in refused(flax, {"q": {"w": new(*shape)}}, **said)
     assert port.transpose(1, 0) == port.TRANSPOSED
+
+
+def test_rules_are_values():
+    def rules():
+        yield port.split("a", "b", axis=0)
+        yield port.fuse("a", "b", axis=0)
+        yield port.tie("a")
+
+    assert len({*rules(), *rules()}) == 3
 
 
 def test_vocabularies_of_other_lengths():
@@ -314,6 +324,7 @@ def test_mistakes_in_rules(make, message):
         ({"c": port.split("a", "x", axis=0)}, "which Flax has already"),
         ({"x": port.split("y", "z", axis=0)}, "beginning of no leaf's path"),
         ({"x": port.fuse("a", "z", axis=0)}, "no module has all of a, z"),
+        ({"x": port.fuse("*", "y", "z", axis=0)}, "has all of *, y, z"),
         ({"*": port.tie("x")}, "there are 0 of this path"),
     ],
 )

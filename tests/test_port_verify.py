@@ -253,7 +253,7 @@ def test_gradients_may_differ_where_outputs_agree():
 # What is no Linen
 
 
-def plain(change=lambda y: y, **options):
+def plain(change=lambda y: y, wrapped=lambda apply: apply, **options):
     """A report of a matrix, and of a function of what it makes."""
     kernel = np.arange(12, dtype=np.float32).reshape(3, 4)
     variables = {"params": {"linear": {"kernel": kernel}}}
@@ -262,7 +262,7 @@ def plain(change=lambda y: y, **options):
     x = np.ones([2, 3], np.float32)
     return port.verify(
         lambda variables, x: change(x @ variables["params"]["linear"]["kernel"]),
-        model.apply,
+        wrapped(model.apply),
         variables,
         like,
         x,
@@ -308,6 +308,18 @@ def test_tied_leaves_have_gradients_that_add_up():
         (lambda: plain(lambda y: (y, y)), "flax_apply returns 2 arrays"),
         (lambda: plain(rename={"linea": "a"}), "beginning of no leaf's path"),
         (lambda: port.verify(None, None, {}, ({}, {}), ()), "expected a function"),
+        (
+            lambda: plain(wrapped=lambda f: lambda *args: f(*args)[0]),
+            "no pair of outputs and state; give the apply of hk.transform_with_state",
+        ),
+        (
+            lambda: plain(wrapped=lambda f: lambda *args: f(*args)[0].reshape(5)),
+            r"this was in haiku_apply\(params, state, key, \*inputs\)\.",
+        ),
+        (
+            lambda: plain(wrapped=lambda f: lambda params, rng, x: f(params, {}, x)),
+            r"\*inputs\); give the apply of hk.transform_with_state\(model\)",
+        ),
     ],
 )
 def test_wrong_arguments(call, message):

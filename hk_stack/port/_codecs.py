@@ -41,16 +41,22 @@ class Codec:
     """How a leaf is stored: here, as it is.
 
     Attributes:
-      label: What a plan calls it.
       rank: How many axes the pieces of one layer have, if that is known.
       is_plain: Whether axes of the leaf are those of its piece.
-      share: How much of its pieces the leaf holds.
     """
 
-    label = ""
     rank: int | None = None
     is_plain = True
-    share: Fraction | int = 1
+
+    @property
+    def label(self) -> str:
+        """What a plan calls it."""
+        return ""
+
+    @property
+    def share(self) -> Fraction:
+        """How much of its pieces the leaf holds."""
+        return Fraction(1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """The leaf's shape, from those of its pieces."""

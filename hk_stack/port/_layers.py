@@ -9,7 +9,6 @@ Where two fit that give other values, the user has to say which is meant.
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple, TypeVar
 
@@ -388,7 +387,10 @@ def _cut(leaves: tuple[Leaf, ...], axes: Axes) -> tuple[Shape, Shape] | None:
         if leaf.codec.rank not in (None, min(map(len, rest))):
             return None
         one_layer = leaf.codec.shape(rest)
-        found |= {(tuple(x[i - 1] for i in axes), one_layer) for x in shapes}
+        # Other leaves may have fewer axes than the first.
+        found |= {
+            (tuple(n for i in axes for n in x[i - 1 : i]), one_layer) for x in shapes
+        }
     return found.pop() if len(found) == 1 else None
 
 
@@ -456,9 +458,10 @@ def _by_rule(rule: Pair, old: Shape, new: Shape, dtype: np.dtype) -> Change | st
 
 def _is_merged(old: Shape, new: Shape) -> bool:
     """Whether neighbouring axes became one, and nothing else changed."""
-    ends, new_ends = ([*itertools.accumulate(x, operator.mul)] for x in (old, new))
-    is_all = math.prod(old) == math.prod(new)
-    return len(old) > len(new) and is_all and set(new_ends) <= set(ends)
+    ends = itertools.combinations(range(1, len(old) + 1), len(new))
+    cuts = [[0, *each, len(old)] for each in ends] if len(old) > len(new) else []
+    parts = ([old[a:b] for a, b in itertools.pairwise(each)] for each in cuts)
+    return (*new, 1) in [tuple(map(math.prod, each)) for each in parts]
 
 
 def _convolution(

@@ -202,7 +202,7 @@ def _check(what: str, names: Sequence[str], axis: int) -> None:
 # What they do to the leaves of Flax
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Split(Regroup):
     """Several leaves that are one array in Flax, side by side; and one of them."""
 
@@ -211,9 +211,13 @@ class Split(Regroup):
     sizes: tuple[int, ...]
     number: int = 0
 
-    def __post_init__(self) -> None:
-        self.share = Fraction(self.sizes[self.number], sum(self.sizes))
-        self.label = f"part {self.number + 1} of {len(self.names)} on axis {self.axis}"
+    @property
+    def share(self) -> Fraction:
+        return Fraction(self.sizes[self.number], sum(self.sizes))
+
+    @property
+    def label(self) -> str:
+        return f"part {self.number + 1} of {len(self.names)} on axis {self.axis}"
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         new, gone = [], []
@@ -242,26 +246,28 @@ class Split(Regroup):
         self.read(pieces)[...] = leaf
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Fuse(Regroup):
     """One leaf that is several arrays in Flax, side by side in Haiku."""
 
     names: tuple[str, ...]
     axis: int
 
-    def __post_init__(self) -> None:
-        self.label = f"{', '.join(self.names)} side by side"
+    @property
+    def label(self) -> str:
+        return f"{', '.join(self.names)} side by side"
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         around, _, whole = pattern.rpartition("/")
-        several: dict[tuple[str, Path], list[Leaf]] = {}
+        several: dict[tuple[str, Path], dict[str, Leaf]] = {}
         for name in self.names:
             for leaf, path, end in _matching(leaves, f"{around}/{name}"):
                 scope = path[: len(path) - len(name.split("/"))]
                 key = leaf.collection, (*scope, whole, *end)
-                several.setdefault(key, []).append(leaf)
-        complete = {k: x for k, x in several.items() if len(x) == len(self.names)}
-        gone = [leaf for parts in complete.values() for leaf in parts]
+                several.setdefault(key, {})[name] = leaf
+        count = len(self.names)
+        complete = {k: x.values() for k, x in several.items() if len(x) == count}
+        gone = itertools.chain.from_iterable(complete.values())
         new = [Leaf(*k, _pieces(x), self) for k, x in complete.items()]
         why = "" if new else f"no module has all of {', '.join(self.names)}."
         return _replaced(leaves, gone, new, pattern), why
@@ -285,16 +291,16 @@ class Fuse(Regroup):
             piece[...] = part
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Tie(Regroup):
     """A leaf that is another one as well: of one array, or of two equal ones."""
 
     other: str
     transposed: bool
 
-    def __post_init__(self) -> None:
-        self.label = "tied, last axes swapped" if self.transposed else "tied"
-        self._change, _ = TRANSPOSED if self.transposed else SAME
+    @property
+    def label(self) -> str:
+        return "tied, last axes swapped" if self.transposed else "tied"
 
     def regrouped(self, leaves: Leaves, pattern: str) -> tuple[Leaves, str]:
         found = [leaf for leaf, _, end in _matching(leaves, pattern) if not end]
@@ -311,6 +317,9 @@ class Tie(Regroup):
         else:
             new = [first, first._replace(raw=path, codec=self)]
         return _replaced(leaves, [first, *filter(None, [other])], new, pattern), ""
+
+    def _change(self, array: Array) -> Array:
+        return swapped(array) if self.transposed else array
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         if self.transposed and len(shapes[-1]) < 2:

@@ -222,8 +222,8 @@ def checked(
             f"port: ignore must be a list of paths, not {_checks.shown(ignore)}. Write "
             'ignore=["head"].'
         )
-    if interleave not in (None, True, False):
-        raise TypeError(f"port: interleave must be True or False, not {interleave!r}.")
+    if interleave is not None:
+        _checks.flag(interleave, "interleave", "port")
     _checks.flag(cast, "cast", "port")
     if isinstance(layer_axis, (int, tuple)):
         layer_axis = {"": layer_axis}

@@ -8,6 +8,7 @@ first that differs is where to look. Modules of the two are paired as their leav
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,14 +118,16 @@ def verified(
     values = variables, ported, tuple(inputs)
     models = _Models(flax_apply, haiku_apply, found, values)
     with (
+        # A model mixes precisions.
         contextlib.suppress(TypeError, ValueError, jax.errors.JAXTypeError),
         jax.enable_x64(True),
     ):
         return models._replace(values=_as_double(values)).compared("double")
-    return models.compared("single")  # A model mixes precisions.
+    return models.compared("single")
 
 
-_WITH_STATE = "; give the apply of hk.transform_with_state(model)"
+_HAIKU = "haiku_apply(params, state, key, *inputs)"
+_WITH_STATE = "; give the apply of hk.transform_with_state(model), and all its inputs"
 
 
 @contextlib.contextmanager
@@ -135,6 +138,19 @@ def _calling(call: str, more: str = "") -> Iterator[None]:
     except Exception as error:
         error.add_note(f"port.verify: this was in {call}{more}.")
         raise
+
+
+def _fits(f: Apply, args: Sequence[Any]) -> bool:
+    """Whether a function takes that many arguments, as far as it says."""
+    try:
+        signature = inspect.signature(f)
+    except ValueError:
+        return True
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
 
 
 class _Models(NamedTuple):
@@ -151,8 +167,15 @@ class _Models(NamedTuple):
 
     def run_haiku(self, params: Any, seed: Any = 0) -> Any:
         _, (_, state), inputs = self.values
-        with _calling("haiku_apply(params, state, key, *inputs)", _WITH_STATE):
-            return self.haiku(params, state, jax.random.key(seed), *inputs)[0]
+        args = params, state, jax.random.key(seed), *inputs
+        with _calling(_HAIKU, "" if _fits(self.haiku, args) else _WITH_STATE):
+            found = self.haiku(*args)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise TypeError(
+                f"port.verify: {_HAIKU} returns no pair of outputs and state; give the "
+                "apply of hk.transform_with_state(model)."
+            )
+        return found[0]
 
     def compared(self, precision: str) -> Report:
         of_outputs, of_gradients = _TOLERANCES[precision]
