@@ -514,7 +514,8 @@ def control_flow(x):
 
     h, means = jax.lax.scan(body, x, jnp.arange(3.0))
     h = jax.lax.fori_loop(0, 2, lambda _, h: h @ (w / jnp.linalg.norm(w)), h)
-    h = jax.lax.cond(keep > 0, lambda h, w: h @ w, lambda h, w: h, h, jnp.linalg.inv(w))
+    inverse = jnp.linalg.inv(w + 2 * jnp.eye(D))
+    h = jax.lax.cond(keep > 0, lambda h, w: h @ w, lambda h, w: h, h, inverse)
     # Its reverse-mode derivative is not defined.
     halved = jax.lax.while_loop(
         lambda h: jnp.max(jnp.abs(h)) > 1, lambda h: h / 2, jax.lax.stop_gradient(h)

@@ -122,7 +122,7 @@ def test_compiled(case):
     """Each case in one of the ways, and in Haiku's."""
     way = list(WAYS)[CASES.index(case) % len(WAYS)]
     found = results(case, hk_stack.layer_stack, compiled, **WAYS[way])
-    assert_close(found, looped(case.name), 3e-5)  # XLA rounds otherwise than NumPy.
+    assert_close(found, looped(case.name))
 
 
 @every_case
